@@ -1,0 +1,292 @@
+"""Cerberus heads: what they are made of, how they are saved, and how they are bound to a base model.
+
+    CerberusConfig   the numbers that describe a set of heads (JSON)
+    CerberusHeads    the parameters (safetensors) and the formula of design.md, "Heads"
+    Drafter          heads + the rows of one model's LM head and its embeddings: what decoding calls
+
+Heads and model stay apart: binding changes neither, and nothing of a model is ever saved with heads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import ops
+
+FORMAT_VERSION = 1
+ANCHORS = ("root", "hidden")
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+PRETRAINED = Path(__file__).parent / "pretrained"
+
+
+@dataclass
+class CerberusConfig:
+    """Describes heads; everything needed to build them empty and to see whether a model fits them.
+
+    hidden_size, vocab_size: of the base model. num_heads: K, tokens guessed after the root. num_layers: L.
+    anchor: "root" (embedding of the root token) or "hidden" (the paper's heads): what starts the chain.
+    chained: False drops the neighbour: Medusa's heads.
+    draft_vocab: how many rows of the LM head the heads project to, or None for all of them.
+    lm_head_fingerprint: of the LM head the heads were trained on, see `fingerprint`; None is never checked.
+    accuracy: (K, P), measured by the trainer: entry [k][r] is the probability that guess r of head k + 1 is
+    the token that the base model chooses, given that the guesses on the path before it are right.
+    paths: measured too: paths through the guesses (ranks, one per depth), most useful first: the best tree of
+    N nodes is the root and the first N - 1 of them.
+    """
+
+    base_model: str
+    hidden_size: int
+    vocab_size: int
+    num_heads: int = 4
+    num_layers: int = 2
+    anchor: str = "root"
+    chained: bool = True
+    draft_vocab: int | None = None
+    lm_head_fingerprint: str | None = None
+    accuracy: list[list[float]] | None = None
+    paths: list[list[int]] | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "vocab_size", "num_heads", "num_layers"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"CerberusConfig: {name} must be an integer >= 1, got {value!r}")
+        if self.anchor not in ANCHORS:
+            raise ValueError(f'CerberusConfig: anchor must be "root" or "hidden", got {self.anchor!r}')
+        if self.draft_vocab is not None and not 1 <= self.draft_vocab <= self.vocab_size:
+            raise ValueError(
+                f"CerberusConfig: draft_vocab must be None or in 1..vocab_size ({self.vocab_size}),"
+                f" got {self.draft_vocab}"
+            )
+        if self.accuracy is not None and len(self.accuracy) != self.num_heads:
+            raise ValueError(
+                f"CerberusConfig: accuracy must have one row per head ({self.num_heads}),"
+                f" got {len(self.accuracy)}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CerberusConfig:
+        """Reads what `save_pretrained` wrote; refuses another format, and fields it does not know."""
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"CerberusConfig: format_version must be {FORMAT_VERSION}, got {version!r}")
+        known = {field.name for field in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise ValueError(f"CerberusConfig: unknown field {name!r}")
+        return cls(**values)
+
+
+class CerberusHeads(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="cerberus_ext",
+    tags=["speculative-decoding"],
+    paper_url="https://arxiv.org/abs/2410.13344",
+):
+    """K heads of L layers. New heads are zero: they predict what the base model predicts.
+
+    weight        (L, K, D, 2D), or (L, K, D, D) when not chained
+    bias          (L, K, D)
+    anchor_scale  ()    what the root's embedding is multiplied by; only with anchor="root" and chained
+    draft_vocab   (Vd,) int64, ascending token ids; only when config.draft_vocab is set
+    """
+
+    anchor_scale: nn.Parameter | None
+    draft_vocab: Tensor | None
+
+    def __init__(self, config: CerberusConfig) -> None:
+        super().__init__()
+        self.config = config
+        size, heads, layers = config.hidden_size, config.num_heads, config.num_layers
+        self.weight = nn.Parameter(torch.zeros(layers, heads, size, 2 * size if config.chained else size))
+        self.bias = nn.Parameter(torch.zeros(layers, heads, size))
+        scaled = config.chained and config.anchor == "root"
+        self.register_parameter("anchor_scale", nn.Parameter(torch.ones(())) if scaled else None)
+        ids = None if config.draft_vocab is None else torch.arange(config.draft_vocab)
+        self.register_buffer("draft_vocab", ids)
+
+    def forward(self, hidden: Tensor, anchor: Tensor) -> Tensor:
+        """hidden, anchor (B, D) of the heads' dtype -> states (B, K, D), without a gradient.
+
+        `distill.head_states` computes the same with one.
+        """
+        return ops.head_stack(hidden, anchor, self.weight.detach(), self.bias.detach())
+
+    def bind(self, model: nn.Module, *, check_fingerprint: bool = True) -> Drafter:
+        """Checks that the heads fit `model`, a transformers causal LM, and returns what drafts for it.
+
+        Neither the heads nor the model change. The drafter works in the heads' dtype on the model's device;
+        the LM head is copied only as far as draft_vocab, dtype or device make it necessary.
+        Raises ValueError, naming the number that differs, when hidden size, vocabulary or LM head are other
+        ones than the heads were trained for; `check_fingerprint=False` lets another LM head of the same shape
+        pass.
+        """
+        lm_head, embeddings = output_matrix(model), input_matrix(model)
+        config = self.config
+        for name, got in (("hidden_size", lm_head.shape[1]), ("vocab_size", lm_head.shape[0])):
+            expected = getattr(config, name)
+            if got != expected:
+                raise ValueError(
+                    f"CerberusHeads.bind: the heads are for {name} {expected} ({config.base_model}),"
+                    f" the model has {got}"
+                )
+        if embeddings.shape[1] != config.hidden_size and self.anchor_scale is not None:
+            raise ValueError(
+                f'CerberusHeads.bind: anchor="root" needs embeddings of size {config.hidden_size},'
+                f" the model has {embeddings.shape[1]}"
+            )
+        if check_fingerprint and config.lm_head_fingerprint is not None:
+            got_print = fingerprint([lm_head])
+            if got_print != config.lm_head_fingerprint:
+                raise ValueError(
+                    f"CerberusHeads.bind: the heads were trained on the LM head {config.lm_head_fingerprint}"
+                    f" ({config.base_model}), the model's is {got_print};"
+                    " check_fingerprint=False binds them all the same"
+                )
+        return Drafter(self, lm_head, embeddings)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items()}
+        if "draft_vocab" in tensors:
+            tensors["draft_vocab"] = tensors["draft_vocab"].to(torch.int32)
+        save_file(tensors, save_directory / WEIGHTS_FILE)
+        (save_directory / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> CerberusHeads:
+        """Loads heads in the dtype they were saved in.
+
+        pretrained_model_name_or_path: the name of heads that this package brings ("smollm2-135m-instruct"),
+        a folder, or a Hub id; tried in this order. kwargs are those of huggingface_hub's mixin (revision,
+        token, cache_dir, ...).
+        """
+        name = str(pretrained_model_name_or_path)
+        packaged = PRETRAINED / name
+        if name in packaged_names():
+            return super().from_pretrained(str(packaged), **kwargs)
+        if not Path(name).is_dir() and name.count("/") != 1:
+            raise ValueError(
+                f"CerberusHeads.from_pretrained: {name!r} is no folder, no Hub id (user/name)"
+                f" and none of the packaged heads: {', '.join(packaged_names()) or 'there are none'}"
+            )
+        return super().from_pretrained(name, **kwargs)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, config: Any = None, **kwargs: Any) -> CerberusHeads:
+        if config is None:
+            raise ValueError(f"CerberusHeads.from_pretrained: {model_id} has no {CONFIG_FILE}")
+        if not isinstance(config, CerberusConfig):
+            config = CerberusConfig.from_dict(config)
+        if Path(model_id).is_dir():
+            file = str(Path(model_id) / WEIGHTS_FILE)
+        else:
+            hub = {
+                key: kwargs[key]
+                for key in ("revision", "cache_dir", "force_download", "token", "local_files_only")
+            }
+            file = hf_hub_download(repo_id=model_id, filename=WEIGHTS_FILE, **hub)
+        tensors = load_file(file)
+        heads = cls(config)
+        for key, expected in heads.state_dict().items():
+            if key not in tensors:
+                raise ValueError(f"CerberusHeads.from_pretrained: {file} has no tensor {key!r}")
+            if tensors[key].shape != expected.shape:
+                raise ValueError(
+                    f"CerberusHeads.from_pretrained: {key} must be {tuple(expected.shape)} by {CONFIG_FILE},"
+                    f" got {tuple(tensors[key].shape)} in {file}"
+                )
+        heads.to(tensors["weight"].dtype)
+        heads.load_state_dict(tensors)
+        return heads.eval().requires_grad_(False)
+
+
+class Drafter:
+    """Heads bound to one model. Holds references and, where needed, copies; changes neither.
+
+    config: the heads'. dtype, device: of every tensor here. projection (Vd, D): the rows of the LM head.
+    """
+
+    def __init__(self, heads: CerberusHeads, lm_head: Tensor, embeddings: Tensor) -> None:
+        self.config = heads.config
+        self.dtype, self.device = heads.weight.dtype, lm_head.device
+        self.weight = heads.weight.detach().to(self.device)
+        self.bias = heads.bias.detach().to(self.device)
+        self.embeddings = embeddings.detach()
+        self.anchor_scale = (
+            None if heads.anchor_scale is None else heads.anchor_scale.detach().to(self.device)
+        )
+        self.draft_vocab = None if heads.draft_vocab is None else heads.draft_vocab.to(self.device)
+        rows = lm_head.detach() if self.draft_vocab is None else lm_head.detach()[self.draft_vocab]
+        self.projection = rows.to(self.dtype).contiguous()
+
+    def states(self, hidden: Tensor, root: Tensor) -> Tensor:
+        """hidden (B, D): what produced root (B,) int64 -> the heads' final states (B, K, D)."""
+        hidden = hidden.to(self.dtype)
+        anchor = hidden
+        if self.anchor_scale is not None:
+            anchor = self.embeddings[root].to(self.dtype) * self.anchor_scale
+        return ops.head_stack(hidden, anchor, self.weight, self.bias)
+
+    def draft(self, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
+        """The `guesses` best tokens of every head, best first.
+
+        hidden (B, D), root (B,) int64 -> token ids of the model's vocabulary (B, K, guesses) int64, and their
+        log-probabilities within the draft vocabulary (B, K, guesses) float32.
+        """
+        if not 1 <= guesses <= self.projection.shape[0]:
+            raise ValueError(
+                f"Drafter.draft: guesses must be in 1..{self.projection.shape[0]}, got {guesses}"
+            )
+        ids, logprobs = ops.draft_topk(self.states(hidden, root), self.projection, guesses)
+        return (ids if self.draft_vocab is None else self.draft_vocab[ids]), logprobs
+
+
+def packaged_names() -> list[str]:
+    """Names of the heads that this package brings."""
+    return sorted(file.parent.name for file in PRETRAINED.glob(f"*/{CONFIG_FILE}"))
+
+
+def output_matrix(model: Any) -> Tensor:
+    """The (V, D) matrix of the LM head. Heads guess through a plain product with it, so a bias is refused."""
+    layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if layer is None:
+        raise ValueError(
+            f"CerberusHeads: the model must be a causal LM with an LM head, got {type(model).__name__}"
+        )
+    if getattr(layer, "bias", None) is not None:
+        raise ValueError("CerberusHeads: the model's LM head must have no bias, got one")
+    return layer.weight
+
+
+def input_matrix(model: Any) -> Tensor:
+    """The (V, D) matrix of the token embeddings."""
+    return model.get_input_embeddings().weight
+
+
+def fingerprint(tensors: Iterable[Tensor], rows: int = 256) -> str:
+    """16 hex digits that tell weights apart: sha256 of their shapes and signs.
+
+    Taken from up to `rows` evenly spaced rows of each tensor. Signs, because they are the same whether the
+    weights were loaded in float32, bfloat16 or float16.
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode())
+        flat = tensor.detach().reshape(tensor.shape[0] if tensor.dim() else 1, -1)
+        count = flat.shape[0]
+        chosen = torch.arange(min(rows, count), device=flat.device) * count // min(rows, count)
+        digest.update(torch.signbit(flat[chosen]).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

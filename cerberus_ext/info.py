@@ -1,0 +1,104 @@
+"""What `cerberus info` prints: versions, the libraries loaded, CPU features, CUDA."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from . import _load
+
+# What decides which kernels are chosen, and which of torch's own are fast.
+_CPU_FEATURES = ["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"]
+_REQUIREMENTS = ("numpy", "transformers", "accelerate", "gguf", "safetensors", "huggingface_hub")
+
+
+def collect() -> dict[str, dict[str, str]]:
+    """Section -> label -> value, in the order in which to show them. Starts neither CUDA nor a download."""
+    return {"Versions": _versions(), "Libraries": _libraries(), "CPU": _cpu(), "CUDA": _cuda()}
+
+
+def print_info() -> None:
+    """Prints `collect()` as plain text, one label a line."""
+    sections = collect()
+    width = max(len(label) for section in sections.values() for label in section)
+    for title, section in sections.items():
+        print(title)
+        for label, value in section.items():
+            print(f"  {label:{width}}  {value}")
+
+
+def cpu_name() -> str:
+    """The processor, as its maker calls it."""
+    named = [value for key, value in _cpuinfo() if key == "model name"]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """Those of the CPU's features that matter here, as Linux names them; none known elsewhere."""
+    flags = next((value.split() for key, value in _cpuinfo() if key == "flags"), [])
+    return [feature for feature in _CPU_FEATURES if feature in flags]
+
+
+def _cpuinfo() -> list[tuple[str, str]]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    entries = (line.partition(":") for line in lines)
+    return [(key.strip(), value.strip()) for key, _, value in entries]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _versions() -> dict[str, str]:
+    versions = {
+        "cerberus_ext": f"{_version('cerberus_ext')} in {_load.PACKAGE}",
+        "Python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__} in {Path(torch.__file__).parent}",
+    }
+    return versions | {package: _version(package) for package in _REQUIREMENTS}
+
+
+def _libraries() -> dict[str, str]:
+    shown = {
+        library.name: f"loaded from {library.path}" if library.loaded else f"not loaded: {library.reason}"
+        for library in _load.load_libraries()
+    }
+    record = _load.build_record()
+    if record:
+        shown["built"] = "version {version} by {compiler} with torch {torch} on {system}".format(**record)
+    return shown
+
+
+def _cpu() -> dict[str, str]:
+    return {
+        "processor": cpu_name(),
+        "cores": f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads",
+        "features": " ".join(cpu_features()) or "unknown",
+        "kernels": f"{torch.ops.cerberus_ext.cpu_isa()}, of {_load.build_record().get('cpu_levels', 'unknown')}",
+    }
+
+
+def _cuda() -> dict[str, str]:
+    record = _load.build_record()
+    built = record.get("cuda", "unknown")
+    if built == "built":
+        built = f"nvcc {record['nvcc']} for {record['cuda_architectures']}"
+    count = torch.cuda.device_count()
+    shown = {"torch": f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"}
+    shown["_cuda.so"] = built if record.get("nvcc") else f"not built: {built}"
+    shown["GPUs"] = str(count) if count else "none"
+    for index in range(count):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        shown[f"cuda:{index}"] = f"{gpu.name}, {memory}, sm_{gpu.major}{gpu.minor}"
+    return shown

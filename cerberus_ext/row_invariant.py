@@ -1,0 +1,102 @@
+"""Linears whose rows do not depend on each other, so that a token gets the same bits alone and as a node of a tree.
+
+BLAS libraries choose another order of summation for another number of rows. On most CPUs that makes the logits of a
+token differ in their last bits between an autoregressive step and a step with a tree, and a near tie can then go the
+other way. `ops.linear` sums in one order whatever the number of rows. It is used where this machine's own linears are
+found to depend on it; a CPU with AMX multiplies bfloat16 rows independently and keeps its own, faster ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import ops
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Row counts that a library's choice of kernel may depend on, up to the size of the usual trees.
+_PROBED_ROWS = (1, 2, 3, 4, 5, 8, 16, 17, 31, 32)
+
+
+def step_forward(model: nn.Module) -> Callable[..., Any]:
+    """What to call in place of `model` for decoding steps: the model itself, or the model with `ops.linear` in its linears.
+
+    The weights are swapped by `torch.func.functional_call` for the time of each call, for tensors that share their memory.
+    """
+    linears = {name: module for name, module in model.named_modules() if _is_plain_linear(module)}
+    if not linears or linears_row_invariant(module.weight for module in linears.values()):
+        return model
+    weights = {f"{name}.weight": InvariantWeight.of(module.weight) for name, module in linears.items()}
+
+    def forward(**arguments: Any) -> Any:
+        return torch.func.functional_call(model, weights, (), arguments, tie_weights=False)
+
+    return forward
+
+
+class InvariantWeight(Tensor):
+    """A linear's weight (O, I) for which `F.linear` is `ops.linear`. Anything else treats it as the plain tensor."""
+
+    plain: Tensor
+
+    @staticmethod
+    def of(weight: Tensor) -> InvariantWeight:
+        """Shares the memory of `weight`."""
+        wrapped = weight.detach().as_subclass(InvariantWeight)
+        wrapped.plain = weight.detach()
+        return wrapped
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and not kwargs and type(args[0]) is Tensor:
+            input, weight, *bias = args
+            rows = input.reshape(-1, input.shape[-1])  # (M, I)
+            if rows.dtype == weight.plain.dtype:
+                output = ops.linear(rows.contiguous(), weight.plain, bias[0] if bias else None)
+                return output.view(*input.shape[:-1], output.shape[-1])
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def linears_row_invariant(weights: Iterable[Tensor]) -> bool:
+    """Whether `F.linear` with each of these weights gives every row the same bits for 1 to 32 rows, on this machine."""
+    return all(_probe(weight) for weight in sorted({_kind(w): w for w in weights}.values(), key=Tensor.numel))
+
+
+_probed: dict[tuple[Any, ...], bool] = {}
+
+
+def _probe(weight: Tensor) -> bool:
+    """One probe per shape, dtype and number of threads: what decides which kernel a library takes."""
+    kind = _kind(weight)
+    if kind not in _probed:
+        # Not inference mode's tensors, and no use of the global random state.
+        generator = torch.Generator(weight.device).manual_seed(0)
+        most = max(_PROBED_ROWS)
+        with torch.no_grad():
+            x = torch.randn(most, weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
+            full = F.linear(x, weight)
+            _probed[kind] = all(torch.equal(F.linear(x[:rows], weight), full[:rows]) for rows in _PROBED_ROWS)
+    return _probed[kind]
+
+
+def _kind(weight: Tensor) -> tuple[Any, ...]:
+    return (tuple(weight.shape), weight.dtype, weight.device.type, torch.get_num_threads())
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """A linear on a CPU that `ops.linear` can stand in for."""
+    if type(module).forward is not nn.Linear.forward:
+        return False
+    weight = module.weight
+    return (
+        isinstance(weight, Tensor)
+        and weight.device.type == "cpu"
+        and weight.dtype in _DTYPES
+        and weight.is_contiguous()
+    )

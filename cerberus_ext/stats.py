@@ -1,0 +1,86 @@
+"""What a decode returns: the tokens, and what happened on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+PHASES = ("prefill", "draft", "verify", "commit")
+
+
+@dataclass
+class DecodeStats:
+    """Counts and times of one `decode`.
+
+    new_tokens         tokens generated; the first one comes with the prompt's forward, before any step
+    steps              forwards of the base model after the prompt's
+    open_steps         steps for which the gate gave a tree
+    wasted_steps       open steps that accepted no guess
+    accepted_histogram entry [a]: steps that accepted a guesses (each then also gained the base model's own next token)
+    step_tokens        tokens gained in steps, before the last step's were cut at the end of the text
+    seconds            per phase, by the host's clock: prefill; draft (gate and heads); verify (the forward over the
+                       tree); commit (choosing, checking, moving, handing out tokens). On a GPU the host runs ahead
+                       and waits in commit, so only the sum is exact there
+    """
+
+    new_tokens: int = 0
+    steps: int = 0
+    open_steps: int = 0
+    wasted_steps: int = 0
+    step_tokens: int = 0
+    accepted_histogram: list[int] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens gained a step: 1 without drafts. 0 where there was no step."""
+        return self.step_tokens / self.steps if self.steps else 0.0
+
+    @property
+    def gate_open_rate(self) -> float:
+        """Share of the steps that carried guesses."""
+        return self.open_steps / self.steps if self.steps else 0.0
+
+    @property
+    def wasted_step_rate(self) -> float:
+        """Share of the open steps that accepted nothing."""
+        return self.wasted_steps / self.open_steps if self.open_steps else 0.0
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens a second, the prompt's forward included."""
+        return self.new_tokens / self.total_seconds if self.new_tokens else 0.0
+
+    def count_step(self, accepted: int, is_open: bool) -> None:
+        """Adds a step that accepted `accepted` guesses."""
+        self.steps += 1
+        self.step_tokens += accepted + 1
+        self.open_steps += is_open
+        self.wasted_steps += is_open and accepted == 0
+        self.accepted_histogram += [0] * (accepted + 1 - len(self.accepted_histogram))
+        self.accepted_histogram[accepted] += 1
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to seconds[name]."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - begin
+
+
+@dataclass
+class DecodeOutput:
+    """sequences (1, S) int64: the prompt and what was generated, as from `generate`; stats: how."""
+
+    sequences: Tensor
+    stats: DecodeStats

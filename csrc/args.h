@@ -1,0 +1,133 @@
+// The contract that the CPU and the CUDA implementations share: one plain struct per op, no torch.
+//
+// prepare.cpp checks the tensors, allocates the results and fills these structs, once for both devices. A kernel may
+// therefore rely on everything said here: dtypes, contiguity and sizes. It may not rely on values.
+//
+// Letters as everywhere in the project: B rows, N tree nodes, K heads, L layers, P guesses per head, D hidden size,
+// V vocabulary, S cache capacity, Hq / Hkv attention heads, E head size, W words of 64 nodes, C cache planes (keys and
+// values of every layer). All arrays are contiguous, last index fastest. Any of the outer sizes may be 0.
+#pragma once
+
+#include <cstdint>
+
+namespace cerberus {
+
+// Element type of the floating-point arrays of one call; they all have the same one.
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+// Entropy in nats of softmax(hidden) over the last axis: logsumexp(x) - sum p x.
+struct HiddenEntropyArgs {
+  DType dtype;
+  int64_t rows, size;  // B, D >= 1
+  const void* hidden;  // (B, D)
+  float* entropy;      // (B,)
+};
+
+// x[k,0] = h;  x[k,l] = x[k,l-1] + silu(W[l,k] @ concat(x[k,l-1], n[k,l]) + b[l,k]),
+// n[k,l] = anchor for the first head or the first layer, else x[k-1,l-1].
+// Unchained (Medusa): no neighbour, W[l,k] is (D, D).
+// The sum is taken in float32 and the state rounded to `dtype` after every layer.
+struct HeadStackArgs {
+  DType dtype;
+  int64_t rows, heads, layers, size;  // B, K >= 1, L >= 1, D >= 1
+  bool chained;
+  const void* hidden;  // (B, D)
+  const void* anchor;  // (B, D)
+  const void* weight;  // (L, K, D, chained ? 2 D : D)
+  const void* bias;    // (L, K, D)
+  void* scratch;       // (2, B, K, D): the states of the layers in between, alternating
+  void* states;        // (B, K, D): the states after the last layer
+};
+
+// The P largest of log_softmax(projection @ state), best first, ties to the lowest id.
+struct DraftTopkArgs {
+  DType dtype;
+  int64_t rows, size, vocab, guesses;  // B * K, D >= 1, Vd >= P, 1 <= P <= 32
+  const void* states;                  // (B * K, D)
+  const void* projection;              // (Vd, D)
+  // Scratch for partial results: `parts` pieces of the vocabulary, chosen by prepare.
+  int64_t parts;
+  float* part_max;     // (rows, parts)
+  float* part_sum;     // (rows, parts)
+  float* part_logits;  // (rows, parts, P)
+  int32_t* part_ids;   // (rows, parts, P)
+  int64_t* ids;        // (rows, P)
+  float* logprobs;     // (rows, P)
+};
+
+// temperature 0: argmax. Else Gumbel-max over the tokens that top_k and top_p keep, with Philox noise keyed by
+// (seed, position), so that the choice depends on nothing but the logits, the seed and the absolute position.
+struct ChooseTokensArgs {
+  DType dtype;
+  int64_t rows, vocab;  // M, V >= 1
+  const void* logits;   // (M, V)
+  const int64_t* positions;
+  uint64_t seed;
+  float temperature;  // >= 0
+  int64_t top_k;      // 0: all
+  float top_p;        // 1: all
+  int64_t* tokens;    // (M,)
+};
+
+// Node i of row b sits in slot length[b] + i and attends to slots 0 .. length[b]-1 and to the slots of its ancestors,
+// itself included. Its position is length[b] + depth, depth = ancestors - 1; with a window it sees positions
+// > position - window only. The keys and values of the nodes are already in the cache.
+struct TreeAttentionArgs {
+  DType dtype;
+  int64_t rows, nodes, query_heads, kv_heads, head_size, capacity, words;  // B, N, Hq, Hkv, E, S, W
+  float scale;
+  int64_t window;            // 0: none
+  const void* query;         // (B, N, Hq, E)
+  const void* keys;          // (B, Hkv, S, E)
+  const void* values;        // (B, Hkv, S, E)
+  const int64_t* length;     // (B,)
+  const int64_t* ancestors;  // (N, W): bit j of row i says that node j is on the path from the root to i
+  void* output;              // (B, N, Hq, E)
+};
+
+// Puts the nodes' keys and values into slots length .. length + N of each row.
+// Rows whose slots would lie outside the cache are left out from there on: never a write past the end.
+struct WriteCacheArgs {
+  int64_t element_bytes;  // 2 or 4: the values are only moved
+  int64_t rows, nodes, kv_heads, head_size, capacity;
+  void* keys;              // (B, Hkv, S, E)
+  void* values;            // (B, Hkv, S, E)
+  const void* new_keys;    // (B, N, Hkv, E)
+  const void* new_values;  // (B, N, Hkv, E)
+  const int64_t* length;   // (B,)
+};
+
+// Node 0 is accepted; node i > 0 is where its parent is and draft[i] == target[parent]. The longest accepted path wins,
+// ties go to the lowest node.
+struct VerifyTreeArgs {
+  int64_t rows, nodes, words, depth;  // B, N >= 1, W, the path has depth + 1 places
+  const int64_t* draft;               // (B, N)
+  const int64_t* target;              // (B, N)
+  const int64_t* parents;             // (N,), parents[0] = -1, parents[i] < i
+  const int64_t* ancestors;           // (N, W)
+  int32_t* path;                      // (B, depth + 1): node 0, the accepted nodes, -1 ...
+  int32_t* accepted;                  // (B,): accepted nodes after the root
+};
+
+// For j = 0 .. accepted: slot length + path[j] moves to slot length + j, in every plane; then length += accepted + 1.
+// A path is increasing, so that moving in order never overwrites what is still to be moved.
+struct CommitCacheArgs {
+  int64_t element_bytes;
+  int64_t planes, rows, kv_heads, capacity, head_size, path_places;  // C, B, Hkv, S, E, depth + 1
+  void* cache;                                                       // (C, B, Hkv, S, E)
+  int64_t* length;                                                   // (B,)
+  const int32_t* path;                                               // (B, depth + 1)
+  const int32_t* accepted;                                           // (B,)
+};
+
+// input @ weight^T + bias, every output a fixed-order sum: bit-equal whatever the other rows are. CPU only.
+struct LinearArgs {
+  DType dtype;
+  int64_t rows, in_size, out_size;
+  const void* input;   // (M, I)
+  const void* weight;  // (O, I)
+  const void* bias;    // (O,) or null
+  void* output;        // (M, O)
+};
+
+}  // namespace cerberus

@@ -1,0 +1,149 @@
+// The checks of prepare.cpp. Each one throws std::runtime_error with a message of one form:
+// "<op>: <argument> must be <what>, got <what it is>".
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "args.h"
+
+namespace cerberus {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// As Python prints a tuple.
+inline std::string tuple_text(const int64_t* numbers, size_t count) {
+  std::ostringstream out;
+  out << '(';
+  for (size_t i = 0; i < count; ++i) out << (i ? ", " : "") << numbers[i];
+  out << (count == 1 ? ",)" : ")");
+  return out.str();
+}
+
+inline std::string shape_text(const Tensor& tensor) {
+  return tuple_text(tensor.sizes().data(), tensor.sizes().size());
+}
+
+inline std::string shape_text(std::initializer_list<int64_t> sizes) { return tuple_text(sizes.begin(), sizes.size()); }
+
+inline std::string dtype_text(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "torch.float32";
+    case ScalarType::BFloat16: return "torch.bfloat16";
+    case ScalarType::Half: return "torch.float16";
+    case ScalarType::Double: return "torch.float64";
+    case ScalarType::Long: return "torch.int64";
+    case ScalarType::Int: return "torch.int32";
+    case ScalarType::Short: return "torch.int16";
+    case ScalarType::Char: return "torch.int8";
+    case ScalarType::Byte: return "torch.uint8";
+    case ScalarType::Bool: return "torch.bool";
+    default: return "dtype number " + std::to_string(static_cast<int>(type));
+  }
+}
+
+inline int32_t device_type(const Tensor& tensor) {
+  int32_t type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  return type;
+}
+
+inline std::string device_text(const Tensor& tensor) {
+  const int32_t type = device_type(tensor);
+  if (type == aoti_torch_device_type_cpu()) return "cpu";
+  const std::string name = type == aoti_torch_device_type_cuda() ? "cuda" : "device type " + std::to_string(type);
+  return name + ":" + std::to_string(tensor.get_device_index());
+}
+
+// The checks of one call. The first tensor that is checked sets the device, the first floating-point one the dtype,
+// and the others must agree with it.
+class Check {
+ public:
+  explicit Check(const char* op) : op_(op) {}
+
+  [[noreturn]] void fail(const char* argument, const std::string& must_be, const std::string& got) const {
+    throw std::runtime_error(std::string(op_) + ": " + argument + " must be " + must_be + ", got " + got);
+  }
+
+  // A floating-point tensor of `rank` axes, which `letters` names: "(B, D)".
+  void floating(const Tensor& tensor, const char* argument, int64_t rank, const char* letters) {
+    common(tensor, argument, rank, letters);
+    const ScalarType type = tensor.scalar_type();
+    if (!floating_argument_) {
+      if (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half)
+        fail(argument, "torch.float32, torch.bfloat16 or torch.float16", dtype_text(type));
+      floating_argument_ = argument;
+      type_ = type;
+    } else if (type != type_) {
+      fail(argument, dtype_text(type_) + " like " + floating_argument_, dtype_text(type));
+    }
+  }
+
+  void integer(const Tensor& tensor, const char* argument, int64_t rank, const char* letters, ScalarType type) {
+    common(tensor, argument, rank, letters);
+    if (tensor.scalar_type() != type) fail(argument, dtype_text(type), dtype_text(tensor.scalar_type()));
+  }
+
+  void sizes(const Tensor& tensor, const char* argument, const char* letters,
+             std::initializer_list<int64_t> expected) const {
+    int64_t axis = 0;
+    for (const int64_t size : expected)
+      if (tensor.size(axis++) != size)
+        fail(argument, std::string(letters) + " = " + shape_text(expected), shape_text(tensor));
+  }
+
+  // An axis that may not be empty.
+  void not_empty(const Tensor& tensor, const char* argument, const char* letters, int64_t axis,
+                 const char* letter) const {
+    if (tensor.size(axis) < 1) fail(argument, std::string(letters) + " with " + letter + " >= 1", shape_text(tensor));
+  }
+
+  template <typename Number>
+  void that(bool correct, const char* argument, const std::string& must_be, Number got) const {
+    if (correct) return;
+    std::ostringstream text;
+    text << got;
+    fail(argument, must_be, text.str());
+  }
+
+  DType dtype() const {
+    switch (type_) {
+      case ScalarType::BFloat16: return DType::kBFloat16;
+      case ScalarType::Half: return DType::kFloat16;
+      default: return DType::kFloat32;
+    }
+  }
+  ScalarType scalar_type() const { return type_; }
+  int64_t element_bytes() const { return type_ == ScalarType::Float ? 4 : 2; }
+
+ private:
+  void common(const Tensor& tensor, const char* argument, int64_t rank, const char* letters) {
+    if (tensor.dim() != rank) fail(argument, letters, shape_text(tensor));
+    if (!first_argument_) {
+      first_argument_ = argument;
+      device_type_ = device_type(tensor);
+      device_index_ = tensor.get_device_index();
+      device_ = device_text(tensor);
+    } else if (device_type(tensor) != device_type_ || tensor.get_device_index() != device_index_) {
+      fail(argument, "on " + device_ + " like " + first_argument_, device_text(tensor));
+    }
+    if (!tensor.is_contiguous())
+      fail(argument, "contiguous",
+           "shape " + shape_text(tensor) + " with strides " + tuple_text(tensor.strides().data(), tensor.dim()));
+  }
+
+  const char* op_;
+  const char* first_argument_ = nullptr;
+  const char* floating_argument_ = nullptr;
+  ScalarType type_ = ScalarType::Float;
+  int32_t device_type_ = 0, device_index_ = 0;
+  std::string device_;
+};
+
+}  // namespace cerberus

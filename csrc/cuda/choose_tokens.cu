@@ -1,0 +1,217 @@
+// choose_tokens: argmax, or Gumbel-max over the tokens that top_k and top_p keep.
+//
+// One block owns one row and passes over it a few times; after the first pass the row lies in the L2 cache.
+// Nothing is sorted. A token's rank is one integer: the order-preserving image of its logit, then its id with
+// lower ids ranking higher, so that ranks are distinct and every limit becomes "ranks from here on are kept".
+// That rank is found by radix selection: a histogram over the next digit of the rank, of counts for top_k and
+// of probabilities for top_p, until all digits are known. Probabilities are summed as integers, so that the
+// order of the additions changes nothing.
+#include "args.h"
+#include "copy.cuh"
+#include "kernels.h"
+#include "launch.cuh"
+#include "philox.cuh"
+#include "reduce.cuh"
+
+namespace cerberus {
+namespace {
+
+constexpr int kThreads = 512;   // 1024 would leave 64 registers each, too few for the noise
+constexpr int kDigitBits = 11;  // 4 digits cover a bfloat16 logit and its id; the histogram takes 16 KB
+constexpr int kDigits = 1 << kDigitBits;
+
+// Greater for the greater logit; 0 for what is not a number, which ranks below everything else.
+__device__ inline uint32_t order_image(float x) {
+  if (isnan(x)) return 0;
+  const uint32_t bits = float_bits(x == 0.0f ? 0.0f : x);  // -0 and 0 are equal
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// A 16-bit logit has this many low bits in its float32 image that say nothing.
+template <typename T>
+constexpr int kUnusedBits = 0;
+template <>
+constexpr int kUnusedBits<bf16> = 16;
+template <>
+constexpr int kUnusedBits<fp16> = 13;
+
+// What sampling needs beyond the arguments, computed on the host.
+struct RankLayout {
+  int id_bits;  // the low bits of a rank: vocab - 1 - id
+  float
+      mass_scale;  // fixed point: the best token's weight, such that the sum over the vocabulary fits 63 bits
+};
+
+// One row: its logits and what the steps of the sampling know about them.
+template <typename T, int kVector>
+struct Row {
+  const T* logits;
+  int64_t vocab;
+  RankLayout layout;
+  float temperature, max;
+
+  // f(id, logit) for the logits of this thread.
+  template <typename F>
+  __device__ void for_each(F f) const {
+    for_each_in_row<kThreads, kVector>(logits, vocab, f);
+  }
+  __device__ uint64_t rank(int64_t id, float logit) const {
+    const uint64_t image = order_image(logit) >> kUnusedBits<T>;
+    return image << layout.id_bits | static_cast<uint64_t>(vocab - 1 - id);
+  }
+  // (logit - max) / temperature, also of equal infinities.
+  __device__ float shifted(float logit) const { return logit == max ? 0.0f : (logit - max) / temperature; }
+  __device__ uint64_t mass(float logit) const {
+    return static_cast<uint64_t>(expf(shifted(logit)) * layout.mass_scale);
+  }
+};
+
+// The token of the best value; equal ones go to the lower id. No offer: token 0.
+struct BestToken {
+  uint64_t best = UINT32_MAX;
+
+  __device__ void offer(float value, int64_t id) {
+    const uint64_t offered =
+        static_cast<uint64_t>(order_image(value)) << 32 | (UINT32_MAX - static_cast<uint32_t>(id));
+    best = Max{}(best, offered);
+  }
+  // For the whole block.
+  __device__ int64_t token() const {
+    return UINT32_MAX - static_cast<uint32_t>(block_reduce<kThreads>(best, Max{}));
+  }
+};
+
+template <typename T, int kVector>
+__global__ void __launch_bounds__(kThreads) greedy_kernel(const ChooseTokensArgs a) {
+  const T* logits = static_cast<const T*>(a.logits) + blockIdx.x * a.vocab;
+  BestToken best;
+  for_each_in_row<kThreads, kVector>(logits, a.vocab, [&](int64_t id, float x) { best.offer(x, id); });
+  const int64_t token = best.token();
+  if (threadIdx.x == 0) a.tokens[blockIdx.x] = token;
+}
+
+// The lowest rank >= floor such that the ranks above it hold less than `limit` of `amount`: the last rank to
+// be kept. `floor` where all from there on hold less than `limit` together.
+template <typename T, int kVector, typename Amount>
+__device__ uint64_t lowest_kept_rank(const Row<T, kVector>& row, uint64_t floor, uint64_t limit,
+                                     Amount amount) {
+  __shared__ unsigned long long histogram[kDigits];
+  __shared__ int chosen_digit;
+  __shared__ uint64_t chosen_above;
+
+  uint64_t prefix = 0;  // of the rank looked for: its digits so far
+  uint64_t above = 0;   // the amount that ranks with a greater prefix hold
+  for (int low = 32 - kUnusedBits<T> + row.layout.id_bits; low > 0;) {
+    const int width = low < kDigitBits ? low : kDigitBits;
+    low -= width;
+    for (int digit = threadIdx.x; digit < kDigits; digit += kThreads) histogram[digit] = 0;
+    if (threadIdx.x == 0) chosen_digit = -1;
+    __syncthreads();
+    row.for_each([&](int64_t id, float logit) {
+      const uint64_t rank = row.rank(id, logit);
+      if (rank < floor || rank >> (low + width) != prefix) return;
+      atomicAdd(&histogram[rank >> low & (kDigits - 1) & ((1 << width) - 1)], amount(logit));
+    });
+    __syncthreads();
+
+    // Thread t owns the kOwn digits that are greatest after those of thread t - 1. One of them is where the
+    // amount counted from above reaches the limit.
+    constexpr int kOwn = kDigits / kThreads;
+    const int greatest = kDigits - 1 - static_cast<int>(threadIdx.x) * kOwn;
+    uint64_t own = 0;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) own += histogram[greatest - i];
+    uint64_t before = above + block_sum_before<kThreads>(own);
+    if (before < limit && before + own >= limit) {
+      int digit = greatest;
+      while (before + histogram[digit] < limit) before += histogram[digit--];
+      chosen_digit = digit;
+      chosen_above = before;
+    }
+    __syncthreads();
+    if (chosen_digit < 0) return floor;
+    prefix = prefix << width | static_cast<uint64_t>(chosen_digit);
+    above = chosen_above;
+    __syncthreads();  // all have read them before they are set again
+  }
+  return prefix;
+}
+
+template <typename T, int kVector>
+__global__ void __launch_bounds__(kThreads) sample_kernel(const ChooseTokensArgs a, const RankLayout layout) {
+  Row<T, kVector> row = {static_cast<const T*>(a.logits) + blockIdx.x * a.vocab, a.vocab, layout,
+                         a.temperature, -INFINITY};
+  float max = -INFINITY;
+  row.for_each(
+      [&](int64_t, float logit) { max = fmaxf(max, logit); });  // fmaxf passes over what is not a number
+  row.max = block_reduce<kThreads>(max, Max{});
+
+  uint64_t floor = uint64_t{1} << layout.id_bits;  // the lowest rank of a number
+  if (a.top_k > 0 && a.top_k < a.vocab) {
+    floor = lowest_kept_rank(row, floor, static_cast<uint64_t>(a.top_k), [](float) { return 1ull; });
+  }
+  if (a.top_p < 1.0f) {
+    uint64_t mass = 0;
+    row.for_each([&](int64_t id, float logit) {
+      if (row.rank(id, logit) >= floor) mass += row.mass(logit);
+    });
+    mass = block_reduce<kThreads>(mass, Sum{});
+    // Less than top_p of the mass above it: that is less than the next integer, and the best token always
+    // stays.
+    const uint64_t limit =
+        static_cast<uint64_t>(ceil(static_cast<double>(a.top_p) * static_cast<double>(mass)));
+    floor = lowest_kept_rank(row, floor, limit > 0 ? limit : 1,
+                             [&](float logit) { return static_cast<unsigned long long>(row.mass(logit)); });
+  }
+
+  // A thread takes four tokens at a time: those whose noise comes from one counter.
+  const uint64_t position = static_cast<uint64_t>(a.positions[blockIdx.x]);
+  BestToken best;
+  for (int64_t first = static_cast<int64_t>(threadIdx.x) * 4; first < a.vocab; first += kThreads * 4) {
+    float logit[4];
+    bool kept[4], any = false;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      logit[i] = first + i < a.vocab ? to_float(row.logits[first + i]) : NAN;
+      kept[i] = first + i < a.vocab && row.rank(first + i, logit[i]) >= floor;
+      any |= kept[i];
+    }
+    if (!any) continue;
+    const PhiloxWords noise =
+        philox(a.seed, static_cast<uint32_t>(first / 4), static_cast<uint32_t>(position),
+               static_cast<uint32_t>(position >> 32), 0);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (kept[i]) best.offer(row.shifted(logit[i]) + gumbel(noise.word[i]), first + i);
+    }
+  }
+  const int64_t token = best.token();
+  if (threadIdx.x == 0) a.tokens[blockIdx.x] = token;
+}
+
+RankLayout rank_layout(int64_t vocab) {
+  RankLayout layout = {0, 0.0f};
+  while (int64_t{1} << layout.id_bits < vocab) ++layout.id_bits;
+  // At most 2^44: what is smaller than 2^-44 of the best is nothing even summed over the largest
+  // vocabularies.
+  const int bits = layout.id_bits < 18 ? 44 : 62 - layout.id_bits;
+  layout.mass_scale = static_cast<float>(uint64_t{1} << bits);
+  return layout;
+}
+
+}  // namespace
+
+cudaError_t choose_tokens_cuda(const ChooseTokensArgs& a, cudaStream_t stream) {
+  if (a.vocab > INT32_MAX) return cudaErrorInvalidValue;
+  return dispatch_vector(
+      a.dtype, a.vocab,
+      [&](auto element, auto vector) {
+        using T = decltype(element);
+        return a.temperature == 0.0f
+                   ? launch(greedy_kernel<T, vector()>, a.rows, kThreads, stream, a)
+                   : launch(sample_kernel<T, vector()>, a.rows, kThreads, stream, a, rank_layout(a.vocab));
+      },
+      a.logits);
+}
+
+}  // namespace cerberus

@@ -1,0 +1,27 @@
+// The CUDA implementations of the ops: what bind_cuda.cpp calls. No torch.
+//
+// Each takes the prepared arguments, enqueues its work on `stream` of the current device and returns at once.
+// Nothing is allocated, copied or synchronized. Empty calls launch nothing. The result is the error of the
+// launch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "args.h"
+
+namespace cerberus {
+
+// What the kernels are written for; bind_cuda.cpp says so where a call asks for more.
+constexpr int64_t kMaxHeadSize = 256;       // tree_attention: E
+constexpr int64_t kMaxVerifyNodes = 32768;  // verify_tree: N
+
+cudaError_t hidden_entropy_cuda(const HiddenEntropyArgs& a, cudaStream_t stream);
+cudaError_t head_stack_cuda(const HeadStackArgs& a, cudaStream_t stream);
+cudaError_t draft_topk_cuda(const DraftTopkArgs& a, cudaStream_t stream);
+cudaError_t choose_tokens_cuda(const ChooseTokensArgs& a, cudaStream_t stream);
+cudaError_t tree_attention_cuda(const TreeAttentionArgs& a, cudaStream_t stream);
+cudaError_t write_cache_cuda(const WriteCacheArgs& a, cudaStream_t stream);
+cudaError_t verify_tree_cuda(const VerifyTreeArgs& a, cudaStream_t stream);
+cudaError_t commit_cache_cuda(const CommitCacheArgs& a, cudaStream_t stream);
+
+}  // namespace cerberus

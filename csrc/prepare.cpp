@@ -1,0 +1,307 @@
+#include "prepare.h"
+
+#include <limits>
+#include <vector>
+
+#include "check.h"
+
+namespace cerberus {
+namespace {
+
+constexpr int64_t kMaxGuesses = 32;  // what the kernels keep in registers or on the stack per row
+
+// An uninitialized contiguous tensor on the device of `like`. By the C function, not by torch::stable::new_empty, which
+// looks the op up by its name at every call: three times slower, and a decoding step makes hundreds of these.
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  int64_t strides[8];
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[i], 1);
+  }
+  int32_t dtype = 0;
+  switch (type) {
+    case ScalarType::Float: dtype = aoti_torch_dtype_float32(); break;
+    case ScalarType::BFloat16: dtype = aoti_torch_dtype_bfloat16(); break;
+    case ScalarType::Half: dtype = aoti_torch_dtype_float16(); break;
+    case ScalarType::Int: dtype = aoti_torch_dtype_int32(); break;
+    default: dtype = aoti_torch_dtype_int64();
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                                         dtype, device_type(like), like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+int64_t words_of(int64_t nodes) { return (nodes + 63) / 64; }
+
+}  // namespace
+
+HiddenEntropyCall prepare_hidden_entropy(const Tensor& hidden) {
+  Check check("hidden_entropy");
+  check.floating(hidden, "hidden", 2, "(B, D)");
+  check.not_empty(hidden, "hidden", "(B, D)", 1, "D");
+
+  const int64_t rows = hidden.size(0);
+  HiddenEntropyCall call{{}, empty(hidden, {rows}, ScalarType::Float)};
+  call.args = {check.dtype(), rows, hidden.size(1), hidden.const_data_ptr(), mutable_data<float>(call.entropy)};
+  return call;
+}
+
+HeadStackCall prepare_head_stack(const Tensor& hidden, const Tensor& anchor, const Tensor& weight, const Tensor& bias) {
+  Check check("head_stack");
+  check.floating(hidden, "hidden", 2, "(B, D)");
+  check.not_empty(hidden, "hidden", "(B, D)", 1, "D");
+  const int64_t rows = hidden.size(0), size = hidden.size(1);
+  check.floating(anchor, "anchor", 2, "(B, D)");
+  check.sizes(anchor, "anchor", "(B, D)", {rows, size});
+  const std::string shapes = "(L, K, D, 2D) or (L, K, D, D) with D = " + std::to_string(size);
+  check.floating(weight, "weight", 4, shapes.c_str());
+  const int64_t layers = weight.size(0), heads = weight.size(1), columns = weight.size(3);
+  if (weight.size(2) != size || (columns != size && columns != 2 * size))
+    check.fail("weight", shapes, shape_text(weight));
+  check.not_empty(weight, "weight", shapes.c_str(), 0, "L");
+  check.not_empty(weight, "weight", shapes.c_str(), 1, "K");
+  check.floating(bias, "bias", 3, "(L, K, D)");
+  check.sizes(bias, "bias", "(L, K, D)", {layers, heads, size});
+
+  HeadStackCall call{{},
+                     empty(hidden, {2, rows, heads, size}, check.scalar_type()),
+                     empty(hidden, {rows, heads, size}, check.scalar_type())};
+  HeadStackArgs& args = call.args;
+  args.dtype = check.dtype();
+  args.rows = rows;
+  args.heads = heads;
+  args.layers = layers;
+  args.size = size;
+  args.chained = columns == 2 * size;
+  args.hidden = hidden.const_data_ptr();
+  args.anchor = anchor.const_data_ptr();
+  args.weight = weight.const_data_ptr();
+  args.bias = bias.const_data_ptr();
+  args.scratch = call.scratch.mutable_data_ptr();
+  args.states = call.states.mutable_data_ptr();
+  return call;
+}
+
+DraftTopkCall prepare_draft_topk(const Tensor& states, const Tensor& projection, int64_t guesses, int64_t parts) {
+  Check check("draft_topk");
+  check.floating(states, "states", 3, "(B, K, D)");
+  check.not_empty(states, "states", "(B, K, D)", 2, "D");
+  const int64_t rows = states.size(0) * states.size(1), size = states.size(2);
+  check.floating(projection, "projection", 2, "(Vd, D)");
+  const int64_t vocab = projection.size(0);
+  check.sizes(projection, "projection", "(Vd, D)", {vocab, size});
+  check.that(guesses >= 1 && guesses <= kMaxGuesses, "guesses", "1 to " + std::to_string(kMaxGuesses), guesses);
+  check.that(guesses <= vocab, "guesses", "at most Vd = " + std::to_string(vocab), guesses);
+  if (vocab > std::numeric_limits<int32_t>::max())
+    check.fail("projection", "(Vd, D) with Vd < 2^31", shape_text(projection));
+
+  DraftTopkCall call{{},
+                     empty(states, {rows, parts, guesses + 2}, ScalarType::Float),
+                     empty(states, {rows, parts, guesses}, ScalarType::Int),
+                     empty(states, {states.size(0), states.size(1), guesses}, ScalarType::Long),
+                     empty(states, {states.size(0), states.size(1), guesses}, ScalarType::Float)};
+  DraftTopkArgs& args = call.args;
+  args.dtype = check.dtype();
+  args.rows = rows;
+  args.size = size;
+  args.vocab = vocab;
+  args.guesses = guesses;
+  args.states = states.const_data_ptr();
+  args.projection = projection.const_data_ptr();
+  args.parts = parts;
+  args.part_max = mutable_data<float>(call.scratch_floats);
+  args.part_sum = args.part_max + rows * parts;
+  args.part_logits = args.part_sum + rows * parts;
+  args.part_ids = mutable_data<int32_t>(call.scratch_ids);
+  args.ids = mutable_data<int64_t>(call.ids);
+  args.logprobs = mutable_data<float>(call.logprobs);
+  return call;
+}
+
+ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& positions, int64_t seed, double temperature,
+                                       int64_t top_k, double top_p) {
+  Check check("choose_tokens");
+  check.floating(logits, "logits", 2, "(M, V)");
+  check.not_empty(logits, "logits", "(M, V)", 1, "V");
+  const int64_t rows = logits.size(0);
+  check.integer(positions, "positions", 1, "(M,)", ScalarType::Long);
+  check.sizes(positions, "positions", "(M,)", {rows});
+  check.that(std::isfinite(temperature) && temperature >= 0, "temperature", "finite and >= 0", temperature);
+  check.that(top_k >= 0, "top_k", ">= 0", top_k);
+  check.that(top_p > 0 && top_p <= 1, "top_p", "> 0 and <= 1", top_p);
+
+  ChooseTokensCall call{{}, empty(logits, {rows}, ScalarType::Long)};
+  call.args = {check.dtype(),
+               rows,
+               logits.size(1),
+               logits.const_data_ptr(),
+               data<int64_t>(positions),
+               static_cast<uint64_t>(seed),
+               static_cast<float>(temperature),
+               top_k,
+               static_cast<float>(top_p),
+               mutable_data<int64_t>(call.tokens)};
+  return call;
+}
+
+TreeAttentionCall prepare_tree_attention(const Tensor& q, const Tensor& keys, const Tensor& values,
+                                         const Tensor& length, const Tensor& ancestors, double scale, int64_t window) {
+  Check check("tree_attention");
+  check.floating(q, "q", 4, "(B, N, Hq, E)");
+  check.not_empty(q, "q", "(B, N, Hq, E)", 3, "E");
+  const int64_t rows = q.size(0), nodes = q.size(1), query_heads = q.size(2), head_size = q.size(3);
+  check.floating(keys, "keys", 4, "(B, Hkv, S, E)");
+  check.not_empty(keys, "keys", "(B, Hkv, S, E)", 1, "Hkv");
+  const int64_t kv_heads = keys.size(1), capacity = keys.size(2);
+  check.sizes(keys, "keys", "(B, Hkv, S, E)", {rows, kv_heads, capacity, head_size});
+  check.floating(values, "values", 4, "(B, Hkv, S, E)");
+  check.sizes(values, "values", "(B, Hkv, S, E)", {rows, kv_heads, capacity, head_size});
+  if (query_heads % kv_heads != 0)
+    check.fail("q", "(B, N, Hq, E) with Hq a multiple of Hkv = " + std::to_string(kv_heads), shape_text(q));
+  check.integer(length, "length", 1, "(B,)", ScalarType::Long);
+  check.sizes(length, "length", "(B,)", {rows});
+  check.integer(ancestors, "ancestors", 2, "(N, W)", ScalarType::Long);
+  check.sizes(ancestors, "ancestors", "(N, W) with W = ceil(N / 64)", {nodes, words_of(nodes)});
+  check.that(std::isfinite(scale), "scale", "finite", scale);
+
+  TreeAttentionCall call{{}, empty(q, {rows, nodes, query_heads, head_size}, check.scalar_type())};
+  TreeAttentionArgs& args = call.args;
+  args.dtype = check.dtype();
+  args.rows = rows;
+  args.nodes = nodes;
+  args.query_heads = query_heads;
+  args.kv_heads = kv_heads;
+  args.head_size = head_size;
+  args.capacity = capacity;
+  args.words = words_of(nodes);
+  args.scale = static_cast<float>(scale);
+  args.window = std::max<int64_t>(window, 0);
+  args.query = q.const_data_ptr();
+  args.keys = keys.const_data_ptr();
+  args.values = values.const_data_ptr();
+  args.length = data<int64_t>(length);
+  args.ancestors = data<int64_t>(ancestors);
+  args.output = call.output.mutable_data_ptr();
+  return call;
+}
+
+WriteCacheArgs prepare_write_cache(const Tensor& keys, const Tensor& values, const Tensor& new_keys,
+                                   const Tensor& new_values, const Tensor& length) {
+  Check check("write_cache");
+  check.floating(keys, "keys", 4, "(B, Hkv, S, E)");
+  const int64_t rows = keys.size(0), kv_heads = keys.size(1), capacity = keys.size(2), head_size = keys.size(3);
+  check.floating(values, "values", 4, "(B, Hkv, S, E)");
+  check.sizes(values, "values", "(B, Hkv, S, E)", {rows, kv_heads, capacity, head_size});
+  check.floating(new_keys, "new_keys", 4, "(B, N, Hkv, E)");
+  const int64_t nodes = new_keys.size(1);
+  check.sizes(new_keys, "new_keys", "(B, N, Hkv, E)", {rows, nodes, kv_heads, head_size});
+  check.floating(new_values, "new_values", 4, "(B, N, Hkv, E)");
+  check.sizes(new_values, "new_values", "(B, N, Hkv, E)", {rows, nodes, kv_heads, head_size});
+  check.integer(length, "length", 1, "(B,)", ScalarType::Long);
+  check.sizes(length, "length", "(B,)", {rows});
+
+  WriteCacheArgs args;
+  args.element_bytes = check.element_bytes();
+  args.rows = rows;
+  args.nodes = nodes;
+  args.kv_heads = kv_heads;
+  args.head_size = head_size;
+  args.capacity = capacity;
+  args.keys = keys.mutable_data_ptr();
+  args.values = values.mutable_data_ptr();
+  args.new_keys = new_keys.const_data_ptr();
+  args.new_values = new_values.const_data_ptr();
+  args.length = data<int64_t>(length);
+  return args;
+}
+
+VerifyTreeCall prepare_verify_tree(const Tensor& draft, const Tensor& target, const Tensor& parents,
+                                   const Tensor& ancestors, int64_t depth) {
+  Check check("verify_tree");
+  check.integer(draft, "draft", 2, "(B, N)", ScalarType::Long);
+  check.not_empty(draft, "draft", "(B, N)", 1, "N");
+  const int64_t rows = draft.size(0), nodes = draft.size(1);
+  check.integer(target, "target", 2, "(B, N)", ScalarType::Long);
+  check.sizes(target, "target", "(B, N)", {rows, nodes});
+  check.integer(parents, "parents", 1, "(N,)", ScalarType::Long);
+  check.sizes(parents, "parents", "(N,)", {nodes});
+  check.integer(ancestors, "ancestors", 2, "(N, W)", ScalarType::Long);
+  check.sizes(ancestors, "ancestors", "(N, W) with W = ceil(N / 64)", {nodes, words_of(nodes)});
+  check.that(depth >= 0, "depth", ">= 0", depth);
+
+  VerifyTreeCall call{
+      {}, empty(draft, {rows, depth + 1}, ScalarType::Int), empty(draft, {rows}, ScalarType::Int)};
+  call.args = {rows,
+               nodes,
+               words_of(nodes),
+               depth,
+               data<int64_t>(draft),
+               data<int64_t>(target),
+               data<int64_t>(parents),
+               data<int64_t>(ancestors),
+               mutable_data<int32_t>(call.path),
+               mutable_data<int32_t>(call.accepted)};
+  return call;
+}
+
+CommitCacheArgs prepare_commit_cache(const Tensor& cache, const Tensor& length, const Tensor& path,
+                                     const Tensor& accepted) {
+  Check check("commit_cache");
+  check.floating(cache, "cache", 5, "(C, B, Hkv, S, E)");
+  const int64_t rows = cache.size(1);
+  check.integer(length, "length", 1, "(B,)", ScalarType::Long);
+  check.sizes(length, "length", "(B,)", {rows});
+  check.integer(path, "path", 2, "(B, depth + 1)", ScalarType::Int);
+  check.sizes(path, "path", "(B, depth + 1)", {rows, path.size(1)});
+  check.not_empty(path, "path", "(B, depth + 1)", 1, "depth + 1");
+  check.integer(accepted, "accepted", 1, "(B,)", ScalarType::Int);
+  check.sizes(accepted, "accepted", "(B,)", {rows});
+
+  CommitCacheArgs args;
+  args.element_bytes = check.element_bytes();
+  args.planes = cache.size(0);
+  args.rows = rows;
+  args.kv_heads = cache.size(2);
+  args.capacity = cache.size(3);
+  args.head_size = cache.size(4);
+  args.path_places = path.size(1);
+  args.cache = cache.mutable_data_ptr();
+  args.length = mutable_data<int64_t>(length);
+  args.path = data<int32_t>(path);
+  args.accepted = data<int32_t>(accepted);
+  return args;
+}
+
+LinearCall prepare_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  Check check("linear");
+  check.floating(input, "input", 2, "(M, I)");
+  const int64_t rows = input.size(0), in_size = input.size(1);
+  check.floating(weight, "weight", 2, "(O, I)");
+  const int64_t out_size = weight.size(0);
+  check.sizes(weight, "weight", "(O, I)", {out_size, in_size});
+  if (bias) {
+    check.floating(*bias, "bias", 1, "(O,)");
+    check.sizes(*bias, "bias", "(O,)", {out_size});
+  }
+
+  LinearCall call{{}, empty(input, {rows, out_size}, check.scalar_type())};
+  call.args = {check.dtype(),           rows,
+               in_size,                 out_size,
+               input.const_data_ptr(),  weight.const_data_ptr(),
+               bias ? bias->const_data_ptr() : nullptr, call.output.mutable_data_ptr()};
+  return call;
+}
+
+}  // namespace cerberus

@@ -1,0 +1,83 @@
+"""Heads and gates that know, guess or contradict what comes next: whatever they do, the text must stay the same."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from cerberus_ext.gate import Gate
+
+
+class StandInHeads:
+    """Heads without a network. To follow the text they are also given to `decode` as its streamer.
+
+    text: the ids (1, S) that `decode` is expected to return, prompt included.
+    """
+
+    def __init__(self, text: Tensor, num_heads: int, vocab: int, seed: int = 0) -> None:
+        self.config = SimpleNamespace(num_heads=num_heads)
+        self.text = text[0].tolist()
+        self.vocab = vocab
+        self.seen = 0
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def put(self, tokens: Tensor) -> None:
+        self.seen += tokens.numel()
+
+    def end(self) -> None:
+        self.seen = 0
+
+    def bind(self, model: torch.nn.Module) -> StandInHeads:
+        return self
+
+    def draft(self, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
+        assert hidden.dim() == 2 and root.tolist() == [self.text[self.seen - 1]]
+        ids = self.guess(guesses).to(root.device)
+        logprobs = torch.linspace(-0.1, -3, guesses, device=root.device).expand(ids.shape)
+        return ids[None], logprobs[None]
+
+    def next_tokens(self) -> Tensor:
+        """(K,): what really follows the root; past the end of the text, token 0."""
+        follows = self.text[self.seen : self.seen + self.config.num_heads]
+        return torch.tensor(follows + [0] * (self.config.num_heads - len(follows)))
+
+    def guess(self, guesses: int) -> Tensor:
+        """-> (K, guesses)"""
+        raise NotImplementedError
+
+
+class RandomHeads(StandInHeads):
+    def guess(self, guesses: int) -> Tensor:
+        return torch.randint(self.vocab, (self.config.num_heads, guesses), generator=self.generator)
+
+
+class OracleHeads(StandInHeads):
+    """The first guess is always right."""
+
+    def guess(self, guesses: int) -> Tensor:
+        return (self.next_tokens()[:, None] + torch.arange(guesses)) % self.vocab
+
+
+class LastGuessHeads(StandInHeads):
+    """The last guess is always right, so that what is accepted is never where it stays in the cache."""
+
+    def guess(self, guesses: int) -> Tensor:
+        return (self.next_tokens()[:, None] + 1 + torch.arange(guesses) + self.vocab - guesses) % self.vocab
+
+
+class AdversarialHeads(StandInHeads):
+    """No guess is ever right."""
+
+    def guess(self, guesses: int) -> Tensor:
+        return (self.next_tokens()[:, None] + 1 + torch.arange(guesses)) % self.vocab
+
+
+class RandomGate(Gate):
+    def __init__(self, seed: int = 0) -> None:
+        self.random = random.Random(seed)
+
+    def opens(self, hidden: Tensor) -> bool:
+        return self.random.random() < 0.5

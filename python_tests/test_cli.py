@@ -1,0 +1,113 @@
+"""The command line, on a tiny model and tokenizer made here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from cerberus_ext import CerberusConfig, CerberusHeads
+from cerberus_ext.cli import app
+
+WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(61))]
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """(model folder, heads folder)"""
+    root = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(root / "model")
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(root / "model")
+    heads = CerberusHeads(CerberusConfig("tiny", hidden_size=32, vocab_size=len(WORDS), num_heads=3))
+    heads.save_pretrained(root / "heads")
+    return str(root / "model"), str(root / "heads")
+
+
+def generate(folders: tuple[str, str], *arguments: str, stdin: str | None = None):
+    model, heads = folders
+    command = ["generate", "--model", model, "--heads", heads, "--max-new-tokens", "12", *arguments]
+    return runner.invoke(app, command, input=stdin)
+
+
+def test_generate_prints_the_answer_and_one_line(folders: tuple[str, str]) -> None:
+    result = generate(folders, "w3 w4 w5")
+    assert result.exit_code == 0, result.output
+    answer, line = result.stdout.strip().rsplit("\n", 1)
+    assert answer
+    assert re.fullmatch(r"\[\d+ tokens, [\d.]+ tokens/s, [\d.]+ tokens a step\]", line)
+
+
+def test_generate_compare_prints_a_speed_up(folders: tuple[str, str]) -> None:
+    result = generate(folders, "--compare", "w3 w4 w5")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"plain decoding [\d.]+ tokens/s: speed-up [\d.]+x, same output\]\n$", result.stdout)
+
+
+def test_generate_reads_standard_input(folders: tuple[str, str]) -> None:
+    piped, given = generate(folders, stdin="w3 w4 w5"), generate(folders, "w3 w4 w5")
+    assert piped.exit_code == 0, piped.output
+    assert piped.stdout.splitlines()[0] == given.stdout.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("",), "the prompt is empty"),
+        (("--dtype", "int8", "w3"), "--dtype must be one of float32, bfloat16, float16, got int8"),
+        (("--max-new-tokens", "0", "w3"), "max-new-tokens"),
+        (("--tree-size", "1", "w3"), "tree-size"),
+        (("--threads", "0", "w3"), "threads"),
+    ],
+)
+def test_generate_bad_option(folders: tuple[str, str], arguments: tuple[str, ...], message: str) -> None:
+    result = generate(folders, *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_generate_model_without_heads(folders: tuple[str, str]) -> None:
+    result = runner.invoke(app, ["generate", "--model", folders[0], "w3"])
+    assert result.exit_code == 2
+    assert "--heads" in result.output
+
+
+def test_generate_unknown_model(folders: tuple[str, str], tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    result = runner.invoke(app, ["generate", "--model", missing, "--heads", folders[1], "w3"])
+    assert result.exit_code == 2
+    assert "--model" in result.output and "missing" in result.output
+
+
+def test_generate_unknown_heads(folders: tuple[str, str], tmp_path: Path) -> None:
+    result = runner.invoke(app, ["generate", "--model", folders[0], "--heads", str(tmp_path / "missing"), "w3"])
+    assert result.exit_code == 2
+    assert "--heads" in result.output and "missing" in result.output
+
+
+def test_generate_heads_of_another_model(folders: tuple[str, str], tmp_path: Path) -> None:
+    CerberusHeads(CerberusConfig("other", hidden_size=48, vocab_size=len(WORDS))).save_pretrained(tmp_path)
+    result = runner.invoke(app, ["generate", "--model", folders[0], "--heads", str(tmp_path), "w3"])
+    assert result.exit_code == 2
+    assert "hidden_size 48" in result.output
+
+
+def test_info_names_versions_and_libraries() -> None:
+    result = runner.invoke(app, ["info"])
+    assert result.exit_code == 0, result.output
+    for part in ("cerberus_ext", "torch", "transformers", "_C", "CUDA", "CPU"):
+        assert part in result.stdout

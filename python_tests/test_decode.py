@@ -1,0 +1,266 @@
+"""`decode` gives what the model alone gives, whatever heads, tree and gate do; and its counts are right."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from conftest import VOCAB, tiny_model
+from stand_ins import AdversarialHeads, LastGuessHeads, OracleHeads, RandomGate, RandomHeads
+from torch import Tensor
+from transformers import MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
+
+from cerberus_ext.decode import decode
+from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate
+from cerberus_ext.tree import DraftTree
+
+NEW = 24
+HEADS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": OracleHeads, "last guess": LastGuessHeads}
+GATES = {"open": AlwaysOpen, "closed": AlwaysClosed, "random": RandomGate}
+TABLE = [[0.6, 0.3, 0.1, 0.05]] * 4
+TREES = {
+    "chain": DraftTree.chain(4),
+    "16": DraftTree.from_accuracies(TABLE, 16),
+    "64": DraftTree.from_accuracies(TABLE, 64),
+    "one guess": DraftTree.chain(1),
+    "65, wide": DraftTree.from_widths([64]),
+}
+
+
+def prompt(device: str = "cpu", length: int = 9) -> Tensor:
+    return torch.randint(VOCAB, (1, length), generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def generate(model: PreTrainedModel, ids: Tensor, **options) -> Tensor:
+    return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **options)
+
+
+@lru_cache(maxsize=None)
+def expected(name: str, device: str) -> Tensor:
+    return generate(tiny_model(name, device), prompt(device), max_new_tokens=NEW)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "gpt2"])
+def test_equals_generate(name: str, heads: str, tree: str, gate: str, device: str) -> None:
+    model, want = tiny_model(name, device), expected(name, device)
+    stand_in = HEADS[heads](want, 4, VOCAB)
+    out = decode(
+        model, stand_in, prompt(device), max_new_tokens=NEW, tree=TREES[tree], gate=GATES[gate](), streamer=stand_in
+    )
+    assert out.sequences.tolist() == want.tolist()
+    stats = out.stats
+    assert stats.new_tokens == NEW
+    assert stats.step_tokens == NEW - 1 and stats.steps == sum(stats.accepted_histogram)
+    if gate == "closed" or heads == "adversarial":
+        assert stats.tokens_per_step == 1
+    if gate == "closed":
+        assert stats.open_steps == 0
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mistral", "gemma2"])
+@pytest.mark.parametrize("heads", HEADS)
+def test_equals_generate_on_other_models(name: str, heads: str, device: str) -> None:
+    model, want = tiny_model(name, device), expected(name, device)
+    stand_in = HEADS[heads](want, 4, VOCAB)
+    out = decode(model, stand_in, prompt(device), max_new_tokens=NEW, tree=TREES["16"], streamer=stand_in)
+    assert out.sequences.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_oracle_is_accepted_to_full_depth(tree: str, llama: PreTrainedModel) -> None:
+    depth = TREES[tree].depth
+    new = 1 + 5 * (depth + 1)  # the prompt's token and 5 whole steps
+    want = generate(llama, prompt(), max_new_tokens=new)
+    oracle = OracleHeads(want, 4, VOCAB)
+    stats = decode(llama, oracle, prompt(), max_new_tokens=new, tree=TREES[tree], streamer=oracle).stats
+    assert stats.accepted_histogram == [0] * depth + [5]
+    assert stats.steps == stats.open_steps == 5 and stats.wasted_steps == 0
+    assert stats.tokens_per_step == depth + 1 and stats.gate_open_rate == 1
+
+
+def test_adversarial_heads_waste_every_step(llama: PreTrainedModel) -> None:
+    heads = AdversarialHeads(expected("llama", "cpu"), 4, VOCAB)
+    stats = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=TREES["16"], streamer=heads).stats
+    # The last step has one token to go and therefore no use for guesses.
+    assert (stats.steps, stats.open_steps, stats.wasted_step_rate) == (NEW - 1, NEW - 2, 1.0)
+    assert stats.accepted_histogram == [NEW - 1]
+    assert set(stats.seconds) == {"prefill", "draft", "verify", "commit"} and stats.tokens_per_second > 0
+
+
+@pytest.mark.parametrize("gate", [EntropyGate(3.0), ConfidenceGate({1: 1.0, 64: 1.3}, list(TREES.values())[:3])])
+def test_gates_that_look(gate, llama: PreTrainedModel) -> None:
+    want = expected("llama", "cpu")
+    heads = OracleHeads(want, 4, VOCAB)
+    out = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=TREES["16"], gate=gate, streamer=heads)
+    assert out.sequences.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("new", range(8))
+@pytest.mark.parametrize("heads", [OracleHeads, LastGuessHeads])
+def test_stops_at_max_new_tokens(new: int, heads, llama: PreTrainedModel) -> None:
+    want = expected("llama", "cpu")[:, : prompt().shape[1] + new]
+    stand_in = heads(expected("llama", "cpu"), 4, VOCAB)
+    out = decode(llama, stand_in, prompt(), max_new_tokens=new, tree=TREES["16"], streamer=stand_in)
+    assert out.sequences.tolist() == want.tolist() and out.stats.new_tokens == new
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+@pytest.mark.parametrize("place", range(7))
+def test_stops_at_eos(place: int, as_list: bool, llama: PreTrainedModel) -> None:
+    """Also where the end is in the middle of what a step gained."""
+    text = expected("llama", "cpu")
+    eos = int(text[0, prompt().shape[1] + place])
+    want = generate(llama, prompt(), max_new_tokens=NEW, eos_token_id=eos)
+    oracle = OracleHeads(text, 4, VOCAB)
+    given = [VOCAB + 5, eos] if as_list else eos
+    out = decode(llama, oracle, prompt(), max_new_tokens=NEW, tree=TREES["chain"], eos_token_id=given, streamer=oracle)
+    assert out.sequences.tolist() == want.tolist() and out.sequences[0, -1] == eos
+
+
+def test_takes_eos_from_the_model(llama: PreTrainedModel) -> None:
+    text = expected("llama", "cpu")
+    llama.generation_config.eos_token_id = [int(text[0, prompt().shape[1] + 3])]
+    try:
+        want = generate(llama, prompt(), max_new_tokens=NEW)
+        oracle = OracleHeads(text, 4, VOCAB)
+        out = decode(llama, oracle, prompt(), max_new_tokens=NEW, tree=TREES["chain"], streamer=oracle)
+    finally:
+        llama.generation_config.eos_token_id = None
+    assert out.sequences.tolist() == want.tolist() and out.stats.new_tokens <= 4
+
+
+@pytest.mark.parametrize("length", range(9, 16))
+def test_stopping_criteria_cut_exactly(length: int, llama: PreTrainedModel) -> None:
+    text = expected("llama", "cpu")
+    seen = []
+
+    def watch(ids: Tensor, scores: None) -> Tensor:
+        seen.append(ids.shape[1])
+        return torch.zeros(1, dtype=torch.bool)
+
+    criteria = StoppingCriteriaList([MaxLengthCriteria(length), watch])
+    oracle = OracleHeads(text, 4, VOCAB)
+    out = decode(
+        llama, oracle, prompt(), max_new_tokens=NEW, tree=TREES["chain"], stopping_criteria=criteria, streamer=oracle
+    )
+    length = max(length, 10)  # asked after every new token, so one is always there
+    assert out.sequences.tolist() == text[:, :length].tolist()
+    assert seen == list(range(10, length + 1))
+
+
+def test_streams_as_generate_does(llama: PreTrainedModel) -> None:
+    class Streamer:
+        def __init__(self) -> None:
+            self.calls: list[object] = []
+
+        def put(self, tokens: Tensor) -> None:
+            self.calls.append(tokens.tolist())
+
+        def end(self) -> None:
+            self.calls.append("end")
+
+    theirs, ours = Streamer(), Streamer()
+    generate(llama, prompt(), max_new_tokens=5, streamer=theirs)
+    decode(llama, RandomHeads(expected("llama", "cpu"), 4, VOCAB), prompt(), max_new_tokens=5, gate=AlwaysClosed(), streamer=ours)
+    assert ours.calls == theirs.calls
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.8}, {"temperature": 1.3, "top_k": 7}, {"temperature": 1.0, "top_p": 0.6}])
+def test_sampling_depends_on_the_seed_only(options: dict, device: str) -> None:
+    model, ids = tiny_model("llama", device), prompt(device)
+    plain = {
+        seed: decode(
+            model, RandomHeads(ids, 4, VOCAB), ids, max_new_tokens=NEW, gate=AlwaysClosed(), seed=seed, **options
+        ).sequences
+        for seed in (1, 2)
+    }
+    assert plain[1].tolist() != plain[2].tolist()
+    for heads in (OracleHeads, LastGuessHeads, RandomHeads):
+        stand_in = heads(plain[1], 4, VOCAB)
+        out = decode(
+            model, stand_in, ids, max_new_tokens=NEW, tree=TREES["16"], gate=RandomGate(), seed=1, streamer=stand_in, **options
+        )
+        assert out.sequences.tolist() == plain[1].tolist()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_bfloat16_bits_do_not_depend_on_drafts(name: str, device: str) -> None:
+    if device != "cpu":
+        pytest.skip("rows are independent of each other on CPUs only")
+    model, ids = tiny_model(name, device, torch.bfloat16), prompt(device)
+    plain = decode(model, RandomHeads(ids, 4, VOCAB), ids, max_new_tokens=64, gate=AlwaysClosed()).sequences
+    for heads in (OracleHeads, RandomHeads, LastGuessHeads):
+        for tree in ("16", "chain"):
+            stand_in = heads(plain, 4, VOCAB)
+            out = decode(
+                model, stand_in, ids, max_new_tokens=64, tree=TREES[tree], gate=RandomGate(), streamer=stand_in
+            )
+            assert out.sequences.tolist() == plain.tolist()
+
+
+def test_up_to_the_last_position(device: str) -> None:
+    """gpt2 has no position after the 96th: no draft may ask for one."""
+    model, ids = tiny_model("gpt2", device), prompt(device, 80)
+    want = generate(model, ids, max_new_tokens=17)  # the 17th is never put in
+    oracle = OracleHeads(want, 4, VOCAB)
+    out = decode(model, oracle, ids, max_new_tokens=17, tree=TREES["16"], streamer=oracle)
+    assert out.sequences.tolist() == want.tolist()
+    assert out.stats.accepted_histogram == [0, 0, 0, 0, 3] or out.stats.step_tokens == 16
+
+
+def test_beyond_the_last_position_without_drafts() -> None:
+    """Rotary models go on past max_position_embeddings, as with `generate`, but not with guesses."""
+    model, ids = tiny_model("llama"), prompt(length=250)
+    want = generate(model, ids, max_new_tokens=20)
+    oracle = OracleHeads(want, 4, VOCAB)
+    out = decode(model, oracle, ids, max_new_tokens=20, tree=TREES["chain"], streamer=oracle)
+    assert out.sequences.tolist() == want.tolist()
+    assert out.stats.open_steps == 2 and out.stats.accepted_histogram[0] == out.stats.steps - 2
+
+
+def test_leaves_the_model_as_it_was(llama: PreTrainedModel) -> None:
+    before = (llama.config.to_dict(), llama.config._attn_implementation, len(llama.lm_head._forward_pre_hooks))
+    weights = {name: parameter for name, parameter in llama.named_parameters()}
+    heads = RandomHeads(expected("llama", "cpu"), 4, VOCAB)
+    decode(llama, heads, prompt(), max_new_tokens=6, streamer=heads)
+    assert before == (llama.config.to_dict(), llama.config._attn_implementation, len(llama.lm_head._forward_pre_hooks))
+    assert all(parameter is weights[name] for name, parameter in llama.named_parameters())
+    assert not llama.training and generate(llama, prompt(), max_new_tokens=NEW).equal(expected("llama", "cpu"))
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["heads", "streamer", "criterion", "gate", "op"])
+def test_interrupted_it_leaves_the_model_as_it_was(where: str, error, llama: PreTrainedModel, monkeypatch) -> None:
+    heads = RandomHeads(expected("llama", "cpu"), 4, VOCAB)
+    calls = 0
+
+    def fail(*args: object, **kwargs: object) -> bool:
+        nonlocal calls
+        calls += 1
+        if calls < 3:
+            return torch.zeros(1, dtype=torch.bool) if where == "criterion" else True
+        raise error("in the middle")
+
+    options: dict = {}
+    if where == "heads":
+        heads.guess = lambda guesses: fail() and torch.zeros(4, guesses, dtype=torch.int64)
+    elif where == "criterion":
+        options["stopping_criteria"] = [fail]
+    elif where == "gate":
+        options["gate"] = RandomGate()
+        options["gate"].opens = fail
+    elif where == "op":
+        monkeypatch.setattr("cerberus_ext.cache.ops.write_cache", fail)
+    else:
+        real = heads.put
+        heads.put = lambda tokens: real(tokens) if fail() else None
+    before = (llama.config.to_dict(), llama.config._attn_implementation)
+    with pytest.raises(error, match="in the middle"):
+        decode(llama, heads, prompt(), max_new_tokens=NEW, streamer=heads, **options)
+    assert before == (llama.config.to_dict(), llama.config._attn_implementation)
+    assert not llama.lm_head._forward_pre_hooks
+    assert generate(llama, prompt(), max_new_tokens=4).equal(expected("llama", "cpu")[:, : prompt().shape[1] + 4])

@@ -1,0 +1,158 @@
+"""hidden_entropy, head_stack, draft_topk and linear against their references."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from op_cases import DTYPES, SIZES, assert_close, integers, normal
+
+from cerberus_ext import ops, reference
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", SIZES)
+@pytest.mark.parametrize("size", [1, 33, 129, 576])
+def test_hidden_entropy(rows, size, dtype, device):
+    hidden = normal(rows, size, scale=3.0, dtype=dtype, device=device)
+    entropy = ops.hidden_entropy(hidden)
+    assert entropy.shape == (rows,)
+    assert_close("hidden_entropy", entropy, reference.hidden_entropy(hidden), dtype)
+
+
+@dtypes
+def test_hidden_entropy_extremes(dtype, device):
+    """Known without computing: all equal gives log D, one far above the rest gives 0, wherever the values lie."""
+    rows = torch.zeros(4, 129)
+    rows[1] = 20000.0
+    rows[2, 7] = 30000.0
+    rows[3] = -30000.0
+    rows[3, 128] = -29000.0
+    entropy = ops.hidden_entropy(rows.to(device, dtype)).cpu()
+    log_size = math.log(129)
+    torch.testing.assert_close(entropy, torch.tensor([log_size, log_size, 0.0, 0.0]), rtol=1e-6, atol=1e-6)
+
+
+@dtypes
+@pytest.mark.parametrize("offset", [1000.0, -1000.0])
+def test_hidden_entropy_ignores_an_offset(offset, dtype, device):
+    hidden = (integers(-4, 5, 33, 129).float() * 8 + offset).to(device, dtype)  # exact in every dtype
+    assert_close("hidden_entropy", ops.hidden_entropy(hidden), reference.hidden_entropy(hidden), dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("chained", [True, False], ids=["chained", "unchained"])
+@pytest.mark.parametrize(
+    ("rows", "heads", "layers", "size"),
+    [
+        (0, 4, 2, 33),
+        (1, 1, 1, 1),
+        (1, 4, 2, 129),
+        (1, 4, 2, 576),
+        (33, 3, 1, 33),
+        (33, 4, 3, 33),
+        (129, 2, 2, 129),
+        (2, 33, 2, 1),
+    ],
+)
+def test_head_stack(rows, heads, layers, size, chained, dtype, device):
+    columns = 2 * size if chained else size
+    given = {"dtype": dtype, "device": device}
+    hidden = normal(rows, size, seed=1, **given)
+    anchor = normal(rows, size, seed=2, **given)
+    weight = normal(layers, heads, size, columns, seed=3, scale=columns**-0.5, **given)
+    bias = normal(layers, heads, size, seed=4, **given)
+    states = ops.head_stack(hidden, anchor, weight, bias)
+    assert_close("head_stack", states, reference.head_stack(hidden, anchor, weight, bias), dtype)
+
+
+def test_head_stack_by_hand(device):
+    """Two heads, two layers, size 1; weights chosen so that every term of the formula is seen.
+
+    silu(x) is x for 20 and more and 0 for -20 and less, to float32.
+    """
+    hidden, anchor = torch.tensor([[100.0]]), torch.tensor([[1000.0]])
+    # (layer, head): the multiples of x and of the neighbour
+    weight = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]], [[[0.0, 2.0]], [[1.0, 3.0]]]])
+    bias = torch.tensor([[[0.0], [-1100.0]], [[7.0], [0.5]]])
+    # layer 1: head 1: 100 + 1 * 100 = 200; head 2: 1000 - 1100 = -100 -> silu 0 -> stays 100
+    # layer 2: head 1: 200 + (2 * 1000 + 7) = 2207; head 2: 100 + (1 * 100 + 3 * 200 + 0.5) = 800.5
+    states = ops.head_stack(*(t.to(device) for t in (hidden, anchor, weight, bias)))
+    assert states.flatten().tolist() == [2207.0, 800.5]
+
+
+@dtypes
+def test_head_stack_untrained_is_hidden(dtype, device):
+    """Zero weights and biases: every head's state is the hidden state itself, bit for bit."""
+    hidden = normal(3, 33, dtype=dtype, device=device)
+    zeros = torch.zeros(2, 4, 33, 66, dtype=dtype, device=device)
+    states = ops.head_stack(hidden, hidden, zeros, zeros[..., 0].contiguous())
+    assert torch.equal(states, hidden[:, None].expand(3, 4, 33))
+
+
+TOPK_SIZES = [
+    # rows, heads, size, vocab, guesses
+    (0, 4, 33, 129, 3),
+    (1, 1, 1, 1, 1),
+    (1, 4, 129, 1025, 8),
+    (33, 1, 33, 33, 32),
+    (129, 1, 33, 129, 2),
+    (2, 3, 576, 257, 10),
+    (1, 2, 1, 32, 32),
+]
+
+
+@dtypes
+@pytest.mark.parametrize(("rows", "heads", "size", "vocab", "guesses"), TOPK_SIZES)
+def test_draft_topk(rows, heads, size, vocab, guesses, dtype, device):
+    states = normal(rows, heads, size, seed=1, dtype=dtype, device=device)
+    projection = normal(vocab, size, seed=2, dtype=dtype, scale=4 * size**-0.5, device=device)
+    ids, logprobs = ops.draft_topk(states, projection, guesses)
+    assert ids.dtype == torch.int64 and ids.shape == logprobs.shape == (rows, heads, guesses)
+    assert ids.numel() == 0 or (ids.sort(-1).values.diff(dim=-1) > 0).all(), "a token twice"
+    # Tokens whose logits differ by less than float32 rounding may change places: compare what each id is worth.
+    every = (states.double() @ projection.double().T).log_softmax(-1).float()
+    assert_close("draft_topk", every.gather(-1, ids), logprobs, dtype)
+    assert_close("draft_topk", logprobs, reference.draft_topk(states, projection, guesses)[1], dtype)
+
+
+@dtypes
+@pytest.mark.parametrize(("rows", "heads", "size", "vocab", "guesses"), TOPK_SIZES)
+def test_draft_topk_ids_are_exact(rows, heads, size, vocab, guesses, dtype, device):
+    """Small whole numbers: logits are exact in float32 and full of ties, so that every id is determined."""
+    states = integers(-2, 3, rows, heads, size, seed=3).to(device, dtype)
+    projection = integers(-2, 3, vocab, size, seed=4).to(device, dtype)
+    ids, logprobs = ops.draft_topk(states, projection, guesses)
+    expected_ids, expected_logprobs = reference.draft_topk(states, projection, guesses)
+    assert torch.equal(ids, expected_ids)
+    assert_close("draft_topk", logprobs, expected_logprobs, dtype)
+
+
+@dtypes
+def test_draft_topk_ties_go_to_the_lowest_id(dtype, device):
+    states = torch.zeros(2, 2, 33, dtype=dtype, device=device)
+    ids, logprobs = ops.draft_topk(states, normal(1000, 33, dtype=dtype, device=device), 32)
+    assert torch.equal(ids.cpu(), torch.arange(32).expand(2, 2, 32))
+    torch.testing.assert_close(logprobs.cpu(), torch.full((2, 2, 32), -math.log(1000)), rtol=1e-6, atol=0)
+
+
+@dtypes
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("rows", SIZES)
+@pytest.mark.parametrize(("size", "outputs"), [(0, 5), (33, 0), (1, 1), (33, 129), (129, 33), (576, 65)])
+def test_linear(rows, size, outputs, with_bias, dtype):
+    input = normal(rows, size, seed=1, dtype=dtype)
+    weight = normal(outputs, size, seed=2, scale=max(size, 1) ** -0.5, dtype=dtype)
+    bias = normal(outputs, seed=3, dtype=dtype) if with_bias else None
+    assert_close("linear", ops.linear(input, weight, bias), reference.linear(input, weight, bias), dtype)
+
+
+@dtypes
+def test_linear_adds_the_bias_before_rounding(dtype):
+    """1 + 2^-9 - 1: rounding the product first would lose the 2^-9 in bfloat16."""
+    input = torch.tensor([[1.0, 2**-9]], dtype=dtype)
+    got = ops.linear(input, torch.ones(3, 2, dtype=dtype), torch.full((3,), -1.0, dtype=dtype))
+    assert got.tolist() == [[2**-9] * 3]

@@ -1,0 +1,54 @@
+"""torch.library.opcheck: schema, fake implementation and tracing of every op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import CUDA_OPS, DTYPES, EXAMPLES, example
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cerberus_ext import ops
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def every_op(device: str) -> tuple[str, ...]:
+    return tuple(EXAMPLES) if device == "cpu" else CUDA_OPS
+
+
+@dtypes
+@pytest.mark.parametrize("op", EXAMPLES)
+def test_opcheck(op, dtype, device):
+    if op not in every_op(device):
+        assert op == "linear"  # the one op that only the CPU has
+        return
+    results = torch.library.opcheck(getattr(torch.ops.cerberus_ext, op), tuple(example(op, dtype, device).values()))
+    assert len(results) == 4 and set(results.values()) == {"SUCCESS"}
+
+
+@dtypes
+@pytest.mark.parametrize("op", EXAMPLES)
+def test_fake_gives_shape_dtype_and_device(op, dtype, device):
+    if op not in every_op(device):
+        assert op == "linear"
+        return
+    arguments = example(op, dtype, device)
+    real = getattr(ops, op)(**arguments)
+    with FakeTensorMode() as mode:
+        fakes = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        fake = getattr(ops, op)(**fakes)
+    if real is None:
+        assert fake is None
+        return
+    for r, f in zip(*((x if isinstance(x, tuple) else (x,)) for x in (real, fake)), strict=True):
+        assert (r.shape, r.dtype, r.device, r.stride()) == (f.shape, f.dtype, f.device, f.stride())
+
+
+@pytest.mark.parametrize("op", EXAMPLES)
+def test_schema_is_the_wrapper(op):
+    """One name everywhere, same argument order; only the two cache ops say that they change something."""
+    schema = getattr(torch.ops.cerberus_ext, op).default._schema
+    code = getattr(ops, op).__code__
+    assert [argument.name for argument in schema.arguments] == list(code.co_varnames[: code.co_argcount])
+    written = [argument.name for argument in schema.arguments if argument.alias_info is not None]
+    assert written == {"write_cache": ["keys", "values"], "commit_cache": ["cache", "length"]}.get(op, [])
