@@ -58,8 +58,9 @@ def tree_attention_forward(
     tree_step: TreeStep | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls. query (B, Hq, N, E); key, value (B, Hkv, S, E): a whole cache layer.
+    """The attention function that transformers calls.
 
+    query (B, Hq, N, E); key, value (B, Hkv, S, E): a whole layer of the cache.
     Returns (B, N, Hq, E) and no attention weights.
     """
     if tree_step is None:
@@ -74,9 +75,7 @@ def tree_attention_forward(
         scaling = query.shape[-1] ** -0.5
     # The models' query is a view of a (B, N, Hq, E) tensor: this rarely copies.
     q = query.transpose(1, 2).contiguous()
-    return ops.tree_attention(
-        q, key, value, tree_step.length, tree_step.ancestors, scaling, sliding_window or 0
-    ), None
+    return ops.tree_attention(q, key, value, tree_step.length, tree_step.ancestors, scaling, sliding_window or 0), None
 
 
 # Only the attention function: without a mask function of that name, transformers makes no mask.
@@ -143,7 +142,7 @@ def find_attention(model: PreTrainedModel, windows: tuple[int, ...]) -> TreeAtte
 
 
 def layer_windows(config: PreTrainedConfig) -> tuple[int, ...]:
-    """Sliding window of every layer, 0 for full attention. Raises ValueError where a layer has another kind of cache."""
+    """Sliding window of every layer, 0 for full attention. Raises ValueError where a layer keeps something else."""
     windows = []
     for index, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -154,7 +153,9 @@ def layer_windows(config: PreTrainedConfig) -> tuple[int, ...]:
         windows.append(getattr(layer, "sliding_window", 0))
     types = getattr(config.get_text_config(), "layer_types", None) or ()
     if "chunked_attention" in types or getattr(config.get_text_config(), "attention_chunk_size", None) is not None:
-        raise ValueError(f"decode: model must have full or sliding attention, {config.model_type} has chunked attention")
+        raise ValueError(
+            f"decode: model must have full or sliding attention, {config.model_type} has chunked attention"
+        )
     return tuple(windows)
 
 

@@ -21,8 +21,8 @@ _CAPACITY_STEP = 64
 class BaseModel:
     """Use as a context manager; inside, first `prefill` once, then `step` as often as needed.
 
-    Nothing of the model is changed but, while inside, the name of its attention implementation and a hook on the input of
-    its LM head, from where the hidden states are read.
+    Nothing of the model is changed but, while inside, the name of its attention implementation and a hook on the input
+    of its LM head, from where the hidden states are read.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int, batch: int) -> None:
@@ -61,7 +61,7 @@ class BaseModel:
         return hidden[:, -1], logits[:, -1]
 
     def step(self, tokens: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor]:
-        """tokens (B, N) of the tree's nodes -> hidden (B, N, D), logits (B, N, V). `cache.commit` decides what stays."""
+        """tokens (B, N) of the tree's nodes -> hidden (B, N, D), logits (B, N, V). Nothing is committed."""
         tensors = tree.on(tokens.device)
         positions = self.cache.length[:, None] + tensors.depths  # (B, N)
         try:
@@ -91,9 +91,7 @@ class BaseModel:
     def _attend(self, tokens: Tensor, positions: Tensor, tree: TreeTensors) -> tuple[Tensor, Tensor]:
         return self._run(self._step_forward, tokens, positions, self._attention.arguments(tree, self.cache))
 
-    def _run(
-        self, forward: Any, tokens: Tensor, positions: Tensor, arguments: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+    def _run(self, forward: Any, tokens: Tensor, positions: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
         output = forward(
             input_ids=tokens,
             position_ids=positions,

@@ -18,8 +18,8 @@ from . import ops
 class TreeCache(Cache):
     """A transformers cache for `decode`.
 
-    tensor    (2 * layers, B, Hkv, S, E): keys of layer l at 2 l, values at 2 l + 1; made when layer 0 is first used, since
-              only then its sizes are known for certain; None before
+    tensor    (2 * layers, B, Hkv, S, E): keys of layer l at 2 l, values at 2 l + 1; None until layer 0 is
+              first used, since only then its sizes are known for certain
     length    (B,) int64 on the model's device: committed tokens
     committed the same number on the host, where the rows agree (B = 1)
     whole     what a layer hands to attention: the whole (B, Hkv, S, E) buffers (True: for `ops.tree_attention`) or a
@@ -38,9 +38,7 @@ class TreeCache(Cache):
         """shape (B, Hkv, N, E) of the first keys that a model hands over -> the cache's tensor."""
         batch, heads, _, size = shape
         planes = 2 * len(self.layers)
-        self.tensor = torch.zeros(
-            (planes, batch, heads, self.capacity, size), dtype=like.dtype, device=like.device
-        )
+        self.tensor = torch.zeros((planes, batch, heads, self.capacity, size), dtype=like.dtype, device=like.device)
         return self.tensor
 
     def extend(self, tokens: int) -> None:
@@ -80,7 +78,9 @@ class TreeCacheLayer(CacheLayerMixin):
         self.keys, self.values = tensor[2 * self.index], tensor[2 * self.index + 1]
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """New keys and values (B, Hkv, N, E) -> those that attention is to read, see `TreeCache.whole`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -17,7 +17,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_model(model: Any) -> None:
-    """A decoder-only transformers model with an LM head, in evaluation mode, on one CPU or GPU, of a dtype of the ops."""
+    """A decoder-only model with an LM head, in evaluation mode, on one CPU or GPU, of a dtype of the ops."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"decode: model must be a transformers PreTrainedModel, got {type(model).__name__}")
     name = type(model).__name__
@@ -52,7 +52,9 @@ def check_ids(ids: Any, model: PreTrainedModel) -> None:
         raise TypeError(f"decode: ids must be int64, got {ids.dtype}")
     if ids.device != model.device:
         raise ValueError(f"decode: ids must be on the model's device, {model.device}, got {ids.device}")
-    least, most, vocab = int(ids.min()), int(ids.max()), model.get_input_embeddings().weight.shape[0]
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)
+    least, most, vocab = int(ids.min()), int(ids.max()), embeddings.shape[0]
     if least < 0 or most >= vocab:
         raise ValueError(f"decode: ids must be in 0..{vocab - 1}, got {least if least < 0 else most}")
 

@@ -6,18 +6,21 @@ Letters: B rows (1 so far), N nodes of the step's tree, K heads, P guesses per h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from . import checks, ops
-from .base_model import BaseModel
+from . import ops
 from .gate import AlwaysOpen, Gate
 from .stats import DecodeOutput, DecodeStats
 from .text import GeneratedText
 from .tree import DraftTree, default_tree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .base_model import BaseModel
 
 
 class Drafter(Protocol):
@@ -95,6 +98,10 @@ def decode(
     Returns sequences (1, S + new) and stats. Raises TypeError or ValueError, naming the argument, where one is wrong.
     Source: arXiv 2410.13344.
     """
+    # Here, and not above: they import transformers, which takes seconds and is not needed to look at a tree.
+    from . import checks
+    from .base_model import BaseModel
+
     checks.check_model(model)
     checks.check_heads(heads)
     checks.check_ids(ids, model)
@@ -169,7 +176,7 @@ def _step(
         target = sampling.choose(logits, base.cache.length[:, None] + tensors.depths + 1)  # (B, N)
         path, accepted = ops.verify_tree(draft, target, tensors.parents, tensors.ancestors, tree.depth)
         base.cache.commit(path, accepted)
-        # path (B, depth + 1): node 0, the accepted nodes, then -1. What the base model chose after each of them is the text.
+        # path (B, depth + 1): node 0, the accepted nodes, then -1. The text is what was chosen after each of them.
         gained = target.gather(1, path.long().clamp(min=0)).masked_fill(path < 0, -1)
         last = path.gather(1, accepted.long()[:, None]).long()  # (B, 1)
         tokens = [token for token in gained[0].tolist() if token >= 0]  # the one place where the host waits

@@ -27,7 +27,7 @@ class Gate:
         return True
 
     def choose(self, tree: DraftTree, logprobs: Tensor) -> DraftTree | None:
-        """tree: decode's own; logprobs (B, K, P) float32: of the heads' guesses, best first -> the tree to use, or None.
+        """tree: decode's own; logprobs (B, K, P) float32: of the heads' guesses -> the tree to use, or None.
 
         Reading a tensor's values here makes the host wait for the device.
         """
@@ -76,6 +76,8 @@ class ConfidenceGate(Gate):
         for size, cost in costs.items():
             if not cost > 0:
                 raise ValueError(f"ConfidenceGate: costs[{size}] must be > 0, got {cost}")
+        if not margin >= 0:
+            raise ValueError(f"ConfidenceGate: margin must be >= 0, got {margin}")
         if trees is not None and not trees:
             raise ValueError("ConfidenceGate: trees must be None or have at least one tree, got none")
         for tree in trees or ():
@@ -85,7 +87,10 @@ class ConfidenceGate(Gate):
         self._trees = None if trees is None else tuple(trees)
 
     def trees(self, tree: DraftTree) -> Sequence[DraftTree]:
-        return (tree,) if self._trees is None else self._trees
+        if self._trees is not None:
+            return self._trees
+        _check_cost(tree, self.costs)
+        return (tree,)
 
     def cost(self, size: int) -> float:
         """Time of a step with `size` nodes."""
@@ -95,7 +100,6 @@ class ConfidenceGate(Gate):
         probabilities = logprobs[0].exp().tolist()
         best, best_gain = None, (1 + self.margin) / self.cost(1)
         for candidate in self.trees(tree):
-            _check_cost(candidate, self.costs)
             gain = (1 + expected_accepted(candidate, probabilities)) / self.cost(candidate.size)
             if gain > best_gain:
                 best, best_gain = candidate, gain

@@ -234,7 +234,7 @@ class Drafter:
 
     def states(self, hidden: Tensor, root: Tensor) -> Tensor:
         """hidden (B, D): what produced root (B,) int64 -> the heads' final states (B, K, D)."""
-        hidden = hidden.to(self.dtype)
+        hidden = hidden.to(self.dtype).contiguous()
         anchor = hidden
         if self.anchor_scale is not None:
             anchor = self.embeddings[root].to(self.dtype) * self.anchor_scale

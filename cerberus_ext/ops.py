@@ -20,6 +20,15 @@ from torch import Tensor
 _ops = torch.ops.cerberus_ext
 
 
+def _check_devices(op: str, **tensors: Tensor | None) -> None:
+    """For the fake implementations: a call with a "meta" tensor among real ones never reaches prepare.cpp."""
+    present = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    first = next(iter(present))
+    for name, device in present.items():
+        if device != present[first]:
+            raise RuntimeError(f"{op}: {name} must be on {present[first]} like {first}, got {device}")
+
+
 def hidden_entropy(hidden: Tensor) -> Tensor:
     """Entropy of softmax(hidden) over the last axis, in nats: logsumexp(x) - sum p x.
 
@@ -57,6 +66,7 @@ def head_stack(hidden: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor) -> 
 
 @torch.library.register_fake("cerberus_ext::head_stack")
 def _(hidden: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    _check_devices("head_stack", hidden=hidden, anchor=anchor, weight=weight, bias=bias)
     return hidden.new_empty(hidden.shape[0], weight.shape[1], hidden.shape[1])
 
 
@@ -76,13 +86,12 @@ def draft_topk(states: Tensor, projection: Tensor, guesses: int) -> tuple[Tensor
 
 @torch.library.register_fake("cerberus_ext::draft_topk")
 def _(states: Tensor, projection: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
+    _check_devices("draft_topk", states=states, projection=projection)
     shape = (states.shape[0], states.shape[1], guesses)
     return states.new_empty(shape, dtype=torch.int64), states.new_empty(shape, dtype=torch.float32)
 
 
-def choose_tokens(
-    logits: Tensor, positions: Tensor, seed: int, temperature: float, top_k: int, top_p: float
-) -> Tensor:
+def choose_tokens(logits: Tensor, positions: Tensor, seed: int, temperature: float, top_k: int, top_p: float) -> Tensor:
     """The token that follows each row of logits: the best one, or one drawn with reproducible noise.
 
     logits: (M, V) float32 | bfloat16 | float16, contiguous, V >= 1. A NaN is never chosen, unless there is
@@ -102,6 +111,7 @@ def choose_tokens(
 
 @torch.library.register_fake("cerberus_ext::choose_tokens")
 def _(logits: Tensor, positions: Tensor, seed: int, temperature: float, top_k: int, top_p: float) -> Tensor:
+    _check_devices("choose_tokens", logits=logits, positions=positions)
     return logits.new_empty(logits.shape[:1], dtype=torch.int64)
 
 
@@ -127,9 +137,8 @@ def tree_attention(
 
 
 @torch.library.register_fake("cerberus_ext::tree_attention")
-def _(
-    q: Tensor, keys: Tensor, values: Tensor, length: Tensor, ancestors: Tensor, scale: float, window: int
-) -> Tensor:
+def _(q: Tensor, keys: Tensor, values: Tensor, length: Tensor, ancestors: Tensor, scale: float, window: int) -> Tensor:
+    _check_devices("tree_attention", q=q, keys=keys, values=values, length=length, ancestors=ancestors)
     return torch.empty_like(q)
 
 
@@ -147,12 +156,10 @@ def write_cache(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tens
 
 @torch.library.register_fake("cerberus_ext::write_cache")
 def _(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, length: Tensor) -> None:
-    return None
+    _check_devices("write_cache", keys=keys, values=values, new_keys=new_keys, new_values=new_values, length=length)
 
 
-def verify_tree(
-    draft: Tensor, target: Tensor, parents: Tensor, ancestors: Tensor, depth: int
-) -> tuple[Tensor, Tensor]:
+def verify_tree(draft: Tensor, target: Tensor, parents: Tensor, ancestors: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     """The longest path of guesses that the base model agrees with.
 
     Tree 0 -> 1 -> 3, 0 -> 2, draft [5, 7, 8, 9], target [7, 9, 1, 4]: node 1 is accepted (7 is what the base
@@ -173,6 +180,7 @@ def verify_tree(
 
 @torch.library.register_fake("cerberus_ext::verify_tree")
 def _(draft: Tensor, target: Tensor, parents: Tensor, ancestors: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    _check_devices("verify_tree", draft=draft, target=target, parents=parents, ancestors=ancestors)
     rows = draft.shape[0]
     return draft.new_empty(rows, depth + 1, dtype=torch.int32), draft.new_empty(rows, dtype=torch.int32)
 
@@ -192,7 +200,7 @@ def commit_cache(cache: Tensor, length: Tensor, path: Tensor, accepted: Tensor) 
 
 @torch.library.register_fake("cerberus_ext::commit_cache")
 def _(cache: Tensor, length: Tensor, path: Tensor, accepted: Tensor) -> None:
-    return None
+    _check_devices("commit_cache", cache=cache, length=length, path=path, accepted=accepted)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -212,4 +220,5 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.register_fake("cerberus_ext::linear")
 def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check_devices("linear", input=input, weight=weight, bias=bias)
     return input.new_empty(input.shape[0], weight.shape[0])

@@ -106,9 +106,7 @@ def gumbel_noise(positions: Tensor, seed: int, vocab: int) -> Tensor:
     return -(-((words.double() + 0.5) * 2.0**-32).log()).log()
 
 
-def choose_tokens(
-    logits: Tensor, positions: Tensor, seed: int, temperature: float, top_k: int, top_p: float
-) -> Tensor:
+def choose_tokens(logits: Tensor, positions: Tensor, seed: int, temperature: float, top_k: int, top_p: float) -> Tensor:
     """logits (M, V), positions (M,) -> tokens (M,) int64.
 
     temperature 0: the largest logit. Otherwise the largest logit / temperature + noise among the tokens kept:
@@ -212,9 +210,7 @@ def write_cache(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tens
                 values[b, :, start + i] = new_values[b, i]
 
 
-def verify_tree(
-    draft: Tensor, target: Tensor, parents: Tensor, ancestors: Tensor, depth: int
-) -> tuple[Tensor, Tensor]:
+def verify_tree(draft: Tensor, target: Tensor, parents: Tensor, ancestors: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     """draft, target (B, N), parents (N,), ancestors (N, W) -> path (B, depth + 1) int32, accepted (B,) int32.
 
     Tree 0 -> 1 -> 3, 0 -> 2, draft [5, 7, 8, 9], target [7, 9, 1, 4]: node 1 is accepted (7 is what the base

@@ -3,7 +3,8 @@
 BLAS libraries choose another order of summation for another number of rows. On most CPUs that makes the logits of a
 token differ in their last bits between an autoregressive step and a step with a tree, and a near tie can then go the
 other way. `ops.linear` sums in one order whatever the number of rows. It is used where this machine's own linears are
-found to depend on it; a CPU with AMX multiplies bfloat16 rows independently and keeps its own, faster ones.
+found to depend on it, and for 16-bit types that the CPU does not multiply natively, where torch's are far
+slower; a CPU with AMX multiplies bfloat16 rows independently and keeps its own, faster ones.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ _PROBED_ROWS = (1, 2, 3, 4, 5, 8, 16, 17, 31, 32)
 
 
 def step_forward(model: nn.Module) -> Callable[..., Any]:
-    """What to call in place of `model` for decoding steps: the model itself, or the model with `ops.linear` in its linears.
+    """What to call in place of `model` for decoding steps: the model itself, or it with `ops.linear` for its linears.
 
-    The weights are swapped by `torch.func.functional_call` for the time of each call, for tensors that share their memory.
+    `torch.func.functional_call` swaps the weights for the time of each call, for tensors that share their memory.
     """
     linears = {name: module for name, module in model.named_modules() if _is_plain_linear(module)}
-    if not linears or linears_row_invariant(module.weight for module in linears.values()):
+    own = [module.weight for module in linears.values()]
+    if not linears or all(map(_is_native, own)) and linears_row_invariant(own):
         return model
-    weights = {f"{name}.weight": InvariantWeight.of(module.weight) for name, module in linears.items()}
+    weights: dict[str, Tensor] = {
+        f"{name}.weight": InvariantWeight.of(linear.weight) for name, linear in linears.items()
+    }
 
     def forward(**arguments: Any) -> Any:
         return torch.func.functional_call(model, weights, (), arguments, tie_weights=False)
@@ -52,7 +56,11 @@ class InvariantWeight(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is F.linear and not kwargs and type(args[0]) is Tensor:
             input, weight, *bias = args
@@ -83,6 +91,13 @@ def _probe(weight: Tensor) -> bool:
             full = F.linear(x, weight)
             _probed[kind] = all(torch.equal(F.linear(x[:rows], weight), full[:rows]) for rows in _PROBED_ROWS)
     return _probed[kind]
+
+
+def _is_native(weight: Tensor) -> bool:
+    """Whether this CPU has instructions that multiply the weight's dtype."""
+    if weight.dtype == torch.bfloat16:
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return weight.dtype == torch.float32 or torch.cpu._is_amx_fp16_supported()
 
 
 def _kind(weight: Tensor) -> tuple[Any, ...]:

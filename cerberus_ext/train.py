@@ -33,9 +33,11 @@ def train(model: nn.Module, options: TrainOptions) -> dict[str, Any]:
 
     The model is only read; training runs in float32 on its device. Returns the record, as written to
     training.json.
-    Raises ValueError on options, data, a cache or a checkpoint that do not fit, FloatingPointError when the
-    loss is no number.
+    Raises ValueError on a model in training mode and on options, data, a cache or a checkpoint that do not
+    fit, FloatingPointError when the loss is no number.
     """
+    if model.training:
+        raise ValueError("train: model must be in evaluation mode, got one in training mode")
     vocab_size = output_matrix(model).shape[0]
     if options.draft_vocab > vocab_size:
         raise ValueError(
@@ -93,4 +95,4 @@ def machine(device: torch.device) -> str:
             if line.startswith("model name")
         ]
         name = named[0] if named else name
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{name}, threads: {torch.get_num_threads()}"

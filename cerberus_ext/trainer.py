@@ -28,15 +28,21 @@ PATHS = ("data", "output", "cache")  # options that say where, not what
 
 @dataclass
 class TrainOptions:
-    """What `train` is asked to do; each field is an option of `cerberus train`.
+    """What `train` is asked to do.
 
-    data: JSONL of {"p": prompt ids, "r": answer ids, "t": temperature (optional)}. output: folder for the
-    heads.
-    cache: folder for the hidden states; None: "hidden" inside output. base_model: a name, for the record.
-    heads, layers, anchor, chained: see CerberusConfig. draft_vocab: rows of the LM head to project to; 0:
-    all.
-    batch: positions a step. warmup: steps. head_decay: head k counts head_decay ** (k - 1) in the loss.
-    clip: largest norm of the gradient. held_out: share of the lines, the last ones, that only measure.
+    data         JSONL of {"p": prompt ids, "r": answer ids, "t": temperature (optional)}
+    output       folder for the heads
+    cache        folder for the hidden states; None: "hidden" inside output
+    base_model   the model's name, for the record
+    heads, layers, anchor, chained    see CerberusConfig
+    draft_vocab  rows of the LM head to project to, those of the most frequent tokens; 0: all
+    batch        positions a step, a multiple of SEGMENT
+    lr, warmup   highest learning rate, and steps until it is reached; then a cosine
+    head_decay   head k counts head_decay ** (k - 1) in the loss
+    clip         largest norm of the gradient
+    held_out     share of the lines, the last ones, that only measure
+    eval_every   steps between measurements, each with a checkpoint
+    seed         of the order of the data
     """
 
     data: Path
@@ -59,14 +65,9 @@ class TrainOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in {
-            "heads": 1,
-            "layers": 1,
-            "steps": 1,
-            "eval_every": 1,
-            "draft_vocab": 0,
-            "warmup": 0,
-        }.items():
+        positive, natural = ("heads", "layers", "steps", "eval_every"), ("draft_vocab", "warmup")
+        for name in positive + natural:
+            least = 1 if name in positive else 0
             if getattr(self, name) < least:
                 raise ValueError(f"train: {name} must be >= {least}, got {getattr(self, name)}")
         if self.batch < SEGMENT or self.batch % SEGMENT:

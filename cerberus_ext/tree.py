@@ -153,7 +153,7 @@ class DraftTree:
 
     @staticmethod
     def from_widths(widths: Sequence[int]) -> DraftTree:
-        """Every node at depth d - 1 is followed by the widths[d - 1] best guesses of head d: [3, 2] has 1 + 3 + 6 nodes."""
+        """Every node at depth d - 1 is followed by head d's widths[d - 1] best guesses: [3, 2] has 1 + 3 + 6 nodes."""
         paths: list[Path] = []
         level: list[Path] = [()]
         for index, width in enumerate(widths):
@@ -212,13 +212,14 @@ _MOST_DEFAULT_HEADS = 5
 _DEFAULT_GUESSES = 8
 
 
-def default_tree(heads: Any, device: torch.device) -> DraftTree:
-    """The tree for heads on a device, `DEFAULT_SIZE` nodes: what was measured with the heads, else a general one.
+def default_tree(heads: Any, device: torch.device, size: int | None = None) -> DraftTree:
+    """The tree for heads on a device: what was measured with the heads, else a general one.
 
+    size: nodes, the root included; None: `DEFAULT_SIZE`. There are fewer where the heads do not guess that much.
     heads: `heads.config.paths` (best paths first) is preferred to `heads.config.accuracy` (K, P). Without either, head
     k + 1's guess r is taken to be right with probability 0.6 * 0.8^k * 0.4^r, roughly what lightly trained heads reach.
     """
-    size = DEFAULT_SIZE.get(device.type, DEFAULT_SIZE["cuda"])
+    size = DEFAULT_SIZE.get(device.type, DEFAULT_SIZE["cuda"]) if size is None else size
     config = heads.config
     if paths := getattr(config, "paths", None):
         return DraftTree.from_paths(paths[: size - 1])

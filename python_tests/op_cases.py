@@ -12,8 +12,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 33, 129)
 
 # (rtol, atol) between an op and its float64 reference. A float32 sum of a few hundred terms of size 1 is off by some
-# 1e-6. A result that is rounded to 8 or 11 bits may fall to the other neighbour: one unit in the last place, which is at
-# most 2^-7 or 2^-10 of the value. `head_stack` rounds after every layer, and a layer passes on what the one below
+# 1e-6. A result that is rounded to 8 or 11 bits may fall to the other neighbour: one unit in the last place, which is
+# at most 2^-7 or 2^-10 of the value. `head_stack` rounds after every layer, and a layer passes on what the one below
 # did differently.
 _FLOAT32 = (2e-5, 2e-5)
 TOLERANCE: dict[str, dict[torch.dtype, tuple[float, float]]] = {
@@ -56,7 +56,7 @@ def integers(low: int, high: int, *shape: int, seed: int = 0, device: str = "cpu
 
 
 def tree(parents: list[int], device: str = "cpu") -> tuple[Tensor, Tensor, int]:
-    """parents -> parents (N,), ancestors (N, W), depth: what the ops take. Written apart from DraftTree, to check it."""
+    """parents -> parents (N,), ancestors (N, W), depth: what the ops take. Shares no code with DraftTree."""
     words = -(-len(parents) // 64)
     masks = [0] * len(parents)
     for i, parent in enumerate(parents):

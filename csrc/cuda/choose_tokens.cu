@@ -22,7 +22,7 @@ constexpr int kDigits = 1 << kDigitBits;
 
 // Greater for the greater logit; 0 for what is not a number, which ranks below everything else.
 __device__ inline uint32_t order_image(float x) {
-  if (isnan(x)) return 0;
+  if (is_nan(x)) return 0;
   const uint32_t bits = float_bits(x == 0.0f ? 0.0f : x);  // -0 and 0 are equal
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
@@ -66,51 +66,62 @@ struct Row {
   }
 };
 
-// The token of the best value; equal ones go to the lower id. No offer: token 0.
-struct BestToken {
-  uint64_t best = UINT32_MAX;
-
-  __device__ void offer(float value, int64_t id) {
-    const uint64_t offered =
-        static_cast<uint64_t>(order_image(value)) << 32 | (UINT32_MAX - static_cast<uint32_t>(id));
-    best = Max{}(best, offered);
-  }
-  // For the whole block.
-  __device__ int64_t token() const {
-    return UINT32_MAX - static_cast<uint32_t>(block_reduce<kThreads>(best, Max{}));
+// A token and its value. Better is the greater value, then the lower id.
+template <typename Value>
+struct Choice {
+  Value value;
+  int32_t id;
+};
+struct Better {
+  template <typename Value>
+  __device__ Choice<Value> operator()(Choice<Value> a, Choice<Value> b) const {
+    return b.value > a.value || (b.value == a.value && b.id < a.id) ? b : a;
   }
 };
+template <typename Value>
+__device__ inline Choice<Value> no_choice() {
+  return {-INFINITY, INT32_MAX};
+}
+// The block's choice; token 0 where there was nothing to choose from.
+template <typename Value>
+__device__ inline void write_choice(Choice<Value> choice, int64_t* token) {
+  choice = block_reduce<kThreads>(choice, Better{});
+  if (threadIdx.x == 0) *token = choice.id == INT32_MAX ? 0 : choice.id;
+}
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads) greedy_kernel(const ChooseTokensArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) greedy_kernel(const ChooseTokensArgs a) {
   const T* logits = static_cast<const T*>(a.logits) + blockIdx.x * a.vocab;
-  BestToken best;
-  for_each_in_row<kThreads, kVector>(logits, a.vocab, [&](int64_t id, float x) { best.offer(x, id); });
-  const int64_t token = best.token();
-  if (threadIdx.x == 0) a.tokens[blockIdx.x] = token;
+  Choice<float> best = no_choice<float>();
+  for_each_in_row<kThreads, kVector>(
+      logits, a.vocab, [&](int64_t id, float x) { best = Better{}(best, {x, static_cast<int32_t>(id)}); });
+  write_choice(best, a.tokens + blockIdx.x);
 }
+
+// Shared memory of one radix selection.
+struct Selection {
+  unsigned long long histogram[kDigits];
+  uint64_t above;
+  int digit;
+};
 
 // The lowest rank >= floor such that the ranks above it hold less than `limit` of `amount`: the last rank to
 // be kept. `floor` where all from there on hold less than `limit` together.
 template <typename T, int kVector, typename Amount>
 __device__ uint64_t lowest_kept_rank(const Row<T, kVector>& row, uint64_t floor, uint64_t limit,
-                                     Amount amount) {
-  __shared__ unsigned long long histogram[kDigits];
-  __shared__ int chosen_digit;
-  __shared__ uint64_t chosen_above;
-
+                                     Selection& chosen, Amount amount) {
   uint64_t prefix = 0;  // of the rank looked for: its digits so far
   uint64_t above = 0;   // the amount that ranks with a greater prefix hold
   for (int low = 32 - kUnusedBits<T> + row.layout.id_bits; low > 0;) {
     const int width = low < kDigitBits ? low : kDigitBits;
     low -= width;
-    for (int digit = threadIdx.x; digit < kDigits; digit += kThreads) histogram[digit] = 0;
-    if (threadIdx.x == 0) chosen_digit = -1;
+    for (int digit = threadIdx.x; digit < kDigits; digit += kThreads) chosen.histogram[digit] = 0;
+    if (threadIdx.x == 0) chosen.digit = -1;
     __syncthreads();
     row.for_each([&](int64_t id, float logit) {
       const uint64_t rank = row.rank(id, logit);
       if (rank < floor || rank >> (low + width) != prefix) return;
-      atomicAdd(&histogram[rank >> low & (kDigits - 1) & ((1 << width) - 1)], amount(logit));
+      atomicAdd(&chosen.histogram[rank >> low & ((1 << width) - 1)], amount(logit));
     });
     __syncthreads();
 
@@ -120,27 +131,29 @@ __device__ uint64_t lowest_kept_rank(const Row<T, kVector>& row, uint64_t floor,
     const int greatest = kDigits - 1 - static_cast<int>(threadIdx.x) * kOwn;
     uint64_t own = 0;
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) own += histogram[greatest - i];
+    for (int i = 0; i < kOwn; ++i) own += chosen.histogram[greatest - i];
     uint64_t before = above + block_sum_before<kThreads>(own);
     if (before < limit && before + own >= limit) {
       int digit = greatest;
-      while (before + histogram[digit] < limit) before += histogram[digit--];
-      chosen_digit = digit;
-      chosen_above = before;
+      while (before + chosen.histogram[digit] < limit) before += chosen.histogram[digit--];
+      chosen.digit = digit;
+      chosen.above = before;
     }
     __syncthreads();
-    if (chosen_digit < 0) return floor;
-    prefix = prefix << width | static_cast<uint64_t>(chosen_digit);
-    above = chosen_above;
+    if (chosen.digit < 0) return floor;
+    prefix = prefix << width | static_cast<uint64_t>(chosen.digit);
+    above = chosen.above;
     __syncthreads();  // all have read them before they are set again
   }
   return prefix;
 }
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads) sample_kernel(const ChooseTokensArgs a, const RankLayout layout) {
+__global__ void __launch_bounds__(kThreads, 1)
+    sample_kernel(const ChooseTokensArgs a, const RankLayout layout) {
   Row<T, kVector> row = {static_cast<const T*>(a.logits) + blockIdx.x * a.vocab, a.vocab, layout,
                          a.temperature, -INFINITY};
+  __shared__ Selection selection;
   float max = -INFINITY;
   row.for_each(
       [&](int64_t, float logit) { max = fmaxf(max, logit); });  // fmaxf passes over what is not a number
@@ -148,7 +161,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const ChooseTokensArgs
 
   uint64_t floor = uint64_t{1} << layout.id_bits;  // the lowest rank of a number
   if (a.top_k > 0 && a.top_k < a.vocab) {
-    floor = lowest_kept_rank(row, floor, static_cast<uint64_t>(a.top_k), [](float) { return 1ull; });
+    floor =
+        lowest_kept_rank(row, floor, static_cast<uint64_t>(a.top_k), selection, [](float) { return 1ull; });
   }
   if (a.top_p < 1.0f) {
     uint64_t mass = 0;
@@ -160,13 +174,19 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const ChooseTokensArgs
     // stays.
     const uint64_t limit =
         static_cast<uint64_t>(ceil(static_cast<double>(a.top_p) * static_cast<double>(mass)));
-    floor = lowest_kept_rank(row, floor, limit > 0 ? limit : 1,
+    floor = lowest_kept_rank(row, floor, limit > 0 ? limit : 1, selection,
                              [&](float logit) { return static_cast<unsigned long long>(row.mass(logit)); });
   }
 
+  // The choice is made in double precision, as on a CPU: a rounding that differs would be another token. Most
+  // tokens are out of the question, though. An estimate in float32 says which; near the best it is good to
+  // 1e-4, and where the temperature is so low that the noise vanishes in the rounding of a double, it can be
+  // as far off as that rounding.
+  const float margin = 1e-3f + fabsf(row.max) / row.temperature * 1e-15f;
+  float best_estimate = -INFINITY;
+  Choice<double> best = no_choice<double>();
   // A thread takes four tokens at a time: those whose noise comes from one counter.
   const uint64_t position = static_cast<uint64_t>(a.positions[blockIdx.x]);
-  BestToken best;
   for (int64_t first = static_cast<int64_t>(threadIdx.x) * 4; first < a.vocab; first += kThreads * 4) {
     float logit[4];
     bool kept[4], any = false;
@@ -182,11 +202,15 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const ChooseTokensArgs
                static_cast<uint32_t>(position >> 32), 0);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (kept[i]) best.offer(row.shifted(logit[i]) + gumbel(noise.word[i]), first + i);
+      if (!kept[i]) continue;
+      const float estimate = row.shifted(logit[i]) + gumbel_estimate(noise.word[i]);
+      if (estimate < best_estimate - margin) continue;
+      best_estimate = fmaxf(best_estimate, estimate);
+      const double value = static_cast<double>(logit[i]) / static_cast<double>(a.temperature);
+      best = Better{}(best, {value + gumbel(noise.word[i]), static_cast<int32_t>(first + i)});
     }
   }
-  const int64_t token = best.token();
-  if (threadIdx.x == 0) a.tokens[blockIdx.x] = token;
+  write_choice(best, a.tokens + blockIdx.x);
 }
 
 RankLayout rank_layout(int64_t vocab) {
@@ -202,7 +226,7 @@ RankLayout rank_layout(int64_t vocab) {
 }  // namespace
 
 cudaError_t choose_tokens_cuda(const ChooseTokensArgs& a, cudaStream_t stream) {
-  if (a.vocab > INT32_MAX) return cudaErrorInvalidValue;
+  if (a.vocab > kMaxChosenVocab) return cudaErrorInvalidValue;
   return dispatch_vector(
       a.dtype, a.vocab,
       [&](auto element, auto vector) {

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace cerberus {
 
@@ -35,6 +36,7 @@ __device__ inline fp16 from_float<fp16>(float x) {
   return __float2half_rn(x);
 }
 
+__device__ inline bool is_nan(float x) { return x != x; }
 __device__ inline uint32_t float_bits(float x) { return __float_as_uint(x); }
 
 // kVector consecutive elements: one element, or 16 bytes at a multiple of 16 bytes.

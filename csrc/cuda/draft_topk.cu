@@ -65,7 +65,7 @@ __device__ inline void multiply(const T* const (&weights)[kVocab], const T* cons
 }
 
 template <typename T, int kVector, int kRows>
-__global__ void __launch_bounds__(kThreads) draft_topk_parts_kernel(const DraftTopkArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) draft_topk_parts_kernel(const DraftTopkArgs a) {
   const int64_t row_tiles = (a.rows + kRows - 1) / kRows;
   const int64_t part =
       blockIdx.x / row_tiles;  // blocks of one slice run together and share its weights in the L2
@@ -87,6 +87,8 @@ __global__ void __launch_bounds__(kThreads) draft_topk_parts_kernel(const DraftT
 
   BestCandidates best[kRows];
   SoftmaxSum softmax[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) softmax[r] = no_softmax_sum();
   for (int64_t group = begin; group < end; group += kLanes) {
     float logit[kRows] = {};  // of vocabulary row group + lane
     for (int step = 0; step < kLanes && group + step < end; step += kVocab) {
@@ -121,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) draft_topk_parts_kernel(const DraftT
   const int64_t row = first_row + warp_index();
   if (warp_index() >= kRows || row >= a.rows) return;
   BestCandidates all_best;
-  SoftmaxSum all_softmax;
+  SoftmaxSum all_softmax = no_softmax_sum();
   results.merge(warp_index(), places, all_best, all_softmax);
   const int64_t slot = row * a.parts + part;
   if (lane_index() == 0) {
@@ -134,10 +136,10 @@ __global__ void __launch_bounds__(kThreads) draft_topk_parts_kernel(const DraftT
   }
 }
 
-__global__ void __launch_bounds__(kThreads) draft_topk_merge_kernel(const DraftTopkArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) draft_topk_merge_kernel(const DraftTopkArgs a) {
   const int64_t row = blockIdx.x;
   const int places = static_cast<int>(a.guesses);
-  SoftmaxSum softmax;
+  SoftmaxSum softmax = no_softmax_sum();
   for (int64_t part = threadIdx.x; part < a.parts; part += kThreads) {
     const SoftmaxSum of_part = {a.part_max[row * a.parts + part], a.part_sum[row * a.parts + part]};
     softmax = MergeSoftmaxSums{}(softmax, of_part);
@@ -155,7 +157,7 @@ __global__ void __launch_bounds__(kThreads) draft_topk_merge_kernel(const DraftT
   __syncthreads();
   if (warp_index() != 0) return;
   BestCandidates all_best;
-  SoftmaxSum all_softmax;
+  SoftmaxSum all_softmax = no_softmax_sum();
   results.merge(0, places, all_best, all_softmax);
   if (lane_index() < places) {
     a.ids[row * places + lane_index()] = all_best.kept.id;
@@ -171,9 +173,13 @@ cudaError_t draft_topk_cuda(const DraftTopkArgs& a, cudaStream_t stream) {
       a.dtype, a.size,
       [&](auto element, auto vector) {
         using T = decltype(element);
-        return a.rows == 1 ? launch(draft_topk_parts_kernel<T, vector(), 1>, a.parts, kThreads, stream, a)
-                           : launch(draft_topk_parts_kernel<T, vector(), 4>, a.parts * divide_up(a.rows, 4),
-                                    kThreads, stream, a);
+        // Odd sizes have one kernel for any number of rows.
+        if constexpr (vector() > 1) {
+          if (a.rows == 1)
+            return launch(draft_topk_parts_kernel<T, vector(), 1>, a.parts, kThreads, stream, a);
+        }
+        return launch(draft_topk_parts_kernel<T, vector(), 4>, a.parts * divide_up(a.rows, 4), kThreads,
+                      stream, a);
       },
       a.states, a.projection);
   if (error != cudaSuccess) return error;

@@ -47,7 +47,7 @@ __device__ inline void accumulate(const T* weights, const T* vectors, int64_t ro
 }
 
 template <typename T, int kVector, int kRows>
-__global__ void __launch_bounds__(kThreads) head_stack_kernel(const HeadStackArgs a, const Layer layer) {
+__global__ void __launch_bounds__(kThreads, 1) head_stack_kernel(const HeadStackArgs a, const Layer layer) {
   const int64_t output =
       static_cast<int64_t>(blockIdx.x) * kWarps + warp_index();  // head * D + row of its weight
   if (output >= a.heads * a.size) return;
@@ -106,8 +106,11 @@ cudaError_t head_stack_cuda(const HeadStackArgs& a, cudaStream_t stream) {
       a.dtype, a.size,
       [&](auto element, auto vector) {
         using T = decltype(element);
-        return a.rows == 1 ? launch_layers<T, vector(), 1>(a, stream)
-                           : launch_layers<T, vector(), 4>(a, stream);
+        // Odd sizes have one kernel for any number of rows.
+        if constexpr (vector() > 1) {
+          if (a.rows == 1) return launch_layers<T, vector(), 1>(a, stream);
+        }
+        return launch_layers<T, vector(), 4>(a, stream);
       },
       a.hidden, a.anchor, a.weight, a.scratch, a.states);
 }

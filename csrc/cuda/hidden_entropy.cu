@@ -17,7 +17,7 @@ namespace {
 constexpr int kThreads = 256;  // 8 elements of 2 bytes each: one load per thread covers D = 2048
 
 struct Moments {
-  float max = -FLT_MAX, sum = 0.0f, moment = 0.0f;
+  float max, sum, moment;
 
   // From deviations from `max` to deviations from the larger `to`.
   __device__ void rescale(float to) {
@@ -46,9 +46,9 @@ struct Merge {
 };
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads) hidden_entropy_kernel(const HiddenEntropyArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) hidden_entropy_kernel(const HiddenEntropyArgs a) {
   const T* hidden = static_cast<const T*>(a.hidden) + blockIdx.x * a.size;
-  Moments moments;
+  Moments moments = {-FLT_MAX, 0.0f, 0.0f};  // -inf would make the first distance not a number
   for_each_in_row<kThreads, kVector>(hidden, a.size, [&](int64_t, float x) { moments.add(x); });
   moments = block_reduce<kThreads>(moments, Merge{});
   if (threadIdx.x == 0) a.entropy[blockIdx.x] = logf(moments.sum) - moments.moment / moments.sum;

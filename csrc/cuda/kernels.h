@@ -7,13 +7,16 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
+
 #include "args.h"
 
 namespace cerberus {
 
 // What the kernels are written for; bind_cuda.cpp says so where a call asks for more.
-constexpr int64_t kMaxHeadSize = 256;       // tree_attention: E
-constexpr int64_t kMaxVerifyNodes = 32768;  // verify_tree: N
+constexpr int64_t kMaxChosenVocab = INT32_MAX;  // choose_tokens: V
+constexpr int64_t kMaxHeadSize = 256;           // tree_attention: E
+constexpr int64_t kMaxVerifyNodes = 32768;      // verify_tree: N
 
 cudaError_t hidden_entropy_cuda(const HiddenEntropyArgs& a, cudaStream_t stream);
 cudaError_t head_stack_cuda(const HeadStackArgs& a, cudaStream_t stream);

@@ -1,6 +1,7 @@
 // Counter-based noise: Philox4x32-10 (Salmon et al., 2011) and the Gumbel noise made of its words.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 namespace cerberus {
@@ -25,12 +26,14 @@ __device__ inline PhiloxWords philox(uint64_t key, uint32_t c0, uint32_t c1, uin
   return {{c0, c1, c2, c3}};
 }
 
-// -log(-log u), u = (word + 0.5) 2^-32. In float32 the u next to 1 would round to 1 and give infinite noise,
-// so for those the small 1 - u = (~word + 0.5) 2^-32 is what is computed with.
-__device__ inline float gumbel(uint32_t word) {
-  const float step = 0x1p-32f;
-  const float minus_log_u = word < 0x80000000u ? -logf((static_cast<float>(word) + 0.5f) * step)
-                                               : -log1pf(-(static_cast<float>(~word) + 0.5f) * step);
+// -log(-log u), u = (word + 0.5) 2^-32.
+__device__ inline double gumbel(uint32_t word) { return -log(-log((word + 0.5) * 0x1p-32)); }
+
+// The same to about 1e-6. In float32 the u next to 1 would round to 1 and give infinite noise, so for those
+// the small 1 - u = (~word + 0.5) 2^-32 is what is computed with.
+__device__ inline float gumbel_estimate(uint32_t word) {
+  const float minus_log_u = word < 0x80000000u ? -logf((static_cast<float>(word) + 0.5f) * 0x1p-32f)
+                                               : -log1pf(-(static_cast<float>(~word) + 0.5f) * 0x1p-32f);
   return -logf(minus_log_u);
 }
 

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace cerberus {
 
@@ -76,6 +77,7 @@ __device__ inline T warp_reduce(T value, Combine combine) {
 template <int kThreads, typename T, typename Combine>
 __device__ inline T block_reduce(T value, Combine combine) {
   constexpr int kWarps = kThreads / kLanes;
+  static_assert(std::is_trivially_default_constructible_v<T>, "shared memory is not initialized");
   __shared__ T partial[kWarps];
   value = warp_reduce(value, combine);
   __syncthreads();  // an earlier reduction may still be reading
@@ -112,13 +114,15 @@ template <int kCount>
 __device__ inline float warp_sums(float (&value)[kCount]) {
   static_assert(kCount <= kLanes && (kCount & (kCount - 1)) == 0, "a power of two");
 #pragma unroll
-  for (int carried = kCount / 2, bit = 1; carried > 0; carried /= 2, bit *= 2) {
-    const bool odd = lane_index() & bit;
+  for (int step = 0; step < 5; ++step) {
+    const bool odd = lane_index() >> step & 1;
 #pragma unroll
-    for (int i = 0; i < carried; ++i) {
+    for (int i = 0; i < kCount / 2; ++i) {
+      if (i >= kCount >> (step + 1))
+        break;  // not the loop's bound, which has to be a constant to be unrolled
       const float keep = odd ? value[2 * i + 1] : value[2 * i];
       const float give = odd ? value[2 * i] : value[2 * i + 1];
-      value[i] = keep + shuffle_xor(give, bit);
+      value[i] = keep + shuffle_xor(give, 1 << step);
     }
   }
   float sum = value[0];

@@ -3,8 +3,10 @@
 #pragma once
 
 #include <cfloat>
+#include <cmath>
 #include <cstdint>
 
+#include "copy.cuh"
 #include "reduce.cuh"
 
 namespace cerberus {
@@ -26,7 +28,7 @@ struct BestCandidates {
   // Every lane brings one candidate. After the first few rounds almost none is good enough, and a round is
   // one vote. A logit that is not a number counts as the worst.
   __device__ void offer(Candidate offered, int places) {
-    if (isnan(offered.logit)) offered.logit = -INFINITY;
+    if (is_nan(offered.logit)) offered.logit = -INFINITY;
     uint32_t waiting = ballot(is_better(offered, shuffle(kept, places - 1)));
     while (waiting != 0) {
       const Candidate candidate = shuffle(offered, lowest_bit(waiting));
@@ -42,7 +44,7 @@ struct BestCandidates {
 
 // sum e^(x - max) over the x seen so far.
 struct SoftmaxSum {
-  float max = -FLT_MAX, sum = 0.0f;
+  float max, sum;
 
   __device__ void add(float x) {
     if (x > max) {
@@ -52,6 +54,9 @@ struct SoftmaxSum {
     sum += expf(x - max);
   }
 };
+// Of nothing. A maximum of -inf would make the first distance from it not a number.
+__device__ inline SoftmaxSum no_softmax_sum() { return {-FLT_MAX, 0.0f}; }
+
 struct MergeSoftmaxSums {
   __device__ SoftmaxSum operator()(SoftmaxSum a, SoftmaxSum b) const {
     SoftmaxSum merged;

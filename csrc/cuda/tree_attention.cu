@@ -31,34 +31,41 @@ struct Tile {
   float query[kTile][kSize];  // scaled
   float slot[kKeys][kSize +
                     1];  // keys, then values; one more column, so that the lanes' keys lie in different banks
-  int64_t node[kTile];   // of a query row
-  int64_t depth[kTile];
+  int node[kTile];       // of a query row
+  int depth[kTile];
 };
 
 // How many nodes are on the path to `node`, itself excluded.
 __device__ inline int64_t node_depth(const TreeAttentionArgs& a, int64_t node) {
   int64_t depth = -1;
+#pragma unroll 1
   for (int64_t w = 0; w < a.words; ++w)
     depth += count_bits(static_cast<uint64_t>(a.ancestors[node * a.words + w]));
   return depth;
 }
 
-// Whether a node at depth `query_depth` sees the slot: of the committed ones those in the window, of the
-// nodes' its ancestors in the window.
-__device__ inline bool is_visible(const TreeAttentionArgs& a, int64_t query_node, int64_t query_depth,
-                                  int64_t slot, int64_t length) {
-  const int64_t oldest =
-      a.window > 0 ? length + query_depth - a.window + 1 : 0;  // the first position it sees
-  if (slot < length) return slot >= oldest;
-  const int64_t node = slot - length;
-  const uint64_t word = static_cast<uint64_t>(a.ancestors[query_node * a.words + node / 64]);
-  if ((word >> (node % 64) & 1) == 0) return false;
-  return a.window <= 0 || length + node_depth(a, node) >= oldest;
+// Bit r: the query row at nodes[r] and depths[r] sees `slot`, a committed one or an ancestor, and in the
+// window.
+template <int kRows>
+__device__ inline uint32_t visible_rows(const TreeAttentionArgs& a, const int* nodes, const int* depths,
+                                        int64_t slot, int64_t length) {
+  const int64_t node = slot - length;  // negative: committed
+  if (node < 0 && a.window <= 0) return (1u << kRows) - 1;
+  const int64_t depth =
+      node < 0 || a.window <= 0 ? node : node_depth(a, node);  // counted from the root's position
+  uint32_t visible = 0;
+#pragma unroll 1
+  for (int r = 0; r < kRows; ++r) {
+    bool sees = a.window <= 0 || depth > depths[r] - a.window;
+    if (node >= 0) sees &= a.ancestors[nodes[r] * a.words + node / 64] >> (node % 64) & 1;
+    visible |= static_cast<uint32_t>(sees) << r;
+  }
+  return visible;
 }
 
 // `count` slots, which lie one after the other, into shared memory.
-template <typename T, int kVector, int kSize>
-__device__ inline void load_slots(const T* slots, int count, int head_size, float (&to)[kKeys][kSize + 1]) {
+template <int kVector, typename T, int kStride>
+__device__ inline void load_slots(const T* slots, int count, int head_size, float (&to)[kKeys][kStride]) {
   for (int i = threadIdx.x * kVector; i < count * head_size; i += kThreads * kVector) {
     float x[kVector];
     load<kVector>(slots + i).unpack(x);
@@ -69,25 +76,25 @@ __device__ inline void load_slots(const T* slots, int count, int head_size, floa
 }
 
 template <typename T, int kVector, int kColumns>
-__global__ void __launch_bounds__(kThreads) tree_attention_kernel(const TreeAttentionArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) tree_attention_kernel(const TreeAttentionArgs a) {
   using Shape = Tile<kColumns>;
   constexpr int kRows = Shape::kRows;
   __shared__ Shape tile;
 
-  const int64_t group = a.query_heads / a.kv_heads, query_rows = a.nodes * group;
-  const int64_t tiles = (query_rows + Shape::kTile - 1) / Shape::kTile;
-  const int64_t first_row = blockIdx.x % tiles * Shape::kTile;
+  const int group = static_cast<int>(a.query_heads / a.kv_heads),
+            query_rows = static_cast<int>(a.nodes) * group;
+  const unsigned tiles = (query_rows + Shape::kTile - 1) / Shape::kTile;
+  const int first_row = blockIdx.x % tiles * Shape::kTile;
   const int64_t head = blockIdx.x / tiles % a.kv_heads, batch = blockIdx.x / tiles / a.kv_heads;
   const int head_size = static_cast<int>(a.head_size);
   const int lane = lane_index();
 
   // Where query row m of the tile lies, for q and for the output alike.
   const auto offset_of = [&](int m) {
-    const int64_t row = first_row + m;
+    const int row = first_row + m;
     return ((batch * a.nodes + row / group) * a.query_heads + head * group + row % group) * a.head_size;
   };
-  const int rows_here =
-      static_cast<int>(query_rows - first_row < Shape::kTile ? query_rows - first_row : Shape::kTile);
+  const int rows_here = query_rows - first_row < Shape::kTile ? query_rows - first_row : Shape::kTile;
 
   // exp2 is the cheaper exponential, so the scale includes log2 e.
   const float scale = a.scale * 1.44269504f;
@@ -100,7 +107,7 @@ __global__ void __launch_bounds__(kThreads) tree_attention_kernel(const TreeAtte
     // Rows past the end are computed like the last one and not written.
     const int m = static_cast<int>(threadIdx.x) < rows_here ? static_cast<int>(threadIdx.x) : rows_here - 1;
     tile.node[threadIdx.x] = (first_row + m) / group;
-    tile.depth[threadIdx.x] = node_depth(a, (first_row + m) / group);
+    tile.depth[threadIdx.x] = static_cast<int>(node_depth(a, (first_row + m) / group));
   }
   __syncthreads();
 
@@ -123,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) tree_attention_kernel(const TreeAtte
   for (int64_t start = begin; start < end; start += kKeys) {
     const int count = static_cast<int>(end - start < kKeys ? end - start : kKeys);
     const int64_t from = (first_slot + start) * a.head_size;
-    load_slots<T, kVector>(static_cast<const T*>(a.keys) + from, count, head_size, tile.slot);
+    load_slots<kVector>(static_cast<const T*>(a.keys) + from, count, head_size, tile.slot);
     __syncthreads();
 
     float weight[kRows] = {};  // first the score
@@ -133,10 +140,14 @@ __global__ void __launch_bounds__(kThreads) tree_attention_kernel(const TreeAtte
 #pragma unroll
       for (int r = 0; r < kRows; ++r) weight[r] += tile.query[first_of_warp + r][column] * key;
     }
+    uint32_t seen = 0;
+    if (lane < count) {
+      seen =
+          visible_rows<kRows>(a, tile.node + first_of_warp, tile.depth + first_of_warp, start + lane, length);
+    }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int m = first_of_warp + r;
-      const bool visible = lane < count && is_visible(a, tile.node[m], tile.depth[m], start + lane, length);
+      const bool visible = seen >> r & 1;
       const float score = visible ? weight[r] : -INFINITY;
       const float new_max = fmaxf(max[r], warp_reduce(score, Max{}));
       // Until the row has seen a slot the maximum is -inf, and -inf - -inf is not a number.
@@ -149,7 +160,7 @@ __global__ void __launch_bounds__(kThreads) tree_attention_kernel(const TreeAtte
     }
     __syncthreads();  // all have read the keys
 
-    load_slots<T, kVector>(static_cast<const T*>(a.values) + from, count, head_size, tile.slot);
+    load_slots<kVector>(static_cast<const T*>(a.values) + from, count, head_size, tile.slot);
     __syncthreads();
     for (int key = 0; key < count; ++key) {
       float of_key[kRows];
@@ -175,7 +186,7 @@ __global__ void __launch_bounds__(kThreads) tree_attention_kernel(const TreeAtte
     for (int c = 0; c < kColumns; ++c) {
       const int column = lane + c * kLanes;
       // A row that sees nothing, because its own slot lies outside of the cache, gives 0.
-      if (column < head_size) to[column] = from_float<T>(total > 0.0f ? output[r][c] / total : 0.0f);
+      if (column < head_size) to[column] = from_float<T>(total == 0.0f ? 0.0f : output[r][c] / total);
     }
   }
 }
@@ -191,13 +202,17 @@ cudaError_t launch_tiles(const TreeAttentionArgs& a, cudaStream_t stream) {
 
 cudaError_t tree_attention_cuda(const TreeAttentionArgs& a, cudaStream_t stream) {
   if (a.head_size > kMaxHeadSize) return cudaErrorInvalidValue;
+  if (a.nodes * a.query_heads > INT32_MAX) return cudaErrorInvalidValue;
   if (a.rows == 0 || a.nodes == 0 || a.query_heads == 0 || a.head_size == 0) return cudaSuccess;
   return dispatch_vector(
       a.dtype, a.head_size,
       [&](auto element, auto vector) {
         using T = decltype(element);
-        if (a.head_size <= 2 * kLanes) return launch_tiles<T, vector(), 2>(a, stream);
-        if (a.head_size <= 4 * kLanes) return launch_tiles<T, vector(), 4>(a, stream);
+        // Odd head sizes have one kernel for all of them.
+        if constexpr (vector() > 1) {
+          if (a.head_size <= 2 * kLanes) return launch_tiles<T, vector(), 2>(a, stream);
+          if (a.head_size <= 4 * kLanes) return launch_tiles<T, vector(), 4>(a, stream);
+        }
         return launch_tiles<T, vector(), 8>(a, stream);
       },
       a.keys, a.values);

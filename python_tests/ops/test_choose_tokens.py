@@ -58,7 +58,7 @@ def test_greedy(rows, vocab, dtype, device):
 @pytest.mark.parametrize("vocab", [1, 33, 129, 4099])
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (7, 1.0), (0, 0.9), (20, 0.6), (10000, 0.999)])
 def test_sampled(rows, vocab, top_k, top_p, dtype, device):
-    """Every drawn token is the reference's: the noise is the same, and a near tie within rounding does not occur here."""
+    """Every drawn token is the reference's: the noise is the same, and near ties within rounding do not occur."""
     logits = normal(rows, vocab, seed=vocab, scale=2.0, dtype=dtype, device=device)
     positions = torch.arange(100, 100 + rows, device=device)
     for seed, temperature in ((0, 1.0), (2**63 - 1, 0.3), (-12345678901234, 3.0)):
@@ -84,23 +84,16 @@ def test_seed_counts_in_full(device):
 
 
 def test_noise_near_one(device):
-    """A word close to 2^32 must not round u to 1: its noise is about 20, not infinite.
+    """A word close to 2^32 must not round u to 1: its noise is 17, not infinite.
 
-    Seed and position are searched so that some token's word is at least 2^32 - 128, which float32 rounds to 2^32.
-    A logit 40 above that token's must win.
+    With this seed, position and token the word is 2^32 - 123, which float32 would round to 2^32. A logit that is 40
+    above that token's wins.
     """
-    vocab, found = 1 << 16, None
-    for position in range(1024):
-        noise = reference.gumbel_noise(torch.tensor([position]), 11, vocab)[0]
-        if noise.max() > -math.log(128 / 2**32):
-            found = position, int(noise.argmax())
-            break
-    assert found is not None
-    position, lucky = found
+    seed, position, lucky, vocab = 11, torch.tensor([741]), 36873, 1 << 16
+    assert 17.37 < float(reference.gumbel_noise(position, seed, vocab)[0, lucky]) < 17.38
     logits = torch.full((1, vocab), -40.0, device=device)
-    other = (lucky + 1) % vocab
-    logits[0, other] = 0.0
-    assert int(ops.choose_tokens(logits, torch.tensor([position], device=device), 11, 1.0, 0, 1.0)) == other
+    logits[0, 5] = 0.0
+    assert int(ops.choose_tokens(logits, position.to(device), seed, 1.0, 0, 1.0)) == 5
 
 
 def _chi_square(logits, temperature, top_k, top_p, draws, device):
@@ -165,6 +158,12 @@ def test_top_p_keeps_the_fewest(top_p, kept, device):
     logits = probabilities.log().to(device).expand(400, 4).contiguous()
     tokens = ops.choose_tokens(logits, torch.arange(400, device=device), 1, 1.0, 0, top_p)
     assert set(tokens.tolist()) == kept
+
+
+def test_top_p_reached_exactly(device):
+    """Two equal logits: the first alone has a mass of exactly 1/2, and at least top_p is enough."""
+    logits = torch.zeros(100, 2, device=device)
+    assert set(ops.choose_tokens(logits, torch.arange(100, device=device), 1, 1.0, 0, 0.5).tolist()) == {0}
 
 
 def test_top_p_is_taken_after_top_k(device):

@@ -44,7 +44,9 @@ def test_reference_is_a_walk_along_the_tree(window):
             if window:
                 slots = slots[-window:]
             for head in range(4):
-                scores = [float(a["q"][row, node, head].double() @ a["keys"][row, head // 2, s].double()) / 4 for s in slots]
+                scores = [
+                    float(a["q"][row, node, head].double() @ a["keys"][row, head // 2, s].double()) / 4 for s in slots
+                ]
                 weights = [math.exp(score - max(scores)) for score in scores]
                 expected = sum(w * a["values"][row, head // 2, s].double() for w, s in zip(weights, slots, strict=True))
                 torch.testing.assert_close(got[row, node, head], (expected / sum(weights)).float())
@@ -65,7 +67,7 @@ def test_by_hand(device):
     seen = {
         0: [13 / 3, 33 / 4, 53 / 4, 113 / 5],  # 1 2 10 | 1 2 10 20 | 1 2 10 40 | 1 2 10 20 80
         3: [13 / 3, 32 / 3, 52 / 3, 110 / 3],  # 1 2 10 | 2 10 20 | 2 10 40 | 10 20 80
-        1: [10, 20, 40, 80],
+        1: [10.0, 20.0, 40.0, 80.0],
     }
     for window, expected in seen.items():
         got = ops.tree_attention(q, keys, values, length, ancestors, 1.0, window)
@@ -166,7 +168,7 @@ def step(text: dict, length: int, positions: list[int], parents: list[int], wind
 @pytest.mark.parametrize("window", [0, 3, 64, 100])
 @pytest.mark.parametrize("sizes", [(9, 3, 64), (2, 1, 33), (1, 1, 7)], ids=str)
 def test_tree_gives_the_bits_of_one_token_at_a_time(sizes, window, dtype):
-    """Design rule 6: the same text, once token by token, once as a path of a tree with branches, once as a plain chain."""
+    """Design rule 6: one text token by token, as a path of a tree with branches, and as a plain chain."""
     heads = dict(zip(("query_heads", "kv_heads", "head_size"), sizes, strict=True))
     depth = len(TOKENS)
     text = make_text(heads, max(LENGTHS) + depth, dtype)

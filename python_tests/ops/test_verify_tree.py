@@ -42,7 +42,12 @@ def verify(draft, target, parents, device):
         ("siblings alike: the longer", [0, 5, 5, 5, 1, 1, 1, 1, 1, 1], [5, 9, 1] + [9] * 7, [0, 2, 6, -1]),
         ("equally long: the lowest", [0] * 10, [0] * 10, [0, 1, 4, 8]),
         ("the root's own token is not read", [-7] + [0] * 9, [0] * 10, [0, 1, 4, 8]),
-        ("large and negative tokens", [0, 2**62, -1, 0, 2**62 + 1, -5] + [0] * 4, [2**62, 2**62 + 1] + [9] * 8, [0, 1, 4, -1]),
+        (
+            "large and negative tokens",
+            [0, 2**62, -1, 0, 2**62 + 1, -5] + [0] * 4,
+            [2**62, 2**62 + 1] + [9] * 8,
+            [0, 1, 4, -1],
+        ),
     ],
 )
 def test_by_hand(why, draft, target, path, device):

@@ -28,7 +28,9 @@ def assert_canaries(memory: torch.Tensor) -> None:
 
 @dtypes
 @pytest.mark.parametrize("rows", SIZES)
-@pytest.mark.parametrize(("nodes", "kv_heads", "head_size"), [(0, 2, 8), (1, 3, 64), (33, 1, 1), (129, 2, 33), (5, 3, 129)])
+@pytest.mark.parametrize(
+    ("nodes", "kv_heads", "head_size"), [(0, 2, 8), (1, 3, 64), (33, 1, 1), (129, 2, 33), (5, 3, 129)]
+)
 def test_write_cache(rows, nodes, kv_heads, head_size, dtype, device):
     if rows * nodes > 2000:
         head_size = min(head_size, 4)  # the reference copies slot by slot
@@ -106,7 +108,8 @@ def test_commit_cache_by_hand(dtype, device):
 @dtypes
 @pytest.mark.parametrize("rows", SIZES)
 @pytest.mark.parametrize(
-    ("planes", "kv_heads", "head_size", "nodes"), [(0, 2, 8, 5), (1, 1, 1, 1), (4, 3, 33, 33), (2, 1, 2, 129), (60, 3, 4, 9)]
+    ("planes", "kv_heads", "head_size", "nodes"),
+    [(0, 2, 8, 5), (1, 1, 1, 1), (4, 3, 33, 33), (2, 1, 2, 129), (60, 3, 4, 9)],
 )
 def test_commit_cache(rows, planes, kv_heads, head_size, nodes, dtype, device):
     """Random accepted paths of a random tree, up to the last slot of the cache."""

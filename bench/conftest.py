@@ -1,0 +1,49 @@
+"""The machine above the benchmarks, and below them one table that compares ours with plain PyTorch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # benchmarks are scripts, too, and import each other as such
+
+import machine  # noqa: E402
+
+
+def pytest_report_header() -> list[str]:
+    return machine.text().splitlines()
+
+
+def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
+    """For --benchmark-json."""
+    machine_info["cerberus_ext"] = machine.describe()
+
+
+@pytest.hookimpl(trylast=True)  # below pytest-benchmark's own table
+def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
+    benchmarks = config._benchmarksession.benchmarks  # what pytest-benchmark prints its own table from
+    rows = [bench.extra_info for bench in benchmarks if "speedup" in bench.extra_info]
+    if not rows:
+        return
+    terminalreporter.section(
+        "ours and plain PyTorch: medians; bytes that have to be moved, as a share of a copy's speed"
+    )
+    form = "{:<26} {:<5} {:<9} {:>11} {:>11} {:>9} {:>9} {:>9}"
+    terminalreporter.write_line(form.format("op", "on", "dtype", "ours", "PyTorch", "speed-up", "GB/s", "of a copy"))
+    for row in rows:
+        terminalreporter.write_line(
+            form.format(
+                row["op"],
+                row["device"],
+                row["dtype"],
+                f"{row['milliseconds']:.3f} ms",
+                f"{row['eager_milliseconds']:.3f} ms",
+                f"{row['speedup']:.2f}x",
+                f"{row['gigabytes_per_second']:.1f}",
+                f"{row['share_of_copy_bandwidth']:.0%}",
+            )
+        )
+    terminalreporter.write_line(f"reproduce: pytest bench --benchmark-only; {machine.describe()['processor']}")

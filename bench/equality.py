@@ -1,0 +1,144 @@
+"""Is the text the same with and without drafts? On the default model, over MT-Bench questions.
+
+    python bench/equality.py --questions mt_bench.jsonl --dtype float32  --out equality-f32.jsonl
+    python bench/equality.py --questions mt_bench.jsonl --dtype bfloat16 --out equality-bf16.jsonl
+
+float32: against model.generate(do_sample=False), for all heads, trees and gates; other kernels round differently, so a
+mismatch is reported with the gap between the model's two largest logits there. bfloat16: against `decode` with the gate
+never open, bit for bit. Oracle heads must be accepted to the full depth. Ends with status 1 if anything differs.
+Stopped and started again, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from questions import Results, encode, read_questions
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import cerberus_ext
+from cerberus_ext import AlwaysClosed, AlwaysOpen, DraftTree
+from cerberus_ext.tree import default_tree
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
+from stand_ins import AdversarialHeads, OracleHeads, RandomGate, RandomHeads  # noqa: E402
+
+STAND_INS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": OracleHeads}
+HEADS = {"float32": ["trained", *STAND_INS], "bfloat16": ["trained", "random", "oracle"]}
+TREES = {"float32": ["chain", "16", "64", "one"], "bfloat16": ["16", "32"]}
+GATES: dict[str, Callable[[], cerberus_ext.Gate]] = {"open": AlwaysOpen, "random": RandomGate}
+
+
+def make_tree(name: str, heads: Any) -> DraftTree:
+    if name in ("chain", "one"):
+        return DraftTree.chain(heads.config.num_heads if name == "chain" else 1)
+    return default_tree(heads, torch.device("cpu"), int(name))
+
+
+def settings(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    """(heads, tree, gate) of every run of a question."""
+    if arguments.dtype == "float32":
+        yield "trained", "16", "closed"
+    for heads in arguments.heads or HEADS[arguments.dtype]:
+        for tree in arguments.trees or TREES[arguments.dtype]:
+            for gate in arguments.gates or GATES:
+                yield heads, tree, gate
+
+
+def difference(model: PreTrainedModel, got: Tensor, want: Tensor, prompt: int) -> dict[str, Any] | None:
+    """Where two texts (1, S) part, and how near a tie that was; None if they are the same."""
+    if got.equal(want):
+        return None
+    length = min(got.shape[1], want.shape[1])
+    same = (got[0, :length] == want[0, :length]).long().cumprod(0).sum().item()
+    with torch.inference_mode():
+        best = model(want[:, :same]).logits[0, -1].float().topk(2)
+    return {
+        "new_token": same - prompt,
+        "got": got[0, same].item() if same < got.shape[1] else None,
+        "want": want[0, same].item() if same < want.shape[1] else None,
+        "best_two": best.indices.tolist(),
+        "gap": (best.values[0] - best.values[1]).item(),
+    }
+
+
+def full_depth(histogram: list[int], depth: int) -> bool:
+    """Whether every step accepted `depth` guesses, but the last one, which the text's end may cut."""
+    return sum(histogram) - (histogram[depth] if len(histogram) > depth else 0) <= 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", type=Path, required=True, help="JSON lines with question_id and turns")
+    parser.add_argument("--limit", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--dtype", choices=list(HEADS), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--trained", default="smollm2-135m-instruct", help="packaged name, folder or Hub id of heads")
+    parser.add_argument("--heads", nargs="+", choices=HEADS["float32"], help="only these")
+    parser.add_argument("--trees", nargs="+", help="only these: chain, one, or a number of nodes")
+    parser.add_argument("--gates", nargs="+", choices=list(GATES), help="only these")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+
+    model, tokenizer = cerberus_ext.load_default_model(getattr(torch, arguments.dtype), arguments.device)
+    trained = cerberus_ext.CerberusHeads.from_pretrained(arguments.trained)
+    results = Results(arguments.out)
+    vocab = model.config.vocab_size
+
+    def expected(ids: Tensor) -> Tensor:
+        if arguments.dtype == "float32":
+            mask = torch.ones_like(ids)
+            return model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=arguments.new_tokens)
+        closed = AlwaysClosed()
+        return cerberus_ext.decode(model, trained, ids, max_new_tokens=arguments.new_tokens, gate=closed).sequences
+
+    for question_id, question in read_questions(arguments.questions, arguments.limit):
+        ids = encode(tokenizer, question, arguments.device)
+        want: Tensor | None = None
+        for heads_name, tree_name, gate_name in settings(arguments):
+            key = f"{question_id}/{heads_name}/{tree_name}/{gate_name}"
+            if key in results:
+                continue
+            want = expected(ids) if want is None else want
+            # The text goes on after its end in what stand-ins know; what follows does not matter.
+            stand_in = STAND_INS.get(heads_name)
+            heads = trained if stand_in is None else stand_in(want, trained.config.num_heads, vocab)
+            tree = make_tree(tree_name, trained)
+            gate = AlwaysClosed() if gate_name == "closed" else GATES[gate_name]()
+            begin = time.perf_counter()
+            out = cerberus_ext.decode(
+                model,
+                heads,
+                ids,
+                max_new_tokens=arguments.new_tokens,
+                tree=tree,
+                gate=gate,
+                streamer=None if stand_in is None else heads,
+            )
+            row: dict[str, Any] = {
+                "seconds": time.perf_counter() - begin,
+                "tokens_per_step": out.stats.tokens_per_step,
+                "difference": difference(model, out.sequences, want, ids.shape[1]),
+            }
+            if (heads_name, gate_name) == ("oracle", "open"):
+                row["full_depth"] = full_depth(out.stats.accepted_histogram, tree.depth)
+            results.add(key, **row)
+            print(key, row, flush=True)
+
+    wrong = [row for row in results if row["difference"] is not None or not row.get("full_depth", True)]
+    print(f"{len(results.rows)} texts, {len(wrong)} wrong")
+    for row in wrong:
+        print(row)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

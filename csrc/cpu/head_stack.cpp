@@ -1,0 +1,62 @@
+// x[k,l] = x[k,l-1] + silu(W[l,k] @ concat(x[k,l-1], n[k,l]) + b[l,k]). One parallel pass a layer; a task owns a range of
+// one head's outputs for all rows. The concatenated inputs are a few KiB of float scratch; only the weights are large.
+#include "cpu/gemm.h"
+#include "cpu/kernels.h"
+
+namespace cerberus::CERBERUS_ISA {
+namespace {
+
+float silu(float x) { return x / (1.0f + exp(-x)); }
+
+template <typename T>
+void run(const HeadStackArgs& a, const Parallel& parallel) {
+  const int64_t size = a.size, width = a.chained ? 2 * size : size;
+  const T* hidden = static_cast<const T*>(a.hidden);
+  const T* anchor = static_cast<const T*>(a.anchor);
+  const T* weight = static_cast<const T*>(a.weight);
+  const T* bias = static_cast<const T*>(a.bias);
+  T* buffers[2] = {static_cast<T*>(a.scratch), static_cast<T*>(a.scratch) + a.rows * a.heads * size};
+  Scratch inputs(a.heads * a.rows * width);  // (K, B, width): what each head reads in this layer
+
+  const T* below = nullptr;  // (B, K, D): states of the layer below; null at layer 1, where they are all h
+  for (int64_t layer = 0; layer < a.layers; ++layer) {
+    T* above = layer + 1 == a.layers ? static_cast<T*>(a.states) : buffers[layer % 2];
+    const auto state = [&](int64_t row, int64_t head) {
+      return below ? below + (row * a.heads + head) * size : hidden + row * size;
+    };
+    // At layer 1 all heads read the same: one copy of it serves them all.
+    const int64_t distinct = below ? a.heads : 1;
+    for (int64_t head = 0; head < distinct; ++head) {
+      for (int64_t row = 0; row < a.rows; ++row) {
+        float* input = inputs.data + (head * a.rows + row) * width;
+        const T* own = state(row, head);
+        for (int64_t i = 0; i < size; ++i) input[i] = to_float(own[i]);
+        if (!a.chained) continue;
+        const T* neighbour = head == 0 || !below ? anchor + row * size : state(row, head - 1);
+        for (int64_t i = 0; i < size; ++i) input[size + i] = to_float(neighbour[i]);
+      }
+    }
+    const int64_t per_task = weight_rows_per_task(width, sizeof(T));
+    const int64_t tasks_per_head = (size + per_task - 1) / per_task;
+    parallel_tasks(parallel, a.heads * tasks_per_head, [&](int64_t task) {
+      const int64_t head = task / tasks_per_head, begin = task % tasks_per_head * per_task;
+      const float* input = inputs.data + (below ? head : 0) * a.rows * width;
+      const int64_t block = layer * a.heads + head;
+      rows_times_weights(input, width, a.rows, weight + block * size * width, begin,
+                         smaller(size, begin + per_task), width, [&](int64_t row, int64_t n, float dot) {
+                           const float update = silu(dot + to_float(bias[block * size + n]));
+                           from_float(input[row * width + n] + update, above[(row * a.heads + head) * size + n]);
+                         });
+    });
+    below = above;
+  }
+}
+
+}  // namespace
+
+void head_stack(const HeadStackArgs& a, const Parallel& parallel) {
+  if (a.rows == 0) return;
+  with_type(a.dtype, [&](auto type) { run<decltype(type)>(a, parallel); });
+}
+
+}  // namespace cerberus::CERBERUS_ISA

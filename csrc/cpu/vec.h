@@ -1,0 +1,202 @@
+// Vectors of float of this level's width, and the element types that tensors hold.
+//
+// Built on the vector extension of GCC and Clang, so that one source serves every level; intrinsics only where the
+// extension has no word for it (float16). Every sum across lanes is taken in one fixed order.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "args.h"
+#include "cpu/parallel.h"
+
+namespace cerberus::CERBERUS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t UIntVec __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <typename To, typename From>
+static inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// --- one element ------------------------------------------------------------------------------------------------------
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+static inline float to_float(Float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t rest = x.bits & 0x7fffu;
+  if (rest >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+  // Exponent and fraction moved to float32's places are the value times 2^-112, subnormals included.
+  const float magnitude = bit_cast<float>(rest << 13) * bit_cast<float>(0x77800000u);
+  return bit_cast<float>(sign | bit_cast<uint32_t>(magnitude));
+}
+
+// Rounding to nearest, ties to even.
+static inline void from_float(float x, float& out) { out = x; }
+static inline void from_float(float x, BFloat16& out) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {
+    out.bits = static_cast<uint16_t>(bits >> 16 | 0x40u);  // NaN stays one
+  } else {
+    out.bits = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+  }
+}
+static inline void from_float(float x, Float16& out) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) {
+    out.bits = static_cast<uint16_t>(sign | 0x7e00u);
+  } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more
+    out.bits = static_cast<uint16_t>(sign | 0x7c00u);
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: subnormal; adding 0.5 lets the FPU round at 2^-24
+    const float shifted = bit_cast<float>(magnitude) + 0.5f;
+    out.bits = static_cast<uint16_t>(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000u));
+  } else {
+    const uint32_t rounded = magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u);
+    out.bits = static_cast<uint16_t>(sign | rounded >> 13);
+  }
+}
+
+// --- one vector -------------------------------------------------------------------------------------------------------
+
+static inline Vec broadcast(float x) { return x - Vec{}; }
+
+static inline Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+static inline Vec load(const BFloat16* p) {
+  HalfVec half;
+  __builtin_memcpy(&half, p, sizeof(half));
+  return bit_cast<Vec>(__builtin_convertvector(half, UIntVec) << 16);
+}
+static inline Vec load(const Float16* p) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+  return bit_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+// The first `count` < kLanes elements, zeros in the other lanes.
+template <typename T>
+static inline Vec load_part(const T* p, int64_t count) {
+  float lanes[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = to_float(p[i]);
+  return load(lanes);
+}
+
+static inline void store(Vec v, float* p) { __builtin_memcpy(p, &v, sizeof(v)); }
+
+static inline float sum(Vec v) {
+  float lanes[kLanes];
+  store(v, lanes);
+#pragma GCC unroll 4
+  for (int width = kLanes / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+static inline Vec select(IntVec condition, Vec yes, Vec no) {
+  return bit_cast<Vec>((condition & bit_cast<IntVec>(yes)) | (~condition & bit_cast<IntVec>(no)));
+}
+
+// e^x for x <= 88, to about 1 ulp; 0 below -87. 2^n e^r with |r| <= ln(2) / 2 and the Taylor polynomial of degree 7.
+static inline Vec exp(Vec x) {
+  const Vec round = broadcast(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Vec low = broadcast(-87.0f);
+  const IntVec vanishes = x < low;
+  x = select(vanishes, low, x);
+  const Vec shifted = x * 1.44269504f + round;
+  const Vec n = shifted - round;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2) in two parts, the first exact in the product
+  Vec y = broadcast(1.0f / 5040.0f);
+  y = y * r + 1.0f / 720.0f;
+  y = y * r + 1.0f / 120.0f;
+  y = y * r + 1.0f / 24.0f;
+  y = y * r + 1.0f / 6.0f;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  const IntVec power = (bit_cast<IntVec>(shifted) - bit_cast<IntVec>(round)) << 23;
+  return select(vanishes, Vec{}, bit_cast<Vec>(bit_cast<IntVec>(y) + power));
+}
+
+static inline float exp(float x) { return exp(broadcast(x))[0]; }
+
+// Calls body(T{}) with the C++ type of a dtype.
+template <typename Body>
+static inline void with_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kFloat16:
+      return body(Float16{});
+  }
+}
+
+// Calls body(task) for every task, through the C interface of Parallel.
+template <typename Body>
+static inline void parallel_tasks(const Parallel& parallel, int64_t tasks, const Body& body) {
+  if (tasks <= 0) return;
+  if (tasks == 1 || parallel.threads == 1) {
+    for (int64_t task = 0; task < tasks; ++task) body(task);
+    return;
+  }
+  parallel.run(
+      tasks, [](const void* state, int64_t task) { (*static_cast<const Body*>(state))(task); }, &body);
+}
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Memory of one call or task. malloc, not new: nothing of the C++ library may be instantiated per level.
+template <typename T>
+struct Buffer {
+  explicit Buffer(int64_t count)
+      : data(static_cast<T*>(__builtin_malloc(sizeof(T) * static_cast<size_t>(count) + 1))) {
+    if (!data) __builtin_abort();
+  }
+  ~Buffer() { __builtin_free(data); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data;
+};
+using Scratch = Buffer<float>;
+
+}  // namespace cerberus::CERBERUS_ISA

@@ -1,0 +1,130 @@
+"""Every argument of `decode`, given something wrong: the message names it, what it must be and what it is."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from stand_ins import RandomHeads
+from tiny_models import VOCAB, prompt, tiny_model
+from transformers import T5Config, T5ForConditionalGeneration
+
+from cerberus_ext.decode import decode
+from cerberus_ext.gate import ConfidenceGate, Gate
+from cerberus_ext.tree import DraftTree
+
+
+class DeepGate(Gate):
+    def trees(self, tree: DraftTree) -> list[DraftTree]:
+        return [DraftTree.chain(7)]
+
+
+def encoder_decoder() -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCAB, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
+    ).eval()
+
+
+def call(**changes: Any) -> None:
+    arguments: dict[str, Any] = {
+        "model": tiny_model("llama"),
+        "heads": RandomHeads(prompt(), 4, VOCAB),
+        "ids": prompt(),
+        "max_new_tokens": 2,
+        **changes,
+    }
+    decode(arguments.pop("model"), arguments.pop("heads"), arguments.pop("ids"), **arguments)
+
+
+IDS = prompt()
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"model": torch.nn.Linear(2, 2)}, TypeError, "model must be a transformers PreTrainedModel, got Linear"),
+    ({"heads": None}, TypeError, "heads must be CerberusHeads, got NoneType"),
+    ({"heads": SimpleNamespace(bind=1)}, TypeError, "heads must be CerberusHeads, got SimpleNamespace"),
+    ({"ids": [[1, 2]]}, TypeError, "ids must be a tensor, got list"),
+    ({"ids": IDS[0]}, ValueError, r"ids must be \(1, S\) with S >= 1, got shape \(9,\)"),
+    ({"ids": IDS[:, :0]}, ValueError, r"ids must be \(1, S\) with S >= 1, got shape \(1, 0\)"),
+    ({"ids": IDS.expand(3, -1)}, ValueError, "ids must have 1 row, more are not supported yet, got 3"),
+    ({"ids": IDS.int()}, TypeError, "ids must be int64, got torch.int32"),
+    ({"ids": IDS.to("meta")}, ValueError, "ids must be on the model's device, cpu, got meta"),
+    ({"ids": IDS + VOCAB}, ValueError, r"ids must be in 0\.\.100, got \d+"),
+    ({"ids": IDS - 200}, ValueError, r"ids must be in 0\.\.100, got -\d+"),
+    (
+        {"attention_mask": IDS[:, 1:]},
+        ValueError,
+        r"attention_mask must be a tensor of ids' shape, \(1, 9\), got \(1, 8\)",
+    ),
+    ({"attention_mask": [1] * 9}, ValueError, "attention_mask must be a tensor of ids' shape, .* got list"),
+    ({"attention_mask": torch.arange(9)[None]}, ValueError, "attention_mask must be all ones, .* got zeros"),
+    ({"max_new_tokens": -1}, ValueError, "max_new_tokens must be >= 0, got -1"),
+    ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens must be an integer, got 2.0"),
+    ({"max_new_tokens": True}, TypeError, "max_new_tokens must be an integer, got True"),
+    ({"tree": [[0]]}, TypeError, "tree must be a DraftTree or None, got list"),
+    ({"tree": DraftTree.chain(5)}, ValueError, "tree must not be deeper than the heads, 4, got a depth of 5"),
+    ({"gate": 0.5}, TypeError, "gate must be a Gate or None, got float"),
+    ({"gate": DeepGate()}, ValueError, "tree must not be deeper than the heads, 4, got a depth of 7"),
+    ({"gate": ConfidenceGate({1: 1.0}), "tree": DraftTree.chain(2)}, ValueError, "a tree has 3 nodes"),
+    ({"temperature": -0.5}, ValueError, "temperature must be >= 0 and finite, got -0.5"),
+    ({"temperature": float("inf")}, ValueError, "temperature must be >= 0 and finite, got inf"),
+    ({"temperature": float("nan")}, ValueError, "temperature must be >= 0 and finite, got nan"),
+    ({"temperature": "hot"}, TypeError, "temperature must be a number, got 'hot'"),
+    ({"top_k": -1}, ValueError, "top_k must be >= 0, got -1"),
+    ({"top_k": 1.5}, TypeError, "top_k must be an integer, got 1.5"),
+    ({"top_p": 0.0}, ValueError, "top_p must be > 0 and <= 1, got 0.0"),
+    ({"top_p": 1.1}, ValueError, "top_p must be > 0 and <= 1, got 1.1"),
+    ({"top_p": None}, TypeError, "top_p must be a number, got None"),
+    ({"seed": 2**63}, ValueError, rf"seed must be in -{2**63}\.\.{2**63 - 1}, got {2**63}"),
+    ({"seed": "1"}, TypeError, "seed must be an integer, got '1'"),
+    ({"eos_token_id": "</s>"}, TypeError, "eos_token_id must be None, an integer or a list of integers, got '</s>'"),
+    ({"eos_token_id": [1, 2.5]}, TypeError, r"eos_token_id must be .* got \[1, 2.5\]"),
+    ({"stopping_criteria": print}, TypeError, "stopping_criteria must be None or a StoppingCriteriaList, got builtin_"),
+    ({"stopping_criteria": [3]}, TypeError, "stopping_criteria must be None or a StoppingCriteriaList, got list"),
+    ({"streamer": print}, TypeError, "streamer must have put and end, as transformers' have, got builtin_function"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), WRONG, ids=[message for _, _, message in WRONG])
+def test_wrong_argument(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="decode: |ConfidenceGate: ") as caught:
+        call(**changes)
+    caught.match(message)
+
+
+def test_every_argument_is_covered() -> None:
+    names = set(decode.__code__.co_varnames[: decode.__code__.co_argcount + decode.__code__.co_kwonlyargcount])
+    assert names == {name for changes, _, _ in WRONG for name in changes}
+
+
+def test_encoder_decoder() -> None:
+    with pytest.raises(
+        ValueError, match="decode: model must be decoder-only, T5ForConditionalGeneration is an encoder"
+    ):
+        call(model=encoder_decoder())
+
+
+def test_model_without_lm_head() -> None:
+    with pytest.raises(ValueError, match="decode: model must have an LM head, LlamaModel has none"):
+        call(model=tiny_model("llama").model)
+
+
+def test_model_in_training_mode() -> None:
+    model = tiny_model("llama")
+    model.train()
+    try:
+        with pytest.raises(ValueError, match=r"decode: model must be in evaluation mode.* call model.eval\(\)"):
+            call(model=model)
+        assert model.training, "it was not changed"
+    finally:
+        model.eval()
+
+
+def test_model_of_another_dtype() -> None:
+    with pytest.raises(ValueError, match="decode: model must be float32, bfloat16 or float16, got torch.float64"):
+        call(model=tiny_model("llama", dtype=torch.float64))
+
+
+def test_model_on_another_device() -> None:
+    with pytest.raises(ValueError, match=r"decode: model must be on one device, cpu or cuda, got \['meta'\]"):
+        call(model=tiny_model("llama", device="meta"))

@@ -1,0 +1,80 @@
+"""What gates answer, and every way to make a wrong one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from cerberus_ext.tree import DraftTree
+
+HIDDEN = torch.zeros(1, 8)  # uniform: entropy log 8
+CHAIN, WIDE = DraftTree.chain(2), DraftTree.from_widths([4, 2])
+COSTS = {1: 1.0, 3: 1.2, 13: 1.8}
+
+
+def logprobs(*best: float) -> torch.Tensor:
+    """(1, K, 4): what every head thinks of its best guess; the others are at 2 %."""
+    rows = [[p, 0.02, 0.02, 0.02] for p in best]
+    return torch.tensor([rows]).log()
+
+
+@pytest.mark.parametrize(("gate", "opens"), [(Gate(), True), (AlwaysOpen(), True), (AlwaysClosed(), False)])
+def test_always(gate: Gate, opens: bool) -> None:
+    assert gate.opens(HIDDEN) is opens
+    assert gate.choose(CHAIN, logprobs(0.1, 0.1)) is CHAIN and list(gate.trees(CHAIN)) == [CHAIN]
+
+
+@pytest.mark.parametrize(("threshold", "opens"), [(math.log(8) - 0.01, False), (math.log(8) + 0.01, True)])
+def test_entropy(threshold: float, opens: bool, device: str) -> None:
+    assert EntropyGate(threshold).opens(HIDDEN.to(device)) is opens
+
+
+@pytest.mark.parametrize(
+    ("best", "expected"),
+    [
+        ((0.9, 0.9), CHAIN),  # (1 + .9 + .81) / 1.2 = 2.26; WIDE: (1 + .96 + .88) / 1.8 = 1.6
+        ((0.05, 0.05), None),  # (1 + .05 + .0025) / 1.2 < 1
+    ],
+)
+def test_confidence(best: tuple[float, ...], expected: DraftTree | None, device: str) -> None:
+    gate = ConfidenceGate(COSTS, [CHAIN, WIDE])
+    assert list(gate.trees(DraftTree.root())) == [CHAIN, WIDE]
+    assert gate.choose(DraftTree.root(), logprobs(*best).to(device)) is expected
+
+
+def test_confidence_takes_the_wide_tree_where_guesses_are_alike() -> None:
+    alike = torch.full((1, 2, 4), math.log(0.25))
+    # CHAIN: (1 + .25 + .0625) / 1.2 = 1.09; WIDE: (1 + 1 + .5) / 1.8 = 1.39
+    assert ConfidenceGate(COSTS, [CHAIN, WIDE]).choose(CHAIN, alike) is WIDE
+    assert ConfidenceGate(COSTS).choose(CHAIN, alike) is CHAIN, "without trees of its own: decode's"
+    assert ConfidenceGate(COSTS, margin=0.5).choose(CHAIN, alike) is None
+
+
+def test_costs_between_are_interpolated() -> None:
+    gate = ConfidenceGate({13: 1.8, 1: 1.0, 3: 1.2})
+    assert gate.cost(8) == pytest.approx(1.5) and gate.cost(1) == 1.0
+
+
+WRONG = [
+    (lambda: EntropyGate("low"), TypeError, "EntropyGate: threshold must be a number, got 'low'"),
+    (lambda: EntropyGate(float("nan")), TypeError, "EntropyGate: threshold must be a number, got nan"),
+    (lambda: ConfidenceGate({2: 1.0}), ValueError, r"costs must have size 1, a plain step, got sizes \[2\]"),
+    (lambda: ConfidenceGate({1: 0.0}), ValueError, r"costs\[1\] must be > 0, got 0.0"),
+    (lambda: ConfidenceGate(COSTS, []), ValueError, "trees must be None or have at least one tree, got none"),
+    (lambda: ConfidenceGate(COSTS, [CHAIN], -0.1), ValueError, "margin must be >= 0, got -0.1"),
+    (lambda: ConfidenceGate(COSTS, [DraftTree.chain(20)]), ValueError, "a tree has 21 nodes, the largest .* is 13"),
+    (
+        lambda: ConfidenceGate(COSTS).choose(DraftTree.chain(20), logprobs(*[0.5] * 20)),
+        ValueError,
+        "a tree has 21 nodes, the largest size with a cost is 13",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "message"), WRONG, ids=[message for _, _, message in WRONG])
+def test_wrong(make, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()

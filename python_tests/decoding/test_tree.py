@@ -1,0 +1,140 @@
+"""Draft trees, drawn by hand, and every way to get one wrong."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cerberus_ext.tree import DEFAULT_SIZE, DraftTree, default_tree, expected_accepted
+
+#        0
+#      / | \        ranks  0 1 3
+#     1  2  3
+#    / \    |             0 2   0
+#   4   5   6
+#           |                   1
+#           7
+DRAWN = DraftTree(parents=(-1, 0, 0, 0, 1, 1, 3, 6), ranks=(0, 0, 1, 3, 0, 2, 0, 1))
+PATHS = [(0,), (1,), (3,), (0, 0), (0, 2), (3, 0), (3, 0, 1)]
+
+
+def test_numbers() -> None:
+    assert DRAWN.depths == (0, 1, 1, 1, 2, 2, 2, 3)
+    assert (DRAWN.size, DRAWN.depth, DRAWN.guesses) == (8, 3, 4)
+    assert DRAWN.paths() == PATHS
+
+
+def test_from_paths() -> None:
+    assert DraftTree.from_paths(reversed(PATHS)) == DRAWN
+    assert DraftTree.from_paths([(0, 2), (3, 0, 1), (0, 0), (1,)]) == DRAWN, "beginnings come with a path"
+    assert DraftTree.from_paths([]) == DraftTree.root()
+
+
+def test_root() -> None:
+    root = DraftTree.root()
+    assert (root.size, root.depth, root.guesses, root.paths()) == (1, 0, 0, [])
+
+
+def test_chain_and_widths() -> None:
+    assert DraftTree.chain(3).parents == (-1, 0, 1, 2)
+    assert DraftTree.chain(0) == DraftTree.root()
+    assert DraftTree.from_widths([2, 3]).paths() == [(0,), (1,), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+
+
+def test_cut() -> None:
+    assert DRAWN.cut(3) is DRAWN and DRAWN.cut(9) is DRAWN
+    assert DRAWN.cut(2) == DraftTree.from_paths(PATHS[:-1]) and DRAWN.cut(2) is DRAWN.cut(2)
+    assert DRAWN.cut(0) == DraftTree.root()
+
+
+def test_tensors(device: str) -> None:
+    tensors = DRAWN.on(torch.device(device))
+    assert tensors.parents.tolist() == list(DRAWN.parents) and tensors.depths.tolist() == list(DRAWN.depths)
+    assert tensors.ancestors.tolist() == [[1], [3], [5], [9], [19], [35], [73], [201]]
+    assert tensors.heads.tolist() == [0, 0, 0, 1, 1, 1, 2] and tensors.ranks.tolist() == [0, 1, 3, 0, 2, 0, 1]
+    assert all(tensor.dtype == torch.int64 and tensor.device.type == device for tensor in tensors)
+    assert DRAWN.on(torch.device(device)) is tensors
+
+
+def test_tensors_of_the_root() -> None:
+    with torch.inference_mode():
+        tensors = DraftTree.root().on(torch.device("cpu"))
+    assert [tensor.tolist() for tensor in tensors] == [[-1], [[1]], [0], [], []]
+    assert not any(tensor.is_inference() for tensor in tensors)
+
+
+def test_more_than_one_word_of_ancestors() -> None:
+    words = DraftTree.chain(64).on(torch.device("cpu")).ancestors
+    assert words.shape == (65, 2)
+    assert words[63].tolist() == [-1, 0] and words[64].tolist() == [-1, 1]
+
+
+def test_from_accuracies() -> None:
+    # Worth of the paths: (0) .6, (0,0) .3, (1) .2, (0,1) .12, (1,0) .1
+    table = [[0.6, 0.2], [0.5, 0.2]]
+    assert DraftTree.from_accuracies(table, 1) == DraftTree.root()
+    assert set(DraftTree.from_accuracies(table, 5).paths()) == {(0,), (0, 0), (1,), (0, 1)}
+    assert DraftTree.from_accuracies(table, 100).size == 7, "there are no more"
+
+
+def test_expected_accepted() -> None:
+    probabilities = [[0.5, 0.25, 0, 0.125], [0.5, 0, 0.25], [0, 1.0]]
+    # 1 .5  2 .25  3 .125  4 .25  5 .125  6 .0625  7 .0625
+    assert expected_accepted(DRAWN, probabilities) == 1.375
+    assert expected_accepted(DraftTree.root(), []) == 0
+
+
+def heads(**config: object) -> SimpleNamespace:
+    return SimpleNamespace(config=SimpleNamespace(**config))
+
+
+def test_default_tree() -> None:
+    cpu = torch.device("cpu")
+    unknown = default_tree(heads(num_heads=3), cpu)
+    assert unknown.size == DEFAULT_SIZE["cpu"] and 2 <= unknown.depth <= 3
+    assert default_tree(heads(num_heads=2, accuracy=[[0.9, 0.1], [0.9, 0.1]]), cpu).size == 7
+    measured = default_tree(heads(num_heads=2, paths=[[0], [0, 0], [1]], accuracy=[[0.5], [0.5]]), cpu)
+    assert measured.paths() == [(0,), (1,), (0, 0)]
+    assert default_tree(heads(num_heads=1), torch.device("cuda")).depth == 1
+
+
+WRONG = [
+    (lambda: DraftTree((-1, 0), (0,)), ValueError, r"ranks must have one entry per node \(2\), got 1"),
+    (lambda: DraftTree((), ()), ValueError, r"parents must begin with -1, the root's, got \(\)"),
+    (lambda: DraftTree((0,), (0,)), ValueError, r"parents must begin with -1, the root's, got \(0,\)"),
+    (lambda: DraftTree((-1,), (2,)), ValueError, "ranks must begin with 0, the root's, got 2"),
+    (lambda: DraftTree((-1, 1), (0, 0)), ValueError, r"parents\[1\] must be in 0\.\.0, got 1"),
+    (lambda: DraftTree((-1, 0, -1), (0, 0, 0)), ValueError, r"parents\[2\] must be in 0\.\.1, got -1"),
+    (lambda: DraftTree((-1, 0), (0, -3)), ValueError, r"ranks\[1\] must be >= 0, got -3"),
+    (lambda: DraftTree((-1, 0, 0), (0, 4, 4)), ValueError, "nodes 1 and 2 are both guess 4 after node 0"),
+    (lambda: DraftTree((-1, 0.0), (0, 0)), TypeError, "parents must be integers, got 0.0"),
+    (lambda: DraftTree("abc", (0, 0)), TypeError, "parents must be a sequence of integers, got 'abc'"),
+    (lambda: DraftTree((-1, 0), (0, True)), TypeError, "ranks must be integers, got True"),
+    (lambda: DraftTree.from_paths([(0,), ()]), ValueError, r"paths\[1\] must have at least one rank, got none"),
+    (lambda: DraftTree.from_paths([(0, -1)]), ValueError, r"paths\[0\] must be ranks >= 0, got \(0, -1\)"),
+    (lambda: DraftTree.from_paths([0]), TypeError, r"paths\[0\] must be a sequence of integers, got 0"),
+    (lambda: DraftTree.from_widths([2, 0]), ValueError, r"widths\[1\] must be >= 1, got 0"),
+    (lambda: DraftTree.chain(-1), ValueError, "chain: depth must be >= 0, got -1"),
+    (lambda: DraftTree.chain(1.5), TypeError, "chain: depth must be an integer, got 1.5"),
+    (
+        lambda: DraftTree.from_accuracies([0.5], 2),
+        ValueError,
+        r"accuracy must be a \(heads, guesses\) table, got shape",
+    ),
+    (lambda: DraftTree.from_accuracies([[1.5]], 2), ValueError, "accuracy must be probabilities in 0..1, got others"),
+    (lambda: DraftTree.from_accuracies([[float("nan")]], 2), ValueError, "accuracy must be probabilities in 0..1"),
+    (lambda: DraftTree.from_accuracies([[0.5]], 0), ValueError, "size must be >= 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "message"), WRONG, ids=[message for _, _, message in WRONG])
+def test_wrong(make, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_tree_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        DRAWN.parents = (-1,)  # type: ignore[misc]

@@ -1,0 +1,249 @@
+"""Heads: configuration, files, what fits which model, and what they compute."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_llama import SIZE, VOCAB, make_llama, tiny_llama
+from transformers import LlamaForCausalLM
+
+from cerberus_ext import heads as heads_module
+from cerberus_ext import reference
+from cerberus_ext.heads import CerberusConfig, CerberusHeads, fingerprint
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+def config(**changes: object) -> CerberusConfig:
+    values = {"base_model": "tiny", "hidden_size": SIZE, "vocab_size": VOCAB, "num_heads": 3, **changes}
+    return CerberusConfig(**values)  # type: ignore[arg-type]
+
+
+def random_heads(**changes: object) -> CerberusHeads:
+    torch.manual_seed(1)
+    heads = CerberusHeads(config(**changes)).requires_grad_(False)
+    for parameter in heads.parameters():
+        parameter.normal_(std=0.3)
+    if heads.draft_vocab is not None:
+        heads.draft_vocab.copy_(torch.randperm(VOCAB)[: len(heads.draft_vocab)].sort().values)
+    return heads
+
+
+# ---------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size must be an integer >= 1, got 0"),
+        ({"vocab_size": -5}, "vocab_size must be an integer >= 1, got -5"),
+        ({"num_heads": 0}, "num_heads must be an integer >= 1, got 0"),
+        ({"num_layers": 1.5}, "num_layers must be an integer >= 1, got 1.5"),
+        ({"anchor": "embedding"}, 'anchor must be "root" or "hidden", got \'embedding\''),
+        (
+            {"draft_vocab": VOCAB + 1},
+            rf"draft_vocab must be None or in 1..vocab_size \({VOCAB}\), got {VOCAB + 1}",
+        ),
+        ({"draft_vocab": 0}, r"draft_vocab must be None or in 1..vocab_size \(101\), got 0"),
+        ({"accuracy": [[0.5], [0.4]]}, r"accuracy must have one row per head \(3\), got 2"),
+    ],
+)
+def test_config_names_the_wrong_value(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"CerberusConfig: {message}"):
+        config(**changes)
+
+
+def test_config_refuses_other_files() -> None:
+    with pytest.raises(ValueError, match="CerberusConfig: format_version must be 1, got 2"):
+        CerberusConfig.from_dict({"base_model": "x", "hidden_size": 4, "vocab_size": 9, "format_version": 2})
+    with pytest.raises(ValueError, match="CerberusConfig: unknown field 'colour'"):
+        CerberusConfig.from_dict({"base_model": "x", "format_version": 1, "colour": 3})
+
+
+@pytest.mark.parametrize(
+    ("changes", "weight", "scaled"),
+    [
+        ({}, (2, 3, SIZE, 2 * SIZE), True),
+        ({"num_layers": 1, "num_heads": 5}, (1, 5, SIZE, 2 * SIZE), True),
+        ({"anchor": "hidden"}, (2, 3, SIZE, 2 * SIZE), False),
+        ({"chained": False}, (2, 3, SIZE, SIZE), False),
+    ],
+)
+def test_parameters(changes: dict, weight: tuple, scaled: bool) -> None:
+    heads = CerberusHeads(config(**changes))
+    assert heads.weight.shape == weight and heads.bias.shape == weight[:3]
+    assert not heads.weight.any() and not heads.bias.any()
+    assert (heads.anchor_scale is not None) == scaled
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, {"draft_vocab": 40, "paths": [[0], [0, 1]]}, {"chained": False}])
+def test_saved_heads_come_back(tmp_path: Path, dtype: torch.dtype, changes: dict) -> None:
+    heads = random_heads(**changes).to(dtype)
+    heads.save_pretrained(tmp_path)
+    assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors", ".json", ".md"}
+    again = CerberusHeads.from_pretrained(tmp_path)
+    assert again.config == heads.config
+    assert again.state_dict().keys() == heads.state_dict().keys()
+    for name, tensor in heads.state_dict().items():
+        loaded = again.state_dict()[name]
+        assert loaded.dtype == tensor.dtype and torch.equal(loaded, tensor), name
+
+
+def test_saved_files_hold_nothing_of_the_model(tmp_path: Path, llama: LlamaForCausalLM) -> None:
+    heads = random_heads(draft_vocab=40)
+    heads.bind(llama)
+    heads.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors.keys() == {"weight", "bias", "anchor_scale", "draft_vocab"}
+    assert tensors["draft_vocab"].dtype == torch.int32
+
+
+def test_files_that_contradict_each_other(tmp_path: Path) -> None:
+    random_heads().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "num_heads": 4}))
+    with pytest.raises(
+        ValueError, match=r"weight must be \(2, 4, 32, 64\) by config.json, got \(2, 3, 32, 64\)"
+    ):
+        CerberusHeads.from_pretrained(tmp_path)
+
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["bias"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="has no tensor 'bias'"):
+        CerberusHeads.from_pretrained(tmp_path)
+
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="has no config.json"):
+        CerberusHeads.from_pretrained(tmp_path)
+
+
+def test_packaged_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = random_heads()
+    heads.save_pretrained(tmp_path / "some-model")
+    monkeypatch.setattr(heads_module, "PRETRAINED", tmp_path)
+    assert torch.equal(CerberusHeads.from_pretrained("some-model").weight, heads.weight)
+    with pytest.raises(
+        ValueError, match="'some-modle' is no folder, no Hub id .* packaged heads: some-model"
+    ):
+        CerberusHeads.from_pretrained("some-modle")
+
+
+# ---------------------------------------------------------------- binding
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 64}, r"the heads are for hidden_size 32 \(tiny\), the model has 64"),
+        ({"vocab_size": 99}, r"the heads are for vocab_size 101 \(tiny\), the model has 99"),
+    ],
+)
+def test_bind_names_the_number_that_differs(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"CerberusHeads.bind: {message}"):
+        random_heads().bind(make_llama(**changes))
+
+
+def test_bind_checks_the_lm_head(llama: LlamaForCausalLM) -> None:
+    heads = random_heads(lm_head_fingerprint=fingerprint([llama.lm_head.weight]))
+    heads.bind(llama)
+    with pytest.raises(
+        ValueError, match="CerberusHeads.bind: the heads were trained on the LM head [0-9a-f]{16} "
+    ):
+        heads.bind(make_llama(seed=2))
+    heads.bind(make_llama(seed=2), check_fingerprint=False)
+
+
+def test_bind_refuses_what_has_no_plain_lm_head(llama: LlamaForCausalLM) -> None:
+    with pytest.raises(ValueError, match="must be a causal LM with an LM head, got LlamaModel"):
+        random_heads().bind(llama.model)
+    biased = make_llama(seed=2)
+    biased.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCAB))
+    with pytest.raises(ValueError, match="LM head must have no bias"):
+        random_heads().bind(biased)
+
+
+def test_fingerprint_is_of_the_weights_not_of_their_dtype() -> None:
+    weight = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)) * 0.02
+    expected = fingerprint([weight])
+    assert fingerprint([weight.bfloat16()]) == expected
+    assert fingerprint([weight.half()]) == expected
+    assert fingerprint([-weight]) != expected
+    assert fingerprint([weight[:499]]) != expected
+
+
+def test_bind_leaves_model_and_heads_alone(llama: LlamaForCausalLM) -> None:
+    heads = random_heads(draft_vocab=40).bfloat16()
+    before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    own = heads.state_dict().keys()
+    drafter = heads.bind(llama)
+    drafter.draft(torch.randn(1, SIZE), torch.tensor([3]), guesses=4)
+    assert heads.state_dict().keys() == own
+    assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
+
+
+def test_projection_is_the_models_own_where_nothing_needs_a_copy(llama: LlamaForCausalLM) -> None:
+    assert random_heads().bind(llama).projection.data_ptr() == llama.lm_head.weight.data_ptr()
+    drafter = random_heads(draft_vocab=40).bind(llama)
+    assert torch.equal(drafter.projection, llama.lm_head.weight[drafter.draft_vocab])
+
+
+# ---------------------------------------------------------------- drafting
+
+
+@pytest.mark.parametrize("changes", [{}, {"anchor": "hidden"}, {"chained": False}, {"draft_vocab": 40}])
+def test_new_heads_predict_what_the_base_model_does(llama: LlamaForCausalLM, changes: dict) -> None:
+    heads = CerberusHeads(config(**changes))
+    hidden = torch.randn(2, SIZE, generator=torch.Generator().manual_seed(0))
+    logits = hidden @ llama.lm_head.weight.detach().T
+    if heads.draft_vocab is not None:
+        logits = logits[:, :40]  # new heads hold the lowest ids
+    ids, logprobs = heads.bind(llama).draft(hidden, torch.tensor([5, 6]), guesses=7)
+    expected = logits.log_softmax(-1).topk(7)
+    for head in range(3):
+        assert torch.equal(ids[:, head], expected.indices)
+        torch.testing.assert_close(logprobs[:, head], expected.values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("anchor", ["root", "hidden"])
+def test_draft_is_the_formula_of_the_design(llama: LlamaForCausalLM, anchor: str) -> None:
+    heads = random_heads(anchor=anchor, draft_vocab=40)
+    hidden = torch.randn(2, SIZE, generator=torch.Generator().manual_seed(0))
+    root = torch.tensor([7, 100])
+    embedded = llama.model.embed_tokens.weight.detach()[root]
+    start = hidden if heads.anchor_scale is None else embedded * heads.anchor_scale
+    states = reference.head_stack(hidden, start, heads.weight, heads.bias)
+    index, logprobs = reference.draft_topk(states, llama.lm_head.weight.detach()[heads.draft_vocab], 5)
+
+    drafter = heads.bind(llama)
+    ids, got = drafter.draft(hidden, root, guesses=5)
+    torch.testing.assert_close(drafter.states(hidden, root), states, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(heads(hidden, start), states, rtol=1e-4, atol=1e-4)
+    assert ids.shape == (2, 3, 5) and torch.equal(ids, heads.draft_vocab[index])
+    torch.testing.assert_close(got, logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_heads_of_another_dtype_than_the_model(llama: LlamaForCausalLM) -> None:
+    heads = random_heads().bfloat16()
+    drafter = heads.bind(llama)
+    ids, logprobs = drafter.draft(torch.randn(1, SIZE), torch.tensor([3]), guesses=2)
+    assert drafter.projection.dtype == torch.bfloat16
+    assert ids.dtype == torch.int64 and logprobs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("guesses", [0, 41])
+def test_draft_checks_guesses(llama: LlamaForCausalLM, guesses: int) -> None:
+    with pytest.raises(ValueError, match=f"Drafter.draft: guesses must be in 1..40, got {guesses}"):
+        random_heads(draft_vocab=40).bind(llama).draft(torch.randn(1, SIZE), torch.tensor([3]), guesses)
