@@ -63,6 +63,8 @@ def generate(
 
     import cerberus_ext
 
+    from .tree import default_tree
+
     if threads is not None:
         torch.set_num_threads(threads)
     _quiet_transformers()
@@ -71,7 +73,7 @@ def generate(
     ids = _encode(tokenizer, text, raw).to(base.device)
     tree = None
     if tree_size is not None:
-        tree = cerberus_ext.DraftTree.from_accuracies(trained.accuracy, tree_size)
+        tree = default_tree(trained, base.device, tree_size)
     options = {"max_new_tokens": max_new_tokens, "tree": tree}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = cerberus_ext.decode(base, trained, ids, streamer=streamer, **options)

@@ -13,6 +13,7 @@ from .training_data import TrainingData
 
 GUESSES = 16  # ranks that trees may use and that the stored accuracies cover
 TREE_SIZES = (16, 32, 64)
+BEST_SIZE = "32"  # the one whose tokens a step decide which heads a training run keeps
 STORED_PATHS = 127  # enough for a tree of 128 nodes
 ROWS = 256  # positions in one piece: bounds the (ROWS, K, Vd) logits
 

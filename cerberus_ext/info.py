@@ -17,7 +17,7 @@ _REQUIREMENTS = ("numpy", "transformers", "accelerate", "gguf", "safetensors", "
 
 
 def collect() -> dict[str, dict[str, str]]:
-    """Section -> label -> value, in the order in which to show them. Starts neither CUDA nor a download."""
+    """Section -> label -> value, in the order in which to show them. Downloads nothing."""
     return {"Versions": _versions(), "Libraries": _libraries(), "CPU": _cpu(), "CUDA": _cuda()}
 
 

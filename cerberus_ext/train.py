@@ -4,28 +4,23 @@
     stage 2  AdamW on KL(base model at position i + k || head k at position i)   trainer.py, distill.py
     output   a folder for `CerberusHeads.from_pretrained`, with training.json: how the heads were made
 
-A run that was killed goes on from its last checkpoint when it is started again with the same arguments, and
-ends with the weights that it would have had.
+The folder is complete after every measurement, with the best heads so far. A run that was killed goes on from
+its last checkpoint when it is started again with the same arguments, and ends with the weights that it would
+have had.
 """
 
 from __future__ import annotations
 
-import json
-import platform
-from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from torch import nn
 
 from .heads import output_matrix
 from .trainer import Trainer, TrainOptions
 from .training_data import load_training_data
+from .training_record import record
 
-RECORD_FILE = "training.json"
-
-__all__ = ["TrainOptions", "record", "train"]
+__all__ = ["TrainOptions", "train"]
 
 
 def train(model: nn.Module, options: TrainOptions) -> dict[str, Any]:
@@ -46,53 +41,4 @@ def train(model: nn.Module, options: TrainOptions) -> dict[str, Any]:
     data = load_training_data(model, options.data, options.cache or options.output / "hidden")
     trainer = Trainer(model, data, options)
     trainer.run()
-    result = record(trainer)
-    (options.output / RECORD_FILE).write_text(json.dumps(result, indent=1) + "\n")
-    return result
-
-
-def record(trainer: Trainer) -> dict[str, Any]:
-    """How the heads were made; names no folder of the machine."""
-    data, train_rows = trainer.data, trainer.train_rows
-    known = trainer.draft_index >= 0
-    return {
-        "options": trainer.options.numbers(),
-        "data": {
-            "sha256": data.sha256,
-            "lines": len(data.greedy),
-            "training_positions": train_rows,
-            "held_out_positions": len(data.tokens) - train_rows,
-            "draft_vocab_coverage": {
-                "training": round(known[data.tokens[:train_rows]].double().mean().item(), 4),
-                "held_out": round(known[data.tokens[train_rows:]].double().mean().item(), 4),
-            },
-        },
-        "lm_head_fingerprint": trainer.heads.config.lm_head_fingerprint,
-        "parameters": sum(parameter.numel() for parameter in trainer.heads.parameters()),
-        "positions_trained": trainer.step * trainer.options.batch,
-        "seconds": round(trainer.seconds),
-        "best_tokens_per_step": trainer.best,
-        "curve": trainer.curve,
-        "machine": machine(trainer.device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def machine(device: torch.device) -> str:
-    """The processor that did the work, as its maker calls it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        named = [
-            line.split(":", 1)[1].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        name = named[0] if named else name
-    return f"{name}, threads: {torch.get_num_threads()}"
+    return record(trainer)

@@ -16,11 +16,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from .distill import distillation, frequent_tokens, head_states, learning_rate
 from .heads import CerberusConfig, CerberusHeads, fingerprint, input_matrix, output_matrix
-from .held_out import HeldOut
+from .held_out import BEST_SIZE, HeldOut
 from .training_data import TrainingData
+from .training_record import RECORD_FILE, record
 
 SEGMENT = 8  # consecutive positions drawn together: they share teacher rows, 8 + K - 1 instead of 8 * K
-BEST_SIZE = "32"  # the tree size whose tokens a step decide which heads are kept
 CHECKPOINT_FILE = "checkpoint.safetensors"
 OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq", "step")
 PATHS = ("data", "output", "cache")  # options that say where, not what
@@ -206,7 +206,7 @@ class Trainer:
                     losses.clear()
 
     def measure(self, loss: float) -> None:
-        """Adds a point to the curve, saves the heads if they are the best so far, writes a checkpoint."""
+        """Adds a point to the curve, saves the heads if they are the best so far, writes checkpoint and record."""
         result = self.held_out.measure(self.states, self.options.heads)
         point = {
             "step": self.step,
@@ -226,6 +226,7 @@ class Trainer:
             kept.load_state_dict(self.heads.state_dict())
             kept.to(torch.bfloat16).save_pretrained(self.options.output)
         self.save_checkpoint()
+        (self.options.output / RECORD_FILE).write_text(json.dumps(record(self), indent=1) + "\n")
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be continued."""

@@ -58,6 +58,14 @@ def check_products(dtype: torch.dtype) -> None:
     assert_close("head_stack", states, reference.head_stack(hidden, anchor, weight, bias), dtype)
     for row in range(9):
         assert_same_bits(ops.head_stack(hidden[row, None], anchor[row, None], weight, bias)[0], states[row])
+    # Far outside of what exp can hold.
+    hidden, weight, bias = (
+        torch.zeros(1, 64, dtype=dtype),
+        torch.zeros(1, 1, 64, 64, dtype=dtype),
+        torch.linspace(-200, 200, 64),
+    )
+    arguments = (hidden, hidden, weight, bias.to(dtype)[None, None])
+    assert_close("head_stack", ops.head_stack(*arguments), reference.head_stack(*arguments), dtype)
     states, projection = integers(-2, 3, 5, 2, 129, seed=5).to(dtype), integers(-2, 3, 1537, 129, seed=6).to(dtype)
     assert torch.equal(ops.draft_topk(states, projection, 9)[0], reference.draft_topk(states, projection, 9)[0])
 

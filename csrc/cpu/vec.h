@@ -1,7 +1,8 @@
 // Vectors of float of this level's width, and the element types that tensors hold.
 //
-// Built on the vector extension of GCC and Clang, so that one source serves every level; intrinsics only where the
-// extension has no word for it (float16). Every sum across lanes is taken in one fixed order.
+// Built on the vector extension of GCC and Clang, so that one source serves every level; intrinsics only
+// where the extension has no word for it (fused multiply-add, float16) or the compiler misses the instruction
+// (bfloat16). Every sum across lanes is taken in one fixed order.
 #pragma once
 
 #include <cstddef>
@@ -9,6 +10,8 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "args.h"
@@ -44,7 +47,8 @@ static inline To bit_cast(From from) {
   return to;
 }
 
-// --- one element ------------------------------------------------------------------------------------------------------
+// --- one element
+// ------------------------------------------------------------------------------------------------------
 
 static inline float to_float(float x) { return x; }
 static inline float to_float(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
@@ -84,7 +88,8 @@ static inline void from_float(float x, Float16& out) {
   }
 }
 
-// --- one vector -------------------------------------------------------------------------------------------------------
+// --- one vector
+// -------------------------------------------------------------------------------------------------------
 
 static inline Vec broadcast(float x) { return x - Vec{}; }
 
@@ -94,13 +99,22 @@ static inline Vec load(const float* p) {
   return v;
 }
 static inline Vec load(const BFloat16* p) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return bit_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+#elif defined(__AVX2__)
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return bit_cast<Vec>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+#else
   HalfVec half;
   __builtin_memcpy(&half, p, sizeof(half));
   return bit_cast<Vec>(__builtin_convertvector(half, UIntVec) << 16);
+#endif
 }
 static inline Vec load(const Float16* p) {
 #if defined(__AVX512F__)
-  return bit_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  return bit_cast<Vec>(
+      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
   return bit_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
@@ -120,6 +134,21 @@ static inline Vec load_part(const T* p, int64_t count) {
 
 static inline void store(Vec v, float* p) { __builtin_memcpy(p, &v, sizeof(v)); }
 
+// a * b + c, rounded once where the level has an instruction for that. Said outright, not left to the
+// compiler, which may fuse a product into one sum in one function and into another in the next.
+static inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(_mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
+#elif defined(__FMA__)
+  return bit_cast<Vec>(_mm256_fmadd_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), bit_cast<__m256>(c)));
+#elif defined(__ARM_NEON)
+  return bit_cast<Vec>(
+      vfmaq_f32(bit_cast<float32x4_t>(c), bit_cast<float32x4_t>(a), bit_cast<float32x4_t>(b)));
+#else
+  return a * b + c;
+#endif
+}
+
 static inline float sum(Vec v) {
   float lanes[kLanes];
   store(v, lanes);
@@ -134,15 +163,18 @@ static inline Vec select(IntVec condition, Vec yes, Vec no) {
   return bit_cast<Vec>((condition & bit_cast<IntVec>(yes)) | (~condition & bit_cast<IntVec>(no)));
 }
 
-// e^x for x <= 88, to about 1 ulp; 0 below -87. 2^n e^r with |r| <= ln(2) / 2 and the Taylor polynomial of degree 7.
+// e^x for x <= 88, to about 1 ulp; 0 below -87. 2^n e^r with |r| <= ln(2) / 2 and the Taylor polynomial of
+// degree 7.
 static inline Vec exp(Vec x) {
-  const Vec round = broadcast(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Vec round =
+      broadcast(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const Vec low = broadcast(-87.0f);
   const IntVec vanishes = x < low;
   x = select(vanishes, low, x);
   const Vec shifted = x * 1.44269504f + round;
   const Vec n = shifted - round;
-  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2) in two parts, the first exact in the product
+  const Vec r =
+      (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2) in two parts, the first exact in the product
   Vec y = broadcast(1.0f / 5040.0f);
   y = y * r + 1.0f / 720.0f;
   y = y * r + 1.0f / 120.0f;

@@ -37,9 +37,8 @@ constexpr int kUnusedBits<fp16> = 13;
 
 // What sampling needs beyond the arguments, computed on the host.
 struct RankLayout {
-  int id_bits;  // the low bits of a rank: vocab - 1 - id
-  float
-      mass_scale;  // fixed point: the best token's weight, such that the sum over the vocabulary fits 63 bits
+  int id_bits;       // the low bits of a rank: vocab - 1 - id
+  float mass_scale;  // the best token's weight in fixed point, such that the vocabulary's sum fits 63 bits
 };
 
 // One row: its logits and what the steps of the sampling know about them.
@@ -155,8 +154,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                          a.temperature, -INFINITY};
   __shared__ Selection selection;
   float max = -INFINITY;
-  row.for_each(
-      [&](int64_t, float logit) { max = fmaxf(max, logit); });  // fmaxf passes over what is not a number
+  // fmaxf passes over what is not a number.
+  row.for_each([&](int64_t, float logit) { max = fmaxf(max, logit); });
   row.max = block_reduce<kThreads>(max, Max{});
 
   uint64_t floor = uint64_t{1} << layout.id_bits;  // the lowest rank of a number
@@ -170,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (row.rank(id, logit) >= floor) mass += row.mass(logit);
     });
     mass = block_reduce<kThreads>(mass, Sum{});
-    // Less than top_p of the mass above it: that is less than the next integer, and the best token always
+    // Kept are those with less than top_p of the mass above them: less than the next integer. The best one
     // stays.
     const uint64_t limit =
         static_cast<uint64_t>(ceil(static_cast<double>(a.top_p) * static_cast<double>(mass)));
@@ -216,8 +215,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 RankLayout rank_layout(int64_t vocab) {
   RankLayout layout = {0, 0.0f};
   while (int64_t{1} << layout.id_bits < vocab) ++layout.id_bits;
-  // At most 2^44: what is smaller than 2^-44 of the best is nothing even summed over the largest
-  // vocabularies.
+  // At most 2^44: less than 2^-44 of the best is nothing even summed over the largest vocabulary.
   const int bits = layout.id_bits < 18 ? 44 : 62 - layout.id_bits;
   layout.mass_scale = static_cast<float>(uint64_t{1} << bits);
   return layout;

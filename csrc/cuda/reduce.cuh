@@ -72,8 +72,7 @@ __device__ inline T warp_reduce(T value, Combine combine) {
   return value;
 }
 
-// combine() over the threads' values, the same bits in every thread: the warps' results are combined in one
-// order.
+// combine() over the threads' values, the same bits in every thread: warps are combined in one order.
 template <int kThreads, typename T, typename Combine>
 __device__ inline T block_reduce(T value, Combine combine) {
   constexpr int kWarps = kThreads / kLanes;
@@ -118,8 +117,8 @@ __device__ inline float warp_sums(float (&value)[kCount]) {
     const bool odd = lane_index() >> step & 1;
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
-      if (i >= kCount >> (step + 1))
-        break;  // not the loop's bound, which has to be a constant to be unrolled
+      // Not the loop's bound, which has to be a constant for the loop to be unrolled.
+      if (i >= kCount >> (step + 1)) break;
       const float keep = odd ? value[2 * i + 1] : value[2 * i];
       const float give = odd ? value[2 * i] : value[2 * i + 1];
       value[i] = keep + shuffle_xor(give, 1 << step);

@@ -37,6 +37,14 @@ def test_hidden_entropy_extremes(dtype, device):
 
 
 @dtypes
+@pytest.mark.parametrize("place", [0, 7, 128])
+def test_hidden_entropy_of_nan_is_nan(place, dtype, device):
+    hidden = normal(2, 129, dtype=dtype, device=device)
+    hidden[1, place] = float("nan")
+    assert ops.hidden_entropy(hidden).isnan().tolist() == [False, True]
+
+
+@dtypes
 @pytest.mark.parametrize("offset", [1000.0, -1000.0])
 def test_hidden_entropy_ignores_an_offset(offset, dtype, device):
     hidden = (integers(-4, 5, 33, 129).float() * 8 + offset).to(device, dtype)  # exact in every dtype
@@ -82,6 +90,20 @@ def test_head_stack_by_hand(device):
     # layer 2: head 1: 200 + (2 * 1000 + 7) = 2207; head 2: 100 + (1 * 100 + 3 * 200 + 0.5) = 800.5
     states = ops.head_stack(*(t.to(device) for t in (hidden, anchor, weight, bias)))
     assert states.flatten().tolist() == [2207.0, 800.5]
+
+
+@dtypes
+def test_head_stack_far_from_zero(dtype, device):
+    """silu where exp(-x) leaves float32: it goes to 0 on one side and to x on the other, and NaN stays NaN."""
+    before = [-30000.0, -1000.0, -200.0, -100.0, -90.0, -89.0, -88.5, -88.0, -80.0, -20.0, 80.0, 88.0, 100.0, 30000.0]
+    bias = torch.tensor([[[*before, float("nan")]]]).to(device, dtype)
+    size = bias.shape[-1]
+    zeros = torch.zeros(1, size, dtype=dtype, device=device)
+    weight = torch.zeros(1, 1, size, 2 * size, dtype=dtype, device=device)
+    states = ops.head_stack(zeros, zeros, weight, bias).flatten()
+    assert states[-1].isnan()
+    expected = reference.head_stack(zeros, zeros, weight, bias).flatten()
+    assert_close("head_stack", states[:-1], expected[:-1], dtype)
 
 
 @dtypes

@@ -34,12 +34,12 @@ def assert_row_invariant(call: Callable[[Tensor], tuple[Tensor, ...]], rows: int
     """call(index) computes the rows `index`, in that order. Alone, in any company, at any place: the same bits."""
     with threads(1):
         wanted = call(torch.arange(rows))
-    companies = [torch.tensor([row]) for row in range(rows)]
-    companies += [torch.arange(count) for count in (2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32) if count < rows]
+    alone = [torch.tensor([row]) for row in range(rows)]
+    companies = [torch.arange(count) for count in (2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 32) if count < rows]
     companies += [torch.arange(rows), torch.arange(rows).flip(0), torch.tensor([rows - 1] * 5 + [0] * 3)]
-    for count in (1, 2):
+    for count, indexes in ((1, alone + companies), (2, alone[::8] + companies)):
         with threads(count):
-            for index in companies:
+            for index in indexes:
                 for got, whole in zip(call(index), wanted, strict=True):
                     assert_same_bits(got, whole[index])
 
@@ -140,7 +140,7 @@ def test_which_linears_of_this_machine_are_row_invariant(record_property, capsys
     """
     lines = [f"rows m of 1..32 whose bits equal those of the same rows among 32, {torch.get_num_threads()} threads"]
     for dtype in DTYPES:
-        for size, outputs in SHAPES:
+        for size, outputs in SHAPES[1:4]:
             input, weight, _ = product_inputs(size, outputs, dtype)
             theirs = ranges(rows_that_agree(F.linear, input, weight))
             ours = ranges(rows_that_agree(lambda x, w: ops.linear(x, w, None), input, weight))

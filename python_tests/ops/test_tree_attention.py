@@ -127,8 +127,25 @@ def test_scores_far_below_zero(device):
     """All scores at -10^4: exp of each alone is 0, their softmax is not."""
     a = attention_inputs(1, SMALL_TREE, [100], device=device)
     a["q"] = torch.ones_like(a["q"])
-    a["keys"] = torch.where(a["keys"].isnan(), a["keys"], a["keys"] * 1e-3 - 2500.0)
+    # Whole numbers: products and sums of this size are exact in float32, whatever their order.
+    a["keys"] = torch.where(a["keys"].isnan(), a["keys"], a["keys"].round() - 2500.0)
     check(a)
+
+
+@dtypes
+@pytest.mark.parametrize("name", ["keys", "values"])
+def test_nan_stays_where_it_is_seen(name, dtype, device):
+    """A NaN in node 2 and one in slot 80 of head 1: who sees them gets NaN, the others what they would get anyway."""
+    a = attention_inputs(1, SMALL_TREE, [100], dtype=dtype, device=device)
+    before = ops.tree_attention(**a)
+    a[name][0, 0, 102, 3] = math.nan  # of key/value head 0, so of query heads 0 and 1
+    a[name][0, 1, 80, 3] = math.nan
+    got = ops.tree_attention(**a)
+    touched = torch.zeros(5, 4, dtype=torch.bool)
+    touched[2, :2] = True
+    touched[:, 2:] = True
+    assert torch.equal(got.isnan().any(-1)[0].cpu(), touched)
+    assert_same_bits(got[0].cpu()[~touched], before[0].cpu()[~touched])
 
 
 # ---------------------------------------------------------------- a node's bits do not depend on the tree (CPU)
@@ -154,6 +171,12 @@ def make_text(heads: dict, tokens: int, dtype: torch.dtype) -> dict:
     }
 
 
+def commit(text: dict, position: int) -> None:
+    """Puts a token of the text where it belongs."""
+    for plane, name in enumerate("kv"):
+        text["cache"][plane, 0, :, position] = text[name][position]
+
+
 def step(text: dict, length: int, positions: list[int], parents: list[int], window: int) -> torch.Tensor:
     """One forward of the nodes whose tokens are text[positions], after `length` committed tokens -> (N, Hq, E)."""
     keys, values = text["cache"]
@@ -166,26 +189,27 @@ def step(text: dict, length: int, positions: list[int], parents: list[int], wind
 
 @dtypes
 @pytest.mark.parametrize("window", [0, 3, 64, 100])
-@pytest.mark.parametrize("sizes", [(9, 3, 64), (2, 1, 33), (1, 1, 7)], ids=str)
+@pytest.mark.parametrize("sizes", [(9, 3, 64), (2, 1, 33)], ids=str)
 def test_tree_gives_the_bits_of_one_token_at_a_time(sizes, window, dtype):
     """Design rule 6: one text token by token, as a path of a tree with branches, and as a plain chain."""
     heads = dict(zip(("query_heads", "kv_heads", "head_size"), sizes, strict=True))
     depth = len(TOKENS)
     text = make_text(heads, max(LENGTHS) + depth, dtype)
-    wanted = [step(text, position, [position], [-1], window)[0] for position in range(max(LENGTHS) + depth)]
+    for position in range(max(LENGTHS) + depth):
+        commit(text, position)
     whole_text = text["cache"].clone()
     for length in LENGTHS:
-        text["cache"].copy_(whole_text)
+        wanted = [step(text, length + place, [length + place], [-1], window)[0] for place in range(depth)]
         # The branches carry other tokens: those of the text from its beginning.
         positions = [node % 5 for node in range(len(BRANCHED))]
         for place, node in enumerate(TOKENS):
             positions[node] = length + place
-        got = step(text, length, positions, BRANCHED, window)
+        in_tree = step(text, length, positions, BRANCHED, window)
+        in_chain = step(text, length, list(range(length, length + depth)), chain(depth), window)
         for place, node in enumerate(TOKENS):
-            assert_same_bits(got[node], wanted[length + place])
-        got = step(text, length, list(range(length, length + depth)), chain(depth), window)
-        for place in range(depth):
-            assert_same_bits(got[place], wanted[length + place])
+            assert_same_bits(in_tree[node], wanted[place])
+            assert_same_bits(in_chain[place], wanted[place])
+        text["cache"].copy_(whole_text)
 
 
 @dtypes
