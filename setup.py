@@ -29,7 +29,7 @@ REQUIREMENTS = [
     "gguf",
     "safetensors",
     "huggingface_hub>=1",
-    "rich",
+    "tqdm",
     "typer",
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -74,7 +74,7 @@ def generate(
     tree = None
     if tree_size is not None:
         tree = default_tree(trained, base.device, tree_size)
-    options = {"max_new_tokens": max_new_tokens, "tree": tree}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tree": tree}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = cerberus_ext.decode(base, trained, ids, streamer=streamer, **options)
     comparison = None
@@ -117,7 +117,8 @@ def train(
     try:
         options = training.TrainOptions(
             data=data, output=output, cache=cache, base_model=model or HUB_ID, heads=heads, layers=layers,
-            anchor=anchor, chained=chained, draft_vocab=draft_vocab, steps=steps, batch=batch, lr=lr, eval_every=eval_every, seed=seed,
+            anchor=anchor, chained=chained, draft_vocab=draft_vocab, steps=steps, batch=batch, lr=lr,
+            eval_every=eval_every, seed=seed,
         )  # fmt: skip
         training.train(base, options)
     except (OSError, ValueError, FloatingPointError) as error:
@@ -197,7 +198,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool) -> torch.T
     if raw or tokenizer.chat_template is None:
         return tokenizer(text, return_tensors="pt").input_ids
     messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").input_ids
+    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    return encoded.input_ids
 
 
 def _quiet_transformers() -> None:

@@ -16,7 +16,7 @@ import tempfile
 import warnings
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -63,7 +63,7 @@ def load_model(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or default_dtype(device))
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or default_dtype(device))
     return model.to(device).eval(), tokenizer
 
 

@@ -204,22 +204,29 @@ class DraftTree:
 
 _ROOT = DraftTree((-1,), (0,))
 
-# Nodes of the tree that is used where the caller names none: what a forward of the base model carries almost for free.
-# A CPU computes every node (16 is where float32 products start to cost more than reading the weights); a GPU reads the
-# weights once for all of them.
-DEFAULT_SIZE = {"cpu": 16, "cuda": 32}
 _MOST_DEFAULT_HEADS = 5
 _DEFAULT_GUESSES = 8
+
+
+def default_size(device: torch.device) -> int:
+    """Nodes of the tree where the caller names none: about what a forward carries for little more than a plain step.
+
+    A GPU reads the weights once for all nodes. A CPU computes every node: with AMX 16 of them cost little, without it a
+    step's time grows with every few. `bench/speed.py --tree-size` measures what is best on a machine.
+    """
+    if device.type != "cpu":
+        return 32
+    return 16 if torch.cpu._is_amx_tile_supported() else 4
 
 
 def default_tree(heads: Any, device: torch.device, size: int | None = None) -> DraftTree:
     """The tree for heads on a device: what was measured with the heads, else a general one.
 
-    size: nodes, the root included; None: `DEFAULT_SIZE`. There are fewer where the heads do not guess that much.
+    size: nodes, the root included; None: `default_size(device)`. There are fewer where heads do not guess so much.
     heads: `heads.config.paths` (best paths first) is preferred to `heads.config.accuracy` (K, P). Without either, head
     k + 1's guess r is taken to be right with probability 0.6 * 0.8^k * 0.4^r, roughly what lightly trained heads reach.
     """
-    size = DEFAULT_SIZE.get(device.type, DEFAULT_SIZE["cuda"]) if size is None else size
+    size = default_size(device) if size is None else size
     config = heads.config
     if paths := getattr(config, "paths", None):
         return DraftTree.from_paths(paths[: size - 1])

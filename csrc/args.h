@@ -1,11 +1,12 @@
 // The contract that the CPU and the CUDA implementations share: one plain struct per op, no torch.
 //
-// prepare.cpp checks the tensors, allocates the results and fills these structs, once for both devices. A kernel may
-// therefore rely on everything said here: dtypes, contiguity and sizes. It may not rely on values.
+// prepare.cpp checks the tensors, allocates the results and fills these structs, once for both devices. A
+// kernel may therefore rely on everything said here: dtypes, contiguity and sizes. It may not rely on values.
 //
-// Letters as everywhere in the project: B rows, N tree nodes, K heads, L layers, P guesses per head, D hidden size,
-// V vocabulary, S cache capacity, Hq / Hkv attention heads, E head size, W words of 64 nodes, C cache planes (keys and
-// values of every layer). All arrays are contiguous, last index fastest. Any of the outer sizes may be 0.
+// Letters as everywhere in the project: B rows, N tree nodes, K heads, L layers, P guesses per head, D hidden
+// size, V vocabulary, S cache capacity, Hq / Hkv attention heads, E head size, W words of 64 nodes, C cache
+// planes (keys and values of every layer). All arrays are contiguous, last index fastest. Any of the outer
+// sizes may be 0.
 #pragma once
 
 #include <cstdint>
@@ -55,8 +56,9 @@ struct DraftTopkArgs {
   float* logprobs;     // (rows, P)
 };
 
-// temperature 0: argmax. Else Gumbel-max over the tokens that top_k and top_p keep, with Philox noise keyed by
-// (seed, position), so that the choice depends on nothing but the logits, the seed and the absolute position.
+// temperature 0: argmax. Else Gumbel-max over the tokens that top_k and top_p keep, with Philox noise keyed
+// by (seed, position), so that the choice depends on nothing but the logits, the seed and the absolute
+// position.
 struct ChooseTokensArgs {
   DType dtype;
   int64_t rows, vocab;  // M, V >= 1
@@ -69,9 +71,9 @@ struct ChooseTokensArgs {
   int64_t* tokens;    // (M,)
 };
 
-// Node i of row b sits in slot length[b] + i and attends to slots 0 .. length[b]-1 and to the slots of its ancestors,
-// itself included. Its position is length[b] + depth, depth = ancestors - 1; with a window it sees positions
-// > position - window only. The keys and values of the nodes are already in the cache.
+// Node i of row b sits in slot length[b] + i and attends to slots 0 .. length[b]-1 and to the slots of its
+// ancestors, itself included. Its position is length[b] + depth, depth = ancestors - 1; with a window it sees
+// positions > position - window only. The keys and values of the nodes are already in the cache.
 struct TreeAttentionArgs {
   DType dtype;
   int64_t rows, nodes, query_heads, kv_heads, head_size, capacity, words;  // B, N, Hq, Hkv, E, S, W
@@ -97,8 +99,8 @@ struct WriteCacheArgs {
   const int64_t* length;   // (B,)
 };
 
-// Node 0 is accepted; node i > 0 is where its parent is and draft[i] == target[parent]. The longest accepted path wins,
-// ties go to the lowest node.
+// Node 0 is accepted; node i > 0 is where its parent is and draft[i] == target[parent]. The longest accepted
+// path wins, ties go to the lowest node.
 struct VerifyTreeArgs {
   int64_t rows, nodes, words, depth;  // B, N >= 1, W, the path has depth + 1 places
   const int64_t* draft;               // (B, N)
@@ -109,8 +111,8 @@ struct VerifyTreeArgs {
   int32_t* accepted;                  // (B,): accepted nodes after the root
 };
 
-// For j = 0 .. accepted: slot length + path[j] moves to slot length + j, in every plane; then length += accepted + 1.
-// A path is increasing, so that moving in order never overwrites what is still to be moved.
+// For j = 0 .. accepted: slot length + path[j] moves to slot length + j, in every plane; then length +=
+// accepted + 1. A path is increasing, so that moving in order never overwrites what is still to be moved.
 struct CommitCacheArgs {
   int64_t element_bytes;
   int64_t planes, rows, kv_heads, capacity, head_size, path_places;  // C, B, Hkv, S, E, depth + 1

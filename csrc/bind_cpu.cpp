@@ -11,15 +11,14 @@
 namespace cerberus {
 namespace {
 
-// Each thread takes the next task when it is done with one: torch's own parallel_for deals them out beforehand, and
-// waits for the slowest thread where another program has taken a core.
+// Each thread takes the next task when it is done with one: torch's own parallel_for deals them out
+// beforehand, and waits for the slowest thread where another program has taken a core.
 void run_on_torch_threads(int64_t tasks, Parallel::Body body, const void* state) {
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min<int64_t>(tasks, torch::stable::get_num_threads()), 1,
-                              [&](int64_t, int64_t) {
-                                for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
-                                  body(state, task);
-                              });
+  torch::stable::parallel_for(
+      0, std::min<int64_t>(tasks, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
+        for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(state, task);
+      });
 }
 
 Parallel torch_threads() { return {run_on_torch_threads, torch::stable::get_num_threads()}; }
@@ -43,8 +42,8 @@ std::tuple<Tensor, Tensor> draft_topk(const Tensor& states, const Tensor& projec
   return {call.ids, call.logprobs};
 }
 
-Tensor choose_tokens(const Tensor& logits, const Tensor& positions, int64_t seed, double temperature, int64_t top_k,
-                     double top_p) {
+Tensor choose_tokens(const Tensor& logits, const Tensor& positions, int64_t seed, double temperature,
+                     int64_t top_k, double top_p) {
   const ChooseTokensCall call = prepare_choose_tokens(logits, positions, seed, temperature, top_k, top_p);
   choose_tokens_cpu(call.args, torch_threads());
   return call.tokens;

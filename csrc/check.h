@@ -30,21 +30,34 @@ inline std::string shape_text(const Tensor& tensor) {
   return tuple_text(tensor.sizes().data(), tensor.sizes().size());
 }
 
-inline std::string shape_text(std::initializer_list<int64_t> sizes) { return tuple_text(sizes.begin(), sizes.size()); }
+inline std::string shape_text(std::initializer_list<int64_t> sizes) {
+  return tuple_text(sizes.begin(), sizes.size());
+}
 
 inline std::string dtype_text(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return "torch.float32";
-    case ScalarType::BFloat16: return "torch.bfloat16";
-    case ScalarType::Half: return "torch.float16";
-    case ScalarType::Double: return "torch.float64";
-    case ScalarType::Long: return "torch.int64";
-    case ScalarType::Int: return "torch.int32";
-    case ScalarType::Short: return "torch.int16";
-    case ScalarType::Char: return "torch.int8";
-    case ScalarType::Byte: return "torch.uint8";
-    case ScalarType::Bool: return "torch.bool";
-    default: return "dtype number " + std::to_string(static_cast<int>(type));
+    case ScalarType::Float:
+      return "torch.float32";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    case ScalarType::Half:
+      return "torch.float16";
+    case ScalarType::Double:
+      return "torch.float64";
+    case ScalarType::Long:
+      return "torch.int64";
+    case ScalarType::Int:
+      return "torch.int32";
+    case ScalarType::Short:
+      return "torch.int16";
+    case ScalarType::Char:
+      return "torch.int8";
+    case ScalarType::Byte:
+      return "torch.uint8";
+    case ScalarType::Bool:
+      return "torch.bool";
+    default:
+      return "dtype number " + std::to_string(static_cast<int>(type));
   }
 }
 
@@ -57,12 +70,13 @@ inline int32_t device_type(const Tensor& tensor) {
 inline std::string device_text(const Tensor& tensor) {
   const int32_t type = device_type(tensor);
   if (type == aoti_torch_device_type_cpu()) return "cpu";
-  const std::string name = type == aoti_torch_device_type_cuda() ? "cuda" : "device type " + std::to_string(type);
+  const std::string name =
+      type == aoti_torch_device_type_cuda() ? "cuda" : "device type " + std::to_string(type);
   return name + ":" + std::to_string(tensor.get_device_index());
 }
 
-// The checks of one call. The first tensor that is checked sets the device, the first floating-point one the dtype,
-// and the others must agree with it.
+// The checks of one call. The first tensor that is checked sets the device, the first floating-point one the
+// dtype, and the others must agree with it.
 class Check {
  public:
   explicit Check(const char* op) : op_(op) {}
@@ -85,7 +99,8 @@ class Check {
     }
   }
 
-  void integer(const Tensor& tensor, const char* argument, int64_t rank, const char* letters, ScalarType type) {
+  void integer(const Tensor& tensor, const char* argument, int64_t rank, const char* letters,
+               ScalarType type) {
     common(tensor, argument, rank, letters);
     if (tensor.scalar_type() != type) fail(argument, dtype_text(type), dtype_text(tensor.scalar_type()));
   }
@@ -101,7 +116,8 @@ class Check {
   // An axis that may not be empty.
   void not_empty(const Tensor& tensor, const char* argument, const char* letters, int64_t axis,
                  const char* letter) const {
-    if (tensor.size(axis) < 1) fail(argument, std::string(letters) + " with " + letter + " >= 1", shape_text(tensor));
+    if (tensor.size(axis) < 1)
+      fail(argument, std::string(letters) + " with " + letter + " >= 1", shape_text(tensor));
   }
 
   template <typename Number>
@@ -114,9 +130,12 @@ class Check {
 
   DType dtype() const {
     switch (type_) {
-      case ScalarType::BFloat16: return DType::kBFloat16;
-      case ScalarType::Half: return DType::kFloat16;
-      default: return DType::kFloat32;
+      case ScalarType::BFloat16:
+        return DType::kBFloat16;
+      case ScalarType::Half:
+        return DType::kFloat16;
+      default:
+        return DType::kFloat32;
     }
   }
   ScalarType scalar_type() const { return type_; }
@@ -135,7 +154,8 @@ class Check {
     }
     if (!tensor.is_contiguous())
       fail(argument, "contiguous",
-           "shape " + shape_text(tensor) + " with strides " + tuple_text(tensor.strides().data(), tensor.dim()));
+           "shape " + shape_text(tensor) + " with strides " +
+               tuple_text(tensor.strides().data(), tensor.dim()));
   }
 
   const char* op_;

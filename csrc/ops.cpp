@@ -7,14 +7,17 @@ STABLE_TORCH_LIBRARY(cerberus_ext, m) {
   m.def("head_stack(Tensor hidden, Tensor anchor, Tensor weight, Tensor bias) -> Tensor");
   m.def("draft_topk(Tensor states, Tensor projection, int guesses) -> (Tensor, Tensor)");
   m.def(
-      "choose_tokens(Tensor logits, Tensor positions, int seed, float temperature, int top_k, float top_p) -> Tensor");
+      "choose_tokens(Tensor logits, Tensor positions, int seed, float temperature, int top_k, float top_p) "
+      "-> Tensor");
   m.def(
       "tree_attention(Tensor q, Tensor keys, Tensor values, Tensor length, Tensor ancestors, float scale, "
       "int window) -> Tensor");
   m.def(
-      "write_cache(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, Tensor length) -> ()");
+      "write_cache(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, Tensor length) -> "
+      "()");
   m.def(
-      "verify_tree(Tensor draft, Tensor target, Tensor parents, Tensor ancestors, int depth) -> (Tensor, Tensor)");
+      "verify_tree(Tensor draft, Tensor target, Tensor parents, Tensor ancestors, int depth) -> (Tensor, "
+      "Tensor)");
   m.def("commit_cache(Tensor(a!) cache, Tensor(b!) length, Tensor path, Tensor accepted) -> ()");
   // CPU only: where torch's own matrix product is fast and row-invariant, it is used instead.
   m.def("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");

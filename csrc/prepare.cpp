@@ -10,8 +10,9 @@ namespace {
 
 constexpr int64_t kMaxGuesses = 32;  // what the kernels keep in registers or on the stack per row
 
-// An uninitialized contiguous tensor on the device of `like`. By the C function, not by torch::stable::new_empty, which
-// looks the op up by its name at every call: three times slower, and a decoding step makes hundreds of these.
+// An uninitialized contiguous tensor on the device of `like`. By the C function, not by
+// torch::stable::new_empty, which looks the op up by its name at every call: three times slower, and a
+// decoding step makes hundreds of these.
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   int64_t strides[8];
   int64_t stride = 1;
@@ -21,15 +22,25 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
   }
   int32_t dtype = 0;
   switch (type) {
-    case ScalarType::Float: dtype = aoti_torch_dtype_float32(); break;
-    case ScalarType::BFloat16: dtype = aoti_torch_dtype_bfloat16(); break;
-    case ScalarType::Half: dtype = aoti_torch_dtype_float16(); break;
-    case ScalarType::Int: dtype = aoti_torch_dtype_int32(); break;
-    default: dtype = aoti_torch_dtype_int64();
+    case ScalarType::Float:
+      dtype = aoti_torch_dtype_float32();
+      break;
+    case ScalarType::BFloat16:
+      dtype = aoti_torch_dtype_bfloat16();
+      break;
+    case ScalarType::Half:
+      dtype = aoti_torch_dtype_float16();
+      break;
+    case ScalarType::Int:
+      dtype = aoti_torch_dtype_int32();
+      break;
+    default:
+      dtype = aoti_torch_dtype_int64();
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                                                         dtype, device_type(like), like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                         strides, dtype, device_type(like),
+                                                         like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -54,11 +65,13 @@ HiddenEntropyCall prepare_hidden_entropy(const Tensor& hidden) {
 
   const int64_t rows = hidden.size(0);
   HiddenEntropyCall call{{}, empty(hidden, {rows}, ScalarType::Float)};
-  call.args = {check.dtype(), rows, hidden.size(1), hidden.const_data_ptr(), mutable_data<float>(call.entropy)};
+  call.args = {check.dtype(), rows, hidden.size(1), hidden.const_data_ptr(),
+               mutable_data<float>(call.entropy)};
   return call;
 }
 
-HeadStackCall prepare_head_stack(const Tensor& hidden, const Tensor& anchor, const Tensor& weight, const Tensor& bias) {
+HeadStackCall prepare_head_stack(const Tensor& hidden, const Tensor& anchor, const Tensor& weight,
+                                 const Tensor& bias) {
   Check check("head_stack");
   check.floating(hidden, "hidden", 2, "(B, D)");
   check.not_empty(hidden, "hidden", "(B, D)", 1, "D");
@@ -94,7 +107,8 @@ HeadStackCall prepare_head_stack(const Tensor& hidden, const Tensor& anchor, con
   return call;
 }
 
-DraftTopkCall prepare_draft_topk(const Tensor& states, const Tensor& projection, int64_t guesses, int64_t parts) {
+DraftTopkCall prepare_draft_topk(const Tensor& states, const Tensor& projection, int64_t guesses,
+                                 int64_t parts) {
   Check check("draft_topk");
   check.floating(states, "states", 3, "(B, K, D)");
   check.not_empty(states, "states", "(B, K, D)", 2, "D");
@@ -102,7 +116,8 @@ DraftTopkCall prepare_draft_topk(const Tensor& states, const Tensor& projection,
   check.floating(projection, "projection", 2, "(Vd, D)");
   const int64_t vocab = projection.size(0);
   check.sizes(projection, "projection", "(Vd, D)", {vocab, size});
-  check.that(guesses >= 1 && guesses <= kMaxGuesses, "guesses", "1 to " + std::to_string(kMaxGuesses), guesses);
+  check.that(guesses >= 1 && guesses <= kMaxGuesses, "guesses", "1 to " + std::to_string(kMaxGuesses),
+             guesses);
   check.that(guesses <= vocab, "guesses", "at most Vd = " + std::to_string(vocab), guesses);
   if (vocab > std::numeric_limits<int32_t>::max())
     check.fail("projection", "(Vd, D) with Vd < 2^31", shape_text(projection));
@@ -130,8 +145,8 @@ DraftTopkCall prepare_draft_topk(const Tensor& states, const Tensor& projection,
   return call;
 }
 
-ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& positions, int64_t seed, double temperature,
-                                       int64_t top_k, double top_p) {
+ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& positions, int64_t seed,
+                                       double temperature, int64_t top_k, double top_p) {
   Check check("choose_tokens");
   check.floating(logits, "logits", 2, "(M, V)");
   check.not_empty(logits, "logits", "(M, V)", 1, "V");
@@ -157,7 +172,8 @@ ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& posit
 }
 
 TreeAttentionCall prepare_tree_attention(const Tensor& q, const Tensor& keys, const Tensor& values,
-                                         const Tensor& length, const Tensor& ancestors, double scale, int64_t window) {
+                                         const Tensor& length, const Tensor& ancestors, double scale,
+                                         int64_t window) {
   Check check("tree_attention");
   check.floating(q, "q", 4, "(B, N, Hq, E)");
   check.not_empty(q, "q", "(B, N, Hq, E)", 3, "E");
@@ -201,7 +217,8 @@ WriteCacheArgs prepare_write_cache(const Tensor& keys, const Tensor& values, con
                                    const Tensor& new_values, const Tensor& length) {
   Check check("write_cache");
   check.floating(keys, "keys", 4, "(B, Hkv, S, E)");
-  const int64_t rows = keys.size(0), kv_heads = keys.size(1), capacity = keys.size(2), head_size = keys.size(3);
+  const int64_t rows = keys.size(0), kv_heads = keys.size(1), capacity = keys.size(2),
+                head_size = keys.size(3);
   check.floating(values, "values", 4, "(B, Hkv, S, E)");
   check.sizes(values, "values", "(B, Hkv, S, E)", {rows, kv_heads, capacity, head_size});
   check.floating(new_keys, "new_keys", 4, "(B, N, Hkv, E)");
@@ -297,10 +314,14 @@ LinearCall prepare_linear(const Tensor& input, const Tensor& weight, const std::
   }
 
   LinearCall call{{}, empty(input, {rows, out_size}, check.scalar_type())};
-  call.args = {check.dtype(),           rows,
-               in_size,                 out_size,
-               input.const_data_ptr(),  weight.const_data_ptr(),
-               bias ? bias->const_data_ptr() : nullptr, call.output.mutable_data_ptr()};
+  call.args = {check.dtype(),
+               rows,
+               in_size,
+               out_size,
+               input.const_data_ptr(),
+               weight.const_data_ptr(),
+               bias ? bias->const_data_ptr() : nullptr,
+               call.output.mutable_data_ptr()};
   return call;
 }
 

@@ -1,7 +1,8 @@
 // check -> allocate -> fill args, once for both devices.
 //
-// Each prepare_<op> checks shapes, dtypes, devices and contiguity (never values), allocates the outputs and the scratch
-// on the inputs' device, and fills the struct that the kernels take. A failed check throws std::runtime_error with
+// Each prepare_<op> checks shapes, dtypes, devices and contiguity (never values), allocates the outputs and
+// the scratch on the inputs' device, and fills the struct that the kernels take. A failed check throws
+// std::runtime_error with
 // "<op>: <argument> must be <what>, got <what it is>".
 #pragma once
 
@@ -47,13 +48,16 @@ struct LinearCall {
 };
 
 HiddenEntropyCall prepare_hidden_entropy(const Tensor& hidden);
-HeadStackCall prepare_head_stack(const Tensor& hidden, const Tensor& anchor, const Tensor& weight, const Tensor& bias);
+HeadStackCall prepare_head_stack(const Tensor& hidden, const Tensor& anchor, const Tensor& weight,
+                                 const Tensor& bias);
 // parts: into how many pieces the device splits the vocabulary (what fills it).
-DraftTopkCall prepare_draft_topk(const Tensor& states, const Tensor& projection, int64_t guesses, int64_t parts);
-ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& positions, int64_t seed, double temperature,
-                                       int64_t top_k, double top_p);
+DraftTopkCall prepare_draft_topk(const Tensor& states, const Tensor& projection, int64_t guesses,
+                                 int64_t parts);
+ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& positions, int64_t seed,
+                                       double temperature, int64_t top_k, double top_p);
 TreeAttentionCall prepare_tree_attention(const Tensor& q, const Tensor& keys, const Tensor& values,
-                                         const Tensor& length, const Tensor& ancestors, double scale, int64_t window);
+                                         const Tensor& length, const Tensor& ancestors, double scale,
+                                         int64_t window);
 WriteCacheArgs prepare_write_cache(const Tensor& keys, const Tensor& values, const Tensor& new_keys,
                                    const Tensor& new_values, const Tensor& length);
 VerifyTreeCall prepare_verify_tree(const Tensor& draft, const Tensor& target, const Tensor& parents,

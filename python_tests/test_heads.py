@@ -141,6 +141,22 @@ def test_packaged_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         CerberusHeads.from_pretrained("some-modle")
 
 
+def test_the_heads_of_the_package() -> None:
+    """They are of the kind that the documentation says, small, in bfloat16, and come with their record."""
+    folder = heads_module.PRETRAINED / "smollm2-135m-instruct"
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 12_000_000
+    heads = CerberusHeads.from_pretrained("smollm2-135m-instruct")
+    found = heads.config
+    assert (found.num_heads, found.num_layers, found.anchor, found.chained) == (4, 2, "root", True)
+    assert (found.hidden_size, found.vocab_size, found.draft_vocab) == (576, 49152, 8192)
+    assert heads.weight.dtype == torch.bfloat16 and heads.weight.isfinite().all()
+    assert heads.draft_vocab is not None and (heads.draft_vocab.diff() > 0).all()
+    record = json.loads((folder / "training.json").read_text())
+    assert record["lm_head_fingerprint"] == found.lm_head_fingerprint
+    assert record["options"]["base_model"] == found.base_model
+    assert found.paths is not None and {len(path) for path in found.paths} == {1, 2, 3, 4}
+
+
 # ---------------------------------------------------------------- binding
 
 

@@ -236,6 +236,8 @@ def test_training_learns_and_is_recorded(tmp_path: Path, answers: Path, llama: L
     start = untrained.held_out.measure(untrained.states, 3)
     assert last["top1"][0] > start.top1[0] + 0.1
     assert record["best_tokens_per_step"] > start.tokens_per_step["32"]
+    kept = [point for point in record["curve"] if point["step"] == record["kept_step"]]
+    assert [point["tokens_per_step"]["32"] for point in kept] == [record["best_tokens_per_step"]]
 
     assert json.loads((tmp_path / "training.json").read_text()) == json.loads(json.dumps(record))
     assert str(tmp_path) not in (tmp_path / "training.json").read_text()

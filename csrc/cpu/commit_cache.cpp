@@ -1,4 +1,5 @@
-// Moves the accepted path's slots to the front, in every plane, then advances the lengths. A task owns one plane of a row.
+// Moves the accepted path's slots to the front, in every plane, then advances the lengths. A task owns one
+// plane of a row.
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 

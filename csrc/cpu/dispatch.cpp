@@ -1,7 +1,7 @@
 // Picks the level of the instruction set: once, when the first kernel or cpu_isa() is called.
 //
-// Not while the library is loaded: an exception there would end the process. cerberus_ext/__init__.py calls cpu_isa()
-// right after loading, so that a wrong CERBERUS_CPU_ISA shows as an error of the import.
+// Not while the library is loaded: an exception there would end the process. cerberus_ext/__init__.py calls
+// cpu_isa() right after loading, so that a wrong CERBERUS_CPU_ISA shows as an error of the import.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -45,16 +45,24 @@ bool has_avx2() {
 }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-#define CERBERUS_LEVEL(isa, runs_here)                                                                            \
-  {                                                                                                               \
-    #isa, runs_here, &isa::hidden_entropy, &isa::head_stack, &isa::draft_topk, &isa::choose_tokens,               \
-        &isa::tree_attention, &isa::write_cache, &isa::verify_tree, &isa::commit_cache, &isa::linear              \
-  }
+#define CERBERUS_LEVEL(isa, runs_here) \
+  {#isa,                               \
+   runs_here,                          \
+   &isa::hidden_entropy,               \
+   &isa::head_stack,                   \
+   &isa::draft_topk,                   \
+   &isa::choose_tokens,                \
+   &isa::tree_attention,               \
+   &isa::write_cache,                  \
+   &isa::verify_tree,                  \
+   &isa::commit_cache,                 \
+   &isa::linear}
 
 // Best first.
 const Level kLevels[] = {
@@ -74,7 +82,8 @@ const Level& choose_level() {
     if (!wanted || !*wanted || std::strcmp(wanted, level.name) == 0) return level;
     here += (here.empty() ? "" : ", ") + std::string(level.name);
   }
-  throw std::runtime_error("cerberus_ext: CERBERUS_CPU_ISA must be one of " + here + " on this CPU, got " + wanted);
+  throw std::runtime_error("cerberus_ext: CERBERUS_CPU_ISA must be one of " + here + " on this CPU, got " +
+                           wanted);
 }
 
 const Level& level() {

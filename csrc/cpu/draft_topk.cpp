@@ -1,5 +1,6 @@
-// The P largest of log_softmax(projection @ state). A task owns one part of the vocabulary: logits of a few rows at a
-// time in the L1 cache, of which it keeps maximum, sum of exponentials and the P best. Then the parts are merged in order.
+// The P largest of log_softmax(projection @ state). A task owns one part of the vocabulary: logits of a few
+// rows at a time in the L1 cache, of which it keeps maximum, sum of exponentials and the P best. Then the
+// parts are merged in order.
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/parts.h"
@@ -9,7 +10,8 @@ namespace {
 
 constexpr int64_t kRowsAtOnce = 16;
 
-// Puts (logit, id) into the descending list; of equal logits the one that came first stays first. NaN never enters.
+// Puts (logit, id) into the descending list; of equal logits the one that came first stays first. NaN never
+// enters.
 void insert(float logit, int32_t id, int64_t guesses, float* logits, int32_t* ids) {
   if (!(logit > logits[guesses - 1]) && ids[guesses - 1] >= 0) return;
   if (logit != logit) return;
@@ -81,7 +83,8 @@ void merge(const DraftTopkArgs& a, int64_t row) {
   }
   const float log_mass = static_cast<float>(__builtin_log(mass));
   for (int64_t guess = 0; guess < a.guesses; ++guess) {
-    a.ids[row * a.guesses + guess] = ids[guess] < 0 ? 0 : ids[guess];  // fewer numbers than guesses: NaN logits
+    a.ids[row * a.guesses + guess] =
+        ids[guess] < 0 ? 0 : ids[guess];  // fewer numbers than guesses: NaN logits
     a.logprobs[row * a.guesses + guess] = best[guess] - top - log_mass;
   }
 }

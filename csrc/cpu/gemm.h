@@ -70,10 +70,26 @@ static inline void dot_tile(const float* x, int64_t x_stride, const W* w, int64_
       for (int n = 0; n < kWeights; ++n) sums[m][n] = multiply_add(row, weights[n], sums[m][n]);
     }
   }
+  if constexpr (kWeights % 4 == 0) {
 #pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m)
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 2
+      for (int n = 0; n < kWeights; n += 4)
+        sum_four({sums[m][n], sums[m][n + 1], sums[m][n + 2], sums[m][n + 3]}, out[m] + n);
+  } else if constexpr (kRows == 4) {
 #pragma GCC unroll 8
-    for (int n = 0; n < kWeights; ++n) out[m][n] = sum(sums[m][n]);
+    for (int n = 0; n < kWeights; ++n) {
+      float column[4];
+      sum_four({sums[0][n], sums[1][n], sums[2][n], sums[3][n]}, column);
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) out[m][n] = column[m];
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+      for (int n = 0; n < kWeights; ++n) out[m][n] = sum(sums[m][n]);
+  }
 }
 
 // All rows against kWeights weight rows at w, the first of which is number first_weight.

@@ -1,5 +1,6 @@
-// x[k,l] = x[k,l-1] + silu(W[l,k] @ concat(x[k,l-1], n[k,l]) + b[l,k]). One parallel pass a layer; a task owns a range of
-// one head's outputs for all rows. The concatenated inputs are a few KiB of float scratch; only the weights are large.
+// x[k,l] = x[k,l-1] + silu(W[l,k] @ concat(x[k,l-1], n[k,l]) + b[l,k]). One parallel pass a layer; a task
+// owns a range of one head's outputs for all rows. The concatenated inputs are a few KiB of float scratch;
+// only the weights are large.
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 
@@ -45,7 +46,8 @@ void run(const HeadStackArgs& a, const Parallel& parallel) {
       rows_times_weights(input, width, a.rows, weight + block * size * width, begin,
                          smaller(size, begin + per_task), width, [&](int64_t row, int64_t n, float dot) {
                            const float update = silu(dot + to_float(bias[block * size + n]));
-                           from_float(input[row * width + n] + update, above[(row * a.heads + head) * size + n]);
+                           from_float(input[row * width + n] + update,
+                                      above[(row * a.heads + head) * size + n]);
                          });
     });
     below = above;

@@ -1,4 +1,5 @@
-// Entropy of softmax(hidden) in nats: logsumexp(x) - sum p x. A task owns a row: its maximum, then one pass for both sums.
+// Entropy of softmax(hidden) in nats: logsumexp(x) - sum p x. A task owns a row: its maximum, then one pass
+// for both sums.
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 

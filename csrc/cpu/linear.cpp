@@ -1,4 +1,5 @@
-// input @ weight^T + bias, row-invariant. A task owns a range of weight rows and streams it once for all rows.
+// input @ weight^T + bias, row-invariant. A task owns a range of weight rows and streams it once for all
+// rows.
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 
@@ -15,7 +16,8 @@ void linear(const LinearArgs& a, const Parallel& parallel) {
     const int64_t per_task = weight_rows_per_task(a.in_size, sizeof(T));
     parallel_tasks(parallel, a.rows ? (a.out_size + per_task - 1) / per_task : 0, [&](int64_t task) {
       rows_times_weights(input, a.in_size, a.rows, weight, task * per_task,
-                         smaller(a.out_size, (task + 1) * per_task), a.in_size, [&](int64_t m, int64_t n, float dot) {
+                         smaller(a.out_size, (task + 1) * per_task), a.in_size,
+                         [&](int64_t m, int64_t n, float dot) {
                            from_float(bias ? dot + to_float(bias[n]) : dot, output[m * a.out_size + n]);
                          });
     });

@@ -1,4 +1,5 @@
-// How many rows of the projection one part of draft_topk has; its logits of several states fit into the L1 cache.
+// How many rows of the projection one part of draft_topk has; its logits of several states fit into the L1
+// cache.
 #pragma once
 
 #include <cstdint>

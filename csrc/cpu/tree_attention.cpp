@@ -1,8 +1,10 @@
-// softmax(scale q k) v of every node over the committed slots and its ancestors, as online softmax over blocks of keys.
+// softmax(scale q k) v of every node over the committed slots and its ancestors, as online softmax over
+// blocks of keys.
 //
-// A node's keys are taken in order of absolute position, in blocks of 64 positions counted from position 0, wherever in
-// the cache they lie: a token gets the same bits as a node of a tree and as an autoregressive step. A task owns some
-// queries of one row and one key/value head, and takes each block once for all of them.
+// A node's keys are taken in order of absolute position, in blocks of 64 positions counted from position 0,
+// wherever in the cache they lie: a token gets the same bits as a node of a tree and as an autoregressive
+// step. A task owns some queries of one row and one key/value head, and takes each block once for all of
+// them.
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
@@ -11,8 +13,12 @@ namespace {
 
 constexpr int kBlock = 64;
 constexpr int64_t kQueriesPerTask = 24;
+// What is computed side by side in registers: kScored queries x kKeys keys, then kWeighed queries x 4 vectors
+// of values.
+constexpr int kKeys = 4, kScored = 2, kWeighed = 3;
 
-// The keys of one block that a node sees, in order of position.
+// The keys of one block that some nodes see, in order of position, filled up to a multiple of kKeys with any
+// key.
 template <typename T>
 struct Block {
   const T* keys[kBlock];
@@ -24,73 +30,124 @@ struct Block {
 struct Query {
   const float* q;  // (E,)
   float* sum;      // (E,): sum of e^(score - top) v
-  float top, mass;
+  float* weight;   // (kBlock,): the scores of this block's keys, then e^(score - top)
+  float top, mass, decay;
 };
 
-// scores[first + i] = scale q k[first + i]
-template <int kKeys, typename T>
-void score(const float* q, const T* const* keys, int64_t size, float scale, float* scores) {
-  Vec sums[kKeys] = {};
+// weight[first + i] = scale q key[first + i]
+template <int kQueries, typename T>
+void score(const T* const* keys, int first, int64_t size, float scale, Query* queries) {
+  Vec sums[kQueries][kKeys] = {};
   int64_t e = 0;
   for (; e + kLanes <= size; e += kLanes) {
-    const Vec x = load(q + e);
+    Vec key[kKeys];
 #pragma GCC unroll 4
-    for (int i = 0; i < kKeys; ++i) sums[i] += x * load(keys[i] + e);
+    for (int i = 0; i < kKeys; ++i) key[i] = load(keys[first + i] + e);
+#pragma GCC unroll 4
+    for (int j = 0; j < kQueries; ++j) {
+      const Vec q = load(queries[j].q + e);
+#pragma GCC unroll 4
+      for (int i = 0; i < kKeys; ++i) sums[j][i] = multiply_add(q, key[i], sums[j][i]);
+    }
   }
   if (e < size) {
-    const Vec x = load_part(q + e, size - e);
 #pragma GCC unroll 4
-    for (int i = 0; i < kKeys; ++i) sums[i] += x * load_part(keys[i] + e, size - e);
+    for (int i = 0; i < kKeys; ++i) {
+      const Vec key = load_part(keys[first + i] + e, size - e);
+#pragma GCC unroll 4
+      for (int j = 0; j < kQueries; ++j)
+        sums[j][i] = multiply_add(load_part(queries[j].q + e, size - e), key, sums[j][i]);
+    }
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < kKeys; ++i) scores[i] = sum(sums[i]) * scale;
-}
-
-// sum[e] = sum[e] * decay + p v[e] for kVectors vectors from e on.
-template <int kVectors, typename T>
-void weigh(const Block<T>& block, const float* p, float decay, int64_t e, float* total) {
-  Vec sums[kVectors];
+  for (int j = 0; j < kQueries; ++j) {
+    float* out = queries[j].weight + first;
+    sum_four(sums[j], out);
 #pragma GCC unroll 4
-  for (int i = 0; i < kVectors; ++i) sums[i] = load(total + e + i * kLanes) * decay;
-  for (int key = 0; key < block.count; ++key) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) sums[i] += load(block.values[key] + e + i * kLanes) * p[key];
+    for (int i = 0; i < kKeys; ++i) out[i] *= scale;
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < kVectors; ++i) store(sums[i], total + e + i * kLanes);
 }
 
-template <typename T>
-void attend(const Block<T>& block, int64_t size, float scale, Query& query) {
-  float p[kBlock];
-  int key = 0;
-  for (; key + 4 <= block.count; key += 4) score<4>(query.q, block.keys + key, size, scale, p + key);
-  for (; key < block.count; ++key) score<1>(query.q, block.keys + key, size, scale, p + key);
-  for (; key < kBlock; ++key) p[key] = -__builtin_inff();
-
+// Scores to weights; the new maximum, and by how much the sums of the blocks before shrink.
+void soften(int count, Query& query) {
+  for (int key = count; key < kBlock; ++key) query.weight[key] = -__builtin_inff();
+  Vec tops = broadcast(query.top);
+  for (int key = 0; key < kBlock; key += kLanes) {
+    const Vec score = load(query.weight + key);
+    tops = select(score > tops, score, tops);
+  }
   float top = query.top;
-  for (key = 0; key < block.count; ++key)
-    if (p[key] > top) top = p[key];
-  if (top == -__builtin_inff()) return;  // every score is -inf: nothing to weigh
-  const float decay = exp(query.top - top);
+  for (int lane = 0; lane < kLanes; ++lane)
+    if (tops[lane] > top) top = tops[lane];
+  const float shift = top == -__builtin_inff() ? 0.0f : top;  // every score is -inf: every weight is 0
+  query.decay = exp(query.top - shift);
   Vec mass{};
-  for (key = 0; key < kBlock; key += kLanes) {
-    const Vec e = exp(load(p + key) - top);
-    store(e, p + key);
+  for (int key = 0; key < kBlock; key += kLanes) {
+    const Vec e = exp(load(query.weight + key) - shift);
+    store(e, query.weight + key);
     mass += e;
   }
   query.top = top;
-  query.mass = query.mass * decay + sum(mass);
+  query.mass = query.mass * query.decay + sum(mass);
+}
 
-  int64_t e = 0;
-  for (; e + 4 * kLanes <= size; e += 4 * kLanes) weigh<4>(block, p, decay, e, query.sum);
-  for (; e + kLanes <= size; e += kLanes) weigh<1>(block, p, decay, e, query.sum);
-  for (; e < size; ++e) {
-    float total = query.sum[e] * decay;
-    for (key = 0; key < block.count; ++key)
-      total = __builtin_fmaf(to_float(block.values[key][e]), p[key], total);
-    query.sum[e] = total;
+// sum[e] = sum[e] * decay + weight v[e] for kVectors vectors from e on.
+template <int kQueries, int kVectors, typename T>
+void weigh(const Block<T>& block, int64_t e, Query* queries) {
+  Vec sums[kQueries][kVectors];
+#pragma GCC unroll 4
+  for (int j = 0; j < kQueries; ++j)
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) sums[j][i] = load(queries[j].sum + e + i * kLanes) * queries[j].decay;
+  for (int key = 0; key < block.count; ++key) {
+    const T* value = block.values[key] + e;
+    Vec weights[kQueries];
+#pragma GCC unroll 4
+    for (int j = 0; j < kQueries; ++j) weights[j] = broadcast(queries[j].weight[key]);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      const Vec v = load(value + i * kLanes);
+#pragma GCC unroll 4
+      for (int j = 0; j < kQueries; ++j) sums[j][i] = multiply_add(v, weights[j], sums[j][i]);
+    }
   }
+#pragma GCC unroll 4
+  for (int j = 0; j < kQueries; ++j)
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) store(sums[j][i], queries[j].sum + e + i * kLanes);
+}
+
+template <int kQueries, typename T>
+void score_all(const Block<T>& block, int64_t size, float scale, Query* queries) {
+  for (int key = 0; key < block.count; key += kKeys) score<kQueries>(block.keys, key, size, scale, queries);
+}
+
+template <int kQueries, typename T>
+void weigh_all(const Block<T>& block, int64_t size, Query* queries) {
+  int64_t e = 0;
+  for (; e + 4 * kLanes <= size; e += 4 * kLanes) weigh<kQueries, 4>(block, e, queries);
+  for (; e + kLanes <= size; e += kLanes) weigh<kQueries, 1>(block, e, queries);
+  for (; e < size; ++e) {
+    for (int j = 0; j < kQueries; ++j) {
+      Vec total = broadcast(queries[j].sum[e] * queries[j].decay);
+      for (int key = 0; key < block.count; ++key)
+        total =
+            multiply_add(broadcast(to_float(block.values[key][e])), broadcast(queries[j].weight[key]), total);
+      queries[j].sum[e] = total[0];
+    }
+  }
+}
+
+// One block for all queries that see exactly these keys of it: a few queries side by side, each its own chain
+// of operations.
+template <typename T>
+void attend(const Block<T>& block, int64_t size, float scale, Query* queries, int64_t count) {
+  int64_t i = 0;
+  for (; i + kScored <= count; i += kScored) score_all<kScored>(block, size, scale, queries + i);
+  for (; i < count; ++i) score_all<1>(block, size, scale, queries + i);
+  for (i = 0; i < count; ++i) soften(block.count, queries[i]);
+  for (i = 0; i + kWeighed <= count; i += kWeighed) weigh_all<kWeighed>(block, size, queries + i);
+  for (; i < count; ++i) weigh_all<1>(block, size, queries + i);
 }
 
 // The nodes on the path from the root to `node`, in order; returns how many.
@@ -126,37 +183,39 @@ void run(const TreeAttentionArgs& a, int64_t row, int64_t kv_head, int64_t begin
     furthest = larger(furthest, last.data[node]);
   }
   Buffer<Query> queries(count);
-  Scratch floats(2 * count * size);
+  const int64_t floats_each = 2 * size + kBlock;
+  Scratch floats(count * floats_each);
   for (int64_t i = 0; i < count; ++i) {
-    float* q = floats.data + 2 * i * size;
+    float* q = floats.data + i * floats_each;
     const T* from = static_cast<const T*>(a.query) + element(begin + i);
     for (int64_t e = 0; e < size; ++e) q[e] = to_float(from[e]);
     for (int64_t e = 0; e < size; ++e) q[size + e] = 0;
-    queries.data[i] = {q, q + size, -__builtin_inff(), 0};
+    queries.data[i] = {q, q + size, q + 2 * size, -__builtin_inff(), 0, 0};
   }
 
   Block<T> block;
   for (int64_t start = 0; start <= furthest; start += kBlock) {
-    int64_t filled_low = -1, filled_high = -1;  // positions that `block` holds; committed blocks serve several nodes
-    for (int64_t node = 0; node < nodes; ++node) {
-      const int64_t visible = a.window > 0 ? larger(0, last.data[node] - a.window + 1) : 0;
-      const int64_t low = larger(start, visible), high = smaller(start + kBlock - 1, last.data[node]);
+    const auto low_of = [&](int64_t node) {
+      return a.window > 0 ? larger(start, last.data[node] - a.window + 1) : start;
+    };
+    const auto high_of = [&](int64_t node) { return smaller(start + kBlock - 1, last.data[node]); };
+    for (int64_t node = 0; node < nodes;) {
+      const int64_t low = low_of(node), high = high_of(node), first = node++;
       if (low > high) continue;
-      if (high >= length || low != filled_low || high != filled_high) {
-        block.count = 0;
-        for (int64_t position = low; position <= high; ++position) {
-          const int64_t slot =
-              position < length ? position : length + paths.data[node * a.nodes + position - length];
-          if (slot >= a.capacity) continue;  // write_cache left it out
-          block.keys[block.count] = keys + slot * size;
-          block.values[block.count++] = values + slot * size;
-        }
-        filled_low = high >= length ? -1 : low;
-        filled_high = high;
+      // Committed keys are the same ones for every node that sees these positions.
+      while (high < length && node < nodes && low_of(node) == low && high_of(node) == high) ++node;
+      block.count = 0;
+      for (int64_t position = low; position <= high; ++position) {
+        const int64_t slot =
+            position < length ? position : length + paths.data[first * a.nodes + position - length];
+        if (slot >= a.capacity) continue;  // write_cache left it out
+        block.keys[block.count] = keys + slot * size;
+        block.values[block.count++] = values + slot * size;
       }
-      const int64_t from = larger(begin, (first_node + node) * group);
-      const int64_t to = smaller(end, (first_node + node + 1) * group);
-      for (int64_t i = from; i < to; ++i) attend(block, size, a.scale, queries.data[i - begin]);
+      for (int key = block.count; key % kKeys; ++key) block.keys[key] = block.keys[0];
+      const int64_t from = larger(begin, (first_node + first) * group) - begin;
+      const int64_t to = smaller(end, (first_node + node) * group) - begin;
+      attend(block, size, a.scale, queries.data + from, to - from);
     }
   }
 
@@ -174,7 +233,7 @@ void tree_attention(const TreeAttentionArgs& a, const Parallel& parallel) {
   if (a.rows == 0 || a.nodes == 0 || a.query_heads == 0) return;
   const int64_t queries = a.nodes * (a.query_heads / a.kv_heads);
   // Few queries: more, smaller tasks, so that every thread has some.
-  const int64_t even = (a.rows * a.kv_heads * queries + 2 * parallel.threads - 1) / (2 * parallel.threads);
+  const int64_t even = (a.rows * a.kv_heads * queries + 4 * parallel.threads - 1) / (4 * parallel.threads);
   const int64_t per_task = larger(1, smaller(kQueriesPerTask, even));
   const int64_t tasks_per_head = (queries + per_task - 1) / per_task;
   with_type(a.dtype, [&](auto type) {

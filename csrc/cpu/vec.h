@@ -149,6 +149,7 @@ static inline Vec multiply_add(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// The sum of the lanes: of the upper and the lower half, and so on down to one.
 static inline float sum(Vec v) {
   float lanes[kLanes];
   store(v, lanes);
@@ -159,32 +160,72 @@ static inline float sum(Vec v) {
   return lanes[0];
 }
 
+// out[i] = sum(v[i]), to the same bits, in fewer instructions than four sums.
+static inline void sum_four(const Vec (&v)[4], float* out) {
+#if defined(__AVX2__)
+  __m128 quarter[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#if defined(__AVX512F__)
+    const __m512 whole = bit_cast<__m512>(v[i]);
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
+#else
+    const __m256 half = bit_cast<__m256>(v[i]);
+#endif
+    quarter[i] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  }
+  // Lanes 0 and 2, 1 and 3 of two vectors at a time, then both pairs of all four.
+  const __m128 first =
+      _mm_add_ps(_mm_unpacklo_ps(quarter[0], quarter[1]), _mm_unpackhi_ps(quarter[0], quarter[1]));
+  const __m128 second =
+      _mm_add_ps(_mm_unpacklo_ps(quarter[2], quarter[3]), _mm_unpackhi_ps(quarter[2], quarter[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(first, second), _mm_movehl_ps(second, first)));
+#else
+  for (int i = 0; i < 4; ++i) out[i] = sum(v[i]);
+#endif
+}
+
 static inline Vec select(IntVec condition, Vec yes, Vec no) {
   return bit_cast<Vec>((condition & bit_cast<IntVec>(yes)) | (~condition & bit_cast<IntVec>(no)));
 }
 
-// e^x for x <= 88, to about 1 ulp; 0 below -87. 2^n e^r with |r| <= ln(2) / 2 and the Taylor polynomial of
-// degree 7.
+// Is the condition true in any lane?
+static inline bool any(IntVec condition) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(bit_cast<__m512i>(condition), bit_cast<__m512i>(condition)) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256(bit_cast<__m256i>(condition), bit_cast<__m256i>(condition));
+#else
+  int32_t all = 0;
+  for (int lane = 0; lane < kLanes; ++lane) all |= condition[lane];
+  return all != 0;
+#endif
+}
+
+// e^x to about 1 ulp; 0 below -87, infinite above 88; NaN stays. 2^n e^r with |r| <= ln(2) / 2 and the Taylor
+// polynomial of degree 7.
 static inline Vec exp(Vec x) {
   const Vec round =
       broadcast(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const Vec low = broadcast(-87.0f);
-  const IntVec vanishes = x < low;
-  x = select(vanishes, low, x);
-  const Vec shifted = x * 1.44269504f + round;
+  const Vec high = broadcast(88.0f), infinite = broadcast(__builtin_inff());
+  const IntVec vanishes = x<low, overflows = x> high, number = x == x;
+  const Vec shifted =
+      multiply_add(select(vanishes, low, select(overflows, high, x)), broadcast(1.44269504f), round);
   const Vec n = shifted - round;
-  const Vec r =
-      (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2) in two parts, the first exact in the product
+  // ln(2) in two parts, the first exact in the product
+  const Vec r = multiply_add(n, broadcast(2.12194440e-4f), multiply_add(n, broadcast(-0.693359375f), x));
   Vec y = broadcast(1.0f / 5040.0f);
-  y = y * r + 1.0f / 720.0f;
-  y = y * r + 1.0f / 120.0f;
-  y = y * r + 1.0f / 24.0f;
-  y = y * r + 1.0f / 6.0f;
-  y = y * r + 0.5f;
-  y = y * r + 1.0f;
-  y = y * r + 1.0f;
+  y = multiply_add(y, r, broadcast(1.0f / 720.0f));
+  y = multiply_add(y, r, broadcast(1.0f / 120.0f));
+  y = multiply_add(y, r, broadcast(1.0f / 24.0f));
+  y = multiply_add(y, r, broadcast(1.0f / 6.0f));
+  y = multiply_add(y, r, broadcast(0.5f));
+  y = multiply_add(y, r, broadcast(1.0f));
+  y = multiply_add(y, r, broadcast(1.0f));
   const IntVec power = (bit_cast<IntVec>(shifted) - bit_cast<IntVec>(round)) << 23;
-  return select(vanishes, Vec{}, bit_cast<Vec>(bit_cast<IntVec>(y) + power));
+  const Vec power_of_e = bit_cast<Vec>(bit_cast<IntVec>(y) + power);
+  return select(number, select(vanishes, Vec{}, select(overflows, infinite, power_of_e)), x);
 }
 
 static inline float exp(float x) { return exp(broadcast(x))[0]; }

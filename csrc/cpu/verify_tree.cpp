@@ -1,4 +1,5 @@
-// The longest path of nodes that the base model agrees with. A task owns a row; one pass, parents come before children.
+// The longest path of nodes that the base model agrees with. A task owns a row; one pass, parents come before
+// children.
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
@@ -24,7 +25,8 @@ void verify_tree(const VerifyTreeArgs& a, const Parallel& parallel) {
     int64_t best = 0, best_depth = 0;
     for (int64_t node = 1; node < a.nodes; ++node) {
       const int64_t parent = a.parents[node];
-      const bool known = parent >= 0 && parent < node;  // values are not checked by the op: never read outside
+      const bool known =
+          parent >= 0 && parent < node;  // values are not checked by the op: never read outside
       accepted[node] = known && accepted[parent] > 0 && draft[node] == target[parent] ? 1 : 0;
       if (!(accepted[node] > 0)) continue;
       const int64_t depth = node_depth(a, node);

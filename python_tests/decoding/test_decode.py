@@ -9,6 +9,7 @@ from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 from torch import Tensor
 from transformers import MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 
+from cerberus_ext import ops
 from cerberus_ext.decode import decode
 from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate
 from cerberus_ext.tree import DraftTree
@@ -74,6 +75,22 @@ def test_oracle_is_accepted_to_full_depth(tree: str, llama: PreTrainedModel) -> 
     assert stats.accepted_histogram == [0] * depth + [5]
     assert stats.steps == stats.open_steps == 5 and stats.wasted_steps == 0
     assert stats.tokens_per_step == depth + 1 and stats.gate_open_rate == 1
+
+
+@pytest.mark.parametrize("heads", [OracleHeads, LastGuessHeads, AdversarialHeads])
+def test_heads_get_the_hidden_state_of_the_root(heads: type, llama: PreTrainedModel) -> None:
+    """The LM head makes the root from it, wherever in the tree it was found."""
+    stand_in = heads(expected("llama", "cpu"), 4, VOCAB)
+    guess, checked = stand_in.draft, []
+
+    def draft(hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
+        assert llama.lm_head(hidden).argmax(-1).equal(root)
+        checked.append(root)
+        return guess(hidden, root, guesses)
+
+    stand_in.draft = draft
+    stats = decode(llama, stand_in, prompt(), max_new_tokens=NEW, tree=TREES["16"], streamer=stand_in).stats
+    assert len(checked) == stats.open_steps > 3
 
 
 def test_adversarial_heads_waste_every_step(llama: PreTrainedModel) -> None:
@@ -196,6 +213,20 @@ def test_sampling_depends_on_the_seed_only(options: dict, device: str) -> None:
             **options,
         )
         assert out.sequences.tolist() == plain[1].tolist()
+
+
+def test_sampling_is_keyed_by_absolute_position(device: str) -> None:
+    """Token by token, with whole forwards of the model: the noise of a token is that of its place in the text."""
+    model, ids = tiny_model("llama", device), prompt(device)
+    text = ids
+    for position in range(ids.shape[1], ids.shape[1] + 10):
+        with torch.inference_mode():
+            logits = model(text).logits[:, -1].contiguous()
+        place = torch.tensor([position], device=device)
+        text = torch.cat([text, ops.choose_tokens(logits, place, 7, 1.5, 0, 0.9)[:, None]], 1)
+    heads = OracleHeads(text, 4, VOCAB)
+    out = decode(model, heads, ids, max_new_tokens=10, temperature=1.5, top_p=0.9, seed=7, streamer=heads)
+    assert out.sequences.tolist() == text.tolist()
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-window"])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cerberus_ext.tree import DEFAULT_SIZE, DraftTree, default_tree, expected_accepted
+from cerberus_ext.tree import DraftTree, default_tree, expected_accepted
 
 #        0
 #      / | \        ranks  0 1 3
@@ -90,14 +90,16 @@ def heads(**config: object) -> SimpleNamespace:
     return SimpleNamespace(config=SimpleNamespace(**config))
 
 
-def test_default_tree() -> None:
-    cpu = torch.device("cpu")
-    unknown = default_tree(heads(num_heads=3), cpu)
-    assert unknown.size == DEFAULT_SIZE["cpu"] and 2 <= unknown.depth <= 3
-    assert default_tree(heads(num_heads=2, accuracy=[[0.9, 0.1], [0.9, 0.1]]), cpu).size == 7
-    measured = default_tree(heads(num_heads=2, paths=[[0], [0, 0], [1]], accuracy=[[0.5], [0.5]]), cpu)
-    assert measured.paths() == [(0,), (1,), (0, 0)]
-    assert default_tree(heads(num_heads=1), torch.device("cuda")).depth == 1
+def test_default_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for amx, size in ((True, 16), (False, 4)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert default_tree(heads(num_heads=3), cpu).size == size
+    assert default_tree(heads(num_heads=3), cuda).size == 32 and default_tree(heads(num_heads=3), cuda).depth <= 3
+    assert default_tree(heads(num_heads=1), cuda, 5).paths() == [(0,), (1,), (2,), (3,)]
+    assert default_tree(heads(num_heads=2, accuracy=[[0.9, 0.1], [0.9, 0.1]]), cuda).size == 7, "there are no more"
+    measured = heads(num_heads=2, paths=[[0], [0, 0], [1]], accuracy=[[0.5], [0.5]])
+    assert default_tree(measured, cpu, 3).paths() == [(0,), (0, 0)], "the best paths come first"
 
 
 WRONG = [
