@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .attention import MaskAttention, UnsupportedAttention, find_attention, layer_windows
 from .cache import TreeCache
-from .row_invariant import step_forward
+from .row_invariant import prompt_forward, step_forward
 from .tree import DraftTree, TreeTensors
 
 _CAPACITY_STEP = 64
@@ -33,6 +33,7 @@ class BaseModel:
         self.max_positions = position_limit(model)
         self._attention = find_attention(model, self.windows)
         self._step_forward = step_forward(model)
+        self._prompt_forward = prompt_forward(model, self._step_forward)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._switch = ExitStack()
         self._hidden: Tensor | None = None
@@ -55,7 +56,7 @@ class BaseModel:
         """
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         only_last = {"logits_to_keep": 1} if self._keeps_logits else {}
-        hidden, logits = self._run(self.model, ids, positions, only_last)
+        hidden, logits = self._run(self._prompt_forward, ids, positions, only_last)
         self.cache.extend(ids.shape[1])
         self._use(self._attention)
         return hidden[:, -1], logits[:, -1]

@@ -198,7 +198,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool) -> torch.T
     if raw or tokenizer.chat_template is None:
         return tokenizer(text, return_tensors="pt").input_ids
     messages = [{"role": "user", "content": text}]
-    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    encoded: Any = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     return encoded.input_ids
 
 

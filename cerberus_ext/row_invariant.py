@@ -42,6 +42,12 @@ def step_forward(model: nn.Module) -> Callable[..., Any]:
     return forward
 
 
+def prompt_forward(model: nn.Module, step: Callable[..., Any]) -> Callable[..., Any]:
+    """What to call for the prompt: the model itself, or, where torch's products of its dtype are slow, `step`."""
+    weights: list[Any] = [module.weight for module in model.modules() if _is_plain_linear(module)]
+    return model if all(map(_is_native, weights)) else step
+
+
 class InvariantWeight(Tensor):
     """A linear's weight (O, I) for which `F.linear` is `ops.linear`. Anything else treats it as the plain tensor."""
 

@@ -47,8 +47,7 @@ static inline To bit_cast(From from) {
   return to;
 }
 
-// --- one element
-// ------------------------------------------------------------------------------------------------------
+// --- one element ---
 
 static inline float to_float(float x) { return x; }
 static inline float to_float(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
@@ -88,8 +87,7 @@ static inline void from_float(float x, Float16& out) {
   }
 }
 
-// --- one vector
-// -------------------------------------------------------------------------------------------------------
+// --- one vector ---
 
 static inline Vec broadcast(float x) { return x - Vec{}; }
 
@@ -163,12 +161,17 @@ static inline float sum(Vec v) {
 // out[i] = sum(v[i]), to the same bits, in fewer instructions than four sums.
 static inline void sum_four(const Vec (&v)[4], float* out) {
 #if defined(__AVX2__)
+#if defined(__AVX512F__)
+  struct Halves {
+    __m256 low, high;
+  };
+#endif
   __m128 quarter[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
 #if defined(__AVX512F__)
-    const __m512 whole = bit_cast<__m512>(v[i]);
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
+    const Halves halves = bit_cast<Halves>(v[i]);  // the intrinsics for it make GCC 12 warn
+    const __m256 half = _mm256_add_ps(halves.low, halves.high);
 #else
     const __m256 half = bit_cast<__m256>(v[i]);
 #endif
@@ -205,11 +208,12 @@ static inline bool any(IntVec condition) {
 // e^x to about 1 ulp; 0 below -87, infinite above 88; NaN stays. 2^n e^r with |r| <= ln(2) / 2 and the Taylor
 // polynomial of degree 7.
 static inline Vec exp(Vec x) {
-  const Vec round =
-      broadcast(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Vec round = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds; the low bits hold the integer
   const Vec low = broadcast(-87.0f);
   const Vec high = broadcast(88.0f), infinite = broadcast(__builtin_inff());
-  const IntVec vanishes = x<low, overflows = x> high, number = x == x;
+  const IntVec vanishes = x < low;
+  const IntVec overflows = x > high;
+  const IntVec number = x == x;
   const Vec shifted =
       multiply_add(select(vanishes, low, select(overflows, high, x)), broadcast(1.44269504f), round);
   const Vec n = shifted - round;
