@@ -6,6 +6,7 @@ import hashlib
 import zipfile
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from cerberus_ext import default_model
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CERBERUS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # read from the environment on import
     return tmp_path / "cache"
 
 
