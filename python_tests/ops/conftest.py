@@ -1,15 +1,3 @@
-"""A test of an op that takes `device` runs on the CPU, and once more on CUDA where there is a GPU and _cuda.so."""
+from devices import device
 
-import pytest
-import torch
-
-from cerberus_ext import _load
-
-DEVICES = ["cpu"]
-if torch.cuda.is_available() and all(library.loaded for library in _load.load_libraries()):
-    DEVICES.append("cuda")
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
+__all__ = ["device"]
