@@ -5,12 +5,11 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include <array>
-#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 
+#include "cuda/device.h"
 #include "cuda/kernels.h"
 #include "prepare.h"
 
@@ -47,24 +46,12 @@ void check_at_most(const char* op, const char* argument, const char* what, int64
                            " <= " + std::to_string(limit) + " on CUDA, got " + std::to_string(size));
 }
 
-// Two blocks for each multiprocessor: with one, a block that waits for its loads would leave its
-// multiprocessor idle.
-int64_t draft_topk_parts(int32_t device) {
-  if (device < 0) return 1;           // the states are not on a CUDA device; prepare says so
-  constexpr size_t kRemembered = 64;  // devices whose answer is kept: asking costs more than the launch
-  static std::array<std::atomic<int>, kRemembered> known{};
-  const bool remembered = static_cast<size_t>(device) < kRemembered;
-  int multiprocessors = remembered ? known[device].load(std::memory_order_relaxed) : 0;
-  if (multiprocessors == 0) {
-    const cudaError_t error =
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) {
-      throw std::runtime_error("draft_topk: the number of multiprocessors of cuda:" + std::to_string(device) +
-                               " is not known: " + cudaGetErrorString(error));
-    }
-    if (remembered) known[device].store(multiprocessors, std::memory_order_relaxed);
-  }
-  return 2 * static_cast<int64_t>(multiprocessors);
+// Two blocks for each multiprocessor of the current device: with one, a block that waits for its loads would
+// leave its multiprocessor idle.
+int64_t draft_topk_parts() {
+  DeviceLimits limits;
+  check_launch("draft_topk", device_limits(limits));
+  return 2 * static_cast<int64_t>(limits.multiprocessors);
 }
 
 Tensor hidden_entropy(const Tensor& hidden) {
@@ -83,8 +70,7 @@ Tensor head_stack(const Tensor& hidden, const Tensor& anchor, const Tensor& weig
 
 std::tuple<Tensor, Tensor> draft_topk(const Tensor& states, const Tensor& projection, int64_t guesses) {
   const OnDevice device(states);
-  const DraftTopkCall call =
-      prepare_draft_topk(states, projection, guesses, draft_topk_parts(device.index()));
+  const DraftTopkCall call = prepare_draft_topk(states, projection, guesses, draft_topk_parts());
   check_launch("draft_topk", draft_topk_cuda(call.args, device.stream()));
   return {call.ids, call.logprobs};
 }

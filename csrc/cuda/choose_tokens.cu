@@ -230,8 +230,8 @@ cudaError_t choose_tokens_cuda(const ChooseTokensArgs& a, cudaStream_t stream) {
       [&](auto element, auto vector) {
         using T = decltype(element);
         return a.temperature == 0.0f
-                   ? launch(greedy_kernel<T, vector()>, a.rows, kThreads, stream, a)
-                   : launch(sample_kernel<T, vector()>, a.rows, kThreads, stream, a, rank_layout(a.vocab));
+                   ? launch(greedy_kernel<T, vector()>, {a.rows, kThreads}, stream, a)
+                   : launch(sample_kernel<T, vector()>, {a.rows, kThreads}, stream, a, rank_layout(a.vocab));
       },
       a.logits);
 }

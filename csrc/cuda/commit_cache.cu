@@ -56,11 +56,11 @@ cudaError_t commit_cache_cuda(const CommitCacheArgs& a, cudaStream_t stream) {
       [&](auto unit) {
         using Unit = decltype(unit);
         const int64_t count = a.planes * a.rows * a.kv_heads * a.head_size * a.element_bytes / sizeof(Unit);
-        return launch(commit_cache_kernel<Unit>, divide_up(count, kThreads), kThreads, stream, a);
+        return launch(commit_cache_kernel<Unit>, {divide_up(count, kThreads), kThreads}, stream, a);
       },
       a.cache);
   if (error != cudaSuccess) return error;
-  return launch(advance_length_kernel, divide_up(a.rows, kThreads), kThreads, stream, a);
+  return launch(advance_length_kernel, {divide_up(a.rows, kThreads), kThreads}, stream, a);
 }
 
 }  // namespace cerberus

@@ -176,14 +176,14 @@ cudaError_t draft_topk_cuda(const DraftTopkArgs& a, cudaStream_t stream) {
         // Odd sizes have one kernel for any number of rows.
         if constexpr (vector() > 1) {
           if (a.rows == 1)
-            return launch(draft_topk_parts_kernel<T, vector(), 1>, a.parts, kThreads, stream, a);
+            return launch(draft_topk_parts_kernel<T, vector(), 1>, {a.parts, kThreads}, stream, a);
         }
-        return launch(draft_topk_parts_kernel<T, vector(), 4>, a.parts * divide_up(a.rows, 4), kThreads,
+        return launch(draft_topk_parts_kernel<T, vector(), 4>, {a.parts * divide_up(a.rows, 4), kThreads},
                       stream, a);
       },
       a.states, a.projection);
   if (error != cudaSuccess) return error;
-  return launch(draft_topk_merge_kernel, a.rows, kThreads, stream, a);
+  return launch(draft_topk_merge_kernel, {a.rows, kThreads}, stream, a);
 }
 
 }  // namespace cerberus

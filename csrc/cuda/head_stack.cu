@@ -85,8 +85,8 @@ cudaError_t launch_layers(const HeadStackArgs& a, cudaStream_t stream) {
   Layer layer = {a.hidden, a.size, 0, a.weight, a.bias, nullptr, true};
   for (int64_t l = 0; l < a.layers; ++l) {
     layer.states = l + 1 == a.layers ? a.states : scratch + (l % 2) * a.rows * outputs;
-    const cudaError_t error =
-        launch(head_stack_kernel<T, kVector, kRows>, divide_up(outputs, kWarps), kThreads, stream, a, layer);
+    const cudaError_t error = launch(head_stack_kernel<T, kVector, kRows>,
+                                     {divide_up(outputs, kWarps), kThreads}, stream, a, layer);
     if (error != cudaSuccess) return error;
     layer.below = layer.states;
     layer.row_stride = outputs;

@@ -60,7 +60,7 @@ cudaError_t hidden_entropy_cuda(const HiddenEntropyArgs& a, cudaStream_t stream)
   return dispatch_vector(
       a.dtype, a.size,
       [&](auto element, auto vector) {
-        return launch(hidden_entropy_kernel<decltype(element), vector()>, a.rows, kThreads, stream, a);
+        return launch(hidden_entropy_kernel<decltype(element), vector()>, {a.rows, kThreads}, stream, a);
       },
       a.hidden);
 }

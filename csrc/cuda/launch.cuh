@@ -10,22 +10,66 @@
 
 #include "args.h"
 #include "copy.cuh"
+#include "device.h"
 
 namespace cerberus {
 
-// Launches `blocks` blocks of `threads` threads; none for an empty call. Unlike <<<>>> and cudaGetLastError
-// it returns the error of this launch only, never one that somebody else left behind.
+// How to launch a kernel.
+struct Launch {
+  int64_t blocks;            // of a grid of one dimension; 0: an empty call, nothing is launched
+  int threads;               // of a block
+  int64_t shared_bytes = 0;  // dynamic_shared() of a block
+  bool cooperative = false;  // all blocks are resident at once, so that there may be a grid_barrier()
+  bool overlaps = false;  // may begin before the launch before it has ended; see wait_for_previous_launch()
+};
+
+// Unlike <<<>>> and cudaGetLastError it returns the error of this launch only, never one that somebody else
+// left behind.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
+cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, cudaStream_t stream,
                    Arguments&&... arguments) {
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > std::numeric_limits<int32_t>::max())
+  if (how.blocks == 0) return cudaSuccess;
+  if (how.blocks > std::numeric_limits<int32_t>::max())
     return cudaErrorInvalidConfiguration;  // grid.x ends there
+  constexpr int64_t kWithoutAsking = 48 << 10;
+  if (how.shared_bytes > kWithoutAsking) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(how.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.gridDim = dim3(static_cast<unsigned>(how.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(how.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
   config.stream = stream;
+  config.attrs = attributes;
+  if (how.cooperative) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs++].val.cooperative = 1;
+  }
+  DeviceLimits limits = {};
+  if (how.overlaps) {
+    if (const cudaError_t error = device_limits(limits); error != cudaSuccess) return error;
+  }
+  if (limits.overlaps_launches) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+}
+
+// How many blocks of such a launch the whole current device holds at once.
+template <typename... Parameters>
+cudaError_t resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shared_bytes,
+                            int64_t& blocks) {
+  DeviceLimits limits;
+  if (const cudaError_t error = device_limits(limits); error != cudaSuccess) return error;
+  int each = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads,
+                                                                          static_cast<size_t>(shared_bytes));
+  blocks = static_cast<int64_t>(each) * limits.multiprocessors;
+  return error;
 }
 
 constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }

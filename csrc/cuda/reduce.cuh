@@ -1,8 +1,9 @@
-// What the threads of a warp or a block do together: shuffles, votes, reductions, scans. One of the three
-// files with intrinsics. Every warp function is called by all 32 lanes, every block function by all threads
-// of the block.
+// What the threads of a warp, a block or a grid do together: shuffles, votes, reductions, scans, barriers.
+// One of the three files with intrinsics. Every warp function is called by all 32 lanes, every block function
+// by all threads of the block.
 #pragma once
 
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -50,6 +51,11 @@ __device__ inline uint32_t ballot(bool condition) { return __ballot_sync(kAllLan
 __device__ inline int count_bits(uint32_t bits) { return __popc(bits); }
 __device__ inline int count_bits(uint64_t bits) { return __popcll(bits); }
 __device__ inline int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
+
+// Until all lanes of the warp are here; what they wrote to memory before is visible to each other after it.
+__device__ inline void warp_barrier() { __syncwarp(kAllLanes); }
+// The same for all threads of the grid. Only in a cooperative launch (Launch::cooperative).
+__device__ inline void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
 struct Sum {
   template <typename T>

@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 1) tree_attention_kernel(const TreeA
 template <typename T, int kVector, int kColumns>
 cudaError_t launch_tiles(const TreeAttentionArgs& a, cudaStream_t stream) {
   const int64_t tiles = divide_up(a.nodes * (a.query_heads / a.kv_heads), Tile<kColumns>::kTile);
-  return launch(tree_attention_kernel<T, kVector, kColumns>, a.rows * a.kv_heads * tiles, kThreads, stream,
+  return launch(tree_attention_kernel<T, kVector, kColumns>, {a.rows * a.kv_heads * tiles, kThreads}, stream,
                 a);
 }
 

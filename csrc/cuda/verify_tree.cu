@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kLanes) verify_tree_kernel(const VerifyTreeArg
 
 cudaError_t verify_tree_cuda(const VerifyTreeArgs& a, cudaStream_t stream) {
   if (a.nodes > kMaxVerifyNodes) return cudaErrorInvalidValue;
-  return launch(verify_tree_kernel, a.rows, kLanes, stream, a);
+  return launch(verify_tree_kernel, {a.rows, kLanes}, stream, a);
 }
 
 }  // namespace cerberus

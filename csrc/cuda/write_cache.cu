@@ -41,7 +41,7 @@ cudaError_t write_cache_cuda(const WriteCacheArgs& a, cudaStream_t stream) {
         using Unit = decltype(unit);
         const int64_t count =
             2 * a.rows * a.nodes * a.kv_heads * a.head_size * a.element_bytes / sizeof(Unit);
-        return launch(write_cache_kernel<Unit>, divide_up(count, kThreads), kThreads, stream, a);
+        return launch(write_cache_kernel<Unit>, {divide_up(count, kThreads), kThreads}, stream, a);
       },
       a.keys, a.values, a.new_keys, a.new_values);
 }
