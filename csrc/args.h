@@ -46,12 +46,13 @@ struct DraftTopkArgs {
   int64_t rows, size, vocab, guesses;  // B * K, D >= 1, Vd >= P, 1 <= P <= 32
   const void* states;                  // (B * K, D)
   const void* projection;              // (Vd, D)
-  // Scratch for partial results: `parts` pieces of the vocabulary, chosen by prepare.
+  // Scratch for partial results: at most `parts` pieces of the vocabulary, chosen by the device, which lays
+  // them out as it likes.
   int64_t parts;
-  float* part_max;     // (rows, parts)
-  float* part_sum;     // (rows, parts)
-  float* part_logits;  // (rows, parts, P)
-  int32_t* part_ids;   // (rows, parts, P)
+  float* part_max;     // rows * parts
+  float* part_sum;     // rows * parts
+  float* part_logits;  // rows * parts * P
+  int32_t* part_ids;   // rows * parts * P
   int64_t* ids;        // (rows, P)
   float* logprobs;     // (rows, P)
 };
@@ -85,6 +86,11 @@ struct TreeAttentionArgs {
   const int64_t* length;     // (B,)
   const int64_t* ancestors;  // (N, W): bit j of row i says that node j is on the path from the root to i
   void* output;              // (B, N, Hq, E)
+  // Scratch for partial results where a device splits the slots of a row into `splits` > 1 pieces, else none.
+  int64_t splits;
+  float* part_max;  // (B, N, Hq, splits): what is taken off the scores of a piece, near the largest of them
+  float* part_sum;  // (B, N, Hq, splits): sum of 2^(score - part_max); 0: the row sees nothing of the piece
+  float* part_output;  // (B, N, Hq, splits, E): sum of 2^(score - part_max) v
 };
 
 // Puts the nodes' keys and values into slots length .. length + N of each row.

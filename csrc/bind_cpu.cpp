@@ -51,7 +51,8 @@ Tensor choose_tokens(const Tensor& logits, const Tensor& positions, int64_t seed
 
 Tensor tree_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& length,
                       const Tensor& ancestors, double scale, int64_t window) {
-  const TreeAttentionCall call = prepare_tree_attention(q, keys, values, length, ancestors, scale, window);
+  const TreeAttentionCall call = prepare_tree_attention(q, keys, values, length, ancestors, scale, window,
+                                                        [](const TreeAttentionArgs&) { return 1; });
   tree_attention_cpu(call.args, torch_threads());
   return call.output;
 }

@@ -64,6 +64,7 @@ Tensor hidden_entropy(const Tensor& hidden) {
 Tensor head_stack(const Tensor& hidden, const Tensor& anchor, const Tensor& weight, const Tensor& bias) {
   const OnDevice device(hidden);
   const HeadStackCall call = prepare_head_stack(hidden, anchor, weight, bias);
+  check_at_most("head_stack", "weight", "K * D", kMaxRowStates, call.args.heads * call.args.size);
   check_launch("head_stack", head_stack_cuda(call.args, device.stream()));
   return call.states;
 }
@@ -71,6 +72,7 @@ Tensor head_stack(const Tensor& hidden, const Tensor& anchor, const Tensor& weig
 std::tuple<Tensor, Tensor> draft_topk(const Tensor& states, const Tensor& projection, int64_t guesses) {
   const OnDevice device(states);
   const DraftTopkCall call = prepare_draft_topk(states, projection, guesses, draft_topk_parts());
+  check_at_most("draft_topk", "states", "D", kMaxRowStates, call.args.size);
   check_launch("draft_topk", draft_topk_cuda(call.args, device.stream()));
   return {call.ids, call.logprobs};
 }
@@ -87,7 +89,12 @@ Tensor choose_tokens(const Tensor& logits, const Tensor& positions, int64_t seed
 Tensor tree_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& length,
                       const Tensor& ancestors, double scale, int64_t window) {
   const OnDevice device(q);
-  const TreeAttentionCall call = prepare_tree_attention(q, keys, values, length, ancestors, scale, window);
+  const TreeAttentionCall call = prepare_tree_attention(
+      q, keys, values, length, ancestors, scale, window, [](const TreeAttentionArgs& args) {
+        DeviceLimits limits;
+        check_launch("tree_attention", device_limits(limits));
+        return tree_attention_splits(args, limits.multiprocessors);
+      });
   check_at_most("tree_attention", "q", "E", kMaxHeadSize, call.args.head_size);
   check_launch("tree_attention", tree_attention_cuda(call.args, device.stream()));
   return call.output;

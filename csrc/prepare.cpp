@@ -173,7 +173,8 @@ ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& posit
 
 TreeAttentionCall prepare_tree_attention(const Tensor& q, const Tensor& keys, const Tensor& values,
                                          const Tensor& length, const Tensor& ancestors, double scale,
-                                         int64_t window) {
+                                         int64_t window,
+                                         const std::function<int64_t(const TreeAttentionArgs&)>& splits) {
   Check check("tree_attention");
   check.floating(q, "q", 4, "(B, N, Hq, E)");
   check.not_empty(q, "q", "(B, N, Hq, E)", 3, "E");
@@ -192,7 +193,7 @@ TreeAttentionCall prepare_tree_attention(const Tensor& q, const Tensor& keys, co
   check.sizes(ancestors, "ancestors", "(N, W) with W = ceil(N / 64)", {nodes, words_of(nodes)});
   check.that(std::isfinite(scale), "scale", "finite", scale);
 
-  TreeAttentionCall call{{}, empty(q, {rows, nodes, query_heads, head_size}, check.scalar_type())};
+  TreeAttentionCall call{{}, {}, empty(q, {rows, nodes, query_heads, head_size}, check.scalar_type())};
   TreeAttentionArgs& args = call.args;
   args.dtype = check.dtype();
   args.rows = rows;
@@ -210,6 +211,15 @@ TreeAttentionCall prepare_tree_attention(const Tensor& q, const Tensor& keys, co
   args.length = data<int64_t>(length);
   args.ancestors = data<int64_t>(ancestors);
   args.output = call.output.mutable_data_ptr();
+  args.splits = splits(args);
+  args.part_max = args.part_sum = args.part_output = nullptr;
+  if (args.splits > 1) {
+    const int64_t parts = rows * nodes * query_heads * args.splits;
+    call.scratch = empty(q, {parts, head_size + 2}, ScalarType::Float);
+    args.part_output = mutable_data<float>(*call.scratch);  // the first: its rows are read 16 bytes at a time
+    args.part_max = args.part_output + parts * head_size;
+    args.part_sum = args.part_max + parts;
+  }
   return call;
 }
 

@@ -8,6 +8,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <functional>
 #include <optional>
 
 #include "args.h"
@@ -36,6 +37,7 @@ struct ChooseTokensCall {
 };
 struct TreeAttentionCall {
   TreeAttentionArgs args;
+  std::optional<Tensor> scratch;
   Tensor output;
 };
 struct VerifyTreeCall {
@@ -55,9 +57,11 @@ DraftTopkCall prepare_draft_topk(const Tensor& states, const Tensor& projection,
                                  int64_t parts);
 ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& positions, int64_t seed,
                                        double temperature, int64_t top_k, double top_p);
+// splits: into how many pieces the device splits the slots of such a call, by the sizes in the arguments.
 TreeAttentionCall prepare_tree_attention(const Tensor& q, const Tensor& keys, const Tensor& values,
                                          const Tensor& length, const Tensor& ancestors, double scale,
-                                         int64_t window);
+                                         int64_t window,
+                                         const std::function<int64_t(const TreeAttentionArgs&)>& splits);
 WriteCacheArgs prepare_write_cache(const Tensor& keys, const Tensor& values, const Tensor& new_keys,
                                    const Tensor& new_values, const Tensor& length);
 VerifyTreeCall prepare_verify_tree(const Tensor& draft, const Tensor& target, const Tensor& parents,

@@ -5,7 +5,7 @@
 // lower ids ranking higher, so that ranks are distinct and every limit becomes "ranks from here on are kept".
 // That rank is found by radix selection: a histogram over the next digit of the rank, of counts for top_k and
 // of probabilities for top_p, until all digits are known. Probabilities are summed as integers, so that the
-// order of the additions changes nothing.
+// order of the additions changes nothing. All but the first digit of the first histogram concern few tokens.
 #include "args.h"
 #include "copy.cuh"
 #include "kernels.h"
@@ -16,9 +16,16 @@
 namespace cerberus {
 namespace {
 
+// 64 KB of loads under way in a block, because there are no more blocks than rows: 64 rows are to keep the
+// memory of 132 multiprocessors busy, which takes some 36 KB for each row.
+constexpr int kGreedyThreads = 1024, kGreedyPacks = 4;
+
 constexpr int kThreads = 512;   // 1024 would leave 64 registers each, too few for the noise
-constexpr int kDigitBits = 11;  // 4 digits cover a bfloat16 logit and its id; the histogram takes 16 KB
+constexpr int kDigitBits = 11;  // 3 digits cover a bfloat16 logit and an id below 2^17
 constexpr int kDigits = 1 << kDigitBits;
+// Copies of the histogram, which neighbouring lanes use in turn: most logits of a row share a few digits, and
+// additions to one number wait for each other. More would not fit into 48 KB.
+constexpr int kCopies = 2;
 
 // Greater for the greater logit; 0 for what is not a number, which ranks below everything else.
 __device__ inline uint32_t order_image(float x) {
@@ -82,26 +89,67 @@ __device__ inline Choice<Value> no_choice() {
   return {-INFINITY, INT32_MAX};
 }
 // The block's choice; token 0 where there was nothing to choose from.
-template <typename Value>
+template <int kThreads, typename Value>
 __device__ inline void write_choice(Choice<Value> choice, int64_t* token) {
   choice = block_reduce<kThreads>(choice, Better{});
   if (threadIdx.x == 0) *token = choice.id == INT32_MAX ? 0 : choice.id;
 }
 
+// A thread looks for its best pack first and only then into it, which halves the work on a logit.
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads, 1) greedy_kernel(const ChooseTokensArgs a) {
+__global__ void __launch_bounds__(kGreedyThreads, 1) greedy_kernel(const ChooseTokensArgs a) {
+  wait_for_previous_launch();
+  allow_next_launch();
   const T* logits = static_cast<const T*>(a.logits) + blockIdx.x * a.vocab;
+  Choice<float> best_pack = no_choice<float>();  // its greatest logit, its first id
+  for_each_pack<kGreedyThreads, kVector, kGreedyPacks>(
+      logits, a.vocab, [&](int64_t first, const float (&x)[kVector]) {
+        float greatest = x[0];
+#pragma unroll
+        for (int i = 1; i < kVector; ++i)
+          greatest = fmaxf(greatest, x[i]);  // passes over what is not a number
+        best_pack = Better{}(best_pack, {greatest, static_cast<int32_t>(first)});
+      });
   Choice<float> best = no_choice<float>();
-  for_each_in_row<kThreads, kVector>(
-      logits, a.vocab, [&](int64_t id, float x) { best = Better{}(best, {x, static_cast<int32_t>(id)}); });
-  write_choice(best, a.tokens + blockIdx.x);
+  if (best_pack.id != INT32_MAX) {
+    float x[kVector];
+    load<kVector>(logits + best_pack.id).unpack(x);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) best = Better{}(best, {x[i], best_pack.id + i});
+  }
+  write_choice<kGreedyThreads>(best, a.tokens + blockIdx.x);
 }
 
 // Shared memory of one radix selection.
 struct Selection {
-  unsigned long long histogram[kDigits];
+  // The sums of 64 bits as two words each: a device adds 32 bits to shared memory in one instruction, and 64
+  // bits by trying until nobody else was quicker.
+  uint32_t low[kDigits][kCopies], high[kDigits][kCopies];
   uint64_t above;
   int digit;
+
+  __device__ void clear() {
+    for (int i = threadIdx.x; i < kDigits * kCopies; i += kThreads) {
+      low[i / kCopies][i % kCopies] = 0;
+      high[i / kCopies][i % kCopies] = 0;
+    }
+    if (threadIdx.x == 0) digit = -1;
+  }
+  __device__ void add(int to, uint64_t amount) {
+    const int copy = threadIdx.x % kCopies;
+    const uint32_t small = static_cast<uint32_t>(amount);
+    const uint32_t before = atomicAdd(&low[to][copy], small);
+    // Whoever makes the lower word wrap around carries.
+    const uint32_t carried = static_cast<uint32_t>(amount >> 32) + (before + small < small ? 1 : 0);
+    if (carried != 0) atomicAdd(&high[to][copy], carried);
+  }
+  __device__ uint64_t sum(int of) const {
+    uint64_t total = 0;
+#pragma unroll
+    for (int copy = 0; copy < kCopies; ++copy)
+      total += static_cast<uint64_t>(high[of][copy]) << 32 | low[of][copy];
+    return total;
+  }
 };
 
 // The lowest rank >= floor such that the ranks above it hold less than `limit` of `amount`: the last rank to
@@ -114,13 +162,12 @@ __device__ uint64_t lowest_kept_rank(const Row<T, kVector>& row, uint64_t floor,
   for (int low = 32 - kUnusedBits<T> + row.layout.id_bits; low > 0;) {
     const int width = low < kDigitBits ? low : kDigitBits;
     low -= width;
-    for (int digit = threadIdx.x; digit < kDigits; digit += kThreads) chosen.histogram[digit] = 0;
-    if (threadIdx.x == 0) chosen.digit = -1;
+    chosen.clear();
     __syncthreads();
     row.for_each([&](int64_t id, float logit) {
       const uint64_t rank = row.rank(id, logit);
       if (rank < floor || rank >> (low + width) != prefix) return;
-      atomicAdd(&chosen.histogram[rank >> low & ((1 << width) - 1)], amount(logit));
+      chosen.add(static_cast<int>(rank >> low & ((1 << width) - 1)), amount(logit));
     });
     __syncthreads();
 
@@ -130,11 +177,11 @@ __device__ uint64_t lowest_kept_rank(const Row<T, kVector>& row, uint64_t floor,
     const int greatest = kDigits - 1 - static_cast<int>(threadIdx.x) * kOwn;
     uint64_t own = 0;
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) own += chosen.histogram[greatest - i];
+    for (int i = 0; i < kOwn; ++i) own += chosen.sum(greatest - i);
     uint64_t before = above + block_sum_before<kThreads>(own);
     if (before < limit && before + own >= limit) {
       int digit = greatest;
-      while (before + chosen.histogram[digit] < limit) before += chosen.histogram[digit--];
+      while (before + chosen.sum(digit) < limit) before += chosen.sum(digit--);
       chosen.digit = digit;
       chosen.above = before;
     }
@@ -153,6 +200,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   Row<T, kVector> row = {static_cast<const T*>(a.logits) + blockIdx.x * a.vocab, a.vocab, layout,
                          a.temperature, -INFINITY};
   __shared__ Selection selection;
+  wait_for_previous_launch();
+  allow_next_launch();
   float max = -INFINITY;
   // fmaxf passes over what is not a number.
   row.for_each([&](int64_t, float logit) { max = fmaxf(max, logit); });
@@ -160,8 +209,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   uint64_t floor = uint64_t{1} << layout.id_bits;  // the lowest rank of a number
   if (a.top_k > 0 && a.top_k < a.vocab) {
-    floor =
-        lowest_kept_rank(row, floor, static_cast<uint64_t>(a.top_k), selection, [](float) { return 1ull; });
+    floor = lowest_kept_rank(row, floor, static_cast<uint64_t>(a.top_k), selection,
+                             [](float) { return uint64_t{1}; });
   }
   if (a.top_p < 1.0f) {
     uint64_t mass = 0;
@@ -174,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint64_t limit =
         static_cast<uint64_t>(ceil(static_cast<double>(a.top_p) * static_cast<double>(mass)));
     floor = lowest_kept_rank(row, floor, limit > 0 ? limit : 1, selection,
-                             [&](float logit) { return static_cast<unsigned long long>(row.mass(logit)); });
+                             [&](float logit) { return row.mass(logit); });
   }
 
   // The choice is made in double precision, as on a CPU: a rounding that differs would be another token. Most
@@ -209,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       best = Better{}(best, {value + gumbel(noise.word[i]), static_cast<int32_t>(first + i)});
     }
   }
-  write_choice(best, a.tokens + blockIdx.x);
+  write_choice<kThreads>(best, a.tokens + blockIdx.x);
 }
 
 RankLayout rank_layout(int64_t vocab) {
@@ -229,9 +278,10 @@ cudaError_t choose_tokens_cuda(const ChooseTokensArgs& a, cudaStream_t stream) {
       a.dtype, a.vocab,
       [&](auto element, auto vector) {
         using T = decltype(element);
-        return a.temperature == 0.0f
-                   ? launch(greedy_kernel<T, vector()>, {a.rows, kThreads}, stream, a)
-                   : launch(sample_kernel<T, vector()>, {a.rows, kThreads}, stream, a, rank_layout(a.vocab));
+        if (a.temperature == 0.0f)
+          return launch(greedy_kernel<T, vector()>, overlapping(a.rows, kGreedyThreads), stream, a);
+        return launch(sample_kernel<T, vector()>, overlapping(a.rows, kThreads), stream, a,
+                      rank_layout(a.vocab));
       },
       a.logits);
 }

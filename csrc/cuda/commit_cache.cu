@@ -2,13 +2,14 @@
 // grows.
 //
 // A thread owns one unit (16 bytes where alignment allows) of one plane, row and head, and moves it for all
-// places of the path in order. Nobody else touches that column of the slots, so the moves need no
-// synchronization: place j is written to slot length + j, and everything read later lies above it, because a
-// path is increasing.
+// places of the path in order, several at a time. Nobody else touches that column of the slots, so the moves
+// need no synchronization: place j is written to slot length + j, and everything read later lies above it,
+// because a path is increasing.
 //
-// `length` is read by every block of the move, so nobody may advance it before the last has read it. The end
-// of a launch is the one barrier over all blocks that needs neither a counter in device memory, which calls
-// on two streams would share, nor a cooperative launch; hence a second launch of a few threads.
+// `length` is read by every block of its row and may be advanced only when all have read it. So the blocks
+// sign in where they read: each takes the length by adding 1 << kLengthBits to it, what the numbers from
+// there on count is how many came before, and the last block writes the new length. Nothing is left behind
+// and no memory of its own is needed, as a counter would be, which calls on two streams would share.
 #include "args.h"
 #include "copy.cuh"
 #include "kernels.h"
@@ -18,6 +19,8 @@ namespace cerberus {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kAtOnce = 4;       // slots that a thread has under way: most paths are not longer
+constexpr int kLengthBits = 40;  // with the sign; the blocks of a row are counted above them
 
 // Places of the path to be kept, at least the root.
 __device__ inline int64_t kept_places(const CommitCacheArgs& a, int64_t row) {
@@ -26,41 +29,60 @@ __device__ inline int64_t kept_places(const CommitCacheArgs& a, int64_t row) {
 }
 
 template <typename Unit>
-__global__ void __launch_bounds__(kThreads) commit_cache_kernel(const CommitCacheArgs a) {
-  const int64_t units = a.head_size * a.element_bytes / static_cast<int64_t>(sizeof(Unit));  // of one slot
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= a.planes * a.rows * a.kv_heads * units) return;
-  const int64_t unit = i % units, owner = i / units;  // owner: which plane, row and head
-  const int64_t row = owner / a.kv_heads % a.rows;
-
-  const int64_t length = a.length[row], places = kept_places(a, row);
-  const int32_t* path = a.path + row * a.path_places;
-  Unit* column = static_cast<Unit*>(a.cache) + owner * a.capacity * units + unit;
-  for (int64_t place = 0; place < places; ++place) {
-    const int64_t from = length + path[place], to = length + place;
-    if (from == to || from < 0 || from >= a.capacity || to < 0 || to >= a.capacity) continue;
-    column[to * units] = column[from * units];
+__global__ void __launch_bounds__(kThreads) commit_cache_kernel(const CommitCacheArgs a, int blocks_of_row) {
+  __shared__ int64_t length_of_row;
+  wait_for_previous_launch();
+  allow_next_launch();
+  const int64_t row = blockIdx.x / blocks_of_row, places = kept_places(a, row);
+  if (threadIdx.x == 0) {
+    const uint64_t taken = atomicAdd(reinterpret_cast<unsigned long long*>(a.length + row),
+                                     static_cast<unsigned long long>(uint64_t{1} << kLengthBits));
+    length_of_row = static_cast<int64_t>(taken << (64 - kLengthBits)) >> (64 - kLengthBits);
+    const uint64_t before = (taken - static_cast<uint64_t>(length_of_row)) >> kLengthBits;
+    if (before == static_cast<uint64_t>(blocks_of_row - 1)) a.length[row] = length_of_row + places;
   }
-}
+  __syncthreads();
 
-__global__ void __launch_bounds__(kThreads) advance_length_kernel(const CommitCacheArgs a) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (row < a.rows) a.length[row] += kept_places(a, row);
+  const int64_t units = a.head_size * a.element_bytes / static_cast<int64_t>(sizeof(Unit));  // of one slot
+  const int64_t i = static_cast<int64_t>(blockIdx.x % blocks_of_row) * kThreads + threadIdx.x;
+  if (i >= a.planes * a.kv_heads * units) return;
+  const int64_t unit = i % units, head = i / units % a.kv_heads, plane = i / units / a.kv_heads;
+
+  const int64_t length = length_of_row;
+  const int32_t* path = a.path + row * a.path_places;
+  const int64_t owner = (plane * a.rows + row) * a.kv_heads + head;
+  Unit* column = static_cast<Unit*>(a.cache) + owner * a.capacity * units + unit;
+  for (int64_t first = 0; first < places; first += kAtOnce) {
+    Unit moved[kAtOnce];
+    bool moves[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64_t place = first + j, to = length + place;
+      const int64_t from = place < places ? length + path[place] : to;
+      moves[j] = from != to && from >= 0 && from < a.capacity && to >= 0 && to < a.capacity;
+      if (moves[j]) moved[j] = column[from * units];
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+      if (moves[j]) column[(length + first + j) * units] = moved[j];
+  }
 }
 
 }  // namespace
 
 cudaError_t commit_cache_cuda(const CommitCacheArgs& a, cudaStream_t stream) {
-  const cudaError_t error = dispatch_unit(
+  return dispatch_unit(
       a.element_bytes, a.head_size,
       [&](auto unit) {
         using Unit = decltype(unit);
-        const int64_t count = a.planes * a.rows * a.kv_heads * a.head_size * a.element_bytes / sizeof(Unit);
-        return launch(commit_cache_kernel<Unit>, {divide_up(count, kThreads), kThreads}, stream, a);
+        const int64_t units = a.planes * a.kv_heads * a.head_size * a.element_bytes / sizeof(Unit);
+        const int64_t blocks =
+            units > 0 ? divide_up(units, kThreads) : 1;  // of a row; one to advance its length
+        if (blocks > int64_t{1} << (63 - kLengthBits)) return cudaErrorInvalidConfiguration;
+        return launch(commit_cache_kernel<Unit>, overlapping(a.rows * blocks, kThreads), stream, a,
+                      static_cast<int>(blocks));
       },
       a.cache);
-  if (error != cudaSuccess) return error;
-  return launch(advance_length_kernel, {divide_up(a.rows, kThreads), kThreads}, stream, a);
 }
 
 }  // namespace cerberus

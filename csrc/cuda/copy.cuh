@@ -109,6 +109,10 @@ __device__ inline void prefetch_l2(const void* pointer) {
   asm volatile("prefetch.global.L2 [%0];" : : "l"(pointer));
 }
 
+// `pointer` is in global memory: said where the compiler cannot follow it there, so that its loads are global
+// ones and not generic ones.
+__device__ inline void assume_global(const void* pointer) { __builtin_assume(__isGlobal(pointer)); }
+
 // Until the launch before this one on the stream is complete and its writes are visible; at once where this
 // launch did not ask to overlap it (Launch::overlaps). The first thing a kernel does that reads what the one
 // before wrote.
@@ -125,16 +129,33 @@ __device__ inline void allow_next_launch() {
 }
 #endif
 
-// f(index, value) for the elements of one row that belong to this thread of a block of kThreads.
+// f(index of the first, values) for the packs of one row that belong to this thread of a block of kThreads,
+// in order. kAtOnce of them are under way at the same time.
+template <int kThreads, int kVector, int kAtOnce, typename T, typename F>
+__device__ inline void for_each_pack(const T* row, int64_t size, F f) {
+  constexpr int64_t kStride = kThreads * kVector;
+  for (int64_t first = static_cast<int64_t>(threadIdx.x) * kVector; first < size;
+       first += kAtOnce * kStride) {
+    Pack<T, kVector> packs[kAtOnce] = {};
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      if (first + i * kStride < size) packs[i] = load<kVector>(row + first + i * kStride);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * kStride >= size) break;
+      float x[kVector];
+      packs[i].unpack(x);
+      f(first + i * kStride, x);
+    }
+  }
+}
+// f(index, value) for the same elements.
 template <int kThreads, int kVector, typename T, typename F>
 __device__ inline void for_each_in_row(const T* row, int64_t size, F f) {
-#pragma unroll 2
-  for (int64_t i = static_cast<int64_t>(threadIdx.x) * kVector; i < size; i += kThreads * kVector) {
-    float x[kVector];
-    load<kVector>(row + i).unpack(x);
+  for_each_pack<kThreads, kVector, 2>(row, size, [&](int64_t first, const float (&x)[kVector]) {
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) f(i + j, x[j]);
-  }
+    for (int i = 0; i < kVector; ++i) f(first + i, x[i]);
+  });
 }
 
 }  // namespace cerberus

@@ -1,167 +1,164 @@
 // draft_topk: the P largest of log_softmax(projection @ state), without logits in device memory.
 //
-// First launch: a block owns one of `parts` slices of the vocabulary and kRows state rows. A warp takes
-// vocabulary rows of its share kVocab at a time, so that every weight it loads serves kRows states and every
-// state kVocab weights. Lane l keeps the logit of the l-th vocabulary row of a group of 32; then the warp
-// updates its softmax sum and its best candidates for the 32 at once. The warps' results are merged and
-// written: (max, sum, top P) for each state and slice. Second launch: one block merges the slices of a state
-// row.
+// First launch: a block owns consecutive vocabulary rows, a part, and up to kRows state rows (skinny.cuh has
+// the product). After each round warp w takes state rows w, w + 8, ... of the logits in shared memory, a lane
+// a vocabulary row, and updates its softmax sums and its best candidates: one vote where none is good enough.
+// The part's results are (max, sum, top P) of each state. Second launch, on its way while the first one ends:
+// a block merges the parts of a state row.
 #include "args.h"
 #include "copy.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 #include "reduce.cuh"
+#include "skinny.cuh"
 #include "topk.cuh"
 
 namespace cerberus {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kLanes;
-constexpr int kVocab = 4;  // 4 loads of 16 bytes in flight per lane, and 16 sums, which fit in registers
+// What multiply() asks of its work. In the scratch part_max and part_sum are (rows, parts), part_logits and
+// part_ids (rows, P, parts), so that the lanes of the merge, a part each, read side by side.
+template <typename Product>
+class DraftTopk {
+ public:
+  using T = typename Product::Element;
 
-// What the warps of a block found for kRows state rows, to be merged.
-template <int kRows>
-struct WarpResults {
-  static_assert(kRows <= kWarps, "warp r merges row r");
-  Candidate best[kRows][kWarps][kLanes];
-  SoftmaxSum softmax[kRows][kWarps];
+  struct Place {
+    int tile;
+  };
 
-  __device__ void put(int row, const BestCandidates& warp_best, const SoftmaxSum& warp_softmax) {
-    best[row][warp_index()][lane_index()] = warp_best.kept;
-    if (lane_index() == 0) softmax[row][warp_index()] = warp_softmax;
+  __device__ DraftTopk(const DraftTopkArgs& a, const ProductSplit& split, int part, int64_t first_row)
+      : a_(a),
+        round_tiles_(split.round_tiles()),
+        round_rows_(split.round_rows()),
+        begin_(split.first_tile(part)),
+        end_(split.first_tile(part + 1)),
+        first_row_(first_row),
+        rows_(static_cast<int>(a.rows - first_row < Product::kRows ? a.rows - first_row : Product::kRows)) {
+#pragma unroll
+    for (SoftmaxSum& softmax : softmax_) softmax = no_softmax_sum();
   }
-  // For one warp: the merged results of a row.
-  __device__ void merge(int row, int places, BestCandidates& all_best, SoftmaxSum& all_softmax) const {
-    for (int warp = 0; warp < kWarps; ++warp) {
-      all_best.offer(best[row][warp][lane_index()], places);
-      all_softmax = MergeSoftmaxSums{}(all_softmax, softmax[row][warp]);
+
+  __device__ Place first() const { return {begin_}; }
+  __device__ bool is_over(const Place& place) const { return place.tile >= end_; }
+  __device__ Place after(const Place& place) const { return {place.tile + round_tiles_}; }
+
+  __device__ WeightRows<T> weights(const Place&, int tile, int) const {
+    const T* const all = static_cast<const T*>(a_.projection);
+    if (tile >= end_) return {all, 0, false};
+    // Past the last row the last one is read again, and its logit dropped.
+    const int64_t row = static_cast<int64_t>(tile) * kTileRows + lane_index() / 4, last = a_.vocab - 1;
+    return {all + (row < last ? row : last) * a_.size, row + 8 <= last ? 8 * static_cast<int>(a_.size) : 0,
+            true};
+  }
+  __device__ XRows<T> x(const Place&, int tile, int) const {
+    return {static_cast<const T*>(a_.states) + first_row_ * a_.size, static_cast<int>(a_.size),
+            tile < end_ ? rows_ : 0};
+  }
+
+  __device__ void finish(const Place& place, const RoundSums<Product>& logits) {
+    const int64_t end = min(static_cast<int64_t>(end_) * kTileRows, a_.vocab);
+    for (int group = 0; group < round_rows_; group += kLanes) {
+      const int vocab_row = group + lane_index();
+      const int64_t id = static_cast<int64_t>(place.tile) * kTileRows + vocab_row;
+      const bool exists = vocab_row < round_rows_ && id < end;
+#pragma unroll
+      for (int i = 0; i < kWarpRows; ++i) {
+        const int row = i * kProductWarps + warp_index();
+        if (row >= rows_) break;
+        const float logit = exists ? logits.at(row, vocab_row) : 0.0f;
+        if (exists) softmax_[i].add(logit);
+        best_[i].offer(exists ? Candidate{logit, static_cast<int32_t>(id)} : no_candidate(),
+                       static_cast<int>(a_.guesses));
+      }
     }
   }
+
+  // What the part found.
+  __device__ void write(int part, int parts) const {
+#pragma unroll
+    for (int i = 0; i < kWarpRows; ++i) {
+      if (i * kProductWarps + warp_index() >= rows_) break;
+      const int64_t row = first_row_ + i * kProductWarps + warp_index();
+      const SoftmaxSum all = warp_reduce(softmax_[i], MergeSoftmaxSums{});
+      if (lane_index() == 0) {
+        a_.part_max[row * parts + part] = all.max;
+        a_.part_sum[row * parts + part] = all.sum;
+      }
+      if (lane_index() < a_.guesses) {
+        const int64_t slot = (row * a_.guesses + lane_index()) * parts + part;
+        a_.part_logits[slot] = best_[i].kept.logit;
+        a_.part_ids[slot] = best_[i].kept.id;
+      }
+    }
+  }
+
+ private:
+  static constexpr int kWarpRows = Product::kRows / kProductWarps;
+
+  const DraftTopkArgs& a_;
+  const int round_tiles_, round_rows_;
+  const int begin_, end_;  // the tiles of this block
+  const int64_t first_row_;
+  const int rows_;
+  BestCandidates best_[kWarpRows];
+  SoftmaxSum softmax_[kWarpRows];  // of the vocabulary rows that were this lane's
 };
 
-// sum[r * kVocab + v] = the lane's part of state r . vocabulary row v.
-template <typename T, int kVector, int kRows>
-__device__ inline void multiply(const T* const (&weights)[kVocab], const T* const (&states)[kRows],
-                                int64_t size, float (&sum)[kRows * kVocab]) {
-  for (int64_t column = lane_index() * kVector; column < size; column += kLanes * kVector) {
-    Pack<T, kVector> packed[kVocab];
-#pragma unroll
-    for (int v = 0; v < kVocab; ++v) packed[v] = load_once<kVector>(weights[v] + column);
-    float state[kRows][kVector];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) load<kVector>(states[r] + column).unpack(state[r]);
-#pragma unroll
-    for (int v = 0; v < kVocab; ++v) {
-      float weight[kVector];
-      packed[v].unpack(weight);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) sum[r * kVocab + v] += weight[i] * state[r][i];
-      }
-    }
-  }
+// Blocks of one part run side by side, each with other state rows, and share its weights in the L2 cache.
+template <typename Product>
+__global__ void __launch_bounds__(kProductThreads, Product::kResidentBlocks)
+    draft_topk_parts_kernel(const DraftTopkArgs a, const ProductSplit split) {
+  allow_next_launch();  // which waits for the end of this one before it reads
+  const int groups = static_cast<int>((a.rows + Product::kRows - 1) / Product::kRows);
+  const int part = blockIdx.x / groups, group = blockIdx.x % groups;
+  DraftTopk<Product> work(a, split, part, int64_t{group} * Product::kRows);
+  multiply<Product>(split, static_cast<int>(a.size), work);
+  work.write(part, split.blocks);
 }
 
-template <typename T, int kVector, int kRows>
-__global__ void __launch_bounds__(kThreads, 1) draft_topk_parts_kernel(const DraftTopkArgs a) {
-  const int64_t row_tiles = (a.rows + kRows - 1) / kRows;
-  const int64_t part =
-      blockIdx.x / row_tiles;  // blocks of one slice run together and share its weights in the L2
-  const int64_t first_row = blockIdx.x % row_tiles * kRows;
-  const int places = static_cast<int>(a.guesses);
+constexpr int kMergeThreads = 256;  // a lane for each of the 264 parts of a device with 132 multiprocessors
+constexpr int kMergeWarps = kMergeThreads / kLanes;
+constexpr int kBatch = 4;  // places that are read at once: most often the only ones
 
-  // The block's slice, and of it the warp's share; both even to within one vocabulary row.
-  const int64_t slice = a.vocab * part / a.parts, slice_size = a.vocab * (part + 1) / a.parts - slice;
-  const int64_t begin = slice + slice_size * warp_index() / kWarps;
-  const int64_t end = slice + slice_size * (warp_index() + 1) / kWarps;
-
-  const T* states[kRows];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    // Past the last row the last one is taken again, and its result dropped.
-    const int64_t row = first_row + r < a.rows ? first_row + r : a.rows - 1;
-    states[r] = static_cast<const T*>(a.states) + row * a.size;
-  }
-
-  BestCandidates best[kRows];
-  SoftmaxSum softmax[kRows];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) softmax[r] = no_softmax_sum();
-  for (int64_t group = begin; group < end; group += kLanes) {
-    float logit[kRows] = {};  // of vocabulary row group + lane
-    for (int step = 0; step < kLanes && group + step < end; step += kVocab) {
-      const T* weights[kVocab];
-#pragma unroll
-      for (int v = 0; v < kVocab; ++v) {
-        const int64_t id = group + step + v < end ? group + step + v : end - 1;
-        weights[v] = static_cast<const T*>(a.projection) + id * a.size;
-      }
-      float sum[kRows * kVocab] = {};
-      multiply<T, kVector, kRows>(weights, states, a.size, sum);
-      const float total = warp_sums(sum);  // lane r * kVocab + v: state r, vocabulary row group + step + v
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const float mine = shuffle(total, r * kVocab + lane_index() % kVocab);
-        if (lane_index() / kVocab == step / kVocab) logit[r] = mine;
-      }
-    }
-    const int64_t id = group + lane_index();
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (id < end) softmax[r].add(logit[r]);
-      best[r].offer(id < end ? Candidate{logit[r], static_cast<int32_t>(id)} : no_candidate(), places);
-    }
-  }
-
-  __shared__ WarpResults<kRows> results;
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) results.put(r, best[r], warp_reduce(softmax[r], MergeSoftmaxSums{}));
-  __syncthreads();
-
-  const int64_t row = first_row + warp_index();
-  if (warp_index() >= kRows || row >= a.rows) return;
-  BestCandidates all_best;
-  SoftmaxSum all_softmax = no_softmax_sum();
-  results.merge(warp_index(), places, all_best, all_softmax);
-  const int64_t slot = row * a.parts + part;
-  if (lane_index() == 0) {
-    a.part_max[slot] = all_softmax.max;
-    a.part_sum[slot] = all_softmax.sum;
-  }
-  if (lane_index() < places) {
-    a.part_logits[slot * places + lane_index()] = all_best.kept.logit;
-    a.part_ids[slot * places + lane_index()] = all_best.kept.id;
-  }
-}
-
-__global__ void __launch_bounds__(kThreads, 1) draft_topk_merge_kernel(const DraftTopkArgs a) {
+__global__ void __launch_bounds__(kMergeThreads, 1)
+    draft_topk_merge_kernel(const DraftTopkArgs a, const int parts) {
+  __shared__ Candidate warp_best[kMergeWarps][kLanes];
   const int64_t row = blockIdx.x;
   const int places = static_cast<int>(a.guesses);
-  SoftmaxSum softmax = no_softmax_sum();
-  for (int64_t part = threadIdx.x; part < a.parts; part += kThreads) {
-    const SoftmaxSum of_part = {a.part_max[row * a.parts + part], a.part_sum[row * a.parts + part]};
-    softmax = MergeSoftmaxSums{}(softmax, of_part);
-  }
-  BestCandidates best;
-  const int64_t candidates = a.parts * places, first = row * candidates;
-  for (int64_t group = warp_index() * kLanes; group < candidates; group += kThreads) {
-    const int64_t i = group + lane_index();
-    best.offer(i < candidates ? Candidate{a.part_logits[first + i], a.part_ids[first + i]} : no_candidate(),
-               places);
-  }
+  wait_for_previous_launch();
 
-  __shared__ WarpResults<1> results;
-  results.put(0, best, warp_reduce(softmax, MergeSoftmaxSums{}));
+  SoftmaxSum softmax = no_softmax_sum();
+  BestCandidates best;
+  for (int group = warp_index() * kLanes; group < parts; group += kMergeThreads) {
+    const int part = group + lane_index();
+    if (part < parts) {
+      const SoftmaxSum of_part = {a.part_max[row * parts + part], a.part_sum[row * parts + part]};
+      softmax = MergeSoftmaxSums{}(softmax, of_part);
+    }
+    // A part's candidates are sorted: where no part has a good one at this place, none has one behind it.
+    bool any = true;
+    for (int place = 0; any && place < places; place += kBatch) {
+      Candidate candidates[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        candidates[i] = no_candidate();
+        if (part >= parts || place + i >= places) continue;
+        const int64_t slot = (row * places + place + i) * parts + part;
+        candidates[i] = {a.part_logits[slot], a.part_ids[slot]};
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) any = best.offer(candidates[i], places);
+    }
+  }
+  softmax = block_reduce<kMergeThreads>(softmax, MergeSoftmaxSums{});
+  warp_best[warp_index()][lane_index()] = best.kept;
   __syncthreads();
   if (warp_index() != 0) return;
-  BestCandidates all_best;
-  SoftmaxSum all_softmax = no_softmax_sum();
-  results.merge(0, places, all_best, all_softmax);
+  for (int warp = 1; warp < kMergeWarps; ++warp) best.offer(warp_best[warp][lane_index()], places);
   if (lane_index() < places) {
-    a.ids[row * places + lane_index()] = all_best.kept.id;
-    a.logprobs[row * places + lane_index()] = all_best.kept.logit - all_softmax.max - logf(all_softmax.sum);
+    a.ids[row * places + lane_index()] = best.kept.id;
+    a.logprobs[row * places + lane_index()] = best.kept.logit - softmax.max - logf(softmax.sum);
   }
 }
 
@@ -169,21 +166,22 @@ __global__ void __launch_bounds__(kThreads, 1) draft_topk_merge_kernel(const Dra
 
 cudaError_t draft_topk_cuda(const DraftTopkArgs& a, cudaStream_t stream) {
   if (a.rows == 0) return cudaSuccess;
-  const cudaError_t error = dispatch_vector(
-      a.dtype, a.size,
-      [&](auto element, auto vector) {
-        using T = decltype(element);
-        // Odd sizes have one kernel for any number of rows.
-        if constexpr (vector() > 1) {
-          if (a.rows == 1)
-            return launch(draft_topk_parts_kernel<T, vector(), 1>, {a.parts, kThreads}, stream, a);
-        }
-        return launch(draft_topk_parts_kernel<T, vector(), 4>, {a.parts * divide_up(a.rows, 4), kThreads},
-                      stream, a);
+  int parts = 0;
+  const cudaError_t error = dispatch_product(
+      a.dtype, a.size, a.rows,
+      [&](auto product) {
+        using Product = decltype(product);
+        const ProductSplit split(divide_up(a.vocab, kTileRows), a.parts, divide_up(a.size, Product::kChunk),
+                                 1);
+        parts = split.blocks;
+        return launch(draft_topk_parts_kernel<Product>,
+                      {split.blocks * divide_up(a.rows, Product::kRows), kProductThreads,
+                       split.shared_bytes(Product::kRows)},
+                      stream, a, split);
       },
       a.states, a.projection);
   if (error != cudaSuccess) return error;
-  return launch(draft_topk_merge_kernel, {a.rows, kThreads}, stream, a);
+  return launch(draft_topk_merge_kernel, {a.rows, kMergeThreads, 0, false, true}, stream, a, parts);
 }
 
 }  // namespace cerberus

@@ -47,6 +47,8 @@ struct Merge {
 
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kThreads, 1) hidden_entropy_kernel(const HiddenEntropyArgs a) {
+  wait_for_previous_launch();
+  allow_next_launch();
   const T* hidden = static_cast<const T*>(a.hidden) + blockIdx.x * a.size;
   Moments moments = {-FLT_MAX, 0.0f, 0.0f};  // -inf would make the first distance not a number
   for_each_in_row<kThreads, kVector>(hidden, a.size, [&](int64_t, float x) { moments.add(x); });
@@ -60,7 +62,8 @@ cudaError_t hidden_entropy_cuda(const HiddenEntropyArgs& a, cudaStream_t stream)
   return dispatch_vector(
       a.dtype, a.size,
       [&](auto element, auto vector) {
-        return launch(hidden_entropy_kernel<decltype(element), vector()>, {a.rows, kThreads}, stream, a);
+        return launch(hidden_entropy_kernel<decltype(element), vector()>, overlapping(a.rows, kThreads),
+                      stream, a);
       },
       a.hidden);
 }

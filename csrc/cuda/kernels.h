@@ -15,8 +15,13 @@ namespace cerberus {
 
 // What the kernels are written for; bind_cuda.cpp says so where a call asks for more.
 constexpr int64_t kMaxChosenVocab = INT32_MAX;  // choose_tokens: V
+constexpr int64_t kMaxRowStates = 1 << 25;      // head_stack: K * D; draft_topk: D
 constexpr int64_t kMaxHeadSize = 256;           // tree_attention: E
 constexpr int64_t kMaxVerifyNodes = 32768;      // verify_tree: N
+
+// Into how many pieces tree_attention splits the slots of such a call, so that a device with so many
+// multiprocessors is busy: TreeAttentionArgs::splits. Needs the sizes and the pointers to q, keys and values.
+int64_t tree_attention_splits(const TreeAttentionArgs& a, int64_t multiprocessors);
 
 cudaError_t hidden_entropy_cuda(const HiddenEntropyArgs& a, cudaStream_t stream);
 cudaError_t head_stack_cuda(const HeadStackArgs& a, cudaStream_t stream);

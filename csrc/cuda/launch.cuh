@@ -23,6 +23,11 @@ struct Launch {
   bool overlaps = false;  // may begin before the launch before it has ended; see wait_for_previous_launch()
 };
 
+// A launch that may begin before the one before it has ended.
+inline Launch overlapping(int64_t blocks, int threads, int64_t shared_bytes = 0) {
+  return {blocks, threads, shared_bytes, false, true};
+}
+
 // Unlike <<<>>> and cudaGetLastError it returns the error of this launch only, never one that somebody else
 // left behind.
 template <typename... Parameters, typename... Arguments>

@@ -56,6 +56,13 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* ro
                : "r"(shared_address(row))
                : "memory");
 }
+
+// 2^x to 22 bits in one instruction; results below the normal numbers are 0.
+__device__ inline float exp2_flushed(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 #endif
 
 // Two numbers rounded to T in one register, the first in the low half: as the operands of a product hold

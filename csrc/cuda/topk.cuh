@@ -25,11 +25,12 @@ __device__ inline bool is_better(Candidate a, Candidate b) {
 struct BestCandidates {
   Candidate kept = no_candidate();
 
-  // Every lane brings one candidate. After the first few rounds almost none is good enough, and a round is
-  // one vote. A logit that is not a number counts as the worst.
-  __device__ void offer(Candidate offered, int places) {
+  // Every lane brings one candidate; true where one was good enough. After the first few rounds almost none
+  // is, and a round is one vote. A logit that is not a number counts as the worst.
+  __device__ bool offer(Candidate offered, int places) {
     if (is_nan(offered.logit)) offered.logit = -INFINITY;
     uint32_t waiting = ballot(is_better(offered, shuffle(kept, places - 1)));
+    const bool any = waiting != 0;
     while (waiting != 0) {
       const Candidate candidate = shuffle(offered, lowest_bit(waiting));
       waiting &= waiting - 1;
@@ -39,6 +40,7 @@ struct BestCandidates {
       if (lane_index() == place) kept = candidate;
       if (lane_index() > place) kept = above;
     }
+    return any;
   }
 };
 

@@ -15,6 +15,8 @@ namespace {
 __global__ void __launch_bounds__(kLanes) verify_tree_kernel(const VerifyTreeArgs a) {
   __shared__ uint32_t
       matches[kMaxVerifyNodes / kLanes];  // bit i % 32 of word i / 32: node i equals its parent's target
+  wait_for_previous_launch();
+  allow_next_launch();
   const int lane = lane_index();
   const int64_t* draft = a.draft + blockIdx.x * a.nodes;
   const int64_t* target = a.target + blockIdx.x * a.nodes;
@@ -64,7 +66,7 @@ __global__ void __launch_bounds__(kLanes) verify_tree_kernel(const VerifyTreeArg
 
 cudaError_t verify_tree_cuda(const VerifyTreeArgs& a, cudaStream_t stream) {
   if (a.nodes > kMaxVerifyNodes) return cudaErrorInvalidValue;
-  return launch(verify_tree_kernel, {a.rows, kLanes}, stream, a);
+  return launch(verify_tree_kernel, overlapping(a.rows, kLanes), stream, a);
 }
 
 }  // namespace cerberus

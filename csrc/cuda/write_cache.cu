@@ -15,6 +15,8 @@ constexpr int kThreads = 256;
 
 template <typename Unit>
 __global__ void __launch_bounds__(kThreads) write_cache_kernel(const WriteCacheArgs a) {
+  wait_for_previous_launch();
+  allow_next_launch();
   const int64_t units =
       a.head_size * a.element_bytes / static_cast<int64_t>(sizeof(Unit));  // of one node and head
   const int64_t count = a.rows * a.nodes * a.kv_heads * units;             // of keys or of values
@@ -41,7 +43,7 @@ cudaError_t write_cache_cuda(const WriteCacheArgs& a, cudaStream_t stream) {
         using Unit = decltype(unit);
         const int64_t count =
             2 * a.rows * a.nodes * a.kv_heads * a.head_size * a.element_bytes / sizeof(Unit);
-        return launch(write_cache_kernel<Unit>, {divide_up(count, kThreads), kThreads}, stream, a);
+        return launch(write_cache_kernel<Unit>, overlapping(divide_up(count, kThreads), kThreads), stream, a);
       },
       a.keys, a.values, a.new_keys, a.new_values);
 }

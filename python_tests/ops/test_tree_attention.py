@@ -25,8 +25,9 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def check(arguments: dict) -> None:
-    dtype = arguments["q"].dtype
-    assert_close("tree_attention", ops.tree_attention(**arguments), reference.tree_attention(**arguments), dtype)
+    q = arguments["q"]
+    got, expected = ops.tree_attention(**arguments), reference.tree_attention(**arguments)
+    assert_close("tree_attention", got, expected, q.dtype, cuda=q.is_cuda)
 
 
 @pytest.mark.parametrize("window", [0, 1, 2, 5, 100])
