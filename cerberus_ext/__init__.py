@@ -18,6 +18,7 @@ from .tree import DraftTree  # noqa: E402
 
 if TYPE_CHECKING:
     from .default_model import load_default_model
+    from .graphs import release_graphs
     from .heads import CerberusConfig, CerberusHeads
 
 try:
@@ -38,9 +39,15 @@ __all__ = [
     "Gate",
     "decode",
     "load_default_model",
+    "release_graphs",
 ]
 
-_LATER = {"CerberusConfig": "heads", "CerberusHeads": "heads", "load_default_model": "default_model"}
+_LATER = {
+    "CerberusConfig": "heads",
+    "CerberusHeads": "heads",
+    "load_default_model": "default_model",
+    "release_graphs": "graphs",
+}
 
 
 def __getattr__(name: str) -> Any:

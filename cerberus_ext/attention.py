@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,12 +25,24 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from . import ops, reference
 from .cache import TreeCache
-from .tree import TreeTensors
 
 NAME = "cerberus_tree"
 
 # Keyword arguments of an attention function that do not change what it computes, for a causal model that has a cache.
 _HARMLESS = {"position_ids", "use_cache", "past_key_values", "output_attentions", "layer_idx", "is_causal"}
+
+
+class Topology(Protocol):
+    """What a forward has to know about a tree, on the device; TreeTensors is one."""
+
+    @property
+    def parents(self) -> Tensor: ...  # (N,) int64
+
+    @property
+    def ancestors(self) -> Tensor: ...  # (N, W) int64, bit masks
+
+    @property
+    def depths(self) -> Tensor: ...  # (N,) int64
 
 
 class UnsupportedAttention(Exception):
@@ -94,7 +106,7 @@ class TreeAttention:
         """While inside, the model calls `tree_attention_forward`."""
         return attention_implementation(model, NAME)
 
-    def arguments(self, tree: TreeTensors, cache: TreeCache) -> dict[str, Any]:
+    def arguments(self, tree: Topology, cache: TreeCache) -> dict[str, Any]:
         """Keyword arguments for the model's forward."""
         return {"tree_step": TreeStep(cache.length, tree.ancestors, self.windows)}
 
@@ -118,7 +130,7 @@ class MaskAttention:
     def switched_on(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def arguments(self, tree: TreeTensors, cache: TreeCache) -> dict[str, Any]:
+    def arguments(self, tree: Topology, cache: TreeCache) -> dict[str, Any]:
         """attention_mask (B, 1, N, length + N), 0 where a node sees a slot; per layer type where windows differ."""
         masks = {window: self._mask(tree, cache, window) for window in set(self.windows)}
         if len(masks) == 1 or self.layer_types is None:
@@ -126,7 +138,7 @@ class MaskAttention:
         by_type = zip(self.layer_types, self.windows, strict=True)
         return {"attention_mask": {layer_type: masks[window] for layer_type, window in by_type}}
 
-    def _mask(self, tree: TreeTensors, cache: TreeCache, window: int) -> Tensor:
+    def _mask(self, tree: Topology, cache: TreeCache, window: int) -> Tensor:
         slots = cache.committed + len(tree.parents)
         visible = reference.visible_slots(cache.length, tree.ancestors, slots, window)  # (B, N, slots)
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)

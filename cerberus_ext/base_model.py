@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import ExitStack
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .attention import MaskAttention, UnsupportedAttention, find_attention, layer_windows
+from .attention import MaskAttention, Topology, UnsupportedAttention, find_attention, layer_windows
 from .cache import TreeCache
 from .row_invariant import prompt_forward, step_forward
-from .tree import DraftTree, TreeTensors
 
 _CAPACITY_STEP = 64
 
@@ -25,11 +27,14 @@ class BaseModel:
     of its LM head, from where the hidden states are read.
     """
 
-    def __init__(self, model: PreTrainedModel, capacity: int, batch: int) -> None:
+    def __init__(self, model: PreTrainedModel, capacity: int, batch: int, cache: TreeCache | None = None) -> None:
+        """capacity: tokens that the cache has to hold, nodes of the last step included. cache: one to use again."""
         self.model = model
         self.windows = layer_windows(model.config)
-        capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
-        self.cache = TreeCache(len(self.windows), capacity, batch, model.device)
+        if cache is None:
+            cache = TreeCache(len(self.windows), round_capacity(capacity), batch, model.device)
+        self.cache = cache
+        self.cache.reset()
         self.max_positions = position_limit(model)
         self._attention = find_attention(model, self.windows)
         self._step_forward = step_forward(model)
@@ -61,15 +66,19 @@ class BaseModel:
         self._use(self._attention)
         return hidden[:, -1], logits[:, -1]
 
-    def step(self, tokens: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor]:
+    @property
+    def static(self) -> bool:
+        """Whether a step over as many nodes does the same with the same memory, whatever the cache's length is."""
+        return self._attention.whole_cache
+
+    def step(self, tokens: Tensor, tree: Topology) -> tuple[Tensor, Tensor]:
         """tokens (B, N) of the tree's nodes -> hidden (B, N, D), logits (B, N, V). Nothing is committed."""
-        tensors = tree.on(tokens.device)
-        positions = self.cache.length[:, None] + tensors.depths  # (B, N)
+        positions = self.cache.length[:, None] + tree.depths  # (B, N)
         try:
-            return self._attend(tokens, positions, tensors)
+            return self._attend(tokens, positions, tree)
         except UnsupportedAttention:  # found out at the first step; nothing of it is committed
             self._fall_back()
-            return self._attend(tokens, positions, tensors)
+            return self._attend(tokens, positions, tree)
 
     def deepest(self) -> int:
         """How deep a tree may be at the next step, for no node to have a position that the model does not know."""
@@ -89,7 +98,7 @@ class BaseModel:
         self._switch.close()  # so that the model shows its own attention again
         self._use(MaskAttention(self.model, self.windows))
 
-    def _attend(self, tokens: Tensor, positions: Tensor, tree: TreeTensors) -> tuple[Tensor, Tensor]:
+    def _attend(self, tokens: Tensor, positions: Tensor, tree: Topology) -> tuple[Tensor, Tensor]:
         return self._run(self._step_forward, tokens, positions, self._attention.arguments(tree, self.cache))
 
     def _run(self, forward: Any, tokens: Tensor, positions: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -101,11 +110,38 @@ class BaseModel:
             return_dict=True,
             **arguments,
         )
-        assert self._hidden is not None  # the hook has run
-        return self._hidden, output.logits
+        hidden, self._hidden = self._hidden, None
+        assert hidden is not None  # the hook has run
+        return hidden, output.logits
 
     def _keep_hidden(self, module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._hidden = inputs[0]
+
+
+def round_capacity(tokens: int) -> int:
+    """A cache's capacity for so many tokens."""
+    return -(-tokens // _CAPACITY_STEP) * _CAPACITY_STEP
+
+
+_busy: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+_busy_lock = threading.Lock()
+
+
+@contextmanager
+def sole_decode(model: PreTrainedModel) -> Iterator[None]:
+    """While inside, another decode of the same model is refused: both would switch its attention and use its graphs."""
+    with _busy_lock:
+        if model in _busy:
+            raise RuntimeError(
+                "decode: model must not be decoding already, another thread, or a gate, streamer or stopping criterion"
+                " that was called from a decode, uses it at this moment: take turns, or decode with a copy of it"
+            )
+        _busy.add(model)
+    try:
+        yield
+    finally:
+        with _busy_lock:
+            _busy.discard(model)
 
 
 def position_limit(model: PreTrainedModel) -> int:

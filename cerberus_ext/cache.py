@@ -41,6 +41,12 @@ class TreeCache(Cache):
         self.tensor = torch.zeros((planes, batch, heads, self.capacity, size), dtype=like.dtype, device=like.device)
         return self.tensor
 
+    def reset(self) -> None:
+        """Forgets everything, so that another prompt can be put in."""
+        self.length.zero_()
+        self.committed = 0
+        self.whole = False
+
     def extend(self, tokens: int) -> None:
         """Keeps the `tokens` first tokens of the last forward."""
         self.length += tokens

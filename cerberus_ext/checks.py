@@ -133,3 +133,8 @@ def stopping_criteria_list(stopping_criteria: Any) -> StoppingCriteriaList | Non
 def check_streamer(streamer: Any) -> None:
     if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
         raise TypeError(f"decode: streamer must have put and end, as transformers' have, got {type(streamer).__name__}")
+
+
+def check_graphs(graphs: Any) -> None:
+    if graphs is not None and not isinstance(graphs, bool):
+        raise TypeError(f"decode: graphs must be None, True or False, got {graphs!r}")

@@ -1,7 +1,13 @@
 """Gates: decide at every step whether guessing is worth it, and with which tree.
 
-A gate is asked twice: `opens` before the heads run, `choose` after. Whatever it answers, the text stays the same; only
-the speed changes. To write one, derive from `Gate` and override either.
+A gate is asked twice: whether to guess at all, then, knowing the heads' guesses, with which tree. Whatever it answers,
+the text stays the same; only the speed changes. To write one, derive from `Gate` and override any of
+
+    opens_at(entropy)    whether, from one number that every step brings along: the host does not wait for it
+    opens(hidden)        whether, from the hidden state itself; asked instead of `opens_at`
+    choose(tree, ...)    with which tree, from the guesses' log-probabilities
+
+What is not overridden is not asked, and its signals are not brought to the host.
 """
 
 from __future__ import annotations
@@ -22,16 +28,25 @@ class Gate:
         """All trees that `choose` may answer with, given decode's own: they tell how many guesses the heads make."""
         return (tree,)
 
-    def opens(self, hidden: Tensor) -> bool:
-        """hidden (B, D): what the root was chosen from. False: an autoregressive step, the heads do not run."""
+    def opens_at(self, entropy: float) -> bool:
+        """entropy: of softmax(hidden), in nats. False: an autoregressive step."""
         return True
 
-    def choose(self, tree: DraftTree, logprobs: Tensor) -> DraftTree | None:
-        """tree: decode's own; logprobs (B, K, P) float32: of the heads' guesses -> the tree to use, or None.
+    def opens(self, hidden: Tensor) -> bool:
+        """hidden (B, D): what the root was chosen from. False: an autoregressive step.
 
-        Reading a tensor's values here makes the host wait for the device.
+        Reading its values makes the host wait for the device. A later step may write over the tensor.
         """
+        return not answers(self, "opens_at") or self.opens_at(ops.hidden_entropy(hidden)[0].item())
+
+    def choose(self, tree: DraftTree, logprobs: Tensor) -> DraftTree | None:
+        """tree: decode's own; logprobs (B, K, P) float32 on the host: of the guesses -> the tree to use, or None."""
         return tree
+
+
+def answers(gate: Gate, question: str) -> bool:
+    """Whether a gate has an answer of its own to "opens_at", "opens" or "choose"."""
+    return getattr(getattr(gate, question), "__func__", None) is not getattr(Gate, question)
 
 
 class AlwaysOpen(Gate):
@@ -53,8 +68,8 @@ class EntropyGate(Gate):
             raise TypeError(f"EntropyGate: threshold must be a number, got {threshold!r}")
         self.threshold = float(threshold)
 
-    def opens(self, hidden: Tensor) -> bool:
-        return ops.hidden_entropy(hidden)[0].item() < self.threshold
+    def opens_at(self, entropy: float) -> bool:
+        return entropy < self.threshold
 
 
 class ConfidenceGate(Gate):

@@ -219,6 +219,8 @@ class Drafter:
     config: the heads'. dtype, device: of every tensor here. projection (Vd, D): the rows of the LM head.
     """
 
+    _TENSORS = ("weight", "bias", "embeddings", "anchor_scale", "draft_vocab", "projection")
+
     def __init__(self, heads: CerberusHeads, lm_head: Tensor, embeddings: Tensor) -> None:
         self.config = heads.config
         self.dtype, self.device = heads.weight.dtype, lm_head.device
@@ -231,6 +233,32 @@ class Drafter:
         self.draft_vocab = None if heads.draft_vocab is None else heads.draft_vocab.to(self.device)
         rows = lm_head.detach() if self.draft_vocab is None else lm_head.detach()[self.draft_vocab]
         self.projection = rows.to(self.dtype).contiguous()
+        self._shared = {
+            tensor.data_ptr() for tensor in (*heads.parameters(), *heads.buffers(), lm_head, embeddings)
+        }  # the memory of others: never written
+
+    def rebind(self, heads: CerberusHeads, model: nn.Module) -> bool:
+        """As `heads.bind(model)`, but in the memory that this drafter has, for CUDA graphs that read it.
+
+        heads, model: those it was made of. Copies are filled anew. False: something does not lie, or fit, where it
+        did, and nothing was changed; graphs of this drafter are of no use any more.
+        """
+        new = heads.bind(model)
+        pairs = [(getattr(self, name), getattr(new, name)) for name in self._TENSORS]
+        copies = []
+        for mine, fresh in pairs:
+            if mine is None or fresh is None:
+                if mine is not fresh:
+                    return False
+            elif (mine.shape, mine.dtype, mine.device) != (fresh.shape, fresh.dtype, fresh.device):
+                return False
+            elif mine.data_ptr() != fresh.data_ptr():
+                if mine.data_ptr() in self._shared:
+                    return False
+                copies.append((mine, fresh))
+        for mine, fresh in copies:
+            mine.copy_(fresh)
+        return True
 
     def states(self, hidden: Tensor, root: Tensor) -> Tensor:
         """hidden (B, D): what produced root (B,) int64 -> the heads' final states (B, K, D)."""

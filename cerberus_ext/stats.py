@@ -24,7 +24,12 @@ class DecodeStats:
     step_tokens        tokens gained in steps, before the last step's were cut at the end of the text
     seconds            per phase, by the host's clock: prefill; draft (gate and heads); verify (the forward over the
                        tree); commit (choosing, checking, moving, handing out tokens). On a GPU the host runs ahead
-                       and waits in commit, so only the sum is exact there
+                       and waits in commit, so only the sum is exact there. A replayed step is one piece: it counts
+                       as verify
+    graphed_steps      steps that were replayed from CUDA graphs
+    captures           graphs that had to be recorded; none where an earlier decode left those that are needed
+    capture_seconds    what recording them took; not part of `seconds`
+    fallback           why steps were not replayed though graphs were not switched off; None: they were
     """
 
     new_tokens: int = 0
@@ -34,6 +39,10 @@ class DecodeStats:
     step_tokens: int = 0
     accepted_histogram: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    graphed_steps: int = 0
+    captures: int = 0
+    capture_seconds: float = 0.0
+    fallback: str | None = None
 
     @property
     def tokens_per_step(self) -> float:

@@ -25,7 +25,7 @@ def step_logits(model: PreTrainedModel, device: str, way: Any) -> torch.Tensor:
     with torch.inference_mode(), BaseModel(model, 64, 1) as base:
         base.prefill(prompt(device))
         base._use(way)
-        return base.step(tokens, TREE)[1]
+        return base.step(tokens, TREE.on(tokens.device))[1]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -59,6 +59,19 @@ def test_nodes_are_forgotten_for_free(device: str) -> None:
     assert keys.shape == (1, HEADS, 5, SIZE) and keys[:, :, 2:].equal(again[0][0])
 
 
+def test_reset_keeps_the_memory_for_another_prompt(device: str) -> None:
+    cache = make(device)
+    fill(cache, 5, device)
+    cache.extend(5)
+    cache.whole = True
+    before, length = cache.tensor, cache.length
+    cache.reset()
+    assert (cache.length.tolist(), cache.committed, cache.whole, cache.get_seq_length()) == ([0], 0, False, 0)
+    new = fill(cache, 2, device)
+    keys, _ = cache.update(*new[0], 0)
+    assert keys.equal(new[0][0]) and cache.tensor is before and cache.length is length
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_what_attention_gets(whole: bool, device: str) -> None:
     cache = make(device)

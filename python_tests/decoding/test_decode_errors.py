@@ -81,6 +81,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"eos_token_id": [1, 2.5]}, TypeError, r"eos_token_id must be .* got \[1, 2.5\]"),
     ({"stopping_criteria": print}, TypeError, "stopping_criteria must be None or a StoppingCriteriaList, got builtin_"),
     ({"stopping_criteria": [3]}, TypeError, "stopping_criteria must be None or a StoppingCriteriaList, got list"),
+    ({"graphs": "yes"}, TypeError, "graphs must be None, True or False, got 'yes'"),
+    ({"graphs": 1}, TypeError, "graphs must be None, True or False, got 1"),
     ({"streamer": print}, TypeError, "streamer must have put and end, as transformers' have, got builtin_function"),
 ]
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate, answers
 from cerberus_ext.tree import DraftTree
 
 HIDDEN = torch.zeros(1, 8)  # uniform: entropy log 8
@@ -30,6 +30,22 @@ def test_always(gate: Gate, opens: bool) -> None:
 @pytest.mark.parametrize(("threshold", "opens"), [(math.log(8) - 0.01, False), (math.log(8) + 0.01, True)])
 def test_entropy(threshold: float, opens: bool, device: str) -> None:
     assert EntropyGate(threshold).opens(HIDDEN.to(device)) is opens
+    assert EntropyGate(threshold).opens_at(math.log(8)) is opens
+
+
+def test_what_a_gate_answers() -> None:
+    """So that it is asked nothing else, on classes and on single gates."""
+
+    class Own(EntropyGate):
+        def opens(self, hidden: torch.Tensor) -> bool:
+            return False
+
+    patched = Gate()
+    patched.choose = lambda tree, logprobs: None
+    questions = ("opens_at", "opens", "choose")
+    gates = [Gate(), AlwaysOpen(), AlwaysClosed(), EntropyGate(1.0), ConfidenceGate(COSTS), Own(1.0), patched]
+    found = [[question for question in questions if answers(gate, question)] for gate in gates]
+    assert found == [[], [], ["opens"], ["opens_at"], ["choose"], ["opens_at", "opens"], ["choose"]]
 
 
 @pytest.mark.parametrize(

@@ -104,12 +104,12 @@ def test_rows_of_a_whole_step(name: str, dtype: torch.dtype, never_invariant: No
     monkeypatch.setattr(base_model, "step_forward", row_invariant.step_forward)
     with torch.inference_mode(), BaseModel(model, 64, 1) as base:
         base.prefill(prompt())
-        hidden, logits = base.step(tokens, tree)
+        hidden, logits = base.step(tokens, tree.on(tokens.device))
         for node in (1, 17, 40):
             path = DraftTree.from_widths([1])
-            alone_hidden, alone_logits = base.step(tokens[:, [0, node]], path)
+            alone_hidden, alone_logits = base.step(tokens[:, [0, node]], path.on(tokens.device))
             assert alone_logits[0, 1].equal(logits[0, node]) and alone_hidden[0, 1].equal(hidden[0, node])
-        root_hidden, root_logits = base.step(tokens[:, :1], DraftTree.root())
+        root_hidden, root_logits = base.step(tokens[:, :1], DraftTree.root().on(tokens.device))
         assert root_logits[0, 0].equal(logits[0, 0]) and root_hidden[0, 0].equal(hidden[0, 0])
 
 

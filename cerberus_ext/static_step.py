@@ -1,0 +1,174 @@
+"""A decoding step over static tensors, so that it can be recorded once and replayed.
+
+A recording repeats the same operations on the same memory; every number that the host put in stays what it was. So
+whatever differs between two steps has to lie on the device, in tensors that stay where they are:
+
+    StaticState   hidden state and root between two steps; the cache is static, too
+    StaticNodes   the tree's topology and tokens, for one number of nodes
+    StaticGuesses what the heads guessed
+    StaticResult  everything that the host wants to know of a step, in one piece: one copy, one wait
+
+Only the number of nodes is the host's. A smaller tree is padded with repetitions of node 1: a repetition is accepted
+exactly when node 1 is, and of equally long paths the lowest node wins, so it never changes the result.
+
+Letters: B rows (1 so far), N nodes, W words, K heads, P guesses per head, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _host, ops
+from .stepper import Drafter, Sampling, settle
+from .tree import DraftTree
+
+if TYPE_CHECKING:
+    from .base_model import BaseModel
+
+
+@dataclass
+class StaticState:
+    """Between two steps."""
+
+    hidden: Tensor  # (B, D)
+    root: Tensor  # (B,) int64
+
+
+class StaticGuesses:
+    """The guesses of one step. drafter: makes them inside of the step; None: the host puts them in before it."""
+
+    def __init__(self, drafter: Drafter | None, batch: int, heads: int, guesses: int, device: torch.device) -> None:
+        self.drafter = drafter
+        self.guesses = guesses
+        self.ids = torch.zeros((batch, heads, guesses), dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros((batch, heads, guesses), dtype=torch.float32, device=device)
+
+    def draft(self, state: StaticState) -> None:
+        assert self.drafter is not None
+        self.put(*self.drafter.draft(state.hidden, state.root, self.guesses))
+
+    def put(self, ids: Tensor, logprobs: Tensor) -> None:
+        """ids, logprobs (B, K, P)"""
+        self.ids.copy_(ids)
+        self.logprobs.copy_(logprobs)
+
+
+class StaticNodes:
+    """The tree of one step: N nodes.
+
+    parents, ancestors, depths: as in TreeTensors.
+    sources (N,): where a node's token is: 0: it is the root; 1 + i: entry i of `given`; 1 + N + k P + r: guess r of
+        head k, counted from 0.
+    given   (B, N): tokens that no head guessed, for other sources of guesses.
+    """
+
+    def __init__(self, batch: int, nodes: int, device: torch.device) -> None:
+        words = -(-nodes // 64)
+        self._packed = torch.zeros(nodes * (3 + words), dtype=torch.int64, device=device)
+        self.parents, self.depths, self.sources, ancestors = self._packed.split([nodes] * 3 + [nodes * words])
+        self.ancestors = ancestors.view(nodes, words)
+        self.given = torch.zeros((batch, nodes), dtype=torch.int64, device=device)
+        self._tree: DraftTree | None = None  # the one that is there
+
+    def put(self, tree: DraftTree, guesses: int) -> None:
+        """tree: of 2 to N nodes, or the root alone where N is 1; over the heads' guesses, `guesses` each.
+
+        Copies nothing where it is there already.
+        """
+        if tree != self._tree:
+            self._tree = None  # whatever happens in between
+            packed = torch.from_numpy(pack_tree(tree, len(self.parents), guesses))
+            self._packed.copy_(packed, non_blocking=True)  # of pageable memory: it is read before this returns
+            self._tree = tree
+
+    def tokens(self, root: Tensor, ids: Tensor) -> Tensor:
+        """root (B,), ids (B, K, P) -> (B, N)"""
+        return torch.cat([root[:, None], self.given, ids.flatten(1)], 1).index_select(1, self.sources)
+
+
+def pack_tree(tree: DraftTree, nodes: int, guesses: int) -> np.ndarray:
+    """parents, depths, sources (N,) and ancestors (N, W) of `tree`, padded to `nodes` nodes: one int64 array."""
+    missing = nodes - tree.size
+    parents = list(tree.parents) + [0] * missing
+    depths = np.asarray(_host.depths(parents), dtype=np.int64)
+    ranks = np.asarray(tree.ranks + tree.ranks[1:2] * missing, dtype=np.int64)
+    sources = np.where(depths > 0, 1 + nodes + (depths - 1) * guesses + ranks, 0)
+    ancestors = np.asarray(_host.ancestors(parents)).astype(np.int64)
+    return np.concatenate([np.asarray(parents, dtype=np.int64), depths, sources, ancestors.reshape(-1)])
+
+
+class StaticResult:
+    """What the host gets of a step: one buffer, and its twin on the host.
+
+    target (B, N), path (B, N) int64, as in `stepper.Settled`; the path stays 0, -1 ... where there is only the root.
+    entropy (B,) float32: of softmax(hidden), for the next step's gate.
+    logprobs (B, K, P) float32: of the guesses for the next step; None where they are not drafted yet.
+    """
+
+    def __init__(self, batch: int, nodes: int, guesses: StaticGuesses | None, device: torch.device) -> None:
+        shape = None if guesses is None else guesses.logprobs.shape
+        floats = 1 if shape is None else 1 + shape[1] * shape[2]
+        columns = 2 * nodes + -(-floats // 2)  # two float32 in the place of an int64
+        self.buffer = torch.zeros((batch, columns), dtype=torch.int64, device=device)
+        self.host = torch.zeros((batch, columns), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._nodes, self._shape = nodes, shape
+        self.target, self.path, self.entropy, self.logprobs = self._parts(self.buffer)
+        self.path[:, 1:] = -1
+
+    def read(self) -> tuple[list[int], list[int], float, Tensor | None]:
+        """target, path and entropy of row 0, and the log-probabilities, after the buffer was copied to `host`."""
+        target, path, entropy, logprobs = self._parts(self.host)
+        return target[0].tolist(), path[0].tolist(), entropy[0].item(), None if logprobs is None else logprobs.clone()
+
+    def _parts(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        integers, floats = buffer[:, : 2 * self._nodes], buffer[:, 2 * self._nodes :].view(torch.float32)
+        logprobs = None
+        if self._shape is not None:
+            logprobs = floats[:, 1 : 1 + self._shape[1] * self._shape[2]].unflatten(1, self._shape[1:])
+        return integers[:, : self._nodes], integers[:, self._nodes :], floats[:, 0], logprobs
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """What a recorded step depends on; a recording serves every step of the same kind.
+
+    guesses: from where the nodes' tokens come; None: there is only the root, and nothing is drafted.
+    drafts_before: the heads guess at the beginning of the step, for gates that decide without the guesses.
+    drafts_after: they guess at the end, for the next step, whose gate wants to see the log-probabilities.
+    """
+
+    nodes: int
+    sampling: Sampling
+    guesses: StaticGuesses | None = None
+    drafts_before: bool = False
+    drafts_after: bool = False
+
+
+def run_step(base: BaseModel, kind: StepKind, state: StaticState, nodes: StaticNodes, result: StaticResult) -> None:
+    """A whole step on the device: nothing here depends on a tensor's values, or waits for them."""
+    guesses = kind.guesses
+    if kind.drafts_before:
+        assert guesses is not None
+        guesses.draft(state)
+    tokens = state.root[:, None]  # (B, 1)
+    if kind.nodes > 1:
+        assert guesses is not None
+        tokens = nodes.tokens(state.root, guesses.ids)  # (B, N)
+    hidden, logits = base.step(tokens, nodes)  # (B, N, D), (B, N, V)
+    # However deep the tree is, its longest path has no more than N nodes.
+    settled = settle(base.cache, tokens, hidden, logits, nodes, kind.nodes - 1, kind.sampling)
+    state.hidden.copy_(settled.hidden)
+    state.root.copy_(settled.root)
+    result.target.copy_(settled.target)
+    if settled.path is not None:
+        result.path.copy_(settled.path)
+    result.entropy.copy_(ops.hidden_entropy(state.hidden))
+    if kind.drafts_after:
+        assert guesses is not None and result.logprobs is not None
+        guesses.draft(state)
+        result.logprobs.copy_(guesses.logprobs)

@@ -1,0 +1,174 @@
+"""The steps of one decode, as the host sees them: it hands over a tree and gets the tokens that the step gained.
+
+    settle     what follows the base model's forward, on the device only: choose, verify, commit
+    Stepper    runs a step op by op; `graphs.GraphedStepper` replays recorded ones
+
+Letters: B rows (1 so far), N nodes of the step's tree, K heads, P guesses per head, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .stats import DecodeStats
+from .tree import DraftTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .attention import Topology
+    from .base_model import BaseModel
+    from .cache import TreeCache
+
+
+class Drafter(Protocol):
+    """Heads bound to a model.
+
+    Where it also has `rebind`, as `heads.Drafter` does, a recorded step contains its draft: `draft` then has to compute
+    from its arguments and from tensors that stay where they are, on the device only. Otherwise it is called at every
+    step, and only what follows is recorded.
+    """
+
+    def draft(self, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
+        """hidden (B, D), root (B,) -> token ids (B, K, P) int64 and log-probabilities (B, K, P) float32, best first."""
+
+
+class HeadsLike(Protocol):
+    """What `decode` needs of heads; CerberusHeads is one. config.num_heads is K."""
+
+    config: Any
+
+    def bind(self, model: PreTrainedModel) -> Drafter: ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from logits, see `ops.choose_tokens`."""
+
+    seed: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def choose(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """logits (..., V), positions (...) of the tokens to choose -> tokens (...)."""
+        flat = logits.reshape(-1, logits.shape[-1]).contiguous()
+        chosen = ops.choose_tokens(
+            flat, positions.reshape(-1).contiguous(), self.seed, self.temperature, self.top_k, self.top_p
+        )
+        return chosen.view(positions.shape)
+
+
+class Settled(NamedTuple):
+    """What a step found. The text goes on with target[node] for every node of the path."""
+
+    target: Tensor  # (B, N) int64: what the base model chose after each node
+    path: Tensor | None  # (B, depth + 1) int32: the accepted nodes from the root on, then -1; None: only the root
+    hidden: Tensor  # (B, D): what the last of the tokens was chosen from
+    root: Tensor  # (B,) int64: the last of the tokens
+
+
+def settle(
+    cache: TreeCache, tokens: Tensor, hidden: Tensor, logits: Tensor, tree: Topology, depth: int, sampling: Sampling
+) -> Settled:
+    """tokens (B, N), hidden (B, N, D), logits (B, N, V) of a forward over `tree`, which is not deeper than `depth`.
+
+    Keeps the longest path that the base model agrees with. The host never waits here.
+    """
+    # The token after node i stands one place behind the node, which is at length + depth.
+    target = sampling.choose(logits, cache.length[:, None] + tree.depths + 1)  # (B, N)
+    if tokens.shape[1] == 1:  # the root, which is always accepted and lies where it has to stay
+        cache.length += 1
+        return Settled(target, None, hidden[:, 0], target[:, 0])
+    path, accepted = ops.verify_tree(tokens, target, tree.parents, tree.ancestors, depth)
+    cache.commit(path, accepted)
+    last = path.gather(1, accepted.long()[:, None]).long()  # (B, 1)
+    last_hidden = hidden.gather(1, last[:, :, None].expand(-1, -1, hidden.shape[-1]))[:, 0]
+    return Settled(target, path, last_hidden, target.gather(1, last)[:, 0])
+
+
+def gained_tokens(target: list[int], path: list[int]) -> list[int]:
+    """The tokens of a step, from one row of a `Settled`."""
+    return [target[node] for node in path if node >= 0]
+
+
+class Stepper:
+    """`prefill` once, then `step` as often as needed.
+
+    hidden  (B, D): what the root was chosen from. Another step may write over it
+    root    (B,): chosen, not yet in the cache
+    """
+
+    hidden: Tensor
+    root: Tensor
+
+    def __init__(self, base: BaseModel, drafter: Drafter, guesses: int, sampling: Sampling, stats: DecodeStats) -> None:
+        """guesses: how many of each head any tree uses."""
+        self.base = base
+        self.drafter = drafter
+        self.guesses = guesses
+        self.sampling = sampling
+        self.stats = stats
+        self._drafted: tuple[Tensor, Tensor] | None = None  # of this step: ids, logprobs (B, K, P)
+
+    def prefill(self, ids: Tensor) -> list[int]:
+        """ids (1, S): the prompt -> the first new token."""
+        hidden, logits = self.base.prefill(ids)  # (B, D), (B, V)
+        root = self.sampling.choose(logits, self.base.cache.length)  # (B,); the cache's length is the root's position
+        self._start(hidden, root)
+        return root.tolist()
+
+    def deepest(self) -> int:
+        """How deep a tree may be at the next step, for no node to have a position that the model does not know."""
+        return self.base.deepest()
+
+    def entropy(self) -> float:
+        """In nats, of softmax(hidden)."""
+        return ops.hidden_entropy(self.hidden)[0].item()
+
+    def logprobs(self) -> Tensor:
+        """(B, K, P) of the heads' guesses, on the host."""
+        return self._draft()[1].cpu()
+
+    def step(self, tree: DraftTree, deepest: int) -> list[int]:
+        """One forward over `tree` without the nodes deeper than `deepest` -> the tokens gained, at least one."""
+        tree = tree.cut(deepest)
+        tensors = tree.on(self.root.device)
+        with self.stats.phase("draft"):
+            tokens = self.root[:, None]  # (B, 1)
+            if tree.size > 1:
+                ids, _ = self._draft()
+                tokens = torch.cat([tokens, ids[:, tensors.heads, tensors.ranks]], dim=1)  # (B, N)
+        with self.stats.phase("verify"):
+            hidden, logits = self.base.step(tokens, tensors)  # (B, N, D), (B, N, V)
+        with self.stats.phase("commit"):
+            settled = settle(self.base.cache, tokens, hidden, logits, tensors, tree.depth, self.sampling)
+            self._start(settled.hidden, settled.root)
+            # The one place where the host waits.
+            if settled.path is None:
+                gained = settled.target[0].tolist()
+            else:
+                places = tree.depth + 1
+                row = torch.cat([settled.path.long(), settled.target], 1)[0].tolist()
+                gained = gained_tokens(row[places:], row[:places])
+            self._count(gained, tree)
+        return gained
+
+    def _draft(self) -> tuple[Tensor, Tensor]:
+        """The heads' guesses and their log-probabilities, (B, K, P) each; made once a step."""
+        if self._drafted is None:
+            self._drafted = self.drafter.draft(self.hidden, self.root, self.guesses)
+        return self._drafted
+
+    def _start(self, hidden: Tensor, root: Tensor) -> None:
+        """From here on it is the next step."""
+        self.hidden, self.root, self._drafted = hidden, root, None
+
+    def _count(self, gained: list[int], tree: DraftTree) -> None:
+        self.base.cache.committed += len(gained)
+        self.stats.count_step(len(gained) - 1, tree.size > 1)

@@ -1,0 +1,233 @@
+"""Replayed steps give the same text as the model alone, and the same counts as steps that run op by op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from stand_ins import AdversarialHeads, LastGuessHeads, OracleHeads, RandomGate, RandomHeads
+from static_stand_ins import StaticHeads
+from tape import TapeRecorder
+from tiny_models import VOCAB, generate, generated, prompt, tiny_model
+
+from cerberus_ext.decode import decode
+from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from cerberus_ext.stats import DecodeOutput
+from cerberus_ext.tree import DraftTree
+
+NEW = 24
+TABLE = [[0.6, 0.3, 0.1, 0.05]] * 4
+TREES = {
+    "chain": DraftTree.chain(4),
+    "16": DraftTree.from_accuracies(TABLE, 16),
+    "65": DraftTree.from_accuracies(TABLE, 65),  # two words of ancestors
+}
+HEADS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": OracleHeads, "last guess": LastGuessHeads}
+RANKS = {"oracle": [0] * 4, "second": [1] * 4, "mixed": [1, 0, 2, 0], "never": [-1] * 4}
+GATES = {
+    "open": AlwaysOpen,
+    "closed": AlwaysClosed,
+    "random": RandomGate,
+    "entropy": lambda: EntropyGate(3.04),  # about the median of all of these models
+    "confidence": lambda: ConfidenceGate({1: 1.0, 65: 3.0}, list(TREES.values())),
+}
+
+
+def both(model: Any, heads: Any, *args: Any, gate: Any = AlwaysOpen, **options: Any) -> tuple[DecodeOutput, ...]:
+    """The same decode, replayed and op by op."""
+    outs = []
+    for graphs in (True, False):
+        streamer = heads if hasattr(heads, "put") else None
+        outs.append(decode(model, heads, *args, gate=gate(), streamer=streamer, graphs=graphs, **options))
+    return tuple(outs)
+
+
+def check(replayed: DecodeOutput, eager: DecodeOutput, text: torch.Tensor | None = None) -> None:
+    assert replayed.sequences.tolist() == eager.sequences.tolist()
+    if text is not None:
+        assert replayed.sequences.tolist() == text.tolist()
+    for name in ("steps", "open_steps", "wasted_steps", "step_tokens", "accepted_histogram", "new_tokens"):
+        assert getattr(replayed.stats, name) == getattr(eager.stats, name), name
+    assert replayed.stats.graphed_steps == replayed.stats.steps and replayed.stats.fallback is None
+    assert (eager.stats.graphed_steps, eager.stats.captures, eager.stats.fallback) == (0, 0, None)
+
+
+@pytest.mark.parametrize("gate", ["open", "closed", "random"])
+@pytest.mark.parametrize("tree", ["16", "65"])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "gpt2"])
+def test_heads_between_the_replays(name: str, heads: str, tree: str, gate: str, recorders: list[TapeRecorder]) -> None:
+    """Heads that cannot be recorded guess before every replay."""
+    text = generated(name, "cpu", NEW)
+    stand_in = HEADS[heads](text, 4, VOCAB)
+    replayed, _ = both(tiny_model(name), stand_in, prompt(), max_new_tokens=NEW, tree=TREES[tree], gate=GATES[gate])
+    assert replayed.sequences.tolist() == text.tolist()
+    assert recorders[0].replays == replayed.stats.steps == replayed.stats.graphed_steps
+    # The root alone, and the tree, whatever is cut off it near the end.
+    stats = replayed.stats
+    kinds = (stats.open_steps > 0) + (stats.open_steps < stats.steps)
+    assert stats.captures == len(recorders[0].tapes) == kinds and stats.capture_seconds > 0
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("heads", RANKS)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen2-window", "mistral", "gpt2"])
+def test_heads_inside_the_replays(name: str, heads: str, gate: str, recorders: list[TapeRecorder]) -> None:
+    model, text = tiny_model(name), generated(name, "cpu", NEW)
+    stand_in = StaticHeads(model, text, RANKS[heads], every=3)
+    replayed, eager = both(model, stand_in, prompt(), max_new_tokens=NEW, tree=TREES["16"], gate=GATES[gate])
+    check(replayed, eager, text)
+    if gate in ("random", "entropy") or (name, gate) == ("llama", "confidence"):
+        assert 0 < eager.stats.open_steps < eager.stats.steps, "the gate does both"
+
+
+class NotingGate(Gate):
+    """Notes what it is asked, and answers so that every kind of step happens."""
+
+    def __init__(self, questions: set[str]) -> None:
+        self.notes: list[Any] = []
+        for question in ("opens_at", "opens", "choose"):
+            if question in questions:
+                setattr(self, question, getattr(self, "_" + question))
+
+    def trees(self, tree: DraftTree) -> list[DraftTree]:
+        return [TREES["16"], TREES["chain"]]
+
+    def _opens_at(self, entropy: float) -> bool:
+        assert isinstance(entropy, float)
+        self.notes.append(round(entropy, 3))
+        return len(self.notes) % 3 != 0
+
+    def _opens(self, hidden: torch.Tensor) -> bool:
+        self.notes.append(tiny_model("llama").lm_head(hidden).argmax(-1).tolist())
+        return len(self.notes) % 3 != 0
+
+    def _choose(self, tree: DraftTree, logprobs: torch.Tensor) -> DraftTree | None:
+        assert logprobs.device.type == "cpu" and logprobs.shape == (1, 4, TREES["16"].guesses)
+        self.notes.append(logprobs.tolist())
+        return [TREES["16"], TREES["chain"], None][len(self.notes) % 3]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize(
+    "questions",
+    [{"opens_at"}, {"opens"}, {"choose"}, {"opens_at", "choose"}, {"opens", "choose"}, {"opens_at", "opens"}],
+)
+def test_gates_are_asked_the_same(questions: set[str], inside: bool, recorders: list[TapeRecorder]) -> None:
+    model, text = tiny_model("llama"), generated("llama", "cpu", NEW)
+    heads = StaticHeads(model, text, RANKS["mixed"]) if inside else OracleHeads(text, 4, VOCAB)
+    made: list[NotingGate] = []
+
+    def gate() -> NotingGate:
+        made.append(NotingGate(questions))
+        return made[-1]
+
+    check(*both(model, heads, prompt(), max_new_tokens=NEW, tree=TREES["16"], gate=gate), text)
+    replayed, eager = made
+    assert replayed.notes == eager.notes and len(eager.notes) >= 5
+
+
+@pytest.mark.parametrize("gate", ["open", "closed", "entropy", "confidence"])
+def test_one_wait_a_step(gate: str, recorders: list[TapeRecorder], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the prompt the host reads nothing but what a step's one copy has brought."""
+    model, text = tiny_model("llama"), generated("llama", "cpu", NEW)
+    heads = StaticHeads(model, text, RANKS["mixed"])
+    options: dict[str, Any] = {"max_new_tokens": NEW, "tree": TREES["16"], "gate": GATES[gate](), "graphs": True}
+    decode(model, heads, prompt(), **options)  # records
+    copied: set[int] = set()
+    elsewhere: list[str] = []
+    waits, deciding = 0, False
+
+    def fetch(recorder: TapeRecorder, source: torch.Tensor, host: torch.Tensor) -> None:
+        nonlocal waits
+        waits += 1
+        copied.add(host.untyped_storage().data_ptr())
+        host.copy_(source)
+
+    def choose(gate: ConfidenceGate, tree: DraftTree, logprobs: torch.Tensor) -> DraftTree | None:
+        nonlocal deciding  # with log-probabilities that are on the host
+        deciding = True
+        try:
+            return real_choose(gate, tree, logprobs)
+        finally:
+            deciding = False
+
+    def watch(name: str) -> None:
+        real = getattr(torch.Tensor, name)
+
+        def read(tensor: torch.Tensor, *arguments: Any) -> Any:
+            if waits and not deciding and tensor.untyped_storage().data_ptr() not in copied:
+                elsewhere.append(name)
+            return real(tensor, *arguments)
+
+        monkeypatch.setattr(torch.Tensor, name, read)
+
+    real_choose = ConfidenceGate.choose
+    monkeypatch.setattr(ConfidenceGate, "choose", choose)
+    monkeypatch.setattr(TapeRecorder, "fetch", fetch)
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"):
+        watch(name)
+    stats = decode(model, heads, prompt(), **options).stats
+    monkeypatch.undo()
+    assert waits == stats.steps and elsewhere == [] and stats.captures == 0
+
+
+def test_heads_inside_are_not_called_by_the_host(recorders: list[TapeRecorder]) -> None:
+    model, text = tiny_model("llama"), generated("llama", "cpu", NEW)
+    heads = StaticHeads(model, text, RANKS["never"])
+    stats = decode(model, heads, prompt(), max_new_tokens=NEW, tree=TREES["16"], graphs=True).stats
+    assert stats.open_steps == NEW - 2 and heads.drafts == 3  # warm-up, warm-up, recording
+
+
+@pytest.mark.parametrize("gate", ["open", "confidence"])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.8}, {"temperature": 1.3, "top_k": 7}, {"temperature": 1.0, "top_p": 0.6}]
+)
+def test_sampling(options: dict[str, Any], gate: str, recorders: list[TapeRecorder]) -> None:
+    model, texts = tiny_model("llama"), []
+    for seed in (1, 2):
+        plain = decode(
+            model, RandomHeads(prompt(), 4, VOCAB), prompt(), max_new_tokens=NEW, gate=AlwaysClosed(), seed=seed,
+            graphs=False, **options,
+        ).sequences  # fmt: skip
+        heads = StaticHeads(model, plain, RANKS["mixed"], every=3)
+        arguments = {"max_new_tokens": NEW, "tree": TREES["16"], "gate": GATES[gate], "seed": seed, **options}
+        check(*both(model, heads, prompt(), **arguments), plain)
+        texts.append(plain.tolist())
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("new", range(8))
+@pytest.mark.parametrize("ranks", ["oracle", "second"])
+def test_stops_at_max_new_tokens(new: int, ranks: str, recorders: list[TapeRecorder]) -> None:
+    model, text = tiny_model("llama"), generated("llama", "cpu", NEW)
+    want = text[:, : prompt().shape[1] + new]
+    check(*both(model, StaticHeads(model, text, RANKS[ranks]), prompt(), max_new_tokens=new, tree=TREES["16"]), want)
+
+
+@pytest.mark.parametrize("gate", ["open", "confidence"])
+@pytest.mark.parametrize("place", range(7))
+def test_stops_at_eos(place: int, gate: str, recorders: list[TapeRecorder]) -> None:
+    model, text = tiny_model("llama"), generated("llama", "cpu", NEW)
+    eos = int(text[0, prompt().shape[1] + place])
+    want = generate(model, prompt(), max_new_tokens=NEW, eos_token_id=eos)
+    heads = StaticHeads(model, text, RANKS["oracle"])
+    options = {"max_new_tokens": NEW, "tree": TREES["chain"], "eos_token_id": eos, "gate": GATES[gate]}
+    check(*both(model, heads, prompt(), **options), want)
+
+
+@pytest.mark.parametrize("gate", ["open", "confidence"])
+def test_up_to_the_last_position(gate: str, recorders: list[TapeRecorder]) -> None:
+    """gpt2 has no position after the 96th, and would fail if a node, even one that pads the tree, asked for one."""
+    model, ids = tiny_model("gpt2"), prompt(length=80)
+    text = generate(model, ids, max_new_tokens=17)  # the 17th is never put in
+    for name in RANKS:
+        heads = StaticHeads(model, text, RANKS[name])
+        check(*both(model, heads, ids, max_new_tokens=17, tree=TREES["65"], gate=GATES[gate]), text)
+
+
+def test_beyond_the_last_position(recorders: list[TapeRecorder]) -> None:
+    model, ids = tiny_model("llama"), prompt(length=250)
+    text = generate(model, ids, max_new_tokens=20)
+    check(*both(model, StaticHeads(model, text, RANKS["oracle"]), ids, max_new_tokens=20, tree=TREES["65"]), text)

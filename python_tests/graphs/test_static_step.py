@@ -1,0 +1,172 @@
+"""The parts of a step over static tensors: what the tree looks like on the device, and that it stays there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tape import CaptureError, check_capturable
+from tiny_models import VOCAB, generated, prompt, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cerberus_ext import CerberusConfig, CerberusHeads, ops
+from cerberus_ext.base_model import BaseModel
+from cerberus_ext.static_step import (
+    StaticGuesses,
+    StaticNodes,
+    StaticResult,
+    StaticState,
+    StepKind,
+    pack_tree,
+    run_step,
+)
+from cerberus_ext.stepper import Sampling
+from cerberus_ext.tree import DraftTree
+
+CPU = torch.device("cpu")
+SMALL = DraftTree.from_paths([(0,), (2,), (0, 1)])  # nodes 1 and 2 after the root, 3 after 1
+
+
+def test_packed_tree() -> None:
+    """Guesses of 4 a head: (0,) is entry 0, (2,) is 2, (0, 1) is 4 + 1; before them are the root and 6 given tokens."""
+    packed = pack_tree(SMALL, 6, 4)
+    parents, depths, sources, ancestors = packed[:6], packed[6:12], packed[12:18], packed[18:]
+    assert parents.tolist() == [-1, 0, 0, 1, 0, 0]
+    assert depths.tolist() == [0, 1, 1, 2, 1, 1]
+    assert sources.tolist() == [0, 7, 9, 12, 7, 7]  # nodes 4 and 5 repeat node 1
+    assert ancestors.tolist() == [0b1, 0b11, 0b101, 0b1011, 0b10001, 0b100001]
+
+
+def test_packed_tree_of_several_words() -> None:
+    tree = DraftTree.chain(3)
+    packed = pack_tree(tree, 70, 1)
+    assert len(packed) == 70 * 5 and packed.dtype == np.int64
+    ancestors = packed[210:].reshape(70, 2)
+    assert ancestors[3].tolist() == [0b1111, 0] and ancestors[69].tolist() == [0b1, 1 << 5]
+
+
+def test_root_alone() -> None:
+    assert pack_tree(DraftTree.root(), 1, 0).tolist() == [-1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_padding_never_changes_what_is_accepted(seed: int) -> None:
+    """Against the tree without it, for random trees and few tokens, so that much is accepted."""
+    random = np.random.default_rng(seed)
+    widths = random.integers(1, 4, size=random.integers(1, 4)).tolist()
+    tree = DraftTree.from_widths(widths).cut(int(random.integers(1, 4)))
+    nodes = tree.size + int(random.integers(0, 70))
+    static, guesses = StaticNodes(1, nodes, CPU), tree.guesses
+    static.put(tree, guesses)
+    ids = torch.from_numpy(random.integers(0, 2, size=(1, len(widths), guesses)))
+    padded_tokens = static.tokens(torch.tensor([1]), ids)
+    tensors = tree.on(CPU)
+    tokens = torch.cat([torch.tensor([[1]]), ids[:, tensors.heads, tensors.ranks]], 1)
+    assert padded_tokens[:, : tree.size].equal(tokens) and (padded_tokens[:, tree.size :] == tokens[:, 1]).all()
+    target = torch.from_numpy(random.integers(0, 2, size=(1, nodes)))
+    path, accepted = ops.verify_tree(padded_tokens, target, static.parents, static.ancestors, nodes - 1)
+    want, want_accepted = ops.verify_tree(
+        tokens, target[:, : tree.size].contiguous(), tensors.parents, tensors.ancestors, tree.depth
+    )
+    kept = path[path >= 0].tolist()
+    assert kept == want[want >= 0].tolist() and accepted.equal(want_accepted)
+
+
+def test_a_tree_is_copied_once() -> None:
+    nodes = StaticNodes(1, 6, CPU)
+    nodes.put(SMALL, 4)
+    nodes.parents.fill_(9)
+    nodes.put(DraftTree.from_paths([(0,), (2,), (0, 1)]), 4)
+    assert nodes.parents.tolist() == [9] * 6
+    nodes.put(SMALL.cut(1), 4)
+    assert nodes.parents.tolist() == [-1, 0, 0, 0, 0, 0]
+
+
+def test_result_on_the_host() -> None:
+    guesses = StaticGuesses(None, 1, 2, 3, CPU)
+    result = StaticResult(1, 4, guesses, CPU)
+    result.target.copy_(torch.tensor([[5, 6, 7, 2**40]]))
+    result.entropy.fill_(1.5)
+    assert result.logprobs is not None
+    result.logprobs.copy_(-torch.arange(6.0).view(1, 2, 3))
+    result.host.copy_(result.buffer)
+    target, path, entropy, logprobs = result.read()
+    assert (target, path, entropy) == ([5, 6, 7, 2**40], [0, -1, -1, -1], 1.5)
+    assert logprobs is not None and logprobs.tolist() == [[[0, -1, -2], [-3, -4, -5]]]
+    result.host.fill_(0)
+    assert logprobs[0, 1, 2] == -5, "it does not change with the next step"
+    assert StaticResult(1, 1, None, CPU).read()[3] is None
+
+
+def test_tokens_from_another_source() -> None:
+    """No heads: what follows in the text is given node by node, beside a guess that is wrong."""
+    model, text = tiny_model("llama"), generated("llama", "cpu", 8)
+    length = prompt().shape[1]
+    tree = DraftTree.from_paths([(0, 0, 0), (1,)])  # nodes 1, 2 after the root, 3 after 1, 4 after 3
+    with torch.inference_mode(), BaseModel(model, 64, 1) as base:
+        hidden, logits = base.prefill(prompt())
+        state = StaticState(hidden.clone(), logits.argmax(-1))
+        guesses, nodes, result = (
+            StaticGuesses(None, 1, 3, 2, CPU),
+            StaticNodes(1, 5, CPU),
+            StaticResult(1, 5, None, CPU),
+        )
+        nodes.put(tree, 2)
+        nodes.sources[[1, 3, 4]] = 1 + torch.tensor([0, 2, 4])  # entries 0, 2 and 4 of `given`
+        nodes.given[0, [0, 2, 4]] = text[0, length + 1 : length + 4]
+        run_step(base, StepKind(5, Sampling(), guesses), state, nodes, result)
+        assert result.path.tolist() == [[0, 1, 3, 4, -1]]
+        assert result.target[0, [0, 1, 3, 4]].tolist() == text[0, length + 1 : length + 5].tolist()
+        assert base.cache.length.tolist() == [length + 4] and state.root.tolist() == [text[0, length + 4]]
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses whatever a recording does not allow, and every operation with a tensor that is elsewhere."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.operations: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        check_capturable(func, args)
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, output)):
+            if isinstance(tensor, torch.Tensor):
+                assert tensor.device.type == self.device, f"{func.name()}: {tensor.device}"
+        self.operations.add(func.name())
+        return output
+
+
+@pytest.mark.parametrize("nodes", [1, 5])
+@pytest.mark.parametrize("drafts", ["before", "after"])
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "gpt2"])
+def test_a_step_never_leaves_the_device(name: str, drafts: str, nodes: int) -> None:
+    """On "meta", where tensors have no values to wait for, and copies from and to the host show."""
+    device = torch.device("meta")
+    model = tiny_model(name, device="meta")
+    drafter = CerberusHeads(CerberusConfig("tiny", 32, VOCAB, num_heads=3, draft_vocab=50)).to(device).bind(model)
+    with torch.inference_mode(), BaseModel(model, 64, 1) as base:
+        hidden, logits = base.prefill(torch.zeros(1, 9, dtype=torch.int64, device=device))
+        state = StaticState(hidden.clone(), logits.argmax(-1))
+        guesses = StaticGuesses(drafter, 1, 3, 4, device)
+        sampling = Sampling(seed=3, temperature=0.7, top_p=0.9)
+        kind = StepKind(nodes, sampling, guesses, drafts == "before", drafts == "after")
+        result = StaticResult(1, nodes, guesses if drafts == "after" else None, device)
+        static = StaticNodes(1, nodes, device)
+        with OneDevice("meta") as seen:
+            run_step(base, kind, state, static, result)
+    expected = {f"cerberus_ext::{op}" for op in ("tree_attention", "write_cache", "head_stack", "draft_topk")}
+    assert expected | {"cerberus_ext::hidden_entropy", "cerberus_ext::choose_tokens"} <= seen.operations
+    assert ("cerberus_ext::verify_tree" in seen.operations) == (nodes > 1)
+
+
+@pytest.mark.parametrize(
+    "what", [lambda x: x + torch.ones(1), lambda x: torch.ones(1).to(x.device), lambda x: x.item()]
+)
+def test_leaving_the_device_shows(what: Any) -> None:
+    with pytest.raises((AssertionError, CaptureError)), torch.inference_mode(), OneDevice("meta"):
+        what(torch.empty(1, device="meta"))
