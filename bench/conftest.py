@@ -31,12 +31,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     terminalreporter.section(
         "ours and plain PyTorch: medians; bytes that have to be moved, as a share of a copy's speed"
     )
-    form = "{:<26} {:<5} {:<9} {:>11} {:>11} {:>9} {:>9} {:>9}"
-    terminalreporter.write_line(form.format("op", "on", "dtype", "ours", "PyTorch", "speed-up", "GB/s", "of a copy"))
+    form = "{:<22} {:<5} {:<5} {:<9} {:>11} {:>11} {:>9} {:>9} {:>9}"
+    columns = ("op", "model", "on", "dtype", "ours", "PyTorch", "speed-up", "GB/s", "of a copy")
+    terminalreporter.write_line(form.format(*columns))
     for row in rows:
         terminalreporter.write_line(
             form.format(
                 row["op"],
+                row["model"],
                 row["device"],
                 row["dtype"],
                 f"{row['milliseconds']:.3f} ms",

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from questions import Results, encode, read_questions
+from texts import difference
 from torch import Tensor
-from transformers import PreTrainedModel
 
 import cerberus_ext
 from cerberus_ext import AlwaysClosed, AlwaysOpen, DraftTree
@@ -50,23 +50,6 @@ def settings(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
         for tree in arguments.trees or TREES[arguments.dtype]:
             for gate in arguments.gates or GATES:
                 yield heads, tree, gate
-
-
-def difference(model: PreTrainedModel, got: Tensor, want: Tensor, prompt: int) -> dict[str, Any] | None:
-    """Where two texts (1, S) part, and how near a tie that was; None if they are the same."""
-    if got.equal(want):
-        return None
-    length = min(got.shape[1], want.shape[1])
-    same = (got[0, :length] == want[0, :length]).long().cumprod(0).sum().item()
-    with torch.inference_mode():
-        best = model(want[:, :same]).logits[0, -1].float().topk(2)
-    return {
-        "new_token": same - prompt,
-        "got": got[0, same].item() if same < got.shape[1] else None,
-        "want": want[0, same].item() if same < want.shape[1] else None,
-        "best_two": best.indices.tolist(),
-        "gap": (best.values[0] - best.values[1]).item(),
-    }
 
 
 def full_depth(histogram: list[int], depth: int) -> bool:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import time
 from functools import cache
 
 import torch
+from timing import Call, seconds_of
 
 from cerberus_ext import _load, info
 
@@ -21,9 +21,8 @@ def describe() -> dict[str, str]:
     """Label -> value, in the order to print."""
     version = _load.build_record().get("version", "of unknown version")
     ours = f"cerberus_ext {version}, {torch.ops.cerberus_ext.cpu_isa()} kernels"
-    features = " ".join(info.cpu_features()) or "features unknown"
     found = {
-        "processor": f"{info.cpu_name()}, {os.cpu_count()} cores: {features}",
+        "processor": describe_processor(),
         "threads": f"{torch.get_num_threads()} used by torch; load of the machine {os.getloadavg()[0]:.1f}",
         "copy bandwidth": f"{copy_bandwidth('cpu') / 1e9:.1f} GB/s, read + write, measured",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, {ours}",
@@ -34,25 +33,34 @@ def describe() -> dict[str, str]:
     return found
 
 
+def describe_processor() -> str:
+    features = " ".join(info.cpu_features()) or "features unknown"
+    return f"{info.cpu_name()}, {os.cpu_count()} cores: {features}"
+
+
 @cache
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second, read and written, of a copy that is larger than the caches: the median of 9."""
-    source = torch.ones(2**26 if device == "cpu" else 2**30, dtype=torch.uint8, device=device)
+    """Bytes a second, read and written, of a copy that is larger than the caches."""
+    source = torch.ones(_large(device), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    seconds = []
-    for _ in range(11):
-        wait_for(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        wait_for(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * source.numel() / statistics.median(seconds[2:])
+    return 2 * source.numel() / _typical_seconds(lambda: target.copy_(source), device)
 
 
-def wait_for(device: str) -> None:
-    """Until everything given to the device is done; on the CPU it is when a call returns."""
-    if device != "cpu":
-        torch.cuda.synchronize()
+@cache
+def read_bandwidth(device: str) -> float:
+    """Bytes a second of a sum over what is larger than the caches."""
+    source = torch.ones(_large(device) // 4, dtype=torch.float32, device=device)
+    return 4 * source.numel() / _typical_seconds(source.sum, device)
+
+
+def _large(device: str) -> int:
+    return 2**26 if device == "cpu" else 2**30
+
+
+def _typical_seconds(call: Call, device: str) -> float:
+    repeats = 9 if device == "cpu" else 50
+    seconds_of(call, device, 2 if device == "cpu" else 20)
+    return statistics.median(seconds_of(call, device, repeats))
 
 
 def text() -> str:

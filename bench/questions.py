@@ -10,6 +10,25 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+# For where no file of questions is at hand: of MT-Bench's kinds.
+OWN_QUESTIONS = (
+    "Write a short letter to a neighbour, asking them to water your plants while you are away for two weeks.",
+    "Explain to a ten-year-old, step by step, how a bicycle stays upright while it is moving.",
+    "A shop sells pens at 3 for 2 euros and notebooks at 1.50 euros each. How much do 12 pens and 4 notebooks cost?",
+    "Write a Python function that returns the longest common prefix of a list of strings, and explain how it works.",
+    "List the main causes of the fall of the Western Roman Empire, with one sentence about each.",
+    "Describe the taste and the smell of freshly baked bread to someone who has never had any.",
+    "What are the advantages and disadvantages of working from home? Give a balanced answer and a recommendation.",
+    "Summarize how vaccines train the immune system, and why some of them need a second dose.",
+)
+
+
+def questions_of(file: Path | None, limit: int) -> list[str]:
+    """The first `limit` questions of the file, or of our own."""
+    if file is None:
+        return list(OWN_QUESTIONS[:limit])
+    return [question for _, question in read_questions(file, limit)]
+
 
 def read_questions(file: Path, limit: int) -> list[tuple[int, str]]:
     """(question_id, first turn) of the first `limit` lines."""

@@ -21,6 +21,7 @@ from typing import Any
 import machine
 import torch
 from questions import Results, encode, read_questions
+from timing import wait_for
 from torch import Tensor
 
 import cerberus_ext
@@ -32,10 +33,10 @@ WAYS = ("generate", "plain", "drafts")
 
 
 def timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
-    machine.wait_for(device)
+    wait_for(device)
     begin = time.perf_counter()
     output = call()
-    machine.wait_for(device)
+    wait_for(device)
     return time.perf_counter() - begin, output
 
 

@@ -1,0 +1,87 @@
+"""Stage "machine" of a GPU session: what is measured on, and the two speeds of memory that everything is compared with.
+
+python bench/gpu_machine.py --out machine.json
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import machine
+import stage
+import torch
+
+from cerberus_ext import _load
+
+_SMI = (
+    "name", "driver_version", "memory.total", "power.limit", "power.draw", "temperature.gpu", "clocks.sm",
+    "clocks.max.sm", "clocks.mem", "clocks.max.mem", "clocks_event_reasons.active",
+)  # fmt: skip
+
+
+def nvidia_smi() -> dict[str, str]:
+    """What the driver says, label -> value; empty where there is no nvidia-smi or it does not know one of these."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    command = ["nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader", "--id=0"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    values = [value.strip() for value in found.stdout.strip().split(",")]
+    return dict(zip(_SMI, values, strict=True)) if len(values) == len(_SMI) else {}
+
+
+def commit() -> str:
+    """Of the checkout that this file is in, with "-dirty" where it differs from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def package(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def body(run: stage.Stage) -> None:
+    record = _load.build_record()
+    libraries = {library.name: library.reason or "loaded" for library in _load.load_libraries()}
+    run.result.update(
+        versions={
+            "cerberus_ext": record.get("version") or package("cerberus_ext"),
+            "commit": commit(),
+            "built": f"{record.get('compiler')}, nvcc {record.get('nvcc') or 'none'}, {record.get('cuda')}",
+            "Python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": package("transformers"),
+        },
+        libraries=libraries,
+        processor=machine.describe_processor(),
+    )
+    if run.device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        run.result["gpu"] = {
+            "name": properties.name,
+            "compute capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory": properties.total_memory,
+            "L2": properties.L2_cache_size,
+            "CUDA of torch": torch.version.cuda,
+        }
+        if libraries.get("_cuda.so") != "loaded":
+            run.problems.append(f"_cuda.so: {libraries.get('_cuda.so')}")
+    run.save()
+    run.result["copy_bytes_per_second"] = machine.copy_bandwidth(run.device)
+    run.result["read_bytes_per_second"] = machine.read_bandwidth(run.device)
+    run.result["driver"] = nvidia_smi()  # just after the GPU was busy: the clocks that it works at
+
+
+if __name__ == "__main__":
+    stage.main(__doc__, body)
