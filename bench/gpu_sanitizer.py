@@ -17,6 +17,7 @@ import processes
 import stage
 
 SCRIPT = Path(__file__).resolve().parent / "launch_kernels.py"
+PROOF = "memcheck of an invalid read"
 TOOLS = {"memcheck": 1.0, "racecheck": 1.3, "synccheck": 0.7}  # tool -> its part of the time
 _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) err.*, (\d+) warn")
 _LAUNCHED = re.compile(r"launched (\d+) calls(, all of them)?")
@@ -76,6 +77,19 @@ def run_tool(tool: str, prefix: list[str], device: str, seconds: float, log: Pat
     return {"status": outcome, "seconds": round(time.monotonic() - begin, 1), **found}
 
 
+def proof(prefix: list[str], seconds: float, log: Path) -> dict[str, Any]:
+    """Whether memcheck sees this project's kernels: they are told to read where no memory is, and it has to say so.
+
+    Were the filter by name to fit none of them, every other result would look clean.
+    """
+    begin = time.monotonic()
+    log.unlink(missing_ok=True)
+    status = processes.run([*prefix, sys.executable, str(SCRIPT), "--invalid"], seconds, log, dict(os.environ))
+    found = read(log.read_text(errors="replace"))
+    outcome = "timed out" if status is None else "passed" if found["errors"] else "failed"
+    return {"status": outcome, "seconds": round(time.monotonic() - begin, 1), **found}
+
+
 def body(run: stage.Stage) -> None:
     processes.end_when_told()
     on_cpu = run.device == "cpu"
@@ -83,6 +97,12 @@ def body(run: stage.Stage) -> None:
     if on_cpu:  # shows that the launches are right; there is nothing for the sanitizer to see
         prefixes = {"no tool": []}
     tools = run.result.setdefault("tools", {})
+    if not on_cpu and PROOF not in tools:
+        log = run.arguments.out.with_name("invalid_read.log")
+        tools[PROOF] = proof(prefixes["memcheck"], min(60.0, 0.2 * run.left), log)
+        if tools[PROOF]["status"] == "failed":
+            run.problems.append(f"memcheck does not see an invalid read in a kernel of cerberus_ext, see {log.name}")
+        run.save()
     parts = {tool: TOOLS.get(tool, 1.0) for tool in prefixes}
     for tool, prefix in prefixes.items():
         ahead = sum(part for name, part in parts.items() if name not in tools)

@@ -1,6 +1,7 @@
 """Launches every kernel of every op at sizes small enough for compute-sanitizer, which slows them down a lot.
 
     python bench/launch_kernels.py [--device cpu] [--until SECONDS]
+    python bench/launch_kernels.py --invalid    one call that reads outside of all memory, on a GPU
 
 Every dtype and every size that chooses another kernel or another path through one. Ends with the line
 "launched N calls, all of them".
@@ -105,11 +106,26 @@ def calls(device: str) -> Iterator[Call]:
             yield from make(dtype, device)
 
 
+def invalid_read(device: str) -> None:
+    """Values are not checked: a parent that does not exist is looked up far behind the end of its tensor."""
+    if device == "cpu":
+        raise SystemExit("launch_kernels: --invalid is for a GPU, it would end this process")
+    parents, ancestors, depth = tree([-1, 0], device)
+    parents[1] = 2**50
+    draft = integers(0, 2, 1, 2, device=device)
+    ops.verify_tree(draft, draft, parents, ancestors, depth)
+    torch.cuda.synchronize()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--until", type=float, default=float("inf"), help="time in seconds since 1970 to stop at")
+    parser.add_argument("--invalid", action="store_true", help="only one call, which reads outside of all memory")
     arguments = parser.parse_args()
+    if arguments.invalid:
+        invalid_read(arguments.device)
+        return
     launched, whole = 0, True
     for call in calls(arguments.device):
         if time.time() > arguments.until:

@@ -213,6 +213,15 @@ def test_sanitizer_stage(tmp_path):
         assert found["status"] == {"clean": "passed", "wrong": "failed", "useless": "could not run"}[name]
 
 
+@pytest.mark.parametrize(("says", "status"), [(CLEAN, "failed"), (WRONG, "passed"), ("", "failed")])
+def test_sanitizer_has_to_see_an_invalid_read(tmp_path, says, status):
+    """A tool that finds nothing where there is something is of no use."""
+    tool = tmp_path / "tool"
+    tool.write_text(f"#!/bin/sh\ncat <<'END'\n{says}END\n")
+    tool.chmod(0o755)
+    assert gpu_sanitizer.proof([str(tool)], 60, tmp_path / "log")["status"] == status
+
+
 def test_missing_sanitizer():
     with pytest.raises(stage.Skipped, match="is not there: looked for /nowhere/compute-sanitizer"):
         gpu_sanitizer.find("/nowhere/compute-sanitizer")
