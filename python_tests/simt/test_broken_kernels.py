@@ -1,0 +1,172 @@
+"""Deliberately broken copies of the kernels: each is found to be wrong, by the tests of the ops as small as they are.
+
+Only the broken file is compiled again; the rest of the library is what the other tests use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from simt_library import ROOT, build, run, tool
+
+
+class Broken(NamedTuple):
+    why: str
+    op: str  # csrc/cuda/<op>.cu is compiled
+    file: str  # of csrc/cuda, changed: `before`, which is there exactly once, becomes `after`
+    before: str
+    after: str
+
+
+BROKEN = [
+    Broken(
+        "block_reduce reads before all have written",
+        "hidden_entropy",
+        "reduce.cuh",
+        "if (lane_index() == 0) partial[warp_index()] = value;\n  __syncthreads();\n  value = partial[0];",
+        "if (lane_index() == 0) partial[warp_index()] = value;\n  value = partial[0];",
+    ),
+    Broken(
+        "the last element of a row is left out",
+        "hidden_entropy",
+        "copy.cuh",
+        "if (first + i * kStride >= size) break;",
+        "if (first + i * kStride + kVector >= size) break;",
+    ),
+    Broken(
+        "one thread of a warp stays away from a shuffle",
+        "hidden_entropy",
+        "reduce.cuh",
+        "for (int mask = kLanes / 2; mask > 0; mask /= 2) value =",
+        "for (int mask = kLanes / 2; mask > 0 && threadIdx.x != 7; mask /= 2) value =",
+    ),
+    Broken(
+        "layers without a barrier of the grid between them",
+        "head_stack",
+        "head_stack.cu",
+        "if (next.layer != place.layer && !is_over(next)) grid_barrier();",
+        "",
+    ),
+    Broken(
+        "sums are read before all slices have written theirs",
+        "head_stack",
+        "skinny.cuh",
+        "split.pitch());\n    __syncthreads();\n    work.finish(",
+        "split.pitch());\n    work.finish(",
+    ),
+    Broken(
+        "one token past the end of a part",
+        "draft_topk",
+        "draft_topk.cu",
+        "vocab_row < round_rows_ && id < end;",
+        "vocab_row < round_rows_ && id <= end;",
+    ),
+    Broken(
+        "the merge does not wait for the parts",
+        "draft_topk",
+        "draft_topk.cu",
+        "wait_for_previous_launch();\n\n  SoftmaxSum softmax",
+        "SoftmaxSum softmax",
+    ),
+    Broken(
+        "the selection is set again while others read it",
+        "choose_tokens",
+        "choose_tokens.cu",
+        "__syncthreads();  // all have read them before they are set again",
+        "",
+    ),
+    Broken(
+        "a lane reads votes that are not written yet",
+        "verify_tree",
+        "verify_tree.cu",
+        "__syncthreads();",
+        "",
+    ),
+    Broken(
+        "tiles are not waited for",
+        "tree_attention",
+        "tree_attention_mma.cuh",
+        "wait_for_copies<0>();",
+        "",
+    ),
+    Broken(
+        "the length is read before it is there",
+        "commit_cache",
+        "commit_cache.cu",
+        "a.length[row] = length_of_row + places;\n  }\n  __syncthreads();",
+        "a.length[row] = length_of_row + places;\n  }",
+    ),
+]
+UNBROKEN = "unbroken"
+
+
+def changed_copy(broken: Broken, folder: Path) -> Path:
+    """csrc/cuda in `folder`, with the change."""
+    shutil.copytree(ROOT / "csrc" / "cuda", folder)
+    file = folder / broken.file
+    text = file.read_text()
+    assert text.count(broken.before) == 1, f"{broken.file} has {text.count(broken.before)} times: {broken.before}"
+    file.write_text(text.replace(broken.before, broken.after))
+    return folder
+
+
+def compile_again(library: Path, op: str, kernels: Path) -> Path:
+    """_simt.so with the object file of one op compiled from the folder `kernels`."""
+    commands = json.loads((library / "compile_commands.json").read_text())
+    (command,) = [entry for entry in commands if entry["file"] == str(ROOT / "csrc" / "cuda" / f"{op}.cu")]
+    object_file = kernels / f"{op}.o"
+    compiling = shlex.split(command["command"])
+    was = compiling[compiling.index("-o") + 1]
+    compiling[compiling.index("-o") + 1] = object_file
+    compiling[compiling.index("-c") + 1] = kernels / f"{op}.cu"
+    run(compiling, cwd=library)
+    # The last command is the one that links.
+    linking = run([tool("ninja"), "-C", library, "-t", "commands", "_simt.so"]).strip().splitlines()[-1]
+    assert linking.count(f" {was} ") == 1 and linking.count(" -o _simt.so ") == 1, linking
+    linking = linking.replace(was, str(object_file))
+    run(["sh", "-c", linking.replace("-o _simt.so", f"-o {kernels / '_simt.so'}")], cwd=library)
+    shutil.copy(library / "libsimt.so", kernels)  # looked for next to it
+    return kernels / "_simt.so"
+
+
+@pytest.fixture(scope="module")
+def verdicts(built, tmp_path_factory) -> dict[str, str]:
+    """All at once, since there may be several processors: what simt_broken says of each."""
+    library = build("_simt.so")
+    folder = tmp_path_factory.mktemp("kernels")
+
+    def make(number: int) -> Path:
+        broken = BROKEN[number]
+        return compile_again(library, broken.op, changed_copy(broken, folder / str(number)))
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        libraries = list(threads.map(make, range(len(BROKEN))))
+        nothing = Broken(UNBROKEN, "verify_tree", "verify_tree.cu", "ballot(match)", "ballot(match)")
+        libraries.append(compile_again(library, nothing.op, changed_copy(nothing, folder / UNBROKEN)))
+    given = [[broken.op, str(path)] for broken, path in zip([*BROKEN, nothing], libraries, strict=True)]
+    given += [[op, str(library / "_simt.so")] for op in dict.fromkeys(broken.op for broken in BROKEN)]
+    names = [*(broken.why for broken in BROKEN), UNBROKEN, *(f"{UNBROKEN} {op}" for op, _ in given[len(BROKEN) + 1 :])]
+    tests = Path(__file__).parent.parent
+    command = [sys.executable, tests / "simt_broken.py", *(part for pair in given for part in pair)]
+    path = os.pathsep.join([str(tests), *sys.path])
+    printed = run(command, env=os.environ | {"PYTHONPATH": path}, cwd=folder)
+    return dict(zip(names, printed.strip().splitlines(), strict=True))
+
+
+@pytest.mark.parametrize("why", [broken.why for broken in BROKEN])
+def test_broken_is_found(why, verdicts):
+    assert verdicts[why].startswith("wrong: ")
+
+
+def test_unbroken_is_not(verdicts):
+    """A copy that was compiled and linked in the same way, and every op that has a broken copy as it is."""
+    unbroken = {name: verdict for name, verdict in verdicts.items() if name.startswith(UNBROKEN)}
+    assert len(unbroken) > 1 and set(unbroken.values()) == {"right"}
