@@ -32,7 +32,7 @@ from simt_library import Emulation
 
 from cerberus_ext import reference
 
-SEEDS = 12
+SEEDS = 6
 SECONDS = 60  # of one library
 
 
