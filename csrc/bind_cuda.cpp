@@ -49,7 +49,7 @@ void check_at_most(const char* op, const char* argument, const char* what, int64
 // Two blocks for each multiprocessor of the current device: with one, a block that waits for its loads would
 // leave its multiprocessor idle.
 int64_t draft_topk_parts() {
-  DeviceLimits limits;
+  DeviceLimits limits = {};
   check_launch("draft_topk", device_limits(limits));
   return 2 * static_cast<int64_t>(limits.multiprocessors);
 }
@@ -91,7 +91,7 @@ Tensor tree_attention(const Tensor& q, const Tensor& keys, const Tensor& values,
   const OnDevice device(q);
   const TreeAttentionCall call = prepare_tree_attention(
       q, keys, values, length, ancestors, scale, window, [](const TreeAttentionArgs& args) {
-        DeviceLimits limits;
+        DeviceLimits limits = {};
         check_launch("tree_attention", device_limits(limits));
         return tree_attention_splits(args, limits.multiprocessors);
       });

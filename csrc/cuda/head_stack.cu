@@ -152,7 +152,7 @@ cudaError_t head_stack_cuda(const HeadStackArgs& a, cudaStream_t stream) {
       [&](auto product) {
         using Product = decltype(product);
         const auto kernel = head_stack_kernel<Product>;
-        DeviceLimits limits;
+        DeviceLimits limits = {};
         cudaError_t error = device_limits(limits);
         if (error != cudaSuccess) return error;
         const int64_t tiles = a.heads * divide_up(a.size, kTileRows);

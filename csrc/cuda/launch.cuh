@@ -68,7 +68,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, cudaStream_
 template <typename... Parameters>
 cudaError_t resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shared_bytes,
                             int64_t& blocks) {
-  DeviceLimits limits;
+  DeviceLimits limits = {};
   if (const cudaError_t error = device_limits(limits); error != cudaSuccess) return error;
   int each = 0;
   const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads,
