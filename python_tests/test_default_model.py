@@ -41,11 +41,15 @@ def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     assert default_model.cache_dir() == Path.home() / ".cache" / "cerberus_ext"
 
 
-def test_default_dtype_is_bfloat16_only_where_the_cpu_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_dtype_is_bfloat16_where_the_cpu_or_this_package_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.ops.cerberus_ext, "cpu_isa", lambda: "portable")
     assert default_model.default_dtype() is torch.float32
     assert default_model.default_dtype("cuda") is torch.bfloat16
+    monkeypatch.setattr(torch.ops.cerberus_ext, "cpu_isa", lambda: "avx2")
+    assert default_model.default_dtype("cpu") is torch.bfloat16
+    monkeypatch.setattr(torch.ops.cerberus_ext, "cpu_isa", lambda: "portable")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert default_model.default_dtype("cpu") is torch.bfloat16
 
