@@ -25,8 +25,7 @@ namespace simt {
 constexpr int kWarpLanes = 32;
 constexpr int kMaxBlockThreads = 1024;
 
-// --- for kernels, through the stand-ins
-// -------------------------------------------------------------------------
+// ---------------------------------------------------------------- for kernels, through the stand-ins
 
 // What all lanes of a warp do together. All have to call the same.
 enum class Collective { kSyncWarp, kShuffle, kVote, kMultiply, kLoadMatrices };
@@ -54,8 +53,7 @@ void allow_next_launch();
 // Ends the launch with an error that names the kernel, the block and the thread.
 [[noreturn]] void fail(const std::string& what);
 
-// --- for launches
-// ------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------- for launches
 
 // The emulated device. Small, so that little work fills it.
 struct Device {
