@@ -46,12 +46,11 @@ void check_at_most(const char* op, const char* argument, const char* what, int64
                            " <= " + std::to_string(limit) + " on CUDA, got " + std::to_string(size));
 }
 
-// Two blocks for each multiprocessor of the current device: with one, a block that waits for its loads would
-// leave its multiprocessor idle.
-int64_t draft_topk_parts() {
+// Of the current device.
+int64_t multiprocessors(const char* op) {
   DeviceLimits limits = {};
-  check_launch("draft_topk", device_limits(limits));
-  return 2 * static_cast<int64_t>(limits.multiprocessors);
+  check_launch(op, device_limits(limits));
+  return limits.multiprocessors;
 }
 
 Tensor hidden_entropy(const Tensor& hidden) {
@@ -71,7 +70,8 @@ Tensor head_stack(const Tensor& hidden, const Tensor& anchor, const Tensor& weig
 
 std::tuple<Tensor, Tensor> draft_topk(const Tensor& states, const Tensor& projection, int64_t guesses) {
   const OnDevice device(states);
-  const DraftTopkCall call = prepare_draft_topk(states, projection, guesses, draft_topk_parts());
+  const DraftTopkCall call =
+      prepare_draft_topk(states, projection, guesses, draft_topk_parts(multiprocessors("draft_topk")));
   check_at_most("draft_topk", "states", "D", kMaxRowStates, call.args.size);
   check_launch("draft_topk", draft_topk_cuda(call.args, device.stream()));
   return {call.ids, call.logprobs};
@@ -91,9 +91,7 @@ Tensor tree_attention(const Tensor& q, const Tensor& keys, const Tensor& values,
   const OnDevice device(q);
   const TreeAttentionCall call = prepare_tree_attention(
       q, keys, values, length, ancestors, scale, window, [](const TreeAttentionArgs& args) {
-        DeviceLimits limits = {};
-        check_launch("tree_attention", device_limits(limits));
-        return tree_attention_splits(args, limits.multiprocessors);
+        return tree_attention_splits(args, multiprocessors("tree_attention"));
       });
   check_at_most("tree_attention", "q", "E", kMaxHeadSize, call.args.head_size);
   check_launch("tree_attention", tree_attention_cuda(call.args, device.stream()));

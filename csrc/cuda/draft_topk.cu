@@ -164,6 +164,10 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
 
 }  // namespace
 
+// Two blocks for each multiprocessor: with one, a block that waits for its loads would leave its
+// multiprocessor idle.
+int64_t draft_topk_parts(int64_t multiprocessors) { return 2 * multiprocessors; }
+
 cudaError_t draft_topk_cuda(const DraftTopkArgs& a, cudaStream_t stream) {
   if (a.rows == 0) return cudaSuccess;
   int parts = 0;

@@ -19,6 +19,10 @@ constexpr int64_t kMaxRowStates = 1 << 25;      // head_stack: K * D; draft_topk
 constexpr int64_t kMaxHeadSize = 256;           // tree_attention: E
 constexpr int64_t kMaxVerifyNodes = 32768;      // verify_tree: N
 
+// Into how many pieces draft_topk splits the vocabulary on a device with so many multiprocessors:
+// DraftTopkArgs::parts.
+int64_t draft_topk_parts(int64_t multiprocessors);
+
 // Into how many pieces tree_attention splits the slots of such a call, so that a device with so many
 // multiprocessors is busy: TreeAttentionArgs::splits. Needs the sizes and the pointers to q, keys and values.
 int64_t tree_attention_splits(const TreeAttentionArgs& a, int64_t multiprocessors);

@@ -8,7 +8,6 @@
 #include <string>
 #include <tuple>
 
-#include "cuda/device.h"
 #include "cuda/kernels.h"
 #include "prepare.h"
 #include "simt/emulator.h"
@@ -32,12 +31,6 @@ void run(const char* op, Enqueue enqueue) {
   }
 }
 
-int64_t draft_topk_parts() {
-  DeviceLimits limits = {};
-  device_limits(limits);
-  return 2 * static_cast<int64_t>(limits.multiprocessors);
-}
-
 Tensor hidden_entropy(const Tensor& hidden) {
   const HiddenEntropyCall call = prepare_hidden_entropy(hidden);
   run("hidden_entropy", [&](cudaStream_t stream) { return hidden_entropy_cuda(call.args, stream); });
@@ -51,7 +44,8 @@ Tensor head_stack(const Tensor& hidden, const Tensor& anchor, const Tensor& weig
 }
 
 std::tuple<Tensor, Tensor> draft_topk(const Tensor& states, const Tensor& projection, int64_t guesses) {
-  const DraftTopkCall call = prepare_draft_topk(states, projection, guesses, draft_topk_parts());
+  const DraftTopkCall call =
+      prepare_draft_topk(states, projection, guesses, draft_topk_parts(simt::device().multiprocessors));
   run("draft_topk", [&](cudaStream_t stream) { return draft_topk_cuda(call.args, stream); });
   return {call.ids, call.logprobs};
 }
@@ -67,9 +61,7 @@ Tensor tree_attention(const Tensor& q, const Tensor& keys, const Tensor& values,
                       const Tensor& ancestors, double scale, int64_t window) {
   const TreeAttentionCall call = prepare_tree_attention(
       q, keys, values, length, ancestors, scale, window, [](const TreeAttentionArgs& args) {
-        DeviceLimits limits = {};
-        device_limits(limits);
-        return tree_attention_splits(args, limits.multiprocessors);
+        return tree_attention_splits(args, simt::device().multiprocessors);
       });
   run("tree_attention", [&](cudaStream_t stream) { return tree_attention_cuda(call.args, stream); });
   return call.output;
