@@ -29,6 +29,7 @@ REQUIREMENTS = [
     "gguf",
     "safetensors",
     "huggingface_hub>=1",
+    "matplotlib",
     "tqdm",
     "typer",
 ]

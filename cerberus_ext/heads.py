@@ -121,7 +121,7 @@ class CerberusHeads(
     def forward(self, hidden: Tensor, anchor: Tensor) -> Tensor:
         """hidden, anchor (B, D) of the heads' dtype -> states (B, K, D), without a gradient.
 
-        `distill.head_states` computes the same with one.
+        `training.distill.head_states` computes the same with one.
         """
         return ops.head_stack(hidden, anchor, self.weight.detach(), self.bias.detach())
 

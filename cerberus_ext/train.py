@@ -1,7 +1,7 @@
 """Trains heads for a frozen base model on its own answers; `cerberus train` is the same from the shell.
 
-    stage 1  hidden states of every answer, computed once into a cache folder    training_data.py
-    stage 2  AdamW on KL(base model at position i + k || head k at position i)   trainer.py, distill.py
+    stage 1  hidden states of every answer, computed once into a cache folder    training/data.py
+    stage 2  AdamW on KL(base model at position i + k || head k at position i)   training/trainer.py, distill.py
     output   a folder for `CerberusHeads.from_pretrained`, with training.json: how the heads were made
 
 The folder is complete after every measurement, with the best heads so far. A run that was killed goes on from
@@ -16,9 +16,9 @@ from typing import Any
 from torch import nn
 
 from .heads import output_matrix
-from .trainer import Trainer, TrainOptions
-from .training_data import load_training_data
-from .training_record import record
+from .training.data import load_training_data
+from .training.record import record
+from .training.trainer import Trainer, TrainOptions
 
 __all__ = ["TrainOptions", "train"]
 

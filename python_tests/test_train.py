@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from tiny_llama import VOCAB, make_llama
 from transformers import LlamaForCausalLM
 
-from cerberus_ext import reference, training_data
-from cerberus_ext.distill import distillation, frequent_tokens, head_states, learning_rate
+from cerberus_ext import reference
 from cerberus_ext.heads import CerberusHeads
 from cerberus_ext.simulate import ABSENT, best_paths, conditional_accuracy, tokens_per_step
 from cerberus_ext.train import train
-from cerberus_ext.trainer import Trainer, TrainOptions
-from cerberus_ext.training_data import load_training_data, read_answers
+from cerberus_ext.training import data as data_module
+from cerberus_ext.training.data import load_training_data, read_answers
+from cerberus_ext.training.distill import distillation, frequent_tokens, head_states, learning_rate
+from cerberus_ext.training.trainer import Trainer, TrainOptions
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +169,9 @@ def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
 def test_hidden_states_are_the_ones_that_produce_the_answer(
     tmp_path: Path, answers: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_data, "SHARD_LINES", 16)
+    monkeypatch.setattr(data_module, "SHARD_LINES", 16)
     monkeypatch.setattr(
-        training_data, "FORWARD_TOKENS", 90
+        data_module, "FORWARD_TOKENS", 90
     )  # several lines a forward, several forwards a shard
     data = load_training_data(llama, answers, tmp_path)
     assert sorted(file.name for file in tmp_path.glob("*.safetensors")) == [
@@ -191,7 +192,7 @@ def test_hidden_states_are_the_ones_that_produce_the_answer(
 def test_cached_states_are_used_and_missing_ones_computed(
     tmp_path: Path, answers: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_data, "SHARD_LINES", 16)
+    monkeypatch.setattr(data_module, "SHARD_LINES", 16)
     data = load_training_data(llama, answers, tmp_path)
     kept = (tmp_path / "hidden-00000.safetensors").stat().st_mtime_ns
     (tmp_path / "hidden-00001.safetensors").unlink()
@@ -216,8 +217,8 @@ def test_states_without_a_record_are_checked(tmp_path: Path, answers: Path, llam
 
     (tmp_path / "cache.json").unlink()
     shard = tmp_path / "hidden-00000.safetensors"
-    hidden = training_data.load_file(shard)["hidden"]
-    training_data.write_shard(shard, hidden.flip(0).contiguous())
+    hidden = data_module.load_file(shard)["hidden"]
+    data_module.write_shard(shard, hidden.flip(0).contiguous())
     with pytest.raises(ValueError, match="hidden-00000.safetensors has no cache.json and does not hold"):
         load_training_data(llama, answers, tmp_path)
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from .heads import fingerprint, output_matrix
+from ..heads import fingerprint, output_matrix
 
 SHARD_LINES = 256
 FORWARD_TOKENS = 2048  # tokens, padding included, in one forward: enough rows for GEMMs to run at full speed

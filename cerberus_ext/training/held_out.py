@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .simulate import ABSENT, RankPath, best_paths, conditional_accuracy, tokens_per_step
-from .training_data import TrainingData
+from ..simulate import ABSENT, RankPath, best_paths, conditional_accuracy, tokens_per_step
+from .data import TrainingData
 
 GUESSES = 16  # ranks that trees may use and that the stored accuracies cover
 TREE_SIZES = (16, 32, 64)

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ..heads import CerberusConfig, CerberusHeads, fingerprint, input_matrix, output_matrix
+from .data import TrainingData
 from .distill import distillation, frequent_tokens, head_states, learning_rate
-from .heads import CerberusConfig, CerberusHeads, fingerprint, input_matrix, output_matrix
 from .held_out import BEST_SIZE, HeldOut
-from .training_data import TrainingData
-from .training_record import RECORD_FILE, record
+from .record import RECORD_FILE, record
 
 SEGMENT = 8  # consecutive positions drawn together: they share teacher rows, 8 + K - 1 instead of 8 * K
 CHECKPOINT_FILE = "checkpoint.safetensors"

@@ -1,0 +1,97 @@
+"""`cerberus generate`: an answer, streamed, and how fast it came."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .shared import (
+    PACKAGED_HEADS,
+    Device,
+    DTypeName,
+    Model,
+    Threads,
+    dtype_of,
+    encode,
+    fail,
+    load_base,
+    load_heads,
+    quiet_transformers,
+)
+
+if TYPE_CHECKING:
+    from ..compare import Comparison
+    from ..stats import DecodeOutput
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The question. Read from standard input if left out.")] = None,
+    model: Model = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Packaged name, local folder or Hub id. Default: those of the default model.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    tree_size: Annotated[
+        int | None, typer.Option(min=2, help="Nodes of the draft tree, root included. Default: see `cerberus info`.")
+    ] = None,
+    compare: Annotated[bool, typer.Option(help="Measure plain decoding, too, and print the speed-up.")] = False,
+    raw: Annotated[bool, typer.Option(help="Give the prompt as it is, without the chat template.")] = False,
+    dtype: DTypeName = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Answers PROMPT, streaming, then says how fast it was."""
+    text = _read_prompt(prompt)
+    if model is not None and heads is None:
+        fail("--heads: the packaged heads fit the default model only; name heads trained for this --model")
+    import torch
+    from transformers import TextStreamer
+
+    import cerberus_ext
+
+    from ..tree import default_tree
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    quiet_transformers()
+    base, tokenizer = load_base(model, dtype_of(dtype), device)
+    trained = load_heads(heads or PACKAGED_HEADS, base)
+    ids = encode(tokenizer, text, raw).to(base.device)
+    tree = None
+    if tree_size is not None:
+        tree = default_tree(trained, base.device, tree_size)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tree": tree}
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    output = cerberus_ext.decode(base, trained, ids, streamer=streamer, **options)
+    comparison = None
+    if compare:
+        from ..compare import compare_with_plain
+
+        comparison = compare_with_plain(base, trained, ids, **options)
+    typer.echo(summary(output, comparison))
+
+
+def summary(output: DecodeOutput, comparison: Comparison | None) -> str:
+    """One line: tokens/s, tokens a step and, where it was measured, the speed-up over plain decoding."""
+    stats = output.stats
+    speed = stats.tokens_per_second if comparison is None else comparison.tokens_per_second
+    line = f"[{stats.new_tokens} tokens, {speed:.1f} tokens/s, {stats.tokens_per_step:.2f} tokens a step"
+    if comparison is not None:
+        same = "same output" if comparison.same_output else "OUTPUT DIFFERS"
+        line += (
+            f"; plain decoding {comparison.plain_tokens_per_second:.1f} tokens/s: "
+            f"speed-up {comparison.speed_up:.2f}x, {same}"
+        )
+    return line + "]"
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is None:
+        if sys.stdin.isatty():
+            fail('no prompt: write cerberus generate "your question", or pipe it in')
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        fail("the prompt is empty")
+    return prompt

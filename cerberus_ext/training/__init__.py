@@ -1,0 +1,1 @@
+"""The parts of `cerberus_ext.train`, which is what users call."""
