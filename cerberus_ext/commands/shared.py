@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -64,13 +64,9 @@ def load_heads(name: str, base: PreTrainedModel) -> CerberusHeads:
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool) -> torch.Tensor:
     """Token ids of the prompt, (1, S), with the chat template where the tokenizer has one."""
-    if raw or tokenizer.chat_template is None:
-        return tokenizer(text, return_tensors="pt").input_ids
-    messages = [{"role": "user", "content": text}]
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    return encoded.input_ids
+    from ..prompts import encode_chat
+
+    return tokenizer(text, return_tensors="pt").input_ids if raw else encode_chat(tokenizer, [text])
 
 
 def quiet_transformers() -> None:
