@@ -29,7 +29,7 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     limit: at most so many, from the beginning; None: all. A line without a question_id is known by its number.
     Raises ValueError, naming the line, on anything else, and on a file without a question.
     """
-    questions = []
+    questions: list[Question] = []
     with path.open(encoding="utf-8") as file:
         for number, text in enumerate(file, start=1):
             if not text.strip():
