@@ -72,8 +72,7 @@ class CerberusConfig:
             )
         if self.accuracy is not None and len(self.accuracy) != self.num_heads:
             raise ValueError(
-                f"CerberusConfig: accuracy must have one row per head ({self.num_heads}),"
-                f" got {len(self.accuracy)}"
+                f"CerberusConfig: accuracy must have one row per head ({self.num_heads}), got {len(self.accuracy)}"
             )
 
     @classmethod
@@ -102,10 +101,13 @@ class CerberusHeads(
     bias          (L, K, D)
     anchor_scale  ()    what the root's embedding is multiplied by; only with anchor="root" and chained
     draft_vocab   (Vd,) int64, ascending token ids; only when config.draft_vocab is set
+
+    folder: where they were loaded from, None where that is no folder.
     """
 
     anchor_scale: nn.Parameter | None
     draft_vocab: Tensor | None
+    folder: Path | None = None
 
     def __init__(self, config: CerberusConfig) -> None:
         super().__init__()
@@ -193,10 +195,7 @@ class CerberusHeads(
         if Path(model_id).is_dir():
             file = str(Path(model_id) / WEIGHTS_FILE)
         else:
-            hub = {
-                key: kwargs[key]
-                for key in ("revision", "cache_dir", "force_download", "token", "local_files_only")
-            }
+            hub = {key: kwargs[key] for key in ("revision", "cache_dir", "force_download", "token", "local_files_only")}
             file = hf_hub_download(repo_id=model_id, filename=WEIGHTS_FILE, **hub)
         tensors = load_file(file)
         heads = cls(config)
@@ -210,6 +209,7 @@ class CerberusHeads(
                 )
         heads.to(tensors["weight"].dtype)
         heads.load_state_dict(tensors)
+        heads.folder = Path(model_id).resolve() if Path(model_id).is_dir() else None
         return heads.eval().requires_grad_(False)
 
 
@@ -227,9 +227,7 @@ class Drafter:
         self.weight = heads.weight.detach().to(self.device)
         self.bias = heads.bias.detach().to(self.device)
         self.embeddings = embeddings.detach()
-        self.anchor_scale = (
-            None if heads.anchor_scale is None else heads.anchor_scale.detach().to(self.device)
-        )
+        self.anchor_scale = None if heads.anchor_scale is None else heads.anchor_scale.detach().to(self.device)
         self.draft_vocab = None if heads.draft_vocab is None else heads.draft_vocab.to(self.device)
         rows = lm_head.detach() if self.draft_vocab is None else lm_head.detach()[self.draft_vocab]
         self.projection = rows.to(self.dtype).contiguous()
@@ -275,9 +273,7 @@ class Drafter:
         log-probabilities within the draft vocabulary (B, K, guesses) float32.
         """
         if not 1 <= guesses <= self.projection.shape[0]:
-            raise ValueError(
-                f"Drafter.draft: guesses must be in 1..{self.projection.shape[0]}, got {guesses}"
-            )
+            raise ValueError(f"Drafter.draft: guesses must be in 1..{self.projection.shape[0]}, got {guesses}")
         ids, logprobs = ops.draft_topk(self.states(hidden, root), self.projection, guesses)
         return (ids if self.draft_vocab is None else self.draft_vocab[ids]), logprobs
 
@@ -291,9 +287,7 @@ def output_matrix(model: Any) -> Tensor:
     """The (V, D) matrix of the LM head. Heads guess through a plain product with it, so a bias is refused."""
     layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if layer is None:
-        raise ValueError(
-            f"CerberusHeads: the model must be a causal LM with an LM head, got {type(model).__name__}"
-        )
+        raise ValueError(f"CerberusHeads: the model must be a causal LM with an LM head, got {type(model).__name__}")
     if getattr(layer, "bias", None) is not None:
         raise ValueError("CerberusHeads: the model's LM head must have no bias, got one")
     return layer.weight

@@ -1,44 +1,61 @@
 """Trains heads for a frozen base model on its own answers; `cerberus train` is the same from the shell.
 
-    stage 1  hidden states of every answer, computed once into a cache folder    training/data.py
-    stage 2  AdamW on KL(base model at position i + k || head k at position i)   training/trainer.py, distill.py
-    output   a folder for `CerberusHeads.from_pretrained`, with training.json: how the heads were made
+    stage 1  data      the model answers questions, or writes both        training/self_distill.py
+    stage 2  training  AdamW on KL(base model at position i + k || head k at position i)    training/trainer.py
+    stage 3  record    training.json, curves.png and the model card       training/record.py
+    output   a folder for `CerberusHeads.from_pretrained`
 
-The folder is complete after every measurement, with the best heads so far. A run that was killed goes on from
-its last checkpoint when it is started again with the same arguments, and ends with the weights that it would
-have had.
+The folder is complete after every measurement, with the best heads so far. A run that was killed goes on where it was
+when it is started again with the same arguments, and ends with the data and the weights that it would have had.
+Started by `accelerate launch` or `torchrun`, several processes share both stages' work.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from .heads import output_matrix
-from .training.data import load_training_data
-from .training.record import record
-from .training.trainer import Trainer, TrainOptions
+from .training.options import TrainOptions
+from .training.processes import Processes
+from .training.record import finish_record
+from .training.self_distill import load_data
+from .training.start import heads_config, trained_heads
+from .training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["TrainOptions", "train"]
 
 
-def train(model: nn.Module, options: TrainOptions) -> dict[str, Any]:
+def train(
+    model: nn.Module, options: TrainOptions, tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, Any] | None:
     """Trains heads for `model`, a transformers causal LM, and writes the best of them to options.output.
 
-    The model is only read; training runs in float32 on its device. Returns the record, as written to
-    training.json.
-    Raises ValueError on a model in training mode and on options, data, a cache or a checkpoint that do not
+    The model is only read, and decides the device and the dtype of the products. tokenizer: its own; needed unless
+    options.data is given. Returns the record, as written to training.json; None in all but the main process of several.
+    Raises ValueError on a model in training mode or float16 and on options, data, a cache or a checkpoint that do not
     fit, FloatingPointError when the loss is no number.
     """
+    check(model, options)
+    with Processes() as processes:
+        answers, made = load_data(model, tokenizer, options, processes)
+        trainer = Trainer(model, answers, options, processes, made)
+        trainer.run()
+        return finish_record(trainer) if processes.main else None
+
+
+def check(model: nn.Module, options: TrainOptions) -> None:
+    """Refuses what can be refused before the first stage, which may take hours."""
     if model.training:
         raise ValueError("train: model must be in evaluation mode, got one in training mode")
-    vocab_size = output_matrix(model).shape[0]
-    if options.draft_vocab > vocab_size:
-        raise ValueError(
-            f"train: draft_vocab must be at most the vocabulary, {vocab_size}, got {options.draft_vocab}"
-        )
-    data = load_training_data(model, options.data, options.cache or options.output / "hidden")
-    trainer = Trainer(model, data, options)
-    trainer.run()
-    return record(trainer)
+    dtype = output_matrix(model).dtype
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"train: model must be float32 or bfloat16, got {str(dtype).removeprefix('torch.')}")
+    config = heads_config(model, options)
+    if options.init is not None:
+        trained_heads(options.init, config)

@@ -46,7 +46,7 @@ def load_base(
         fail(f"--model: {error}")
 
 
-def load_heads(name: str, base: PreTrainedModel) -> CerberusHeads:
+def load_heads(name: str, base: PreTrainedModel, option: str = "--heads") -> CerberusHeads:
     from ..default_model import HUB_ID
     from ..heads import CerberusHeads
 
@@ -59,7 +59,7 @@ def load_heads(name: str, base: PreTrainedModel) -> CerberusHeads:
         heads.bind(base)
         return heads
     except (OSError, ValueError) as error:
-        fail(f"--heads: {error}")
+        fail(f"{option}: {error}")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool) -> torch.Tensor:

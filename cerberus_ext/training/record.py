@@ -1,40 +1,58 @@
-"""training.json: how heads were made."""
+"""How heads were made: training.json, curves.png and README.md, the model card, in the output folder."""
 
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
+from ..info import cpu_name
+from .curves import draw_curves
+from .estimate import coverage
+from .files import write_json, write_text
 from .held_out import BEST_SIZE
+from .model_card import model_card
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
 RECORD_FILE = "training.json"
+CURVES_FILE = "curves.png"
+CARD_FILE = "README.md"
+
+
+def write_record(trainer: Trainer) -> dict[str, Any]:
+    """Writes training.json and the model card, in the main process, and returns the record."""
+    output = trainer.options.output
+    result = record(trainer)
+    write_json(output / RECORD_FILE, result)
+    write_text(output / CARD_FILE, model_card(result, trainer.heads.config))
+    return result
+
+
+def finish_record(trainer: Trainer) -> dict[str, Any]:
+    """As `write_record`, and the curves, which take longer to draw."""
+    draw_curves(trainer.curve, trainer.options.output / CURVES_FILE)
+    return write_record(trainer)
 
 
 def record(trainer: Trainer) -> dict[str, Any]:
     """How the heads were made so far; names no folder of the machine."""
-    data, train_rows = trainer.data, trainer.train_rows
-    known = trainer.draft_index >= 0
     kept = max(trainer.curve, key=lambda point: point["tokens_per_step"][BEST_SIZE], default=None)
     return {
         "options": trainer.options.numbers(),
         "data": {
-            "sha256": data.sha256,
-            "lines": len(data.greedy),
-            "training_positions": train_rows,
-            "held_out_positions": len(data.tokens) - train_rows,
-            "draft_vocab_coverage": {
-                "training": round(known[data.tokens[:train_rows]].double().mean().item(), 4),
-                "held_out": round(known[data.tokens[train_rows:]].double().mean().item(), 4),
-            },
+            **trainer.made,
+            **trainer.answers.describe(),
+            "training_positions": len(trainer.tokens),
+            "held_out_positions": len(trainer.held_tokens),
+            "draft_vocab_coverage": coverage(trainer),
         },
         "lm_head_fingerprint": trainer.heads.config.lm_head_fingerprint,
+        "dtype": str(trainer.dtype).removeprefix("torch."),
+        "processes": trainer.processes.count,
         "parameters": sum(parameter.numel() for parameter in trainer.heads.parameters()),
         "steps": trainer.step,
         "positions_trained": trainer.step * trainer.options.batch,
@@ -55,13 +73,4 @@ def machine(device: torch.device) -> str:
     """The processor that did the work, as its maker calls it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        named = [
-            line.split(":", 1)[1].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        name = named[0] if named else name
-    return f"{name}, threads: {torch.get_num_threads()}"
+    return f"{cpu_name()}, threads: {torch.get_num_threads()}"

@@ -1,212 +1,203 @@
-"""The training loop: batches, optimizer, checkpoints. `train.train` is what users call."""
+"""The training loop: batches, optimizer, measurements. `train.train` is what users call."""
 
 from __future__ import annotations
 
-import json
+import shutil
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..heads import CerberusConfig, CerberusHeads, fingerprint, input_matrix, output_matrix
-from .data import TrainingData
-from .distill import distillation, frequent_tokens, head_states, learning_rate
-from .held_out import BEST_SIZE, HeldOut
-from .record import RECORD_FILE, record
+from ..heads import CONFIG_FILE, WEIGHTS_FILE, CerberusHeads, input_matrix, output_matrix
+from .answers import Answers
+from .batch import Batch, cut
+from .checkpoint import digest, load_checkpoint, save_checkpoint
+from .distill import counted, distillation, head_states, learning_rate
+from .estimate import state_estimate
+from .files import write_tensors
+from .held_out import BEST_SIZE, MOST_LINES, HeldOut
+from .hidden_cache import STORED_BYTES, HiddenCache
+from .options import SEGMENT, TrainOptions
+from .positions import Positions, answer_ids, pieces
+from .processes import Processes
+from .record import write_record
+from .start import start_heads
+from .states import StateSource
+from .windows import Windows
 
-SEGMENT = 8  # consecutive positions drawn together: they share teacher rows, 8 + K - 1 instead of 8 * K
-CHECKPOINT_FILE = "checkpoint.safetensors"
-OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq", "step")
-PATHS = ("data", "output", "cache")  # options that say where, not what
-
-
-@dataclass
-class TrainOptions:
-    """What `train` is asked to do.
-
-    data         JSONL of {"p": prompt ids, "r": answer ids, "t": temperature (optional)}
-    output       folder for the heads
-    cache        folder for the hidden states; None: "hidden" inside output
-    base_model   the model's name, for the record
-    heads, layers, anchor, chained    see CerberusConfig
-    draft_vocab  rows of the LM head to project to, those of the most frequent tokens; 0: all
-    batch        positions a step, a multiple of SEGMENT
-    lr, warmup   highest learning rate, and steps until it is reached; then a cosine
-    head_decay   head k counts head_decay ** (k - 1) in the loss
-    clip         largest norm of the gradient
-    held_out     share of the lines, the last ones, that only measure
-    eval_every   steps between measurements, each with a checkpoint
-    seed         of the order of the data
-    """
-
-    data: Path
-    output: Path
-    cache: Path | None = None
-    base_model: str = "unknown"
-    heads: int = 4
-    layers: int = 2
-    anchor: str = "root"
-    chained: bool = True
-    draft_vocab: int = 8192
-    steps: int = 4000
-    batch: int = 256
-    lr: float = 5e-4
-    warmup: int = 100
-    head_decay: float = 0.8
-    clip: float = 1.0
-    held_out: float = 0.02
-    eval_every: int = 250
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        positive, natural = ("heads", "layers", "steps", "eval_every"), ("draft_vocab", "warmup")
-        for name in positive + natural:
-            least = 1 if name in positive else 0
-            if getattr(self, name) < least:
-                raise ValueError(f"train: {name} must be >= {least}, got {getattr(self, name)}")
-        if self.batch < SEGMENT or self.batch % SEGMENT:
-            raise ValueError(f"train: batch must be a positive multiple of {SEGMENT}, got {self.batch}")
-        for name in ("lr", "clip", "head_decay"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"train: {name} must be > 0, got {getattr(self, name)}")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"train: held_out must be between 0 and 1, got {self.held_out}")
-
-    def numbers(self) -> dict[str, Any]:
-        """The options that decide what comes out."""
-        return {key: value for key, value in asdict(self).items() if key not in PATHS}
+PARTIAL_HEADS = "heads.partial"
+INDEX_BYTES = 3 * 8  # of a position, for its token, its line and how many follow
 
 
 class Trainer:
-    """One run: heads, optimizer, how far it got. The model is only read."""
+    """One run: heads, optimizer, how far it got. The model is only read.
 
-    def __init__(self, model: nn.Module, data: TrainingData, options: TrainOptions) -> None:
-        self.options, self.data = options, data
-        lm_head, embeddings = output_matrix(model).detach().float(), input_matrix(model).detach().float()
-        self.device = lm_head.device
-        self.embeddings = embeddings
-        self.train_rows = self.first_held_out_row()
+    Products are computed in the model's dtype; parameters, their gradients, the optimizer and the loss are float32.
+    Among several processes each does a share of every step; the main one alone measures, writes and tells.
+    made: how the answers came about, for the record.
+    """
 
-        vocab_size, size = lm_head.shape
-        draft_vocab = None if options.draft_vocab in (0, vocab_size) else options.draft_vocab
-        config = CerberusConfig(
-            base_model=options.base_model,
-            hidden_size=size,
-            vocab_size=vocab_size,
-            num_heads=options.heads,
-            num_layers=options.layers,
-            anchor=options.anchor,
-            chained=options.chained,
-            draft_vocab=draft_vocab,
-            lm_head_fingerprint=fingerprint([output_matrix(model)]),
-        )
-        self.heads = CerberusHeads(config).to(self.device)
-        ids = torch.arange(vocab_size)
-        if self.heads.draft_vocab is not None:
-            ids = frequent_tokens(data.tokens[: self.train_rows], len(self.heads.draft_vocab), vocab_size)
-            self.heads.draft_vocab.copy_(ids)
-        self.projection = lm_head if draft_vocab is None else lm_head[self.heads.draft_vocab]
+    def __init__(
+        self, model: nn.Module, answers: Answers, options: TrainOptions, processes: Processes, made: dict[str, Any]
+    ) -> None:
+        self.model, self.answers, self.options, self.processes, self.made = model, answers, options, processes, made
+        lm_head, self.embeddings = output_matrix(model).detach(), input_matrix(model).detach()
+        self.device, self.dtype, (vocab_size, size) = lm_head.device, lm_head.dtype, lm_head.shape
+        if options.batch // SEGMENT < processes.count:
+            least = SEGMENT * processes.count
+            raise ValueError(f"train: batch must be >= {least} for {processes.count} processes, got {options.batch}")
+
+        lines = len(answers.lines)
+        first_held = lines - min(max(1, round(lines * options.held_out)), MOST_LINES)
+        self.training, held = pieces(answers.lines, 0, first_held), pieces(answers.lines, first_held, lines)
+        per_step, row_bytes = options.batch // SEGMENT, size * STORED_BYTES + INDEX_BYTES
+        self.windows = Windows(self.training, options.memory * 1e9, row_bytes, per_step, options.seed)
+        limit = None if options.cache_size is None else options.cache_size * 1e9
+        cache = HiddenCache(options.cache, limit, size, answers) if options.cache else None
+        if cache:
+            processes.from_main(lambda: cache.check(model))
+        self.source = StateSource(model, answers, cache, processes)
+        self.held = self.source.alone(held) if processes.main else None
+
+        self.tokens, self.held_tokens = answer_ids(answers.lines[:first_held]), answer_ids(answers.lines[first_held:])
+        scale = processes.from_main(lambda: rms(self.held.hidden) if self.held else 0.0)
+        self.heads = start_heads(model, options, self.tokens, scale)
+        self.start = digest(self.heads.state_dict())
+        ids = torch.arange(vocab_size) if self.heads.draft_vocab is None else self.heads.draft_vocab
+        self.projection = lm_head if self.heads.draft_vocab is None else lm_head[ids]
         self.draft_index = torch.full((vocab_size,), -1)
-        self.draft_index[ids] = torch.arange(len(ids))
-        if self.heads.anchor_scale is not None:
-            rms = (
-                data.hidden[: self.train_rows : 97].float().square().mean().sqrt()
-                / embeddings.square().mean().sqrt()
-            )
-            self.heads.anchor_scale.data.fill_(rms)
-
+        self.draft_index[ids.cpu()] = torch.arange(len(ids))
         self.optimizer = torch.optim.AdamW(self.heads.parameters(), lr=options.lr, weight_decay=0.0)
-        self.held_out = HeldOut(data, self.train_rows, lm_head, self.projection, self.draft_index)
-        self.order: tuple[int, Tensor] | None = None  # the epoch, and its shuffled segments
+        self.held_out: HeldOut | None = None
+        if self.held:
+            greedy = [line.temperature == 0 for line in answers.lines]
+            self.held_out = HeldOut(self.held, greedy, lm_head, self.projection, self.draft_index)
+
+        self.window: tuple[tuple[int, int], Positions] | None = None  # the epoch's and its number; what is in memory
         self.step = 0
         self.seconds = 0.0
         self.best = -1.0
         self.curve: list[dict[str, Any]] = []
 
-    def first_held_out_row(self) -> int:
-        """Held out are whole lines, the last ones of the file."""
-        lines = int(self.data.lines[-1]) + 1
-        held_lines = max(1, round(lines * self.options.held_out))
-        rows = int((self.data.lines < lines - held_lines).sum())
-        needed = self.options.batch + 2 * SEGMENT
-        if rows < needed:
-            raise ValueError(
-                f"train: data must have at least {needed} answer tokens before the held-out lines, got {rows}"
-            )
-        return rows
-
-    def batch_starts(self, step: int) -> Tensor:
-        """First rows of the segments of a step: every epoch in another order and from another offset, drawn
-        from the seed and the epoch alone, so that a resumed run sees what an uninterrupted one would."""
-        per_step = self.options.batch // SEGMENT
-        segments = self.train_rows // SEGMENT - 1  # one less than fit, which leaves room for the offset
-        epoch, index = divmod(step, segments // per_step)
-        if self.order is None or self.order[0] != epoch:
-            generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + epoch)
-            offset = int(torch.randint(SEGMENT, (), generator=generator))
-            self.order = (epoch, torch.randperm(segments, generator=generator) * SEGMENT + offset)
-        return self.order[1][index * per_step : (index + 1) * per_step]
-
-    def states(self, rows: Tensor) -> Tensor:
-        """Final states (K, N, D) at the rows (N,) of the data."""
-        hidden = self.data.hidden[rows].to(self.device, torch.float32)
-        anchor = hidden
-        if self.heads.anchor_scale is not None:
-            anchor = self.embeddings[self.data.tokens[rows].to(self.device)] * self.heads.anchor_scale
-        return head_states(hidden, anchor, self.heads.weight, self.heads.bias)
-
-    def train_step(self) -> float:
-        """One step of AdamW; returns the loss before it."""
-        options, data = self.options, self.data
-        starts = self.batch_starts(self.step)[:, None]
-        rows = starts + torch.arange(SEGMENT)
-        ahead = starts + torch.arange(1, SEGMENT + options.heads)
-        ahead = ahead.clamp(
-            max=len(data.hidden) - 1
-        )  # rows of another answer, or none: `left` leaves them out
-        teacher = data.hidden[ahead].to(self.device, torch.float32) @ self.projection.T
-        states = self.states(rows.flatten())
-        left = data.left[rows].to(self.device)
-        loss, gradient = distillation(states.detach(), self.projection, teacher, left, options.head_decay)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"train: loss must be finite, got {loss.item()} at step {self.step};"
-                f" a lower lr than {options.lr} may help"
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, options.steps, options.warmup, options.lr)
-        self.optimizer.zero_grad()
-        states.backward(gradient)
-        nn.utils.clip_grad_norm_(self.heads.parameters(), options.clip)
-        self.optimizer.step()
-        self.step += 1
-        return loss.item()
-
     def run(self) -> None:
         """Trains to the last step, from the output folder's checkpoint if it has one."""
         options = self.options
         options.output.mkdir(parents=True, exist_ok=True)
-        if self.load_checkpoint():
-            tqdm.write(f"resuming at step {self.step} of {options.steps}")
-        started, losses = time.perf_counter() - self.seconds, []
-        with tqdm(total=options.steps, initial=self.step, desc="training", unit="step") as bar:
+        if self.processes.main:
+            shutil.rmtree(options.output / PARTIAL_HEADS, ignore_errors=True)  # of a kill in `save_heads`
+        progress = self.processes.from_main(
+            lambda: load_checkpoint(options.output, self.heads, self.optimizer, self.identity())
+        )
+        if progress is not None:
+            if not self.processes.main and not load_checkpoint(
+                options.output, self.heads, self.optimizer, self.identity()
+            ):
+                raise ValueError("train: output must be a folder that every process can read")
+            for key, value in progress.items():
+                setattr(self, key, value)
+            self.processes.say(f"resuming at step {self.step} of {options.steps}")
+        if self.step < options.steps and not self.stale():
+            state_estimate(self)
+            self.loop()
+
+    def loop(self) -> None:
+        options, losses = self.options, list[float]()
+        started = time.perf_counter() - self.seconds
+        with tqdm(
+            total=options.steps, initial=self.step, desc="training", unit="step", disable=not self.processes.main
+        ) as bar:
             while self.step < options.steps:
                 losses.append(self.train_step())
-                bar.set_postfix(loss=f"{losses[-1]:.3f}", tokens_per_step=self.best, refresh=False)
+                best = {"best": f"{self.best:.2f} tokens a step"} if self.best > 0 else {}
+                bar.set_postfix(loss=f"{losses[-1]:.3f}", **best, refresh=False)
                 bar.update()
                 if self.step % options.eval_every == 0 or self.step == options.steps:
                     self.seconds = time.perf_counter() - started
-                    self.measure(sum(losses) / len(losses))
+                    if self.processes.main:
+                        self.measure(sum(losses) / len(losses))
                     losses.clear()
+                    if self.processes.from_main(self.stale):
+                        self.processes.say(
+                            f"stopped at step {self.step}: no better heads in {options.patience} measurements"
+                        )
+                        break
+
+    def train_step(self) -> float:
+        """One step of AdamW; returns the loss before it."""
+        options, count = self.options, self.processes.count
+        epoch, number, index = self.windows.locate(self.step)
+        data = self.positions(epoch, number)
+        starts = self.windows.starts(epoch, number, index)
+        # Every process knows the whole batch's positions, so that its share is weighed as in the whole.
+        counts = counted(data.left[starts[:, None] + torch.arange(SEGMENT)], options.heads)
+        loss = self.backward(cut(data, starts[self.processes.index :: count], options.heads, self.device), counts)
+        if count > 1:
+            self.sum_over_processes(loss)
+        norm = nn.utils.clip_grad_norm_(self.heads.parameters(), options.clip)
+        value = loss.item()
+        if not torch.isfinite(loss + norm):
+            self.abort(value, norm.item(), cut(data, starts, options.heads, self.device))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, options.steps, options.warmup, options.lr)
+        self.optimizer.step()
+        self.step += 1
+        return value
+
+    def backward(self, batch: Batch, counts: Tensor) -> Tensor:
+        """Sets the gradient of the heads' parameters, and returns the loss (). counts: see `distillation`."""
+        options = self.options
+        hidden = batch.hidden[:, :SEGMENT].flatten(0, 1).float()
+        states = self.states(hidden, batch.tokens.flatten())
+        teacher = (batch.hidden[:, 1:].to(self.dtype) @ self.projection.T).float()
+        loss, gradient = distillation(
+            states.detach(), self.projection, teacher, batch.left, counts.to(self.device), options.head_decay
+        )
+        self.optimizer.zero_grad()
+        states.backward(gradient)
+        return loss
+
+    def states(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Final states (K, N, D) float32 where the states `hidden` (N, D) produced `tokens` (N,)."""
+        hidden = hidden.to(self.device, torch.float32)
+        anchor = hidden
+        if self.heads.anchor_scale is not None:
+            anchor = self.embeddings[tokens.to(self.device)].float() * self.heads.anchor_scale
+        return head_states(hidden, anchor, self.heads.weight, self.heads.bias, self.dtype)
+
+    def positions(self, epoch: int, number: int) -> Positions:
+        """A window of the data, from memory if it is the one that is there. Collective where it is not."""
+        key = (0 if self.windows.whole else epoch, number)
+        if self.window is None or self.window[0] != key:
+            self.window = None  # frees the memory for the next one
+            self.window = (key, self.source.together(self.windows.epoch(epoch)[number]))
+        return self.window[1]
+
+    def sum_over_processes(self, loss: Tensor) -> None:
+        """In place: loss and gradients of the whole batch, from those of the shares; one message."""
+        gradients = [parameter.grad for parameter in self.heads.parameters() if parameter.grad is not None]
+        parts = [loss, *gradients]
+        flat = torch.cat([part.flatten() for part in parts])
+        self.processes.sum(flat)
+        for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            part.copy_(summed.view_as(part))
+
+    def abort(self, loss: float, norm: float, batch: Batch) -> NoReturn:
+        """Saves the batch and the parameters that it failed with, and raises."""
+        file = self.options.output / f"failed-step-{self.step}.safetensors"
+        if self.processes.main:
+            tensors = {"hidden": batch.hidden, "tokens": batch.tokens, "left": batch.left, **self.heads.state_dict()}
+            write_tensors(file, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        what, value = ("loss", loss) if loss - loss != 0 else ("the gradient's norm", norm)
+        raise FloatingPointError(
+            f"train: {what} must be finite, got {value} at step {self.step}, whose batch is in {file};"
+            f" a lower lr than {self.options.lr} may help"
+        )
 
     def measure(self, loss: float) -> None:
         """Adds a point to the curve, saves the heads if they are the best so far, writes checkpoint and record."""
+        assert self.held_out is not None  # the main process has it
         result = self.held_out.measure(self.states, self.options.heads)
         point = {
             "step": self.step,
@@ -217,57 +208,45 @@ class Trainer:
             "tokens_per_step": result.tokens_per_step,
         }
         self.curve.append(point)
-        tqdm.write(json.dumps(point))
+        top1 = " ".join(f"{share:.3f}" for share in result.top1)
+        tokens = ", ".join(f"{value:.2f} ({size})" for size, value in result.tokens_per_step.items())
+        tqdm.write(f"step {self.step}: loss {loss:.3f}, top-1 {top1}, tokens a step (tree of) {tokens}")
         if result.tokens_per_step[BEST_SIZE] > self.best:
             self.best = result.tokens_per_step[BEST_SIZE]
             self.heads.config.paths = [list(path) for path in result.paths]
             self.heads.config.accuracy = result.accuracy
-            kept = CerberusHeads(self.heads.config)
-            kept.load_state_dict(self.heads.state_dict())
-            kept.to(torch.bfloat16).save_pretrained(self.options.output)
-        self.save_checkpoint()
-        (self.options.output / RECORD_FILE).write_text(json.dumps(record(self), indent=1) + "\n")
+            self.save_heads()
+        progress = {"step": self.step, "seconds": self.seconds, "best": self.best, "curve": self.curve}
+        save_checkpoint(self.options.output, self.heads, self.optimizer, self.identity(), progress)
+        write_record(self)
+
+    def save_heads(self) -> None:
+        """In bfloat16, into the output folder."""
+        kept = CerberusHeads(self.heads.config)
+        kept.load_state_dict(self.heads.state_dict())
+        folder = self.options.output / PARTIAL_HEADS
+        kept.to(torch.bfloat16).save_pretrained(folder)
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            (folder / name).replace(self.options.output / name)
+        shutil.rmtree(folder)
+
+    def stale(self) -> bool:
+        """Whether the last `patience` measurements brought nothing better."""
+        values = [point["tokens_per_step"][BEST_SIZE] for point in self.curve]
+        return 0 < self.options.patience <= len(values) - 1 - (values.index(max(values)) if values else 0)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be continued."""
         config = self.heads.config
         return {
-            **self.options.numbers(),
-            "data_sha256": self.data.sha256,
+            **self.options.training_numbers(),
+            "memory": None if self.windows.whole else self.options.memory,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "data_sha256": self.answers.sha256,
             "lm_head": config.lm_head_fingerprint,
+            "start": self.start,
         }
 
-    def save_checkpoint(self) -> None:
-        tensors = {}
-        for name, parameter in self.heads.named_parameters():
-            tensors[name] = parameter.detach()
-            tensors.update({f"{name}.{key}": self.optimizer.state[parameter][key] for key in OPTIMIZER_STATE})
-        progress = {"step": self.step, "seconds": self.seconds, "best": self.best, "curve": self.curve}
-        partial = self.options.output / (CHECKPOINT_FILE + ".partial")
-        save_file(
-            tensors, partial, {"identity": json.dumps(self.identity()), "progress": json.dumps(progress)}
-        )
-        partial.replace(
-            self.options.output / CHECKPOINT_FILE
-        )  # a kill leaves the old checkpoint or the new one
 
-    def load_checkpoint(self) -> bool:
-        file = self.options.output / CHECKPOINT_FILE
-        if not file.exists():
-            return False
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata()
-        found = json.loads(metadata["identity"])
-        for key, expected in self.identity().items():
-            if found.get(key) != expected:
-                raise ValueError(
-                    f"train: {key} must be {found.get(key)} to continue {CHECKPOINT_FILE} of the output,"
-                    f" got {expected}; remove the file or choose another output folder"
-                )
-        tensors = load_file(file, device=str(self.device))
-        for name, parameter in self.heads.named_parameters():
-            parameter.data.copy_(tensors[name])
-            self.optimizer.state[parameter] = {key: tensors[f"{name}.{key}"] for key in OPTIMIZER_STATE}
-        for key, value in json.loads(metadata["progress"]).items():
-            setattr(self, key, value)
-        return True
+def rms(rows: Tensor) -> float:
+    return rows.float().square().mean().sqrt().item()

@@ -1,0 +1,197 @@
+"""One shard of the data stage: prompts, and the model's answers to them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from ..base_model import position_limit
+from ..heads import output_matrix
+from ..prompts import Question, encode_chat, read_questions
+from .answers import Answer
+from .estimate import duration, model_bytes, size
+from .files import sha256
+from .options import TrainOptions
+from .own_prompts import PromptWriter, prompt_writer
+from .processes import Processes
+from .sampler import ROOM, Text, write_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPERATURES, TOP_P = (0.0, 0.3, 0.7), 0.95  # answers take turns
+SHARD_BATCHES = 2  # full batches in a shard: what a kill costs at most
+REPETITIVE = (32, 0.1)  # a text of so many tokens is not used where fewer than this share of them are different
+PROBE_STEPS = 8
+
+
+class AnswerWriter:
+    """Writes any shard of the data, from its number alone.
+
+    questions: those of options.prompts; None: the model writes its own. shards: how many there are; None: no end.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: TrainOptions) -> None:
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.prompts_in_shard = SHARD_BATCHES * options.rows
+        self.context = position_limit(model)  # type: ignore[arg-type]
+        self.stop = end_tokens(model, tokenizer)
+        self.questions: list[Question] | None = None
+        self.shards: int | None = None
+        self.own: PromptWriter | None = None
+        if options.prompts is not None:
+            try:
+                self.questions = read_questions(options.prompts)
+            except ValueError as error:
+                raise ValueError(f"train: prompts: {error}") from None
+            self.shards = -(-len(self.questions) // self.prompts_in_shard)
+        else:
+            begin = tokenizer.bos_token_id
+            begin = begin if begin is not None else tokenizer.eos_token_id
+            self.own = prompt_writer(tokenizer, self.stop, begin, self.context // 2)
+
+    @property
+    def source(self) -> str:
+        return (
+            "prompts written by the model" if self.questions is None else f"{len(self.questions)} questions of a file"
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for shards to belong together."""
+        return {
+            "seed": self.options.seed,
+            "max_new_tokens": self.options.max_new_tokens,
+            "rows": self.options.rows,
+            "temperatures": list(TEMPERATURES),
+            "top_p": TOP_P,
+            "dtype": str(output_matrix(self.model).dtype).removeprefix("torch."),
+            "prompts_sha256": sha256([self.options.prompts]) if self.options.prompts else None,
+        }
+
+    def all_tokens(self, shards: int, tokens: int) -> int | None:
+        """Answer tokens there will be when every question is answered, going by those of some shards."""
+        return tokens * self.shards // shards if self.shards and shards else None
+
+    def write(self, number: int, progress: Callable[[int], object]) -> list[Answer]:
+        """Shard `number`, without answers of no use and without prompts that it has twice.
+
+        progress: called with the number of new tokens after every step of the answers.
+        """
+        if self.shards is not None and number >= self.shards:
+            return []
+        draw = numpy.random.default_rng([self.options.seed, 3, number])
+        answers: list[Answer] = []
+        if self.questions is None:
+            self.answer(self.written_prompts(draw), draw, answers, progress)
+            return answers
+        start = number * self.prompts_in_shard
+        turns = [list(question.turns) for question in self.questions[start : start + self.prompts_in_shard]]
+        said: list[list[str]] = [[] for _ in turns]  # user and assistant taking turns, so far
+        for turn in range(max(len(texts) for texts in turns)):
+            asked = [row for row, texts in enumerate(turns) if len(texts) > turn and len(said[row]) == 2 * turn]
+            for row in asked:
+                said[row].append(turns[row][turn])
+            prompts = {row: encode_chat(self.tokenizer, said[row])[0].tolist() for row in asked}
+            for row, new in self.answer(prompts, draw, answers, progress).items():
+                text: Any = self.tokenizer.decode(new, skip_special_tokens=True)
+                if text.strip():
+                    said[row].append(text)
+        return answers
+
+    def written_prompts(self, draw: numpy.random.Generator) -> dict[int, list[int]]:
+        """The model's own prompts, by their number in the shard."""
+        assert self.own is not None  # there are no questions
+        texts = self.own.texts(self.prompts_in_shard, draw)
+        write_texts(self.model, texts, self.own.stop, self.options.rows, lambda count: None)
+        prompts = {row: self.own.prompt(text) for row, text in enumerate(texts) if not degenerate(text.new)}
+        return {row: prompt for row, prompt in prompts.items() if prompt}
+
+    def answer(
+        self,
+        prompts: dict[int, list[int]],
+        draw: numpy.random.Generator,
+        answers: list[Answer],
+        progress: Callable[[int], object],
+    ) -> dict[int, list[int]]:
+        """Adds the answers of use; returns the tokens of all that were written, under the prompts' numbers."""
+        noise = torch.from_numpy(draw.random((self.prompts_in_shard, self.options.max_new_tokens), dtype=numpy.float32))
+        known = {tuple(answer.prompt) for answer in answers}
+        texts: dict[int, Text] = {}
+        for row, prompt in prompts.items():
+            room = min(self.options.max_new_tokens, self.context - len(prompt))
+            if room > 1 and tuple(prompt) not in known:
+                known.add(tuple(prompt))
+                texts[row] = Text(prompt, TEMPERATURES[row % len(TEMPERATURES)], TOP_P, noise[row, :room])
+        write_texts(self.model, list(texts.values()), self.stop, self.options.rows, progress)
+        answers += [
+            Answer(text.prompt, text.new, text.temperature) for text in texts.values() if not degenerate(text.new)
+        ]
+        return {row: text.new for row, text in texts.items()}
+
+    def state_estimate(self, target: int | None, done: int, processes: Processes) -> None:
+        """Prints, in the main process, the memory and the time that the stage will take."""
+        if not processes.main:
+            return
+        options = self.options
+        prompt = self.example_prompt()
+        steps: list[float] = []
+        texts = [Text(prompt, TEMPERATURES[-1], TOP_P, torch.full((PROBE_STEPS,), 0.5)) for _ in range(options.rows)]
+        write_texts(self.model, texts, frozenset(), options.rows, lambda count: steps.append(time.perf_counter()))
+        rate = (
+            options.rows
+            * processes.count
+            / sorted(b - a for a, b in zip(steps, steps[1:], strict=False))[len(steps) // 2]
+        )
+        tokens = options.rows * (len(prompt) + options.max_new_tokens + ROOM)
+        cached, model = tokens * self.bytes_per_token(), model_bytes(self.model)
+        logits = 3 * 4 * options.rows * len(output_matrix(self.model))
+        goal = f"{target} answer tokens" if target else f"answers to {len(self.questions or [])} questions"
+        processes.say(f"data: {goal}, {options.rows} answers at once, {self.source}")
+        processes.say(
+            f"  memory about {size(model + cached + logits)}: model {size(model)}, keys and values {size(cached)},"
+            f" logits {size(logits)}"
+        )
+        most = (
+            target - done if target else self.options.max_new_tokens * sum(len(q.turns) for q in self.questions or [])
+        )
+        bound = "about" if target else "at most"
+        processes.say(
+            f"  time {bound} {duration(most / rate)} at {rate:.3g} tokens/s, a full batch's, without the prompts"
+        )
+
+    def example_prompt(self) -> list[int]:
+        """One about as long as they get."""
+        if self.own is not None:
+            return [self.own.prefix[0]] * min(self.own.longest, max(1, self.context - PROBE_STEPS))
+        longest = max(self.questions or [], key=lambda question: len(question.turns[0]))
+        return encode_chat(self.tokenizer, [longest.turns[0]])[0].tolist()[: self.context - PROBE_STEPS]
+
+    @torch.inference_mode()
+    def bytes_per_token(self) -> int:
+        """Of keys and values, in all layers."""
+        cache = Cache(layer_class_to_replicate=DynamicLayer)
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=output_matrix(self.model).device)
+        self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        layers: list[Any] = cache.layers
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+
+def degenerate(tokens: Sequence[int]) -> bool:
+    """Whether there is nothing in a text to learn from: a single token, or hardly a new one among many."""
+    long, share = REPETITIVE
+    return len(tokens) < 2 or (len(tokens) >= long and len(set(tokens)) < share * len(tokens))
+
+
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end an answer: the model's and the tokenizer's."""
+    config = getattr(model, "generation_config", None)
+    ids = getattr(config, "eos_token_id", None)
+    found = ids if isinstance(ids, list) else [ids]
+    return frozenset(token for token in (*found, tokenizer.eos_token_id) if token is not None)

@@ -1,0 +1,82 @@
+"""The heads that a run begins with: new ones, which guess what the base model says next, or trained ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..heads import CerberusConfig, CerberusHeads, fingerprint, input_matrix, output_matrix
+from .distill import frequent_tokens
+from .options import DRAFT_VOCAB, TrainOptions
+
+
+def start_heads(model: nn.Module, options: TrainOptions, tokens: Tensor, hidden_rms: float) -> CerberusHeads:
+    """Heads in float32 on the model's device.
+
+    tokens (T,): of the training answers, whose most frequent ones are the draft vocabulary. hidden_rms: root mean
+    square of the hidden states, which the anchor is scaled to.
+    """
+    embeddings, config = input_matrix(model), heads_config(model, options)
+    heads = CerberusHeads(config)
+    if heads.draft_vocab is not None:
+        heads.draft_vocab.copy_(frequent_tokens(tokens, len(heads.draft_vocab), config.vocab_size))
+    if heads.anchor_scale is not None:
+        heads.anchor_scale.data.fill_(hidden_rms / embeddings.detach().float().square().mean().sqrt().item())
+    if options.init is not None:
+        copy_trained(trained_heads(options.init, config), heads)
+    return heads.to(output_matrix(model).device)
+
+
+def heads_config(model: nn.Module, options: TrainOptions) -> CerberusConfig:
+    """Raises ValueError where the options and the model make none."""
+    lm_head, embeddings = output_matrix(model), input_matrix(model)
+    vocab_size, size = lm_head.shape
+    draft_vocab = min(DRAFT_VOCAB, vocab_size) if options.draft_vocab is None else options.draft_vocab
+    if draft_vocab > vocab_size:
+        raise ValueError(f"train: draft_vocab must be at most the vocabulary, {vocab_size}, got {draft_vocab}")
+    if options.anchor == "root" and options.chained and embeddings.shape[1] != size:
+        raise ValueError(f'train: anchor "root" needs embeddings of size {size}, the model has {embeddings.shape[1]}')
+    return CerberusConfig(
+        base_model=options.base_model,
+        hidden_size=size,
+        vocab_size=vocab_size,
+        num_heads=options.heads,
+        num_layers=options.layers,
+        anchor=options.anchor,
+        chained=options.chained,
+        draft_vocab=None if draft_vocab in (0, vocab_size) else draft_vocab,
+        lm_head_fingerprint=fingerprint([lm_head]),
+    )
+
+
+def trained_heads(name: str, config: CerberusConfig) -> CerberusHeads:
+    """The heads `name`, for `copy_trained` into heads of `config`.
+
+    Raises ValueError, naming the number, where one differs that is not the layers' or the draft vocabulary's.
+    """
+    try:
+        trained = CerberusHeads.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"train: init: {error}") from None
+    for field in ("hidden_size", "vocab_size", "num_heads", "anchor", "chained"):
+        expected, got = getattr(config, field), getattr(trained.config, field)
+        if got != expected:
+            raise ValueError(f"train: {field} of init must be {expected}, got {got}")
+    if trained.config.num_layers > config.num_layers:
+        raise ValueError(
+            f"train: num_layers of init must be at most {config.num_layers}, got {trained.config.num_layers}"
+        )
+    return trained
+
+
+def copy_trained(trained: CerberusHeads, heads: CerberusHeads) -> None:
+    """Puts the weights of `trained` into `heads`, which may have more layers and another draft vocabulary.
+
+    A layer of zeros adds silu(0) = 0 to a state, so heads with more layers guess what the trained ones do.
+    """
+    layers = trained.config.num_layers
+    with torch.no_grad():
+        heads.weight[:layers] = trained.weight
+        heads.bias[:layers] = trained.bias
+        if heads.anchor_scale is not None and trained.anchor_scale is not None:
+            heads.anchor_scale.copy_(trained.anchor_scale)

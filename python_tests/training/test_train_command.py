@@ -1,0 +1,164 @@
+"""`cerberus train` from nothing, as a process: killed anywhere and started again, and as several processes."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import training_worker
+from safetensors.torch import load_file
+from training_runs import CLI, model_folder, start
+from typer.testing import CliRunner
+
+from cerberus_ext import CerberusHeads
+from cerberus_ext.cli import app
+from cerberus_ext.training import hidden_cache, positions
+
+ARGUMENTS = [
+    "--tokens", "1500", "--max-new-tokens", "24", "--rows", "16", "--heads", "3", "--draft-vocab", "48",
+    "--steps", "60", "--batch", "64", "--warmup", "5", "--lr", "3e-3", "--held-out", "0.1", "--eval-every", "10",
+    "--device", "cpu", "--threads", "1",
+]  # fmt: skip
+TIMEOUT = 100  # seconds that a run may take
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("train") / "model")
+
+
+def train(folder: Path, output: Path, *more: str, launcher: Sequence[str] = CLI) -> str:
+    """To its end; what it printed."""
+    process = start("train", "--model", folder, "--output", output, *ARGUMENTS, *more, launcher=launcher)
+    printed, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def in_this_process(folder: Path, output: Path, *more: str) -> str:
+    threads = torch.get_num_threads()
+    result = CliRunner().invoke(app, ["train", "--model", str(folder), "--output", str(output), *ARGUMENTS, *more])
+    torch.set_num_threads(threads)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> Path:
+    printed = in_this_process(folder, folder.parent / "whole")
+    for stage in (
+        "data: 1500 answer tokens",
+        "draft vocabulary: 48 tokens cover",
+        "training: 60 steps of 64 positions",
+    ):
+        assert stage in printed
+    return folder.parent / "whole"
+
+
+def data(output: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted((output / "data").iterdir())}
+
+
+def test_one_command_trains_heads(uninterrupted: Path) -> None:
+    record = json.loads((uninterrupted / "training.json").read_text())
+    assert record["data"]["answer_tokens"] >= 1500 and record["steps"] == 60 and len(record["curve"]) == 6
+    assert record["data"]["source"] == "prompts written by the model"
+    assert record["curve"][-1]["loss"] < record["curve"][0]["loss"]
+    assert CerberusHeads.from_pretrained(uninterrupted).config.base_model == "model"
+    assert (uninterrupted / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert not [file for file in uninterrupted.rglob("*.partial")]
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_killed_at_random_and_started_again_it_ends_the_same(folder: Path, uninterrupted: Path, seed: int) -> None:
+    """SIGKILL at some moment of the data stage and at one of the training, at the file that shows the stage's progress
+    or within a quarter of a second after it."""
+    moment = random.Random(seed)
+    output = folder.parent / f"killed-{seed}"
+    shards = len(data(uninterrupted)) - 1
+    shard = output / "data" / f"answers-{moment.randrange(shards - 1):05d}.jsonl"
+    for sign in (shard, output / "checkpoint.safetensors"):
+        process = start("train", "--model", folder, "--output", output, *ARGUMENTS)
+        end = time.monotonic() + TIMEOUT
+        while not sign.exists() and time.monotonic() < end:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.005)
+        time.sleep(moment.uniform(0, 0.25))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL and sign.exists()
+        assert not (output / "curves.png").exists()  # it was not done
+    printed = train(folder, output)
+    assert "resuming at step" in printed
+    assert data(output) == data(uninterrupted)
+    for name in ("model.safetensors", "config.json"):
+        assert (output / name).read_bytes() == (uninterrupted / name).read_bytes()
+    curves = [json.loads((run / "training.json").read_text())["curve"] for run in (output, uninterrupted)]
+    assert [{**point, "seconds": 0} for point in curves[0]] == [{**point, "seconds": 0} for point in curves[1]]
+
+
+def test_two_processes_train_as_one(
+    folder: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums over processes are rounded in another order; apart from that all losses are the same, and so is the data.
+
+    Windows of a part of the data, of which each process computes a share, and a cache for some of the states.
+    """
+    for module in (positions, hidden_cache):
+        monkeypatch.setattr(module, "CHUNK_LINES", training_worker.CHUNK_LINES)
+    more = ["--memory", "5e-5", "--cache-size", "4e-5"]
+    one, two = (tmp_path / name for name in ("one", "two"))
+    in_this_process(folder, one, *more, "--cache", str(one / "states"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
+    printed = train(folder, two, *more, "--cache", str(two / "states"), launcher=[*launcher, training_worker.__file__])
+    assert printed.count("training: 60 steps") == 1  # one of them tells
+
+    assert data(one) == data(two) == data(uninterrupted)
+    cached = [sorted(file.name for file in (output / "states").iterdir()) for output in (one, two)]
+    assert cached[0] == cached[1] and len(cached[0]) > 3
+    for name in cached[0]:
+        assert (one / "states" / name).read_bytes() == (two / "states" / name).read_bytes()
+    curves = []
+    for output, count in ((one, 1), (two, 2)):
+        record = json.loads((output / "training.json").read_text())
+        assert record["processes"] == count
+        curves.append(record["curve"])
+    assert len(curves[0]) == len(curves[1]) == 6
+    for expected, point in zip(*curves, strict=True):
+        assert point["loss"] == pytest.approx(expected["loss"], abs=2e-4)
+        assert point["tokens_per_step"] == pytest.approx(expected["tokens_per_step"], rel=0.02)
+    weights = [load_file(output / "checkpoint.safetensors")["weight"] for output in (one, two)]
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-5)
+    assert weights[0].abs().max() > 1e-3 and not [file for file in two.rglob("*.partial")]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--lr", "-1"], "train: lr must be > 0, got -1.0"),
+        (["--data", "missing.jsonl"], "train: tokens must not be given together with data"),
+        (["--prompts", "missing.jsonl"], "missing.jsonl"),
+        (["--init", "missing"], "'missing' is no folder, no Hub id"),
+        (["--draft-vocab", "65"], "train: draft_vocab must be at most the vocabulary, 64, got 65"),
+        (["--dtype", "float16"], "train: model must be float32 or bfloat16, got float16"),
+        (["--anchor", "sea"], 'anchor must be "root" or "hidden", got \'sea\''),
+        (["--cache-size", "1"], "train: cache_size needs cache"),
+    ],
+)
+def test_bad_options_are_one_line(
+    folder: Path, tmp_path: Path, uninterrupted: Path, more: list[str], message: str
+) -> None:
+    result = CliRunner().invoke(app, ["train", "--model", str(folder), "--output", str(tmp_path), *ARGUMENTS, *more])
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert result.stderr.strip().count("\n") == 0
