@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,7 +42,9 @@ def decode(
     heads: CerberusHeads, or anything else that guesses. They never change the text.
     ids: (1, S) int64 on the model's device: the prompt. attention_mask: None or all ones.
     max_new_tokens: at most so many tokens are generated, >= 0.
-    tree: which guesses a step checks; None: `default_tree(heads, device)`. gate: when; None: at every step.
+    tree: which guesses a step checks. None: the one that `calibrate` found for these heads on this device, with this
+        dtype and, on a CPU, torch.get_num_threads(); where there is none, `default_tree(heads, device)`.
+    gate: when, and with which tree. None: the calibrated one where the tree is, too; otherwise at every step.
     temperature: 0 takes the most likely token, as `model.generate(do_sample=False)` does without logits processors.
         Above 0, tokens are drawn, with noise determined by seed and position, so that for a seed the text is the same
         whatever the heads, the tree and the gate; top_k and top_p are those of `ops.choose_tokens`.
@@ -56,6 +58,7 @@ def decode(
     """
     # Here, and not above: they import transformers, which takes seconds and is not needed to look at a tree.
     from . import checks
+    from .calibration.store import find
     from .graphs import open_stepper
 
     checks.check_model(model)
@@ -67,7 +70,10 @@ def decode(
     checks.check_streamer(streamer)
     checks.check_graphs(graphs)
     sampling = Sampling(seed, float(temperature), top_k, float(top_p)) if temperature else Sampling()
-    tree = default_tree(heads, ids.device) if tree is None else tree
+    if tree is None:
+        calibrated = find(heads, model.device, model.dtype, torch.get_num_threads())
+        tree = calibrated.tree if calibrated else default_tree(heads, ids.device)
+        gate = calibrated.gate if calibrated and gate is None else gate
     tree = checks.check_tree(tree, heads.config.num_heads)
     gate = AlwaysOpen() if gate is None else checks.check_gate(gate)
     trees = [checks.check_tree(one, heads.config.num_heads) for one in gate.trees(tree)]
@@ -87,22 +93,40 @@ def decode(
             while not text.ended:
                 # A step gains one token more than it accepts guesses.
                 deepest = min(text.remaining - 1, stepper.deepest())
-                with stats.phase("draft"):
-                    guess = deepest > 0 and guesses > 0
-                    chosen = _ask(gate, tree, stepper) if guess else None
-                tokens = stepper.step(chosen or DraftTree.root(), deepest)
+                tokens = take_step(stepper, gate, tree, deepest if guesses else 0)
                 with stats.phase("commit"):
                     text.add(tokens)
     stats.new_tokens = len(text.tokens)
     return DecodeOutput(text.finish(), stats)
 
 
-def _ask(gate: Gate, tree: DraftTree, stepper: Stepper) -> DraftTree | None:
+def take_step(stepper: Stepper, gate: Gate, tree: DraftTree, deepest: int) -> list[int]:
+    """Asks the gate, and runs a step with what it answers, cut to depth `deepest` -> the tokens gained.
+
+    deepest: 0 where a guess is of no use; the gate is then not asked.
+    """
+    with stepper.stats.phase("draft"):
+        chosen = ask(gate, tree, stepper) if deepest > 0 else None
+    return stepper.step(chosen or DraftTree.root(), deepest)
+
+
+class Signals(Protocol):
+    """What a gate may want to see of a step; a Stepper is one."""
+
+    @property
+    def hidden(self) -> Tensor: ...
+
+    def entropy(self) -> float: ...
+
+    def logprobs(self) -> Tensor: ...
+
+
+def ask(gate: Gate, tree: DraftTree, step: Signals) -> DraftTree | None:
     """The tree that the gate wants to be checked at this step, or None. It is asked no more than it answers."""
     if answers(gate, "opens"):
-        is_open = gate.opens(stepper.hidden)
+        is_open = gate.opens(step.hidden)
     else:
-        is_open = not answers(gate, "opens_at") or gate.opens_at(stepper.entropy())
+        is_open = not answers(gate, "opens_at") or gate.opens_at(step.entropy())
     if is_open and answers(gate, "choose"):
-        return gate.choose(tree, stepper.logprobs())
+        return gate.choose(tree, step.logprobs())
     return tree if is_open else None

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from . import ops
-from .tree import DraftTree, expected_accepted
+from .tree import DraftTree
 
 
 class Gate:
@@ -77,14 +77,25 @@ class ConfidenceGate(Gate):
 
     costs: tree size -> time of a step with it, size 1 being a plain step; any unit; sizes between are interpolated.
     trees: what to choose from; None: decode's own tree only.
-    margin: a tree must promise this much more than a plain step, 0.05 is 5 %.
+    margin: a tree must promise this much more than a plain step, 0.05 is 5 %; with `rate`: this many tokens more.
+    rate: tokens that decoding gains per unit of time on the whole; None: not known.
+    corrections: (slope, shift) of every head, where its probabilities p are to be read as
+        sigmoid(slope * logit(p) + shift); None: as they are.
 
-    A tree of expected accepted length a (from the heads' own probabilities) and cost c gains (1 + a) / c tokens
-    per unit of time, a plain step 1 / costs[1].
+    A tree of expected accepted length a (from the heads' probabilities) and cost c gains (1 + a) / c tokens per unit
+    of time, a plain step 1 / costs[1]; the largest quotient wins. That is best for the step, but not for the text:
+    where the heads are certain, a large tree is worth more than its quotient says, since the time that it saves is
+    spent at `rate`. With a rate, the largest (1 + a) - rate * c wins instead, which is best for the text where steps
+    do not depend on each other.
     """
 
     def __init__(
-        self, costs: Mapping[int, float], trees: Sequence[DraftTree] | None = None, margin: float = 0.0
+        self,
+        costs: Mapping[int, float],
+        trees: Sequence[DraftTree] | None = None,
+        margin: float = 0.0,
+        rate: float | None = None,
+        corrections: Sequence[tuple[float, float]] | None = None,
     ) -> None:
         if 1 not in costs:
             raise ValueError(f"ConfidenceGate: costs must have size 1, a plain step, got sizes {sorted(costs)}")
@@ -93,13 +104,20 @@ class ConfidenceGate(Gate):
                 raise ValueError(f"ConfidenceGate: costs[{size}] must be > 0, got {cost}")
         if not margin >= 0:
             raise ValueError(f"ConfidenceGate: margin must be >= 0, got {margin}")
+        if rate is not None and not rate > 0:
+            raise ValueError(f"ConfidenceGate: rate must be None or > 0, got {rate}")
         if trees is not None and not trees:
             raise ValueError("ConfidenceGate: trees must be None or have at least one tree, got none")
         for tree in trees or ():
             _check_cost(tree, costs)
         self.costs = dict(sorted(costs.items()))
         self.margin = margin
+        self.rate = rate
+        self.corrections = None if corrections is None else tuple((float(a), float(b)) for a, b in corrections)
         self._trees = None if trees is None else tuple(trees)
+        # Slopes and shifts (K, 1).
+        self._lines = None if corrections is None else np.array(self.corrections).T[:, :, None]
+        self._prospect: _Prospect | None = None  # of the trees that were last asked for
 
     def trees(self, tree: DraftTree) -> Sequence[DraftTree]:
         if self._trees is not None:
@@ -112,13 +130,65 @@ class ConfidenceGate(Gate):
         return float(np.interp(size, list(self.costs), list(self.costs.values())))
 
     def choose(self, tree: DraftTree, logprobs: Tensor) -> DraftTree | None:
-        probabilities = logprobs[0].exp().tolist()
-        best, best_gain = None, (1 + self.margin) / self.cost(1)
-        for candidate in self.trees(tree):
-            gain = (1 + expected_accepted(candidate, probabilities)) / self.cost(candidate.size)
-            if gain > best_gain:
-                best, best_gain = candidate, gain
-        return best
+        trees, prospect = tuple(self.trees(tree)), self._prospect
+        if prospect is None or prospect.trees != trees:
+            prospect = _Prospect(trees, [self.cost(1), *(self.cost(one.size) for one in trees)])
+            self._prospect = prospect
+        tokens = prospect.tokens(self._probabilities(logprobs[0]))
+        if self.rate is None:
+            worth = tokens / prospect.costs
+            worth[0] *= 1 + self.margin
+        else:
+            worth = tokens - self.rate * prospect.costs
+            worth[0] += self.margin
+        best = int(worth.argmax())  # the first of equals: a plain step, then the trees in their order
+        return trees[best - 1] if best else None
+
+    def _probabilities(self, logprobs: Tensor) -> np.ndarray:
+        """logprobs (K, P) -> (K, P) float64: how likely every guess is right, where those before it are."""
+        logs = logprobs.cpu().numpy().astype(np.float64)
+        return np.exp(logs) if self._lines is None else corrected(logs, *self._lines)
+
+
+def corrected(logprobs: np.ndarray, slope: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """sigmoid(slope * logit(p) + shift) of p = exp(logprobs). logprobs (..., K, P); slope, shift (K, 1): per head."""
+    logs = np.minimum(np.maximum(logprobs, -60.0), -1e-9)  # where the logit is finite
+    return 1 / (1 + np.exp(-(slope * (logs - np.log(-np.expm1(logs))) + shift)))
+
+
+class _Prospect:
+    """What trees promise, computed for all of them at once: it is asked at every step.
+
+    costs (1 + T,): of a plain step and of each tree.
+    """
+
+    def __init__(self, trees: tuple[DraftTree, ...], costs: Sequence[float]) -> None:
+        self.trees = trees
+        self.costs = np.array(costs)
+        paths = sorted({path for tree in trees for path in tree.paths()})
+        place = {path: i for i, path in enumerate(paths)}
+        longest = max(map(len, paths), default=0)
+        # A path's guesses as (head, rank); a shorter path is filled up with head -1, the certain one.
+        # A path's guesses as (head, rank); a shorter path is filled up with head -1, the certain one.
+        heads = [[*range(len(path)), *[-1] * (longest - len(path))] for path in paths]
+        ranks = [[*path, *[0] * (longest - len(path))] for path in paths]
+        shape = (len(paths), longest)
+        self._heads, self._ranks = (np.array(part, dtype=np.intp).reshape(shape) for part in (heads, ranks))
+        self._in_tree = np.zeros((1 + len(trees), len(paths)))
+        for row, tree in enumerate(trees, start=1):
+            self._in_tree[row, [place[path] for path in tree.paths()]] = 1
+
+    def tokens(self, probabilities: np.ndarray) -> np.ndarray:
+        """probabilities (K, P) -> (1 + T,) tokens to expect of a plain step and of a step with each tree.
+
+        A node is accepted when its whole path is right, so a tree gains, over the plain step's one token, the sum over
+        its nodes of the product along the path.
+        """
+        heads, guesses = probabilities.shape
+        table = np.ones((heads + 1, guesses))
+        table[:heads] = probabilities
+        along = table[self._heads, self._ranks]  # (nodes, longest)
+        return 1 + self._in_tree @ np.multiply.reduce(along, axis=-1)
 
 
 def _check_cost(tree: DraftTree, costs: Mapping[int, float]) -> None:

@@ -7,7 +7,6 @@ the text goes on.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -212,7 +211,7 @@ def default_size(device: torch.device) -> int:
     """Nodes of the tree where the caller names none: about what a forward carries for little more than a plain step.
 
     A GPU reads the weights once for all nodes. A CPU computes every node: with AMX 16 of them cost little, without it a
-    step's time grows with every few. `bench/speed.py --tree-size` measures what is best on a machine.
+    step's time grows with every few. `cerberus calibrate` measures what is best on a machine.
     """
     if device.type != "cpu":
         return 32
@@ -235,14 +234,3 @@ def default_tree(heads: Any, device: torch.device, size: int | None = None) -> D
         depth = min(config.num_heads, _MOST_DEFAULT_HEADS)
         accuracy = [[0.6 * 0.8**k * 0.4**r for r in range(_DEFAULT_GUESSES)] for k in range(depth)]
     return DraftTree.from_accuracies(accuracy, size)
-
-
-def expected_accepted(tree: DraftTree, probabilities: Sequence[Sequence[float]]) -> float:
-    """Accepted guesses to expect when guess r of head k + 1 is right with probabilities[k][r], independently of others.
-
-    A node is accepted when its whole path is right, so this is the sum over the nodes of the product along the path.
-    """
-    reach = [1.0]
-    for parent, depth, rank in zip(tree.parents[1:], tree.depths[1:], tree.ranks[1:], strict=True):
-        reach.append(reach[parent] * probabilities[depth - 1][rank])
-    return math.fsum(reach[1:])

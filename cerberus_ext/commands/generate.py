@@ -34,7 +34,12 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     tree_size: Annotated[
-        int | None, typer.Option(min=2, help="Nodes of the draft tree, root included. Default: see `cerberus info`.")
+        int | None,
+        typer.Option(
+            min=2,
+            help="Nodes of the draft tree, root included, without a gate."
+            " Default: what `cerberus calibrate` chose, else 4 to 32 nodes, by the device.",
+        ),
     ] = None,
     compare: Annotated[bool, typer.Option(help="Measure plain decoding, too, and print the speed-up.")] = False,
     raw: Annotated[bool, typer.Option(help="Give the prompt as it is, without the chat template.")] = False,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate, answers
+from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate, answers, corrected
 from cerberus_ext.tree import DraftTree
 
 HIDDEN = torch.zeros(1, 8)  # uniform: entropy log 8
@@ -69,6 +70,45 @@ def test_confidence_takes_the_wide_tree_where_guesses_are_alike() -> None:
     assert ConfidenceGate(COSTS, margin=0.5).choose(CHAIN, alike) is None
 
 
+def test_confidence_weighs_every_node_of_a_tree() -> None:
+    #        0
+    #      / | \        ranks  0 1 3
+    #     1  2  3
+    #    / \    |             0 2   0
+    #   4   5   6
+    #           |                   1
+    #           7
+    drawn = DraftTree(parents=(-1, 0, 0, 0, 1, 1, 3, 6), ranks=(0, 0, 1, 3, 0, 2, 0, 1))
+    probabilities = torch.tensor([[[0.5, 0.25, 0, 0.125], [0.5, 0, 0.25, 0], [0, 1.0, 0, 0]]])
+    # 1 .5  2 .25  3 .125  4 .25  5 .125  6 .0625  7 .0625: 1.375 accepted guesses are expected
+    for cost, expected in ((2.37, drawn), (2.38, None)):
+        gate = ConfidenceGate({1: 1.0, 8: cost}, [DraftTree.root(), drawn])
+        assert gate.choose(CHAIN, probabilities.log()) is expected
+        assert ConfidenceGate({1: 1.0, 8: cost}).choose(drawn, probabilities.log()) is expected
+
+
+def test_confidence_with_a_rate_weighs_what_time_is_worth() -> None:
+    """CHAIN: 2.71 tokens in 1.2, WIDE: 2.84 in 1.3: CHAIN has the better quotient, but 0.1 of time may cost less."""
+    costs = {1: 1.0, 3: 1.2, 13: 1.3}
+    expected = {None: CHAIN, 0.8: WIDE, 1.5: CHAIN, 9.0: None}
+    for rate, tree in expected.items():
+        assert ConfidenceGate(costs, [CHAIN, WIDE], rate=rate).choose(CHAIN, logprobs(0.9, 0.9)) is tree
+    assert ConfidenceGate(costs, [CHAIN], rate=1.0, margin=1.6).choose(CHAIN, logprobs(0.9, 0.9)) is None
+    assert ConfidenceGate(costs, [CHAIN], rate=1.0, margin=1.4).choose(CHAIN, logprobs(0.9, 0.9)) is CHAIN
+
+
+def test_corrections_are_those_of_each_head() -> None:
+    probabilities = np.array([[0.5, 0.2], [0.5, 0.2]])
+    none, both = np.zeros((2, 1)), np.array([[2.0], [1.0]])
+    assert corrected(np.log(probabilities), none + 1, none) == pytest.approx(probabilities)
+    # logit 0.2 = log 1/4: doubled log 1/16; shifted by log 4, log 1
+    found = corrected(np.log(probabilities), both, np.array([[0.0], [math.log(4)]]))
+    assert found == pytest.approx(np.array([[0.5, 1 / 17], [0.8, 0.5]]))
+    assert np.isfinite(corrected(np.array([[-math.inf, -1e6, 0.0]] * 2), both, none)).all()
+    gate = ConfidenceGate(COSTS, [CHAIN], corrections=[(1.0, -6.0), (1.0, 0.0)])
+    assert gate.choose(CHAIN, logprobs(0.9, 0.9)) is None
+
+
 def test_costs_between_are_interpolated() -> None:
     gate = ConfidenceGate({13: 1.8, 1: 1.0, 3: 1.2})
     assert gate.cost(8) == pytest.approx(1.5) and gate.cost(1) == 1.0
@@ -81,6 +121,7 @@ WRONG = [
     (lambda: ConfidenceGate({1: 0.0}), ValueError, r"costs\[1\] must be > 0, got 0.0"),
     (lambda: ConfidenceGate(COSTS, []), ValueError, "trees must be None or have at least one tree, got none"),
     (lambda: ConfidenceGate(COSTS, [CHAIN], -0.1), ValueError, "margin must be >= 0, got -0.1"),
+    (lambda: ConfidenceGate(COSTS, rate=0.0), ValueError, "rate must be None or > 0, got 0.0"),
     (lambda: ConfidenceGate(COSTS, [DraftTree.chain(20)]), ValueError, "a tree has 21 nodes, the largest .* is 13"),
     (
         lambda: ConfidenceGate(COSTS).choose(DraftTree.chain(20), logprobs(*[0.5] * 20)),

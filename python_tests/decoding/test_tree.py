@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cerberus_ext.tree import DraftTree, default_tree, expected_accepted
+from cerberus_ext.tree import DraftTree, default_tree
 
 #        0
 #      / | \        ranks  0 1 3
@@ -77,13 +77,6 @@ def test_from_accuracies() -> None:
     assert DraftTree.from_accuracies(table, 1) == DraftTree.root()
     assert set(DraftTree.from_accuracies(table, 5).paths()) == {(0,), (0, 0), (1,), (0, 1)}
     assert DraftTree.from_accuracies(table, 100).size == 7, "there are no more"
-
-
-def test_expected_accepted() -> None:
-    probabilities = [[0.5, 0.25, 0, 0.125], [0.5, 0, 0.25], [0, 1.0]]
-    # 1 .5  2 .25  3 .125  4 .25  5 .125  6 .0625  7 .0625
-    assert expected_accepted(DRAWN, probabilities) == 1.375
-    assert expected_accepted(DraftTree.root(), []) == 0
 
 
 def heads(**config: object) -> SimpleNamespace:

@@ -1,0 +1,198 @@
+"""Finds the tree and the gate that are fastest for heads on a machine; `cerberus calibrate` is the same from the shell.
+
+    texts       the model's greedy answers, and what the heads guess at every place of them    calibration/trace.py
+    costs       seconds of a step by size of the tree and length of the text                   calibration/cost.py
+    choice      walks through the texts with every tree and gate, in predicted time    calibration/walk.py, choice.py
+    validation  the winner, the best tree without a gate, and plain decoding, by the clock     calibration/validate.py
+    storing     with the heads, where `decode` finds it                                        calibration/store.py
+
+The walk asks the gates themselves, with the numbers that they get from `decode`, so on a CPU its steps are those that
+`decode` takes, one by one. What is chosen changes the speed, and never the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from . import checks
+from .base_model import position_limit
+from .calibration import report
+from .calibration.choice import PLAIN, Choice, Fit, Setting, choose
+from .calibration.cost import measure_costs
+from .calibration.plot import plot
+from .calibration.questions import OWN_QUESTIONS
+from .calibration.store import (
+    Calibration,
+    Expected,
+    find,
+    heads_fingerprint,
+    key_of,
+    place,
+    read_entries,
+    save,
+    write_json,
+)
+from .calibration.trace import Answer, TracedText, trace, write_answers
+from .calibration.validate import Measured, validate
+from .heads import CerberusHeads, fingerprint, output_matrix
+from .prompts import Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Calibration", "CalibrateOptions", "Expected", "calibrate", "find"]
+
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+CONTEXTS = (64, 512, 1024)
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """What `calibrate` is asked to do.
+
+    questions   what the model answers; several turns are a conversation
+    tokens      at most so many tokens are answered in all: fewer questions, evenly spread, where they would be more
+    new_tokens  longest answer
+    sizes       nodes of the trees that are tried; 1, plain decoding, always is
+    contexts    tokens of text at which a step is timed; None: those of CONTEXTS that the model has positions for
+    rounds      of timing, in each of three passes
+    validate    texts that are decoded once more at the end; 0: none
+    output      folder for calibration.png and calibration-report.json; None: only the picture, beside the calibration
+    """
+
+    questions: Sequence[Question] = OWN_QUESTIONS
+    tokens: int = 6144
+    new_tokens: int = 256
+    sizes: Sequence[int] = SIZES
+    contexts: Sequence[int] | None = None
+    rounds: int = 4
+    validate: int = 4
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("tokens", 4), ("new_tokens", 2), ("rounds", 1), ("validate", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"calibrate: {name} must be >= {least}, got {getattr(self, name)}")
+        for name in ("questions", "sizes", "contexts"):
+            if getattr(self, name) is not None and not len(getattr(self, name)):
+                raise ValueError(f"calibrate: {name} must have at least one entry, got none")
+        for name in ("sizes", "contexts"):
+            for value in getattr(self, name) or ():
+                if value < 1:
+                    raise ValueError(f"calibrate: {name} must be >= 1, got {value}")
+
+
+def calibrate(
+    model: PreTrainedModel, heads: CerberusHeads, tokenizer: Any, options: CalibrateOptions | None = None
+) -> Calibration:
+    """Measures, chooses and stores what `decode(model, heads, ids)` then uses on this device, dtype and, on a CPU,
+    number of threads.
+
+    model: a transformers causal LM in evaluation mode; its dtype and device are those that are measured. It is left as
+    it was. It takes about as long as decoding twice as many tokens as options.tokens, and a minute or two more.
+    Returns what was stored. Raises TypeError on other heads than CerberusHeads, ValueError on options, heads, answers
+    or an existing file that do not fit, and OSError where the result cannot be written.
+    """
+    options = options or CalibrateOptions()
+    checks.check_model(model)
+    if not isinstance(heads, CerberusHeads):
+        raise TypeError(f"calibrate: heads must be CerberusHeads, got {type(heads).__name__}")
+    heads.bind(model)
+    read_entries(place(heads))  # a damaged file is better found before minutes of measuring
+    contexts = _contexts(model, heads, options.contexts)
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+
+    texts = _texts(model, heads, tokenizer, options)
+    traced = [text for _, text in texts]
+    sizes = sorted({1, *options.sizes})
+    costs = measure_costs(model, heads, Fit(traced, sizes).trees, contexts, options.rounds)
+    choice = choose(traced, sizes, costs)
+    measured: dict[str, Measured] = {}
+    if options.validate:
+        chosen_texts = spread(texts, options.validate)
+        measured = validate(model, heads, chosen_texts, _compared(choice), costs)
+        choice = after_validation(choice, measured)
+
+    setting, tally = choice.settings[choice.chosen], choice.tallies[choice.chosen]
+    device, dtype, threads = key_of(model.device, model.dtype, torch.get_num_threads())
+    found = Calibration(
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        heads=heads_fingerprint(heads),
+        model=fingerprint([output_matrix(model)]),
+        tree=setting.tree,
+        gate=setting.gate,
+        expected=Expected(
+            tokens_per_second=tally.tokens_per_second,
+            plain_tokens_per_second=choice.tallies[PLAIN].tokens_per_second,
+            tokens_per_step=tally.tokens_per_step,
+            gate_open_rate=tally.gate_open_rate,
+            wasted_step_rate=tally.wasted_step_rate,
+        ),
+        details=report.details(traced, choice, costs, measured),
+    )
+    file = save(heads, found)
+    if options.output is None:
+        plot(found.details, file.with_suffix(".png"))
+    else:
+        plot(found.details, options.output / "calibration.png")
+        write_json(options.output / "calibration-report.json", found.to_json())
+    return found
+
+
+def _contexts(model: PreTrainedModel, heads: CerberusHeads, wanted: Sequence[int] | None) -> list[int]:
+    """Where steps are timed: a tree has to have positions there."""
+    most = position_limit(model) - 1 - heads.config.num_heads
+    if most < 1:
+        raise ValueError(f"calibrate: the model must have positions for a draft, it has {position_limit(model)}")
+    for context in wanted or ():
+        if context > most:
+            raise ValueError(f"calibrate: contexts must be at most {most} for this model, got {context}")
+    return sorted(set(wanted)) if wanted else sorted({min(context, most) for context in CONTEXTS})
+
+
+def _texts(
+    model: PreTrainedModel, heads: CerberusHeads, tokenizer: Any, options: CalibrateOptions
+) -> list[tuple[Answer, TracedText]]:
+    """Answers of at least two tokens, with what was traced in them."""
+    turns = max(len(question.turns) for question in options.questions)
+    least = min(2, len(options.questions))  # one half of them is there to fit, the other one to judge
+    new_tokens = min(options.new_tokens, max(2, options.tokens // (least * turns)))
+    questions = spread(options.questions, max(least, options.tokens // (new_tokens * turns)))
+    answers, texts = write_answers(model, heads, tokenizer, questions, new_tokens), []
+    total = sum(len(question.turns) for question in questions)
+    for answer in tqdm(answers, total=total, desc="texts", unit="text"):
+        if answer.new >= 2:
+            texts.append((answer, trace(model, heads, answer)))
+    if not texts:
+        raise ValueError(
+            "calibrate: questions must get answers of at least 2 tokens, all were shorter, or prompts too long"
+        )
+    return texts
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """`count` of the items, evenly spread; all, where there are no more."""
+    count = min(count, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
+
+
+def _compared(choice: Choice) -> dict[str, Setting]:
+    """What the clock is asked about: plain decoding, the best tree alone and the winner."""
+    return {name: choice.settings[name] for name in (PLAIN, choice.best_open, choice.chosen)}
+
+
+def after_validation(choice: Choice, measured: dict[str, Measured]) -> Choice:
+    """A gate that turns out slower than its absence is given up."""
+    gated, alone = measured[choice.chosen], measured[choice.best_open]
+    if gated.tokens_per_second < alone.tokens_per_second:
+        return replace(choice, chosen=choice.best_open)
+    return choice

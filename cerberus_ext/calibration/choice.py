@@ -1,0 +1,152 @@
+"""Which tree and which gate are fastest, from traced texts and step costs.
+
+Everything that is fitted (trees, thresholds, corrections, rates) is fitted on some texts and judged on others: one half
+of the questions on the other, and the other way round. What wins is fitted once more, on all texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from ..gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from ..simulate import best_paths
+from ..tree import DraftTree
+from .cost import StepCosts
+from .signals import fit_corrections
+from .trace import TracedText
+from .walk import Tally, walk
+
+PLAIN = "open 1"  # the name of the setting that never guesses
+GATE_GAIN = 0.01  # by so much a gate has to be faster than the best tree alone
+_SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)  # of the places, at which an EntropyGate opens
+_MARGINS = (0.0, 0.1)
+_ROUNDS = 3  # until gate and rate agree
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What `decode` may run with. kind: "open", "entropy" or "confidence"."""
+
+    kind: str
+    tree: DraftTree
+    gate: Gate
+
+
+@dataclass(frozen=True)
+class Choice:
+    """chosen, best_open: names of settings; settings: all of them, fitted on all texts; tallies: as judged."""
+
+    chosen: str
+    best_open: str
+    settings: Mapping[str, Setting]
+    tallies: Mapping[str, Tally]
+
+    def best(self, kind: str) -> str | None:
+        return _best(self.tallies, [name for name, setting in self.settings.items() if setting.kind == kind])
+
+
+class Fit:
+    """What some texts teach."""
+
+    def __init__(self, texts: Sequence[TracedText], sizes: Sequence[int]) -> None:
+        self.texts, self.sizes = texts, sizes
+
+    @cached_property
+    def trees(self) -> dict[int, DraftTree]:
+        """By size; the best one of each that is asked for, as far as the texts know so many right paths."""
+        return self._trees(self._rows)
+
+    def shapes(self, most: int) -> tuple[DraftTree, ...]:
+        """Trees of 2 to `most` nodes for a gate to choose from: the best ones at all places, and those at the places
+        where head 1 is most certain, less, and least: there they are long, there they are wide."""
+        certain = np.concatenate([text.logprobs[:, 0, 0].numpy() for text in self.texts])
+        thirds = np.array_split(np.argsort(certain, kind="stable"), 3)
+        known = [self.trees, *(self._trees([self._rows[place] for place in third]) for third in thirds)]
+        return tuple(dict.fromkeys(tree for trees in known for tree in trees.values() if 1 < tree.size <= most))
+
+    @cached_property
+    def _rows(self) -> list[list[int]]:
+        return [row for text in self.texts for row in text.ranks]
+
+    def _trees(self, rows: Sequence[Sequence[int]]) -> dict[int, DraftTree]:
+        paths = best_paths(rows, max(self.sizes) - 1, self.texts[0].logprobs.shape[2])
+        trees = (DraftTree.from_paths(paths[: size - 1]) for size in sorted(self.sizes))
+        return {1: DraftTree.root()} | {tree.size: tree for tree in trees}
+
+    @cached_property
+    def corrections(self) -> list[tuple[float, float]]:
+        logprobs = torch.cat([text.logprobs for text in self.texts]).numpy()
+        return fit_corrections(logprobs, self._rows)
+
+    def settings(self, costs: StepCosts) -> dict[str, Setting]:
+        """All candidates; their names are the same whatever the texts are, where as many trees are known."""
+        found = {f"open {size}": Setting("open", tree, AlwaysOpen()) for size, tree in self.trees.items()}
+        alone = {name: walk(self.texts, one.tree, one.gate, costs) for name, one in found.items()}
+        best = found[_best(alone, list(alone)) or PLAIN].tree
+        grown = [tree for tree in self.trees.values() if tree.size > 1]
+        entropies = np.array([value for text in self.texts for value in text.entropy])
+        for tree in grown:
+            for share in _SHARES:
+                opens = EntropyGate(float(np.quantile(entropies, share)))
+                found[f"entropy {tree.size} at {share}"] = Setting("entropy", tree, opens)
+        if not grown:
+            return found
+        widest = best if best.size > 1 else grown[0]
+        shapes = self.shapes(min((tree.size for tree in grown if tree.size > widest.size), default=widest.size))
+        context = fmean(text.prompt + place for text in self.texts for place in range(len(text)))
+        by_size = costs.by_size(context, asked=True)
+        base_rate = max(tally.tokens_per_second for tally in alone.values())
+        for name, trees in (("all", tuple(grown)), ("shapes", shapes), ("one", (widest,))):
+            for suffix, corrections in (("", None), (" corrected", self.corrections)):
+                common: dict[str, Any] = {"costs": by_size, "trees": trees, "corrections": corrections}
+                for margin in _MARGINS:
+                    gate = ConfidenceGate(margin=margin, **common)
+                    found[f"confidence {name}{suffix} margin {margin}"] = Setting("confidence", widest, gate)
+                rate = base_rate
+                for _ in range(_ROUNDS):
+                    rate = walk(self.texts, widest, ConfidenceGate(rate=rate, **common), costs).tokens_per_second
+                gate = ConfidenceGate(rate=rate, **common)
+                found[f"confidence {name}{suffix} rate"] = Setting("confidence", widest, gate)
+        return found
+
+
+def halves(texts: Sequence[TracedText]) -> list[tuple[list[TracedText], list[TracedText]]]:
+    """(to fit, to judge), both ways. The turns of a question stay together; one question alone is fitted and judged."""
+    numbers = sorted({text.question for text in texts})
+    even = set(numbers[::2])
+    first = [text for text in texts if text.question in even]
+    second = [text for text in texts if text.question not in even]
+    return [(first, second), (second, first)] if second else [(first, first)]
+
+
+def choose(texts: Sequence[TracedText], sizes: Sequence[int], costs: StepCosts) -> Choice:
+    """The setting with the most tokens a second; one with a gate only where it gains more than GATE_GAIN."""
+    parts = halves(texts)
+    fits = [Fit(one, sizes) for one in (*(fitted for fitted, _ in parts), texts)]
+    *fitted, final = [fit.settings(costs) for fit in tqdm(fits, desc="fitting", unit="part")]
+    folds = [(settings, judged) for settings, (_, judged) in zip(fitted, parts, strict=True)]
+    names = [name for name in final if all(name in settings for settings, _ in folds)]
+    tallies: dict[str, Tally] = {}
+    for name in tqdm(names, desc="trees and gates", unit="setting"):
+        tallies[name] = Tally()
+        for settings, judged in folds:
+            tallies[name] += walk(judged, settings[name].tree, settings[name].gate, costs)
+    chosen = best_open = _best(tallies, [name for name in names if final[name].kind == "open"])
+    gated = _best(tallies, [name for name in names if final[name].kind != "open"])
+    assert best_open is not None and chosen is not None  # PLAIN is always there
+    if gated and tallies[gated].tokens_per_second > (1 + GATE_GAIN) * tallies[best_open].tokens_per_second:
+        chosen = gated
+    return Choice(chosen, best_open, {name: final[name] for name in names}, tallies)
+
+
+def _best(tallies: Mapping[str, Tally], names: Sequence[str]) -> str | None:
+    """The fastest; of equals the first, which is the simpler one."""
+    return max(names, key=lambda name: tallies[name].tokens_per_second, default=None)

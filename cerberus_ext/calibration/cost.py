@@ -1,0 +1,176 @@
+"""What a step costs on this machine, by the size of its tree and the length of the text.
+
+Timed are the steps of `decode` itself, on a cache that is set to the wanted length before each of them. All sizes and
+lengths take turns, in rounds, so that a machine that slows down for a while does so for all of them; medians count.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from ..decode import ask, take_step
+from ..gate import ConfidenceGate, EntropyGate, Gate, answers
+from ..graphs import open_stepper
+from ..stats import DecodeStats
+from ..stepper import Sampling, Stepper
+from ..tree import DraftTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..heads import CerberusHeads
+
+PASSES = 3  # over everything, each with steppers of its own
+_ASKED = 50  # how often the time of a question that takes microseconds is measured
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of whole steps, with everything that `decode` does in one.
+
+    sizes (S,), ascending, the first is 1; contexts (C,), ascending: tokens before the step
+    open  (S, C): where no gate looks at the guesses; size 1 is a plain step, without a draft
+    asked (S, C): where a ConfidenceGate does; size 1 is what it costs when it has looked, and stays closed
+    entropy   asking an EntropyGate, at every step
+    spread    the distance of the quartiles, as a share of the median; the median over all that was measured
+    """
+
+    sizes: tuple[int, ...]
+    contexts: tuple[int, ...]
+    open: tuple[tuple[float, ...], ...]
+    asked: tuple[tuple[float, ...], ...]
+    entropy: float = 0.0
+    spread: float = 0.0
+    _lines: dict[tuple[int, bool], list[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def seconds(self, size: int, context: int, gate: Gate) -> float:
+        """Of a step with a tree of `size` nodes, asking the gate included, `context` tokens being there."""
+        asked = answers(gate, "choose")
+        line = self._lines.setdefault((size, asked), [])
+        if context >= len(line):
+            line[:] = self._line(size, asked, max(2 * len(line), context + 1, 1024))
+        return line[context] + (self.entropy if answers(gate, "opens_at") else 0.0)
+
+    def by_size(self, context: float, asked: bool) -> dict[int, float]:
+        """size -> seconds"""
+        table = self.asked if asked else self.open
+        return {size: float(self._at([context], row)[0]) for size, row in zip(self.sizes, table, strict=True)}
+
+    def _line(self, size: int, asked: bool, length: int) -> list[float]:
+        """Seconds at 0, 1, ... length - 1 tokens."""
+        table = np.array(self.asked if asked else self.open)  # (S, C)
+        row = [float(np.interp(size, self.sizes, column)) for column in table.T]
+        return self._at(np.arange(length), row).tolist()
+
+    def _at(self, contexts: Any, row: Sequence[float]) -> np.ndarray:
+        """Straight lines between what was measured; beyond, the last one goes on, and never falls."""
+        found = np.interp(contexts, self.contexts, row)
+        if len(row) > 1:
+            slope = max(0.0, (row[-1] - row[-2]) / (self.contexts[-1] - self.contexts[-2]))
+            found = found + slope * np.clip(np.asarray(contexts) - self.contexts[-1], 0, None)
+        return found
+
+
+class _Answering(ConfidenceGate):
+    """Computes what a ConfidenceGate does, and gives the answer that is to be timed."""
+
+    answer: DraftTree | None = None
+
+    def choose(self, tree: DraftTree, logprobs: Tensor) -> DraftTree | None:
+        super().choose(tree, logprobs)
+        return self.answer
+
+
+def measure_costs(
+    model: PreTrainedModel, heads: CerberusHeads, trees: Mapping[int, DraftTree], contexts: Sequence[int], rounds: int
+) -> StepCosts:
+    """trees: by size, those that are to be timed, size 1 among them. rounds: in each of PASSES passes."""
+    sizes, contexts = sorted(trees), sorted(contexts)
+    samples: dict[tuple[bool, int, int], list[float]] = {
+        (asked, size, context): [] for asked in (False, True) for size in sizes for context in contexts
+    }
+    entropy: list[float] = []
+    grown = [tree for tree in trees.values() if tree.size > 1]
+    neutral = [(1.0, 0.0)] * heads.config.num_heads
+    choosing = _Answering({1: 1.0, max(sizes): 2.0}, grown or None, rate=1.0, corrections=neutral)
+    capacity = max(contexts) + 1 + max(sizes)
+    guesses = max(tree.guesses for tree in trees.values())
+    kinds = (False, True) if grown else (False,)
+    with tqdm(total=PASSES * len(kinds) * (rounds + 1), desc="step costs", unit="round") as bar:
+        for _ in range(PASSES):
+            for asked in kinds:
+                gate: Gate = choosing if asked else Gate()
+                sampling, stats = Sampling(), DecodeStats()
+                with (
+                    torch.inference_mode(),
+                    open_stepper(model, heads, capacity, 1, guesses, asked, sampling, stats, None) as stepper,
+                ):
+                    _fill(stepper, model)
+                    for number in range(rounds + 1):  # the first one warms up
+                        for (kind, size, context), times in samples.items():
+                            if kind is not asked:
+                                continue
+                            choosing.answer = trees[size] if size > 1 else None
+                            seconds = _time_step(stepper, gate, trees[size], context)
+                            if number:
+                                times.append(seconds)
+                        bar.update()
+                    if not asked:
+                        entropy += _time_entropy(stepper)
+
+    def typical(asked: bool, size: int, context: int) -> float:
+        found = median(samples[False, size, context])
+        # A gate that looks does strictly more: where it seems to take less time, that is the noise of the machine.
+        return max(found, median(samples[True, size, context])) if asked and grown else found
+
+    def table(asked: bool) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(typical(asked, size, context) for context in contexts) for size in sizes)
+
+    spread = median(_spread(times) for times in samples.values() if times)
+    return StepCosts(tuple(sizes), tuple(contexts), table(False), table(True), median(entropy), spread)
+
+
+def _fill(stepper: Stepper, model: PreTrainedModel) -> None:
+    """A short prompt, and numbers in the whole cache: memory that was never written may be faster to read."""
+    embeddings: Any = model.get_input_embeddings().weight
+    stepper.prefill(torch.zeros((1, 1), dtype=torch.int64, device=embeddings.device))
+    cache = stepper.base.cache.tensor
+    assert cache is not None  # the prompt has filled it
+    cache.normal_()
+
+
+def _time_step(stepper: Stepper, gate: Gate, tree: DraftTree, context: int) -> float:
+    """Seconds of one step after `context` tokens."""
+    cache = stepper.base.cache
+    cache.length.fill_(context)
+    cache.committed = context
+    if cache.length.is_cuda:
+        torch.cuda.synchronize(cache.length.device)
+    begin = time.perf_counter()
+    # A root alone is not asked about: it is a plain step, except for a gate that has looked before it closed.
+    deepest = stepper.deepest() if answers(gate, "choose") or tree.size > 1 else 0
+    take_step(stepper, gate, tree, deepest)
+    return time.perf_counter() - begin
+
+
+def _time_entropy(stepper: Stepper) -> list[float]:
+    gate, root, times = EntropyGate(0.0), DraftTree.root(), []
+    for _ in range(_ASKED):
+        begin = time.perf_counter()
+        ask(gate, root, stepper)
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def _spread(times: Sequence[float]) -> float:
+    low, middle, high = np.quantile(times, [0.25, 0.5, 0.75])
+    return float((high - low) / middle)

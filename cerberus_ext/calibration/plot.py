@@ -1,0 +1,44 @@
+"""calibration.png: what every gate signal says about the accepted length, and how honest the probabilities are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+
+def plot(details: dict[str, Any], file: Path) -> None:
+    """details: `Calibration.details`. Written whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 3).flatten()
+    for axis, signal in zip(axes, details["signals"], strict=False):
+        axis.plot(signal["mean"], signal["accepted"], "o-", color="tab:blue")
+        value = "none" if signal["auc"] is None else f"{signal['auc']:.2f}"
+        axis.set(title=f"{signal['name']}: AUC {value}", xlabel=signal["unit"], ylabel="accepted guesses, mean")
+        axis.set_ylim(bottom=0)
+    axis = axes[4]
+    axis.plot([0, 1], [0, 1], ":", color="gray")
+    for number, head in enumerate(details["reliability"]):
+        for style, name in ((":", "drafted"), ("-", "corrected")):
+            part = head[name]
+            label = f"head {number + 1}: error {part['error']:.3f}" if name == "corrected" else None
+            axis.plot(part["probability"], part["share"], style, marker=".", color=f"C{number}", label=label)
+    axis.set(title="best guess: probability (dotted), corrected (line)", xlabel="probability", ylabel="share right")
+    axis.legend(fontsize="small")
+    axis = axes[5]
+    rows = details["sizes"]
+    sizes = [row["size"] for row in rows]
+    axis.plot(sizes, [row["tokens_per_second"] for row in rows], "o-", label="tokens/s")
+    axis.set(title="without a gate", xlabel="nodes of the tree", ylabel="tokens/s, expected")
+    axis.set_ylim(bottom=0)
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(partial, format="png", dpi=110)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

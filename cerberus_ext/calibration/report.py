@@ -1,0 +1,162 @@
+"""What calibration says: plain numbers for JSON, and the same as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from ..tree import DraftTree
+from .choice import Choice, Fit, halves
+from .cost import StepCosts
+from .signals import auc, by_quantile, head_reliability
+from .store import Calibration
+from .trace import TracedText
+from .validate import Measured
+
+
+def signal_rows(texts: Sequence[TracedText], tree: DraftTree) -> list[dict[str, Any]]:
+    """Every signal of a gate against the length that a step with `tree` accepts, at all places of the texts.
+
+    auc: of the signal for "at least one guess is accepted"; of an entropy, that a low one says so. None where all
+    places are alike.
+    """
+    lengths = [length for text in texts for length in text.accepted(tree)]
+    best = torch.cat([text.logprobs[:, 0] for text in texts]).double().exp()  # (places, P) of head 1
+    # A higher signal should mean more accepted guesses; an entropy is meant the other way round.
+    signals = [
+        ("entropy of softmax(h)", "nats", -1, [value for text in texts for value in text.entropy]),
+        ("entropy of the next token", "nats", -1, [value for text in texts for value in text.next_entropy]),
+        ("head 1's best guess", "probability", 1, best[:, 0].tolist()),
+        ("head 1's three best guesses", "probability", 1, best[:, :3].sum(-1).tolist()),
+    ]
+    rows = []
+    for name, unit, sign, values in signals:
+        mean, accepted = by_quantile(values, lengths)
+        area = auc([sign * value for value in values], [length > 0 for length in lengths])
+        rows.append(
+            {"name": name, "unit": unit, "auc": None if math.isnan(area) else area, "mean": mean, "accepted": accepted}
+        )
+    return rows
+
+
+def reliability_rows(texts: Sequence[TracedText], sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """Per head: its best guess' probability as drafted, and corrected by what the other half of the texts taught."""
+    fitted, judged = halves(texts)[0]
+    logprobs = torch.cat([text.logprobs for text in judged]).numpy()
+    ranks = [row for text in judged for row in text.ranks]
+    rows: list[dict[str, Any]] = [{} for _ in ranks[0]]
+    for name, corrections in (("drafted", None), ("corrected", Fit(fitted, sizes).corrections)):
+        for row, (mean, share, error) in zip(rows, head_reliability(logprobs, ranks, corrections), strict=True):
+            row[name] = {"probability": mean, "share": share, "error": error}
+    return rows
+
+
+def size_rows(choice: Choice, costs: StepCosts, context: float) -> list[dict[str, Any]]:
+    """Per size of the tree without a gate: nodes, depth, seconds of a step, tokens a step, tokens a second."""
+    seconds = costs.by_size(context, asked=False)
+    rows = []
+    for name, setting in choice.settings.items():
+        if setting.kind == "open":
+            tally, size = choice.tallies[name], setting.tree.size
+            rows.append(
+                {
+                    "size": size,
+                    "depth": setting.tree.depth,
+                    "step_seconds": seconds[size],
+                    "tokens_per_step": tally.tokens_per_step,
+                    "tokens_per_second": tally.tokens_per_second,
+                }
+            )
+    return rows
+
+
+def details(
+    texts: Sequence[TracedText], choice: Choice, costs: StepCosts, measured: Mapping[str, Measured]
+) -> dict[str, Any]:
+    context = fmean(text.prompt + place for text in texts for place in range(len(text)))
+    best_open = choice.settings[choice.best_open].tree
+    rates = {kind: choice.best(kind) for kind in ("open", "entropy", "confidence")}
+    tree = best_open if best_open.size > 1 else max((s.tree for s in choice.settings.values()), key=lambda t: t.size)
+    return {
+        "texts": len(texts),
+        "tokens": sum(map(len, texts)),
+        "mean_context": context,
+        "agreeing": fmean(text.agreeing for text in texts),
+        "costs": {
+            "contexts": costs.contexts,
+            "sizes": costs.sizes,
+            "open": costs.open,
+            "asked": costs.asked,
+            "entropy": costs.entropy,
+            "spread": costs.spread,
+        },
+        "sizes": size_rows(choice, costs, context),
+        "gates": {
+            kind: {
+                "name": name,
+                "tokens_per_second": choice.tallies[name].tokens_per_second,
+                "tokens_per_step": choice.tallies[name].tokens_per_step,
+                "gate_open_rate": choice.tallies[name].gate_open_rate,
+            }
+            for kind, name in rates.items()
+            if name is not None
+        },
+        "chosen": choice.chosen,
+        "signals_of_tree": tree.size,
+        "signals": signal_rows(texts, tree),
+        "reliability": reliability_rows(texts, [tree.size]),
+        "validation": {name: asdict(one) for name, one in measured.items()},
+    }
+
+
+def text(calibration: Calibration) -> str:
+    """Tables for a terminal."""
+    found, expected = calibration.details, calibration.expected
+    lines = [
+        f"{calibration.device}, {calibration.dtype}"
+        + (f", {calibration.threads} threads" if calibration.threads else "")
+        + f"; {found['texts']} texts, {found['tokens']} tokens, mean context {found['mean_context']:.0f}",
+        "",
+        "nodes  depth  ms a step  tokens a step  tokens/s",
+    ]
+    for row in found["sizes"]:
+        lines.append(
+            f"{row['size']:5}  {row['depth']:5}  {1000 * row['step_seconds']:9.2f}  {row['tokens_per_step']:13.3f}"
+            f"  {row['tokens_per_second']:8.1f}"
+        )
+    lines += ["", "gate        tokens/s  tokens a step   open  setting"]
+    for kind, row in found["gates"].items():
+        lines.append(
+            f"{kind:10}  {row['tokens_per_second']:8.1f}  {row['tokens_per_step']:13.3f}"
+            f"  {100 * row['gate_open_rate']:4.0f} %  {row['name']}"
+        )
+    lines += ["", "signal                       AUC for at least one accepted guess"]
+    for row in found["signals"]:
+        lines.append(f"{row['name']:27}  {'none' if row['auc'] is None else format(row['auc'], '.3f')}")
+    errors = (
+        f"head {number}: {head['drafted']['error']:.3f} -> {head['corrected']['error']:.3f}"
+        for number, head in enumerate(found["reliability"], start=1)
+    )
+    lines += ["", f"calibration error of the best guess, as drafted -> corrected: {', '.join(errors)}"]
+    if found["validation"]:
+        width = max(len(name) for name in [*found["validation"], "validation"])
+        lines += ["", f"{'validation':{width}}  predicted tokens/s  measured  predicted steps  measured"]
+        for name, row in found["validation"].items():
+            lines.append(
+                f"{name:{width}}  {row['predicted_tokens_per_second']:18.1f}  {row['tokens_per_second']:8.1f}"
+                f"  {row['predicted_steps']:15}  {row['steps']:8}"
+                + ("" if row["same_texts"] else "  (other texts: near ties)")
+            )
+    lines += [
+        "",
+        f"chosen: {found['chosen']}; expected: {expected.tokens_per_second:.1f} tokens/s,"
+        f" {expected.tokens_per_step:.2f} tokens a step, {expected.speed_up:.2f}x plain decoding"
+        f" ({expected.plain_tokens_per_second:.1f} tokens/s);"
+        f" step times vary by {100 * found['costs']['spread']:.0f} %",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,98 @@
+"""How well a number tells beforehand whether guesses are going to be accepted, and how honest probabilities are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..gate import corrected
+
+_BINS = 10
+_NEWTON_STEPS = 30
+_RIDGE = 1.0  # pulls a correction that few places speak for towards none; as much as one place at even odds
+
+
+def auc(signal: ArrayLike, hit: ArrayLike) -> float:
+    """The probability that the signal of a hit is above that of a miss; ties count half. 0.5 says nothing.
+
+    signal, hit (n,). NaN where there is no hit or no miss.
+    """
+    values, hits = np.asarray(signal, dtype=np.float64), np.asarray(hit, dtype=bool)
+    positive = int(hits.sum())
+    negative = len(hits) - positive
+    if positive == 0 or negative == 0:
+        return float("nan")
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[group]  # equal values share the mean of their ranks
+    return float((ranks[hits].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+def by_quantile(signal: ArrayLike, length: ArrayLike) -> tuple[list[float], list[float]]:
+    """Mean signal and mean accepted length in up to ten groups of equally many places, by ascending signal."""
+    values, lengths = np.asarray(signal, dtype=np.float64), np.asarray(length, dtype=np.float64)
+    groups = [group for group in np.array_split(np.argsort(values, kind="stable"), _BINS) if len(group)]
+    return [float(values[group].mean()) for group in groups], [float(lengths[group].mean()) for group in groups]
+
+
+def reliability(probability: ArrayLike, hit: ArrayLike) -> tuple[list[float], list[float], float]:
+    """Mean probability and share of hits, in up to ten bins of equal width, and the expected calibration error.
+
+    The error is the mean distance of the two, weighted with how many places are in a bin; 0 is honest.
+    """
+    p, hits = np.asarray(probability, dtype=np.float64), np.asarray(hit, dtype=np.float64)
+    bins = np.minimum((p * _BINS).astype(int), _BINS - 1)
+    groups = [bins == number for number in range(_BINS) if (bins == number).any()]
+    mean = [float(p[group].mean()) for group in groups]
+    share = [float(hits[group].mean()) for group in groups]
+    weights = [group.sum() / len(p) for group in groups]
+    error = sum(weight * abs(a - b) for weight, a, b in zip(weights, mean, share, strict=True))
+    return mean, share, float(error)
+
+
+def fit_corrections(logprobs: np.ndarray, ranks: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
+    """(slope, shift) of every head for `gate.corrected`, by the likelihood of what happened.
+
+    logprobs (n, K, P), ranks n x K. Head k counts where the heads before it have the right token among their guesses:
+    there its guess is right or wrong given a right path, which is what the length of a path is made of.
+    """
+    right = np.asarray(ranks)  # (n, K)
+    guesses = logprobs.shape[2]
+    corrections = []
+    for head in range(logprobs.shape[1]):
+        rows = (right[:, :head] < guesses).all(axis=1)
+        p = np.clip(np.exp(logprobs[rows, head].astype(np.float64)), 1e-12, 1 - 1e-12)  # (m, P)
+        hits = right[rows, head, None] == np.arange(guesses)
+        corrections.append(_logistic(np.log(p / (1 - p)).ravel(), hits.ravel().astype(np.float64)))
+    return corrections
+
+
+def _logistic(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """(slope, shift) with the largest likelihood of y (n,) in 0..1 being sigmoid(slope * x + shift)."""
+    prior = np.array([1.0, 0.0])
+    found = prior.copy()
+    features = np.stack([x, np.ones_like(x)])  # (2, n)
+    for _ in range(_NEWTON_STEPS):
+        p = 1 / (1 + np.exp(-np.clip(found @ features, -50, 50)))
+        gradient = features @ (p - y) + _RIDGE * (found - prior)
+        curvature = (features * (p * (1 - p))) @ features.T + _RIDGE * np.eye(2)
+        step = np.linalg.solve(curvature, gradient)
+        found = found - np.clip(step, -1, 1)  # far from the optimum the curvature promises too much
+        if np.abs(step).max() < 1e-9:
+            break
+    return float(found[0]), float(found[1])
+
+
+def head_reliability(
+    logprobs: np.ndarray, ranks: Sequence[Sequence[int]], corrections: Sequence[tuple[float, float]] | None
+) -> list[tuple[list[float], list[float], float]]:
+    """`reliability` of every head's best guess, at the places where the heads before it have the right token."""
+    right = np.asarray(ranks)
+    logs = logprobs.astype(np.float64)
+    p = np.exp(logs) if corrections is None else corrected(logs, *np.array(corrections).T[:, :, None])
+    results = []
+    for head in range(logprobs.shape[1]):
+        rows = (right[:, :head] < logprobs.shape[2]).all(axis=1)
+        results.append(reliability(p[rows, head, 0], right[rows, head] == 0) if rows.any() else ([], [], 0.0))
+    return results

@@ -1,0 +1,173 @@
+"""Texts that the model writes itself, and what the heads think of every place in them.
+
+A step at a place depends on that place alone: on its hidden state and root. So what every step of every tree and gate
+would have done can be told from one pass over the finished text, without decoding it again.
+
+Letters: n places of a text, K heads, P guesses per head, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..base_model import BaseModel, position_limit, sole_decode
+from ..decode import decode
+from ..prompts import Question, encode_chat
+from ..simulate import ABSENT, accepted_length
+from ..tree import DraftTree, default_tree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..heads import CerberusHeads, Drafter
+
+MOST_GUESSES = 16  # per head, of which trees are made
+_PIECE = 64  # tokens a forward
+
+
+@dataclass(frozen=True)
+class Answer:
+    """ids (1, S): prompt and answer. prompt: tokens of the prompt. most: tokens that the answer might have had."""
+
+    question: int
+    ids: Tensor
+    prompt: int
+    most: int
+
+    @property
+    def new(self) -> int:
+        """Tokens of the answer."""
+        return self.ids.shape[1] - self.prompt
+
+
+@dataclass(frozen=True, eq=False)
+class TracedText:
+    """An answer of n + 1 tokens has n places at which a step may begin: place i has the token i as its root.
+
+    question     number of the question: the turns of one belong together
+    prompt       tokens before place 0
+    deepest      per place, how deep a tree may be there, as `decode` has it
+    ranks        (n, K): where the right token stands among every head's guesses, see simulate.py
+    hidden       (n, D); entropy (n,): in nats, of softmax(hidden)
+    next_entropy (n,): in nats, of the base model's distribution from which the root was chosen
+    logprobs     (n, K, P) float32: of the guesses
+    agreeing     share of the places whose root the pass over the text would have chosen, too
+    """
+
+    question: int
+    prompt: int
+    deepest: list[int]
+    ranks: list[list[int]]
+    hidden: Tensor
+    entropy: list[float]
+    next_entropy: list[float]
+    logprobs: Tensor
+    agreeing: float
+    _accepted: dict[DraftTree, list[int]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def accepted(self, tree: DraftTree) -> list[int]:
+        """Per place: how many guesses a step with `tree` accepts."""
+        if tree not in self._accepted:
+            paths = set(tree.paths())
+            lengths = (accepted_length(row, paths) for row in self.ranks)
+            self._accepted[tree] = [min(pair) for pair in zip(lengths, self.deepest, strict=True)]
+        return self._accepted[tree]
+
+
+def write_answers(
+    model: PreTrainedModel, heads: CerberusHeads, tokenizer: Any, questions: Sequence[Question], new_tokens: int
+) -> Iterator[Answer]:
+    """The model's greedy answers of at most `new_tokens` tokens; the first answer is part of a second turn's prompt.
+
+    What goes beyond the model's positions is not asked for.
+    """
+    tree, positions = default_tree(heads, model.device), position_limit(model)
+    for number, question in enumerate(questions):
+        turns: list[str] = []
+        for turn in question.turns:
+            turns.append(turn)
+            ids = encode_chat(tokenizer, turns).to(model.device)
+            length = ids.shape[1]
+            most = min(new_tokens, positions - length + 1)  # the last token is never put in
+            if most < 1:
+                break
+            text = decode(model, heads, ids, max_new_tokens=most, tree=tree).sequences
+            yield Answer(number, text, length, most)
+            turns.append(tokenizer.decode(text[0, length:], skip_special_tokens=True))
+
+
+def trace(model: PreTrainedModel, heads: CerberusHeads, answer: Answer) -> TracedText:
+    """One pass over an answer, which has at least 2 tokens.
+
+    The answer goes through the same forwards as a draft tree that is one long path. On a CPU, where nodes do not depend
+    on each other, everything here has the bits that `decode` sees.
+    """
+    with torch.inference_mode():
+        hidden, chosen, next_entropy = _forward(model, answer)  # (n, D), (n,), (n,)
+        tokens = answer.ids[0, answer.prompt :]
+        drafter = heads.bind(model)
+        guesses = min(MOST_GUESSES, drafter.projection.shape[0])
+        ids, logprobs = _draft(drafter, hidden, tokens[:-1], guesses)  # (n, K, P) each
+        entropy = ops.hidden_entropy(hidden)
+    places = answer.new - 1
+    limit = position_limit(model) - 1 - answer.prompt
+    return TracedText(
+        question=answer.question,
+        prompt=answer.prompt,
+        deepest=[max(0, min(answer.most - 2, limit) - place) for place in range(places)],
+        ranks=_ranks(ids.cpu(), tokens.cpu()),
+        hidden=hidden,
+        entropy=entropy.tolist(),
+        next_entropy=next_entropy.tolist(),
+        logprobs=logprobs.cpu(),
+        agreeing=(chosen == tokens[:-1]).double().mean().item(),
+    )
+
+
+def _forward(model: PreTrainedModel, answer: Answer) -> tuple[Tensor, Tensor, Tensor]:
+    """At every place: hidden (n, D), the token chosen from it (n,) and the entropy of what it was chosen from (n,)."""
+    prompt, rest = answer.ids[:, : answer.prompt], answer.ids[:, answer.prompt : -2]
+    hidden: list[Tensor] = []
+    chosen: list[Tensor] = []
+    entropy: list[Tensor] = []
+
+    def keep(states: Tensor, logits: Tensor) -> None:
+        """states (m, D), logits (m, V)"""
+        logs = logits.float().log_softmax(-1)
+        hidden.append(states)
+        chosen.append(logits.argmax(-1))
+        entropy.append(-(logs.exp() * logs).nan_to_num(0.0).sum(-1))
+
+    with sole_decode(model), BaseModel(model, answer.ids.shape[1], 1) as base:
+        keep(*base.prefill(prompt))
+        for piece in rest.split(_PIECE, dim=1) if rest.shape[1] else ():
+            count = piece.shape[1]
+            states, logits = base.step(piece, DraftTree.chain(count - 1).on(piece.device))
+            base.cache.extend(count)
+            keep(states[0], logits[0])
+    return torch.cat(hidden), torch.cat(chosen), torch.cat(entropy)
+
+
+def _draft(drafter: Drafter, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
+    """hidden (n, D), root (n,) -> ids, logprobs (n, K, P)"""
+    pieces = zip(hidden.split(_PIECE), root.split(_PIECE), strict=True)
+    ids, logprobs = zip(*(drafter.draft(states, roots, guesses) for states, roots in pieces), strict=True)
+    return torch.cat(ids), torch.cat(logprobs)
+
+
+def _ranks(ids: Tensor, tokens: Tensor) -> list[list[int]]:
+    """ids (n, K, P) of the guesses, tokens (n + 1,) of the text -> (n, K)"""
+    places, heads, _ = ids.shape
+    ahead = torch.arange(places)[:, None] + torch.arange(1, heads + 1)  # (n, K)
+    right = torch.where(ahead <= places, tokens[ahead.clamp(max=places)], -1)
+    hits = ids == right[:, :, None]
+    return torch.where(hits.any(-1), hits.int().argmax(-1), ABSENT).tolist()

@@ -1,0 +1,89 @@
+"""`cerberus calibrate`: the tree and the gate that are fastest on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .shared import (
+    PACKAGED_HEADS,
+    Device,
+    DTypeName,
+    Model,
+    Threads,
+    dtype_of,
+    fail,
+    load_base,
+    load_heads,
+    quiet_transformers,
+)
+
+
+def calibrate(
+    model: Model = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Packaged name, local folder or Hub id. Default: those of the default model.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='JSON lines, {"turns": [...]} as in MT-Bench or {"prompt": ...}. Default: 24 own questions.'),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="The model answers with at most so many tokens in all.")] = 6144,
+    new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    sizes: Annotated[
+        str | None, typer.Option(help="Nodes of the trees to try, such as 1,4,16. Default: 1 to 64.")
+    ] = None,
+    contexts: Annotated[
+        str | None, typer.Option(help="Lengths of text at which a step is timed. Default: 64,512,1024.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds of timing, in each of three passes.")] = 4,
+    validate: Annotated[int, typer.Option(help="Texts that check the prediction at the end; 0: none.")] = 4,
+    output: Annotated[Path | None, typer.Option(help="Folder for calibration.png and calibration-report.json.")] = None,
+    dtype: DTypeName = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Finds the draft tree and the gate that are fastest on this machine, and stores them with the heads.
+
+    About five minutes for the default model on two cores. `cerberus generate` and `decode` use the result for the same
+    device, dtype and number of threads.
+    """
+    if model is not None and heads is None:
+        fail("--heads: the packaged heads fit the default model only; name heads trained for this --model")
+    changes: dict[str, Any] = {}
+    if sizes is not None:
+        changes["sizes"] = _integers("--sizes", sizes)
+    if contexts is not None:
+        changes["contexts"] = _integers("--contexts", contexts)
+    import torch
+
+    from .. import calibrate as calibration
+    from ..calibration import report
+    from ..calibration.store import place
+    from ..prompts import read_questions
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    quiet_transformers()
+    try:
+        if prompts is not None:
+            changes["questions"] = read_questions(prompts)
+        options = calibration.CalibrateOptions(
+            tokens=tokens, new_tokens=new_tokens, rounds=rounds, validate=validate, output=output, **changes
+        )
+        base, tokenizer = load_base(model, dtype_of(dtype), device)
+        trained = load_heads(heads or PACKAGED_HEADS, base)
+        found = calibration.calibrate(base, trained, tokenizer, options)
+    except (OSError, ValueError) as error:
+        fail(str(error))
+    typer.echo(report.text(found))
+    typer.echo(f"stored in {place(trained)}")
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        fail(f"{option} must be integers separated by commas, got {text!r}")

@@ -1,0 +1,282 @@
+"""`calibrate` and `cerberus calibrate` from end to end, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from memorized import answer, memorize, untrained
+from stand_ins import RandomHeads
+from tape import TapeRecorder
+from tiny_models import VOCAB, prompt, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from cerberus_ext import CerberusHeads, decode, graphs
+from cerberus_ext.calibrate import CalibrateOptions, after_validation, calibrate, find, spread
+from cerberus_ext.calibration import cost, questions
+from cerberus_ext.calibration import trace as trace_module
+from cerberus_ext.calibration.choice import Choice
+from cerberus_ext.calibration.cost import measure_costs
+from cerberus_ext.calibration.store import place, read_entries
+from cerberus_ext.calibration.validate import Measured
+from cerberus_ext.cli import app
+from cerberus_ext.prompts import Question
+from cerberus_ext.tree import DraftTree
+
+WORDS = [f"w{i}" for i in range(VOCAB)]
+QUESTIONS = [
+    Question("1", "writing", ("w3 w4 w5", "w6 w7")),
+    Question("2", "math", ("w8 w9 w10 w11",)),
+    Question("3", "coding", ("w12 w13 w14",)),
+]
+QUICK = {"tokens": 144, "new_tokens": 24, "sizes": (1, 2, 4), "contexts": (16, 64), "rounds": 1, "validate": 1}
+runner = CliRunner()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CERBERUS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+    """Model with its tokenizer, heads that know some of its text, and a file of questions."""
+    root, model = tmp_path_factory.mktemp("calibrate"), tiny_model("llama")
+    model.save_pretrained(root / "model")
+    make_tokenizer().save_pretrained(root / "model")
+    asked = [torch.tensor([[3, 4, 5]]), torch.tensor([[8, 9, 10, 11]])]
+    memorize(model, [answer(model, ids, 24) for ids in asked]).save_pretrained(root / "heads")
+    lines = [{"question_id": one.id, "category": one.category, "turns": one.turns} for one in QUESTIONS]
+    (root / "questions.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    return str(root / "model"), str(root / "heads"), str(root / "questions.jsonl")
+
+
+def command(folders: tuple[str, str, str], *arguments: str) -> Any:
+    model, heads, asked = folders
+    quick = ["--tokens", "144", "--new-tokens", "24", "--sizes", "2,1,4", "--contexts", "16,64", "--rounds", "1"]
+    given = ["calibrate", "--model", model, "--heads", heads, "--prompts", asked, *quick, "--validate", "1", *arguments]
+    return runner.invoke(app, given)
+
+
+def numbers(values: Any) -> list[float]:
+    """All numbers in a JSON value."""
+    if isinstance(values, dict | list):
+        inner = values.values() if isinstance(values, dict) else values
+        return [number for value in inner for number in numbers(value)]
+    return [values] if isinstance(values, int | float) else []
+
+
+def test_command(folders: tuple[str, str, str], tmp_path: Path) -> None:
+    heads_folder = Path(folders[1])
+    result = command(folders, "--dtype", "float32", "--output", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    file = heads_folder / "calibration.json"
+    assert f"stored in {file}" in result.stdout
+    for part in ("nodes  depth", "AUC", "entropy of softmax(h)", "validation", "chosen:", "x plain decoding"):
+        assert part in result.stdout
+    (entry,) = json.loads(file.read_text())["entries"]
+    assert entry == json.loads((tmp_path / "out" / "calibration-report.json").read_text())
+    assert all(math.isfinite(number) for number in numbers(entry))
+    assert (tmp_path / "out" / "calibration.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    details = entry["details"]
+    assert details["texts"] == 4 and details["tokens"] == 4 * 23, "two turns of one question, and two of one turn"
+    assert [row["size"] for row in details["sizes"]] == [1, 2, 4] and details["agreeing"] == 1.0
+    assert [signal["name"] for signal in details["signals"]][0] == "entropy of softmax(h)"
+    for row in details["validation"].values():
+        assert row["steps"] == row["predicted_steps"] and row["same_texts"]
+        assert row["tokens_per_second"] > 0 and row["predicted_tokens_per_second"] > 0
+
+    model, heads = tiny_model("llama"), CerberusHeads.from_pretrained(heads_folder)
+    calibrated = find(heads, model.device, model.dtype, torch.get_num_threads())
+    assert calibrated is not None and json.loads(json.dumps(calibrated.to_json())) == entry
+    plain = decode(model, heads, prompt(), max_new_tokens=20, tree=DraftTree.root())
+    assert decode(model, heads, prompt(), max_new_tokens=20).sequences.equal(plain.sequences)
+    again = runner.invoke(
+        app, ["generate", "--model", folders[0], "--heads", folders[1], "--dtype", "float32", "w3 w4"]
+    )
+    assert again.exit_code == 0, again.output
+    file.unlink()
+
+
+def test_picture_beside_the_calibration() -> None:
+    """Heads without a folder; own questions, of which a few are taken; twice, the second one replaces the first."""
+    model, heads = tiny_model("llama"), untrained(tiny_model("llama"))
+    for _ in range(2):
+        found = calibrate(model, heads, make_tokenizer(), CalibrateOptions(**QUICK))
+        assert found.details["texts"] == 6
+        stored = find(heads, model.device, model.dtype, torch.get_num_threads())
+        assert json.loads(json.dumps(found.to_json())) == json.loads(json.dumps(stored.to_json()))
+    file = place(heads)
+    assert len(read_entries(file)) == 1 and file.with_suffix(".png").is_file()
+    assert sorted(other.suffix for other in file.parent.iterdir()) == [".json", ".png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tokens", "3"), "calibrate: tokens must be >= 4, got 3"),
+        (("--new-tokens", "1"), "calibrate: new_tokens must be >= 2, got 1"),
+        (("--rounds", "0"), "calibrate: rounds must be >= 1, got 0"),
+        (("--validate", "-1"), "calibrate: validate must be >= 0, got -1"),
+        (("--sizes", "1,two"), "--sizes must be integers separated by commas, got '1,two'"),
+        (("--sizes", "0"), "calibrate: sizes must be >= 1, got 0"),
+        (("--contexts", ""), "--contexts must be integers separated by commas, got ''"),
+        (("--contexts", "253"), "calibrate: contexts must be at most 252 for this model, got 253"),
+        (("--prompts", "missing.jsonl"), "missing.jsonl"),
+        (("--dtype", "int8"), "--dtype must be one of"),
+    ],
+)
+def test_bad_option(folders: tuple[str, str, str], arguments: tuple[str, ...], message: str) -> None:
+    result = command(folders, *arguments)
+    assert result.exit_code == 2 and message in result.output
+    assert not (Path(folders[1]) / "calibration.json").exists()
+
+
+def test_bad_files(folders: tuple[str, str, str], tmp_path: Path) -> None:
+    questions_file, taken = tmp_path / "questions.jsonl", tmp_path / "taken"
+    questions_file.write_text('{"prompt": 3}\n')
+    taken.write_text("")
+    for arguments, message in (
+        (("--prompts", str(questions_file)), "questions.jsonl line 1"),
+        (("--output", str(taken)), "taken"),
+    ):
+        result = command(folders, *arguments)
+        assert result.exit_code == 2 and message in result.output, result.output
+    assert len(command(folders, "--prompts", str(questions_file)).output.strip().splitlines()) == 1
+
+
+def test_a_damaged_calibration_is_found_before_measuring(
+    folders: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace_module, "decode", None)
+    file = Path(folders[1]) / "calibration.json"
+    file.write_text("{")
+    result = command(folders)
+    assert result.exit_code == 2 and f"{file} is no file of calibrations" in result.output
+    assert file.read_text() == "{"
+    file.unlink()
+
+
+def test_answers_that_are_too_short() -> None:
+    model = tiny_model("llama")
+    before = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = list(range(VOCAB))
+    try:
+        with pytest.raises(ValueError, match="questions must get answers of at least 2 tokens, all were shorter"):
+            calibrate(model, untrained(model), make_tokenizer(), CalibrateOptions(**QUICK))
+    finally:
+        model.generation_config.eos_token_id = before
+
+
+def test_a_model_with_few_positions() -> None:
+    """gpt2 has 96: texts reach its end, and steps are timed where a tree still has positions."""
+    model = tiny_model("gpt2")
+    quick = {**QUICK, "contexts": None, "new_tokens": 120, "tokens": 360}
+    found = calibrate(model, untrained(model), make_tokenizer(), CalibrateOptions(questions=QUESTIONS[1:], **quick))
+    assert found.details["costs"]["contexts"] == (64, 92)
+
+
+def test_second_turns_follow_the_first_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_model("llama"), make_tokenizer()
+    first, second, _ = trace_module.write_answers(model, untrained(model), tokenizer, QUESTIONS[:2], 6)
+    said = tokenizer.decode(first.ids[0, first.prompt :])
+    assert first.ids[0, :3].tolist() == [3, 4, 5] and (first.question, second.question) == (0, 0)
+    expected = tokenizer(f"w3 w4 w5\n\n{said}\n\nw6 w7").input_ids
+    assert second.ids[0, : second.prompt].tolist() == expected and second.new == 6
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_costs_are_measured_with_the_steps_of_decode(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where steps are replayed; then a gate that looks at the guesses needs recordings of its own."""
+    if recorded:
+        monkeypatch.setitem(graphs.RECORDERS, "cpu", lambda device: TapeRecorder())
+        graphs._kept.clear()
+    model = tiny_model("llama")
+    heads = memorize(model, [answer(model, prompt(), 24)], steps=1)
+    timed: list[tuple[bool, int, int]] = []
+    real = cost.take_step
+
+    def watch(stepper: Any, gate: Any, tree: DraftTree, deepest: int) -> list[int]:
+        timed.append((type(gate).__name__ == "_Answering", tree.size, stepper.base.cache.committed))
+        graphed = stepper.stats.graphed_steps
+        nodes = len(stepper.stats.trace)
+        gained = real(stepper, gate, tree, deepest)
+        assert stepper.stats.graphed_steps == graphed + recorded
+        assert stepper.stats.trace[nodes][0] == tree.size
+        return gained
+
+    monkeypatch.setattr(cost, "take_step", watch)
+    trees = {1: DraftTree.root(), 3: DraftTree.chain(2), 4: DraftTree.from_widths([3])}
+    before = model.config._attn_implementation
+    found = measure_costs(model, heads, trees, [40, 20], rounds=2)
+    graphs._kept.clear()
+    expected = {(asked, size, context) for asked in (False, True) for size in trees for context in (20, 40)}
+    assert set(timed) == expected and len(timed) == len(expected) * cost.PASSES * 3
+    assert found.sizes == (1, 3, 4) and found.contexts == (20, 40)
+    assert all(seconds > 0 for table in (found.open, found.asked) for row in table for seconds in row)
+    assert 0 < found.entropy < 0.01 and found.spread >= 0
+    assert model.config._attn_implementation == before and not model.lm_head._forward_pre_hooks
+
+
+def test_medians_and_looking_is_never_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def time_step(stepper: Any, gate: Any, tree: DraftTree, context: int) -> float:
+        nonlocal calls
+        calls += 1
+        seconds = tree.size + context / 100 - 0.5 * (type(gate).__name__ == "_Answering" and tree.size > 1)
+        return 1000.0 if calls % 7 == 0 else seconds  # now and then the machine does something else
+
+    monkeypatch.setattr(cost, "_time_step", time_step)
+    model = tiny_model("llama")
+    trees = {1: DraftTree.root(), 3: DraftTree.chain(2)}
+    found = measure_costs(model, untrained(model), trees, [20, 40], rounds=3)
+    assert found.open == found.asked == ((1.2, 1.4), (3.2, 3.4))
+
+
+def test_costs_of_heads_without_a_right_guess() -> None:
+    model = tiny_model("llama")
+    found = measure_costs(model, untrained(model), {1: DraftTree.root()}, [16], rounds=1)
+    assert found.sizes == (1,) and found.asked == found.open
+
+
+@pytest.mark.parametrize(("gated", "chosen"), [(11.0, "gate"), (9.0, "tree")])
+def test_a_gate_that_is_slower_by_the_clock_is_given_up(gated: float, chosen: str) -> None:
+    choice = Choice("gate", "tree", {}, {})
+    measured = {"tree": Measured(5, 5, 9.0, 10.0, True), "gate": Measured(5, 5, 12.0, gated, True)}
+    assert after_validation(choice, measured).chosen == chosen
+
+
+def test_heads_of_another_kind() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(TypeError, match="calibrate: heads must be CerberusHeads, got RandomHeads"):
+        calibrate(model, RandomHeads(prompt(), 3, VOCAB), make_tokenizer())
+
+
+@pytest.mark.parametrize("name", ["questions", "sizes", "contexts"])
+def test_nothing_to_do(name: str) -> None:
+    with pytest.raises(ValueError, match=f"calibrate: {name} must have at least one entry, got none"):
+        CalibrateOptions(**{name: []})
+
+
+def test_evenly_spread() -> None:
+    assert [spread(list(range(10)), count) for count in (1, 2, 5)] == [[5], [2, 7], [1, 3, 5, 7, 9]]
+    assert spread([1, 2], 5) == [1, 2]
+
+
+def test_own_questions() -> None:
+    texts = [one.turns[0] for one in questions.OWN_QUESTIONS]
+    assert len(set(texts)) == 24 and len({one.category for one in questions.OWN_QUESTIONS}) == 8
+    assert len({one.id for one in questions.OWN_QUESTIONS}) == 24

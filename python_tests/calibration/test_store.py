@@ -1,0 +1,267 @@
+"""Calibrations are found for the machine and the heads that they were made for, and for no others."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from memorized import untrained
+from tiny_models import prompt, tiny_model
+
+from cerberus_ext import decode
+from cerberus_ext.calibration import store
+from cerberus_ext.calibration.store import Calibration, Expected, find, heads_fingerprint, key_of, place, save
+from cerberus_ext.gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from cerberus_ext.heads import CerberusHeads
+from cerberus_ext.tree import DraftTree
+
+CPU = torch.device("cpu")
+TREE = DraftTree.from_paths([(0,), (1,), (0, 0), (0, 2)])
+GATES: dict[str, Gate] = {
+    "open": AlwaysOpen(),
+    "entropy": EntropyGate(2.5),
+    "confidence": ConfidenceGate({1: 1.0, 8: 1.5}, [DraftTree.chain(1), TREE], 0.1),
+    "corrected": ConfidenceGate({1: 0.1, 8: 0.15}, [TREE], rate=12.5, corrections=[(0.9, 0.1), (1.1, 0.0)]),
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CERBERUS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(store, "_said", set())
+    return tmp_path / "cache"
+
+
+def make_heads(seed: int = 0) -> CerberusHeads:
+    heads = untrained(tiny_model("llama"), num_heads=2)
+    torch.manual_seed(seed)
+    torch.nn.init.normal_(heads.weight, std=0.01)
+    return heads
+
+
+def saved_heads(folder: Path, seed: int = 0) -> CerberusHeads:
+    make_heads(seed).save_pretrained(folder)
+    return CerberusHeads.from_pretrained(folder)
+
+
+def entry(heads: CerberusHeads, threads: int = 2, gate: Gate = GATES["open"], tree: DraftTree = TREE) -> Calibration:
+    device, dtype, count = key_of(CPU, torch.float32, threads)
+    expected = Expected(50.0, 25.0, 1.9, 1.0, 0.25)
+    return Calibration(device, dtype, count, heads_fingerprint(heads), "model", tree, gate, expected, {"texts": 3})
+
+
+def found(heads: CerberusHeads, threads: int = 2, dtype: torch.dtype = torch.float32) -> Calibration | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return find(heads, CPU, dtype, threads)
+
+
+def same_gate(one: Gate, other: Gate) -> bool:
+    return store.gate_to_json(one) == store.gate_to_json(other) and type(one) is type(other)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_round_trip(name: str, tmp_path: Path) -> None:
+    heads = saved_heads(tmp_path / "heads")
+    put = entry(heads, gate=GATES[name])
+    assert save(heads, put) == tmp_path / "heads" / "calibration.json"
+    back = found(CerberusHeads.from_pretrained(tmp_path / "heads"))
+    assert back is not None and same_gate(back.gate, put.gate)
+    assert (back.key, back.tree, back.expected, back.details) == (put.key, put.tree, put.expected, put.details)
+    assert back.expected.speed_up == 2.0
+    logprobs = torch.tensor([[[0.9, 0.02, 0.02], [0.9, 0.02, 0.02]]]).log()
+    assert back.gate.choose(TREE, logprobs) == put.gate.choose(TREE, logprobs)
+
+
+def test_found_for_its_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = saved_heads(tmp_path)
+    save(heads, entry(heads, threads=2))
+    assert found(heads, threads=2) is not None
+    assert found(heads, threads=1) is None and found(heads, dtype=torch.bfloat16) is None
+    monkeypatch.setattr(store, "device_name", lambda device: "another processor")
+    assert found(heads, threads=2) is None
+
+
+def test_entries_of_other_machines_stay(tmp_path: Path) -> None:
+    heads = saved_heads(tmp_path)
+    save(heads, entry(heads, threads=1, gate=GATES["entropy"]))
+    save(heads, entry(heads, threads=2))
+    save(heads, entry(heads, threads=2, gate=GATES["confidence"]))
+    assert len(store.read_entries(tmp_path / "calibration.json")) == 2
+    assert isinstance(found(heads, 1).gate, EntropyGate) and isinstance(found(heads, 2).gate, ConfidenceGate)
+    assert [file.name for file in tmp_path.glob("*partial*")] == []
+
+
+def test_saving_is_seen_by_heads_that_looked_before(tmp_path: Path) -> None:
+    heads = saved_heads(tmp_path)
+    assert found(heads) is None
+    save(heads, entry(heads))
+    assert found(heads) is not None
+
+
+def test_it_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = saved_heads(tmp_path)
+    save(heads, entry(heads))
+    first = found(heads)
+    monkeypatch.setattr(store, "read_entries", None)
+    assert found(heads) is first
+
+
+@pytest.mark.parametrize("where", ["memory", "packaged", "read-only"])
+def test_elsewhere_it_is_kept_in_the_cache_folder(
+    where: str, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = make_heads() if where == "memory" else saved_heads(tmp_path / "all" / "heads")
+    if where == "packaged":
+        monkeypatch.setattr(store, "PRETRAINED", tmp_path / "all")
+    if where == "read-only":
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+    file = save(heads, entry(heads))
+    assert file == own_cache / "calibration" / f"{heads_fingerprint(heads)}.json" == place(heads)
+    assert found(heads) is not None
+    assert found(make_heads()) is not None, "the same weights" if where != "memory" else "another object"
+    assert found(make_heads(seed=1)) is None
+
+
+def test_without_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in some containers: `decode` goes on, and what is beside the heads is found."""
+
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(store, "cache_dir", fail)
+    heads = make_heads()
+    assert found(heads) is None
+    with pytest.raises(OSError, match="set CERBERUS_CACHE to a folder"):
+        save(heads, entry(heads))
+    heads = saved_heads(tmp_path)
+    save(heads, entry(heads))
+    assert found(heads) is not None
+
+
+def test_packaged_heads_may_bring_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = saved_heads(tmp_path / "all" / "heads")
+    save(heads, entry(heads, gate=GATES["entropy"]))
+    monkeypatch.setattr(store, "PRETRAINED", tmp_path / "all")
+    heads = CerberusHeads.from_pretrained(tmp_path / "all" / "heads")
+    assert isinstance(found(heads).gate, EntropyGate)
+    save(heads, entry(heads, gate=GATES["confidence"]))
+    assert isinstance(found(heads).gate, ConfidenceGate), "one's own is preferred"
+
+
+def test_retrained_heads_do_not_use_it(tmp_path: Path) -> None:
+    heads = saved_heads(tmp_path)
+    save(heads, entry(heads))
+    save(heads, entry(heads, threads=4))
+    retrained = saved_heads(tmp_path, seed=1)
+    with pytest.warns(UserWarning, match=r"calibration.json was made with other heads, .* calibrate again"):
+        assert find(retrained, CPU, torch.float32, 2) is None
+    assert found(retrained) is None and found(CerberusHeads.from_pretrained(tmp_path)) is None, "warned of once"
+    save(retrained, entry(retrained))
+    assert len(store.read_entries(tmp_path / "calibration.json")) == 1, "those of the old heads are gone"
+    assert found(retrained) is not None
+
+
+def test_fingerprint_is_that_of_the_weights() -> None:
+    heads = make_heads()
+    assert heads_fingerprint(heads) == heads_fingerprint(make_heads().to(torch.bfloat16))
+    before = heads_fingerprint(heads)
+    heads.weight.data[1, 1, 5, 7] *= -1
+    assert heads_fingerprint(heads) != before
+
+
+def change(**values: object):
+    def of(text: str) -> str:
+        content = json.loads(text)
+        content["entries"][0].update(values)
+        return json.dumps(content)
+
+    return of
+
+
+DEEP = store.tree_to_text(DraftTree.chain(3))
+DAMAGE = {
+    "cut": lambda text: text[:100],
+    "empty": lambda text: "",
+    "no object": lambda text: "[1, 2]",
+    "no entries": lambda text: '{"format_version": 1, "entries": [3]}',
+    "newer format": lambda text: text.replace('"format_version": 1', '"format_version": 2'),
+    "no UTF-8": lambda text: "\udcff",
+}
+ODD = {
+    "gate": change(gate={"kind": "magic"}),
+    "no gate": change(gate=None),
+    "threshold": change(gate={"kind": "entropy", "threshold": "low"}),
+    "costs": change(gate={**store.gate_to_json(GATES["confidence"]), "costs": {"8": 1.0}}),
+    "tree": change(tree="0 zero"),
+    "deep tree": change(tree=DEEP),
+    "deep gate": change(gate={**store.gate_to_json(GATES["confidence"]), "trees": [DEEP]}),
+    "wide tree": change(tree="0 100000"),
+    "expected": change(expected={"tokens": 3}),
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, *ODD])
+def test_damaged(damage: str, tmp_path: Path) -> None:
+    """`decode` warns once and goes on; calibrating again is refused where another machine's entries would be lost."""
+    heads = saved_heads(tmp_path)
+    file = save(heads, entry(heads))
+    text = (DAMAGE | ODD)[damage](file.read_text())
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    model = tiny_model("llama")
+    with pytest.warns(UserWarning, match="decode: no calibrated tree and gate, the defaults are used"):
+        assert find(heads, CPU, torch.float32, 2) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode(model, CerberusHeads.from_pretrained(tmp_path), prompt(), max_new_tokens=3)
+    if damage in DAMAGE:
+        with pytest.raises(ValueError, match=r"calibration.json is no file of calibrations .*; remove it"):
+            save(heads, entry(heads))
+        assert file.read_bytes() == text.encode(errors="surrogateescape")
+    else:
+        save(heads, entry(heads))
+        assert found(heads) is not None
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = saved_heads(tmp_path)
+    file = save(heads, entry(heads))
+    before = file.read_text()
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(heads, entry(heads, gate=GATES["entropy"]))
+    assert file.read_text() == before and list(tmp_path.glob("*.partial")) == []
+
+
+def test_heads_of_another_kind_have_none() -> None:
+    assert find(object(), CPU, torch.float32, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "nodes"),
+    [
+        ({}, {1, 3}),  # calibrated gate and trees
+        ({"tree": DraftTree.chain(1)}, {2}),  # that tree, always open
+        ({"gate": AlwaysOpen()}, {TREE.size}),  # calibrated tree, that gate
+    ],
+)
+def test_decode_uses_it(given: dict, nodes: set[int], tmp_path: Path) -> None:
+    model, threads = tiny_model("llama"), torch.get_num_threads()
+    heads = saved_heads(tmp_path)
+    plain = decode(model, heads, prompt(), max_new_tokens=24)
+    default = {size for size, _ in plain.stats.trace}
+    # Opens about half of the time: head 1's best guess has a probability of 1 % to 90 %.
+    gate = ConfidenceGate({1: 1.0, 3: 1.6}, [DraftTree.chain(2)])
+    save(heads, entry(heads, threads, gate))
+    out = decode(model, heads, prompt(), max_new_tokens=24, **given)
+    assert out.sequences.equal(plain.sequences)
+    used = {size for size, _ in out.stats.trace[:-3]}  # at the end trees are cut
+    assert used == nodes != default
