@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from questions import Results, encode, read_questions
-from texts import difference
 from torch import Tensor
 
 import cerberus_ext
 from cerberus_ext import AlwaysClosed, AlwaysOpen, DraftTree
+from cerberus_ext.evaluation.machine import describe_machine
+from cerberus_ext.evaluation.results import Results
+from cerberus_ext.evaluation.texts import difference
+from cerberus_ext.prompts import encode_chat, read_questions
 from cerberus_ext.tree import default_tree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
@@ -74,6 +76,16 @@ def main() -> int:
     model, tokenizer = cerberus_ext.load_default_model(getattr(torch, arguments.dtype), arguments.device)
     trained = cerberus_ext.CerberusHeads.from_pretrained(arguments.trained)
     results = Results(arguments.out)
+    results.begin(
+        identity={
+            "questions": arguments.questions.name,
+            "new_tokens": arguments.new_tokens,
+            "dtype": arguments.dtype,
+            "trained": Path(arguments.trained).name,
+            "machine": describe_machine(model.device),
+        },
+        about={},
+    )
     vocab = model.config.vocab_size
 
     def expected(ids: Tensor) -> Tensor:
@@ -83,11 +95,11 @@ def main() -> int:
         closed = AlwaysClosed()
         return cerberus_ext.decode(model, trained, ids, max_new_tokens=arguments.new_tokens, gate=closed).sequences
 
-    for question_id, question in read_questions(arguments.questions, arguments.limit):
-        ids = encode(tokenizer, question, arguments.device)
+    for question in read_questions(arguments.questions, arguments.limit):
+        ids = encode_chat(tokenizer, question.turns[:1]).to(arguments.device)
         want: Tensor | None = None
         for heads_name, tree_name, gate_name in settings(arguments):
-            key = f"{question_id}/{heads_name}/{tree_name}/{gate_name}"
+            key = f"{question.id}/{heads_name}/{tree_name}/{gate_name}"
             if key in results:
                 continue
             want = expected(ids) if want is None else want
@@ -117,7 +129,7 @@ def main() -> int:
             print(key, row, flush=True)
 
     wrong = [row for row in results if row["difference"] is not None or not row.get("full_depth", True)]
-    print(f"{len(results.rows)} texts, {len(wrong)} wrong")
+    print(f"{len(list(results))} texts, {len(wrong)} wrong")
     for row in wrong:
         print(row)
     return int(bool(wrong))

@@ -16,12 +16,12 @@ from typing import Any
 import stage
 import torch
 from gpu_model import TREES, Subject, Way, generate, load, our_ways
-from texts import difference
 from timing import tried, wait_for
 from torch import Tensor
 
 import cerberus_ext
 from cerberus_ext import DecodeStats
+from cerberus_ext.evaluation.texts import difference
 
 GENERATE = "generate"
 LOOKUP = 10  # tokens that prompt lookup takes, transformers' usual number

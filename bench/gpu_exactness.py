@@ -14,11 +14,11 @@ from typing import Any
 import stage
 import torch
 from gpu_model import TREES, Subject, generate, load, our_ways
-from texts import difference
 from timing import tried
 from torch import Tensor
 
 import cerberus_ext
+from cerberus_ext.evaluation.texts import difference
 
 NEAR_TIE = 1e-3
 
@@ -60,8 +60,9 @@ def body(run: stage.Stage) -> None:
                 break
             found = compare(subject, made[0], references(index, ids), ids.shape[1])
             row["texts"] += 1
-            row["near_ties"] += [one for one in found if one["gap"] < NEAR_TIE]
-            real = [one for one in found if not one["gap"] < NEAR_TIE]
+            near = [one["gap"] is not None and one["gap"] < NEAR_TIE for one in found]
+            row["near_ties"] += [one for one, is_near in zip(found, near, strict=True) if is_near]
+            real = [one for one, is_near in zip(found, near, strict=True) if not is_near]
             row["texts_differ"] += len(real) > 0
             run.problems += [f"{name}, prompt {index}: {one}" for one in real]
         run.add(name, row)

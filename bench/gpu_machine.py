@@ -8,7 +8,6 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import machine
@@ -16,6 +15,7 @@ import stage
 import torch
 
 from cerberus_ext import _load
+from cerberus_ext.evaluation.machine import commit, describe_processor, package_version
 
 _SMI = (
     "name", "driver_version", "memory.total", "power.limit", "power.draw", "temperature.gpu", "clocks.sm",
@@ -33,37 +33,20 @@ def nvidia_smi() -> dict[str, str]:
     return dict(zip(_SMI, values, strict=True)) if len(values) == len(_SMI) else {}
 
 
-def commit() -> str:
-    """Of the checkout that this file is in, with "-dirty" where it differs from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except OSError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"
-
-
-def package(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def body(run: stage.Stage) -> None:
     record = _load.build_record()
     libraries = {library.name: library.reason or "loaded" for library in _load.load_libraries()}
     run.result.update(
         versions={
-            "cerberus_ext": record.get("version") or package("cerberus_ext"),
-            "commit": commit(),
+            "cerberus_ext": record.get("version") or package_version("cerberus_ext"),
+            "commit": commit(Path(__file__)) or "unknown",
             "built": f"{record.get('compiler')}, nvcc {record.get('nvcc') or 'none'}, {record.get('cuda')}",
             "Python": platform.python_version(),
             "torch": torch.__version__,
-            "transformers": package("transformers"),
+            "transformers": package_version("transformers"),
         },
         libraries=libraries,
-        processor=machine.describe_processor(),
+        processor=describe_processor(),
     )
     if run.device == "cuda":
         properties = torch.cuda.get_device_properties(0)

@@ -11,14 +11,15 @@ from typing import Any
 
 import stage
 import torch
-from questions import encode, questions_of
 from shapes import SHAPES
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import cerberus_ext
 from cerberus_ext import AlwaysClosed, CerberusConfig, CerberusHeads, DecodeStats
+from cerberus_ext.calibration.questions import OWN_QUESTIONS
 from cerberus_ext.default_model import FOLDER, cache_dir, load_model
+from cerberus_ext.prompts import encode_chat, read_questions
 from cerberus_ext.tree import default_tree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
@@ -48,14 +49,15 @@ def load(arguments: Namespace, dtype: torch.dtype, prompts: int) -> Subject:
     if not folder.exists():
         raise stage.Skipped(f"there is no model in {folder.name}: give its folder as --model")
     model, tokenizer = load_model(folder, dtype, arguments.device)
-    questions = questions_of(arguments.questions, prompts)
+    file = arguments.questions
+    questions = OWN_QUESTIONS[::3][:prompts] if file is None else read_questions(file, prompts)
     return Subject(
         folder.name,
         arguments.device == "cuda" and model.config.get_text_config().hidden_size == SHAPES["135M"].hidden,
         model,
         CerberusHeads.from_pretrained(arguments.heads).to(dtype),
         None if arguments.medusa is None else CerberusHeads.from_pretrained(arguments.medusa).to(dtype),
-        [encode(tokenizer, question, arguments.device) for question in questions],
+        [encode_chat(tokenizer, question.turns[:1]).to(arguments.device) for question in questions],
     )
 
 

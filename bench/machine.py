@@ -13,7 +13,8 @@ from functools import cache
 import torch
 from timing import Call, seconds_of
 
-from cerberus_ext import _load, info
+from cerberus_ext import _load
+from cerberus_ext.evaluation.machine import describe_processor
 
 
 @cache
@@ -31,11 +32,6 @@ def describe() -> dict[str, str]:
         found["GPU"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
         found["GPU copy"] = f"{copy_bandwidth('cuda') / 1e9:.0f} GB/s, read + write, measured"
     return found
-
-
-def describe_processor() -> str:
-    features = " ".join(info.cpu_features()) or "features unknown"
-    return f"{info.cpu_name()}, {os.cpu_count()} cores: {features}"
 
 
 @cache

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from .commands.bench import bench
+from .commands.calibrate import calibrate
 from .commands.generate import generate
 from .commands.info import info
 from .commands.train import train
@@ -15,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (generate, train, info):
+for command in (generate, train, calibrate, bench, info):
     app.command()(command)
 
 

@@ -29,7 +29,7 @@ from .base_model import BaseModel, position_limit, round_capacity, sole_decode
 from .cache import TreeCache
 from .static_step import StaticGuesses, StaticNodes, StaticResult, StaticState, StepKind, run_step
 from .stats import DecodeStats
-from .stepper import Drafter, HeadsLike, Sampling, Stepper, gained_tokens
+from .stepper import Drafter, HeadsLike, Sampling, Stepper, accepted_path, guesses_along_paths
 from .tree import DraftTree
 
 if TYPE_CHECKING:
@@ -148,10 +148,15 @@ class ModelGraphs:
         return self._nodes[size]
 
     def bind(self, model: PreTrainedModel, heads: HeadsLike, guesses: int) -> tuple[Drafter, StaticGuesses]:
-        """heads.bind(model), and where its guesses go. What an earlier decode has bound serves again, where it fits."""
+        """heads.bind(model), and where its guesses go. What an earlier decode has bound serves again, where it fits.
+
+        Raises Unrecordable for guesses that depend on the tree.
+        """
         kept = next((kept for kept in self._heads if kept.heads() is heads), None)
         if kept is None or not kept.drafter.rebind(heads, model):  # type: ignore[attr-defined]
             drafter = heads.bind(model)
+            if guesses_along_paths(drafter):
+                raise Unrecordable("the heads guess along the paths of the tree, one depth after the other")
             if not hasattr(drafter, "rebind"):
                 size = (heads.config.num_heads, guesses)
                 if size not in self._host_guesses:
@@ -239,7 +244,8 @@ class GraphedStepper(Stepper):
         return super().logprobs() if self._logprobs is None else self._logprobs
 
     def step(self, tree: DraftTree, deepest: int) -> list[int]:
-        recording = self._prepare(tree, tree.cut(deepest))
+        cut = tree.cut(deepest)
+        recording = self._prepare(tree, cut)
         if recording is None:
             return super().step(tree, deepest)
         assert self._graphs is not None
@@ -251,9 +257,9 @@ class GraphedStepper(Stepper):
         with self.stats.phase("commit"):
             self._drafted = None
             self.stats.graphed_steps += 1
-            gained = gained_tokens(target, path)
-            self._count(gained, tree)
-        return gained
+            path = accepted_path(path)
+            self._count(path, cut)
+        return [target[node] for node in path]
 
     def _prepare(self, tree: DraftTree, cut: DraftTree) -> tuple[StaticResult, Callable[[], None]] | None:
         """Puts everything where the recording of a step with `tree` finds it, of which only `cut` is checked."""
@@ -331,14 +337,15 @@ def open_stepper(
         if graphs is not False:
             try:
                 kept = _graphs_of(model, capacity, batch)
+                drafter, static = kept.bind(model, heads, guesses) if guesses else (heads.bind(model), None)
             except Unrecordable as error:
+                kept = None
                 fall_back(error)
         if kept is None:
             drafter = heads.bind(model)
             with BaseModel(model, capacity, batch) as base:
                 yield Stepper(base, drafter, guesses, sampling, stats)
         else:
-            drafter, static = kept.bind(model, heads, guesses) if guesses else (heads.bind(model), None)
             with BaseModel(model, capacity, batch, kept.cache) as base:
                 yield GraphedStepper(base, kept, drafter, static, ahead, sampling, stats, give_up)
 

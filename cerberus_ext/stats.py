@@ -22,6 +22,8 @@ class DecodeStats:
     wasted_steps       open steps that accepted no guess
     accepted_histogram entry [a]: steps that accepted a guesses (each then also gained the base model's own next token)
     step_tokens        tokens gained in steps, before the last step's were cut at the end of the text
+    trace              entry [i]: of step i, how many nodes its tree had, and which of them it accepted, the root left
+                       out: from its k-th accepted node came a token of head k, behind them one of the base model
     seconds            per phase, by the host's clock: prefill; draft (gate and heads); verify (the forward over the
                        tree); commit (choosing, checking, moving, handing out tokens). On a GPU the host runs ahead
                        and waits in commit, so only the sum is exact there. A replayed step is one piece: it counts
@@ -38,6 +40,7 @@ class DecodeStats:
     wasted_steps: int = 0
     step_tokens: int = 0
     accepted_histogram: list[int] = field(default_factory=list)
+    trace: list[tuple[int, list[int]]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     graphed_steps: int = 0
     captures: int = 0
@@ -68,14 +71,16 @@ class DecodeStats:
         """New tokens a second, the prompt's forward included."""
         return self.new_tokens / self.total_seconds if self.new_tokens else 0.0
 
-    def count_step(self, accepted: int, is_open: bool) -> None:
-        """Adds a step that accepted `accepted` guesses."""
+    def count_step(self, nodes: int, path: list[int]) -> None:
+        """Adds a step with a tree of `nodes` nodes that accepted those of `path`, the root left out."""
+        accepted, is_open = len(path), nodes > 1
         self.steps += 1
         self.step_tokens += accepted + 1
         self.open_steps += is_open
         self.wasted_steps += is_open and accepted == 0
         self.accepted_histogram += [0] * (accepted + 1 - len(self.accepted_histogram))
         self.accepted_histogram[accepted] += 1
+        self.trace.append((nodes, path))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -32,6 +32,13 @@ class Drafter(Protocol):
     Where it also has `rebind`, as `heads.Drafter` does, a recorded step contains its draft: `draft` then has to compute
     from its arguments and from tensors that stay where they are, on the device only. Otherwise it is called at every
     step, and only what follows is recorded.
+
+    Guesses that depend on those before them on their path cannot be made before there is a tree. A drafter of such
+    guesses has, instead of `draft`,
+
+        draft_tree(hidden (B, D), root (B,), tree) -> the tokens (B, N) of the tree's nodes, the root's first
+
+    and is called at every step: such steps run op by op, and no gate can choose by the guesses' probabilities.
     """
 
     def draft(self, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
@@ -92,9 +99,14 @@ def settle(
     return Settled(target, path, last_hidden, target.gather(1, last)[:, 0])
 
 
-def gained_tokens(target: list[int], path: list[int]) -> list[int]:
-    """The tokens of a step, from one row of a `Settled`."""
-    return [target[node] for node in path if node >= 0]
+def accepted_path(path: list[int]) -> list[int]:
+    """The accepted nodes, from the root on, of one row of `Settled.path`. The text goes on with their targets."""
+    return [node for node in path if node >= 0]
+
+
+def guesses_along_paths(drafter: Drafter) -> bool:
+    """Whether it has `draft_tree` in the place of `draft`."""
+    return hasattr(drafter, "draft_tree")
 
 
 class Stepper:
@@ -133,6 +145,11 @@ class Stepper:
 
     def logprobs(self) -> Tensor:
         """(B, K, P) of the heads' guesses, on the host."""
+        if guesses_along_paths(self.drafter):
+            raise ValueError(
+                "decode: gate must not choose by the guesses' probabilities with these heads, which guess along the"
+                " paths of a tree that has been chosen"
+            )
         return self._draft()[1].cpu()
 
     def step(self, tree: DraftTree, deepest: int) -> list[int]:
@@ -140,10 +157,7 @@ class Stepper:
         tree = tree.cut(deepest)
         tensors = tree.on(self.root.device)
         with self.stats.phase("draft"):
-            tokens = self.root[:, None]  # (B, 1)
-            if tree.size > 1:
-                ids, _ = self._draft()
-                tokens = torch.cat([tokens, ids[:, tensors.heads, tensors.ranks]], dim=1)  # (B, N)
+            tokens = self._tokens(tree)  # (B, N)
         with self.stats.phase("verify"):
             hidden, logits = self.base.step(tokens, tensors)  # (B, N, D), (B, N, V)
         with self.stats.phase("commit"):
@@ -151,13 +165,25 @@ class Stepper:
             self._start(settled.hidden, settled.root)
             # The one place where the host waits.
             if settled.path is None:
-                gained = settled.target[0].tolist()
+                path, gained = [0], settled.target[0].tolist()
             else:
                 places = tree.depth + 1
                 row = torch.cat([settled.path.long(), settled.target], 1)[0].tolist()
-                gained = gained_tokens(row[places:], row[:places])
-            self._count(gained, tree)
+                path = accepted_path(row[:places])
+                gained = [row[places + node] for node in path]
+            self._count(path, tree)
         return gained
+
+    def _tokens(self, tree: DraftTree) -> Tensor:
+        """(B, N) of the tree's nodes."""
+        root = self.root[:, None]
+        if tree.size == 1:
+            return root
+        if guesses_along_paths(self.drafter):
+            return self.drafter.draft_tree(self.hidden, self.root, tree)  # type: ignore[attr-defined]
+        tensors = tree.on(self.root.device)
+        ids, _ = self._draft()
+        return torch.cat([root, ids[:, tensors.heads, tensors.ranks]], dim=1)
 
     def _draft(self) -> tuple[Tensor, Tensor]:
         """The heads' guesses and their log-probabilities, (B, K, P) each; made once a step."""
@@ -169,6 +195,7 @@ class Stepper:
         """From here on it is the next step."""
         self.hidden, self.root, self._drafted = hidden, root, None
 
-    def _count(self, gained: list[int], tree: DraftTree) -> None:
-        self.base.cache.committed += len(gained)
-        self.stats.count_step(len(gained) - 1, tree.size > 1)
+    def _count(self, path: list[int], tree: DraftTree) -> None:
+        """path: the accepted nodes, from the root on."""
+        self.base.cache.committed += len(path)
+        self.stats.count_step(tree.size, path[1:])

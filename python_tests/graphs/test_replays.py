@@ -47,7 +47,7 @@ def check(replayed: DecodeOutput, eager: DecodeOutput, text: torch.Tensor | None
     assert replayed.sequences.tolist() == eager.sequences.tolist()
     if text is not None:
         assert replayed.sequences.tolist() == text.tolist()
-    for name in ("steps", "open_steps", "wasted_steps", "step_tokens", "accepted_histogram", "new_tokens"):
+    for name in ("steps", "open_steps", "wasted_steps", "step_tokens", "accepted_histogram", "trace", "new_tokens"):
         assert getattr(replayed.stats, name) == getattr(eager.stats, name), name
     assert replayed.stats.graphed_steps == replayed.stats.steps and replayed.stats.fallback is None
     assert (eager.stats.graphed_steps, eager.stats.captures, eager.stats.fallback) == (0, 0, None)

@@ -1,0 +1,60 @@
+"""Where two texts part, and whether it was at a near tie."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..base_model import BaseModel
+
+# Two sums of the same products, in another order and rounded to 8 or 11 bits between the layers, differ by a few units
+# in the last place of the largest logit.
+NEAR_TIE_UNITS = 4
+
+
+def difference(model: PreTrainedModel, got: Tensor, want: Tensor, prompt: int) -> dict[str, Any] | None:
+    """Where two texts (1, S) that begin with the same `prompt` tokens part; None if they are the same.
+
+    new_token: the place, counted from the first new token. got, want: the tokens there; None: the text has ended.
+    best_two: the tokens that `model` gives the largest logits there. gap: how far the logit of `got` or of `want`,
+    whichever is less, lies below the largest one; None where a text has ended. largest: the largest absolute logit.
+    """
+    if got.equal(want):
+        return None
+    length = min(got.shape[1], want.shape[1])
+    same = int((got[0, :length] == want[0, :length]).long().cumprod(0).sum())
+    tokens = [int(text[0, same]) if same < text.shape[1] else None for text in (got, want)]
+    logits = last_logits(model, want[:, :same])
+    best = logits.topk(2)
+    both = [token for token in tokens if token is not None]
+    gap = (best.values[0] - logits[both].min()).item() if len(both) == 2 else None
+    return {
+        "new_token": same - prompt,
+        "got": tokens[0],
+        "want": tokens[1],
+        "best_two": best.indices.tolist(),
+        "gap": gap,
+        "largest": logits.abs().max().item(),
+    }
+
+
+def last_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """What the model says after the text (1, S): (V,) float32. As `decode` reads a prompt, which is faster where torch
+    has no fast products in the model's dtype."""
+    with torch.inference_mode(), BaseModel(model, ids.shape[1], 1) as base:
+        return base.prefill(ids)[1][0].float()
+
+
+def is_near_tie(found: dict[str, Any], dtype: torch.dtype) -> bool:
+    """Whether rounding to `dtype` explains a `difference`: the gap is at most NEAR_TIE_UNITS units of rounding of the
+    largest logit. Never in float32, in which texts have to be the same."""
+    if dtype == torch.float32 or found["gap"] is None:
+        return False
+    return found["gap"] <= near_tie_gap(found["largest"], dtype)
+
+
+def near_tie_gap(largest: float, dtype: torch.dtype) -> float:
+    return NEAR_TIE_UNITS * torch.finfo(dtype).eps * largest

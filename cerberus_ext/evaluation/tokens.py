@@ -1,0 +1,53 @@
+"""A text token by token: how each reads, and which head guessed it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_UNFINISHED = "\ufffd"
+
+
+class Guess(NamedTuple):
+    """From where a token came.
+
+    step: counted from 1; 0: the prompt's forward. head: that guessed it, counted from 1; 0: the base model chose it.
+    node: of the step's tree, which has `nodes`.
+    """
+
+    step: int
+    head: int = 0
+    node: int = 0
+    nodes: int = 1
+
+
+def guesses_of(trace: Sequence[tuple[int, Sequence[int]]], tokens: int) -> list[Guess]:
+    """trace: as in DecodeStats -> one entry for each of the text's `tokens` tokens.
+
+    A step that accepts a guesses gains them and one token of the base model. The text may end within the last step.
+    """
+    found = [Guess(0)]
+    for step, (nodes, path) in enumerate(trace, start=1):
+        found += [Guess(step, head, node, nodes) for head, node in enumerate(path, start=1)]
+        found.append(Guess(step, nodes=nodes))
+    return found[:tokens]
+
+
+def pieces_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
+    """How the text grows with each token. A character that several tokens make comes with the last of them."""
+    pieces: list[str] = []
+    shown = ""
+    for end in range(1, len(tokens) + 1):
+        text = str(tokenizer.decode(list(tokens[:end]), skip_special_tokens=False))
+        if text.endswith(_UNFINISHED) and end < len(tokens):
+            pieces.append("")
+        elif text.startswith(shown):
+            pieces.append(text[len(shown) :])
+            shown = text
+        else:  # the tokenizer changes what it has said; so the text is shown token by token
+            pieces.append(str(tokenizer.decode([tokens[end - 1]], skip_special_tokens=False)))
+            shown = text
+    return pieces

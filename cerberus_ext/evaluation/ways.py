@@ -1,0 +1,223 @@
+"""The ways to generate that are compared, those that are built in and those that a user brings in a file.
+
+A way is anything with a `name` and a `run`. To add some, write a file with a function
+
+    def ways(context: Context) -> list[Way]
+
+and give it to `cerberus bench --way FILE.py`, or `--way FILE.py:ARGUMENT`, which `context.argument` then is. Next to
+`name` a way may have `description`, one line for the report, and `expected`, tokens a second that somebody foresees.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..calibration.store import Calibration, find
+from ..decode import decode
+from ..gate import AlwaysClosed, AlwaysOpen, EntropyGate, Gate
+from ..heads import CerberusHeads
+from ..stats import DecodeStats
+from ..stepper import HeadsLike
+from ..tree import DraftTree, default_tree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+AUTOREGRESSIVE = "autoregressive"  # what every other way has to be faster than, and must have the same text as
+GENERATE = "generate"
+MEDUSA = "medusa"
+UNGATED = "cerberus"
+LOOKUP = {"prompt_lookup_num_tokens": 10}  # transformers' usual number
+
+
+class Way(Protocol):
+    """name: unique, without "/"."""
+
+    name: str
+
+    def run(self, ids: Tensor, new_tokens: int) -> tuple[list[int], DecodeStats | None]:
+        """ids (1, S): the prompt -> the new tokens, at most `new_tokens`, chosen greedily; and what `decode` counted.
+
+        The whole call is timed. A way that returns statistics ran in `decode`, whose texts are the same to the bit on
+        a CPU; one without may, in bfloat16 and float16, go another way at near ties.
+        """
+
+
+@dataclass(frozen=True)
+class Context:
+    """What ways are made of. tree_size: nodes that the user wants trees to have; None: what is usual."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    heads: CerberusHeads
+    tree_size: int | None = None
+    argument: str | None = None  # what followed FILE.py: in --way
+
+    def tree(self, heads: Any) -> DraftTree:
+        """What is checked where no gate chooses: of the user's size, else what calibration stored, else the default."""
+        stored = self.calibration(heads) if self.tree_size is None else None
+        if stored is not None and stored.tree.size > 1:
+            return stored.tree
+        return default_tree(heads, self.model.device, self.tree_size)
+
+    def calibration(self, heads: Any) -> Calibration | None:
+        """What `cerberus calibrate` stored with the heads for this device, dtype and number of threads."""
+        return find(heads, self.model.device, self.model.dtype, torch.get_num_threads())
+
+
+@dataclass
+class DecodeWay:
+    """`decode` with heads, a tree and a gate, None being `decode`'s own choice."""
+
+    name: str
+    model: PreTrainedModel
+    heads: HeadsLike
+    tree: DraftTree | None = None
+    gate: Gate | None = None
+    description: str = ""
+    expected: float | None = None
+
+    def run(self, ids: Tensor, new_tokens: int) -> tuple[list[int], DecodeStats | None]:
+        out = decode(self.model, self.heads, ids, max_new_tokens=new_tokens, tree=self.tree, gate=self.gate)
+        return out.sequences[0, ids.shape[1] :].tolist(), out.stats
+
+
+@dataclass
+class GenerateWay:
+    """transformers' `generate`."""
+
+    name: str
+    context: Context
+    description: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, ids: Tensor, new_tokens: int) -> tuple[list[int], DecodeStats | None]:
+        pad = self.context.tokenizer.pad_token_id
+        model: Any = self.context.model
+        text = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            pad_token_id=0 if pad is None else pad,  # one row: nothing is padded
+            **self.options,
+        )
+        return text[0, ids.shape[1] :].tolist(), None
+
+
+def open_way(context: Context, name: str, heads: HeadsLike, what: str) -> DecodeWay:
+    """`decode` with heads whose tree is checked at every step. what: they are, for the description."""
+    tree = context.tree(heads)
+    return DecodeWay(
+        name, context.model, heads, tree, AlwaysOpen(), f"{what}, tree of {tree.size} nodes, guesses at every step"
+    )
+
+
+def built_in_ways(
+    context: Context,
+    medusa: CerberusHeads | None = None,
+    draft: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+    entropy_threshold: float | None = None,
+) -> tuple[list[Way], dict[str, str]]:
+    """Those that there is everything for, and the others: name -> what is missing.
+
+    entropy_threshold: of the entropy gate, in nats; None: there is none.
+    """
+    model, heads = context.model, context.heads
+    calibration = context.calibration(heads)
+    ways: list[Way] = [
+        DecodeWay(
+            AUTOREGRESSIVE, model, heads, gate=AlwaysClosed(), description="this loop, which never guesses",
+            expected=None if calibration is None else calibration.expected.plain_tokens_per_second,
+        ),
+        GenerateWay(GENERATE, context, "transformers' generate"),
+        GenerateWay(
+            "prompt-lookup", context, "generate, prompt lookup of 10 tokens", LOOKUP
+        ),
+    ]  # fmt: skip
+    missing: dict[str, str] = {}
+    if draft is None:
+        missing["assisted"] = "no draft model was given"
+    else:
+        about = f"generate, assisted by {model_name(draft[0])}"
+        ways.append(GenerateWay("assisted", context, about, _assistant(context, draft)))
+    if medusa is None:
+        missing[MEDUSA] = "no heads of that kind were given"
+    else:
+        ways.append(open_way(context, MEDUSA, medusa, "Medusa's heads"))
+    always = open_way(context, UNGATED, heads, "heads")
+    ways.append(always)
+    if entropy_threshold is None:
+        missing["cerberus-entropy"] = "there is no threshold"
+    else:
+        assert always.tree is not None
+        about = f"heads, tree of {always.tree.size} nodes where the hidden state's entropy is < {entropy_threshold:.4g}"
+        ways.append(DecodeWay("cerberus-entropy", model, heads, always.tree, EntropyGate(entropy_threshold), about))
+    if calibration is None:
+        missing["cerberus-calibrated"] = "no calibration is stored for this machine, see cerberus calibrate"
+    else:
+        always_open = isinstance(calibration.gate, AlwaysOpen)
+        gate = "guesses at every step" if always_open else type(calibration.gate).__name__
+        ways.append(
+            DecodeWay(
+                "cerberus-calibrated", model, heads,
+                description=f"heads as calibrated, tree of {calibration.tree.size} nodes, {gate}",
+                expected=calibration.expected.tokens_per_second,
+            )
+        )  # fmt: skip
+    return ways, missing
+
+
+def model_name(model: PreTrainedModel) -> str:
+    """Of a folder its own name, without where it is."""
+    return Path(str(model.name_or_path)).name
+
+
+def _assistant(context: Context, draft: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> dict[str, Any]:
+    """The arguments of assisted generation, by a model of the same vocabulary or of another one."""
+    model, tokenizer = draft
+    if tokenizer.get_vocab() == context.tokenizer.get_vocab():
+        return {"assistant_model": model}
+    return {"assistant_model": model, "tokenizer": context.tokenizer, "assistant_tokenizer": tokenizer}
+
+
+def ways_of_file(argument: str, context: Context) -> list[Way]:
+    """argument: FILE.py or FILE.py:ARGUMENT -> what the file's `ways` makes.
+
+    Raises ValueError where there is no such file or it has no such function.
+    """
+    name, _, rest = argument.partition(".py:")
+    file = Path(f"{name}.py" if rest else argument)
+    if file.suffix != ".py" or not file.is_file():
+        raise ValueError(f"bench: way must be FILE.py or FILE.py:ARGUMENT, got {argument}, and there is no file {file}")
+    spec = importlib.util.spec_from_file_location(f"cerberus_bench_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "ways", None)):
+        raise ValueError(f"bench: way must name a file with a function ways(context), {file.name} has none")
+    return list(module.ways(replace(context, argument=rest or None)))
+
+
+def select(ways: Sequence[Way], missing: dict[str, str], names: Sequence[str] | None) -> list[Way]:
+    """The ways of these names, in their own order, and always the autoregressive one; None: all.
+
+    Raises ValueError on a name twice, and on one that is not there, with the reason.
+    """
+    known = [way.name for way in ways]
+    for name in known:
+        if known.count(name) > 1 or "/" in name or not name:
+            raise ValueError(f'bench: ways must have names of their own, without "/", got {", ".join(known)}')
+    for name in names or ():
+        if name in missing:
+            raise ValueError(f"bench: ways must not name {name} here: {missing[name]}")
+        if name not in known:
+            raise ValueError(f"bench: ways must be of {', '.join(known)}, got {name}")
+    return [way for way in ways if names is None or way.name in (*names, AUTOREGRESSIVE)]
