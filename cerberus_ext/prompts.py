@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .json_lines import read_json_lines
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -30,24 +32,16 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     Raises ValueError, naming the line, on anything else, and on a file without a question.
     """
     questions: list[Question] = []
-    with path.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            if limit is not None and len(questions) >= limit:
-                break
-            where = f"{path.name} line {number}"
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: must be JSON, got {text.strip()[:40]!r} ({error})") from None
-            turns = line.get("turns", [line.get("prompt")]) if isinstance(line, dict) else None
-            if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
-                raise ValueError(
-                    f'{where}: must have "turns", a list of texts, or "prompt", a text, got {text.strip()[:40]!r}'
-                )
-            identity = str(line.get("question_id", number))
-            questions.append(Question(identity, str(line.get("category", "")), tuple(turns)))
+    for where, line in read_json_lines(path):
+        if len(questions) == limit:
+            break
+        turns = line.get("turns", [line.get("prompt")]) if isinstance(line, dict) else None
+        if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
+            raise ValueError(
+                f'{where}: must have "turns", a list of texts, or "prompt", a text, got {json.dumps(line)[:40]!r}'
+            )
+        identity = str(line.get("question_id", where.rsplit(" ", 1)[1]))
+        questions.append(Question(identity, str(line.get("category", "")), tuple(turns)))
     if not questions:
         raise ValueError(f"{path.name} must have at least one question, got none")
     return questions

@@ -13,13 +13,34 @@ PHASES = ("prefill", "draft", "verify", "commit")
 
 
 @dataclass
-class DecodeStats:
-    """Counts and times of one `decode`.
+class StepCounts:
+    """How many steps there were, and of which kind.
 
-    new_tokens         tokens generated; the first one comes with the prompt's forward, before any step
     steps              forwards of the base model after the prompt's
     open_steps         steps for which the gate gave a tree
     wasted_steps       open steps that accepted no guess
+    """
+
+    steps: int = 0
+    open_steps: int = 0
+    wasted_steps: int = 0
+
+    @property
+    def gate_open_rate(self) -> float:
+        """Share of the steps that carried guesses."""
+        return self.open_steps / self.steps if self.steps else 0.0
+
+    @property
+    def wasted_step_rate(self) -> float:
+        """Share of the open steps that accepted nothing."""
+        return self.wasted_steps / self.open_steps if self.open_steps else 0.0
+
+
+@dataclass
+class DecodeStats(StepCounts):
+    """Counts and times of one `decode`.
+
+    new_tokens         tokens generated; the first one comes with the prompt's forward, before any step
     accepted_histogram entry [a]: steps that accepted a guesses (each then also gained the base model's own next token)
     step_tokens        tokens gained in steps, before the last step's were cut at the end of the text
     trace              entry [i]: of step i, how many nodes its tree had, and which of them it accepted, the root left
@@ -35,9 +56,6 @@ class DecodeStats:
     """
 
     new_tokens: int = 0
-    steps: int = 0
-    open_steps: int = 0
-    wasted_steps: int = 0
     step_tokens: int = 0
     accepted_histogram: list[int] = field(default_factory=list)
     trace: list[tuple[int, list[int]]] = field(default_factory=list)
@@ -51,16 +69,6 @@ class DecodeStats:
     def tokens_per_step(self) -> float:
         """Tokens gained a step: 1 without drafts. 0 where there was no step."""
         return self.step_tokens / self.steps if self.steps else 0.0
-
-    @property
-    def gate_open_rate(self) -> float:
-        """Share of the steps that carried guesses."""
-        return self.open_steps / self.steps if self.steps else 0.0
-
-    @property
-    def wasted_step_rate(self) -> float:
-        """Share of the open steps that accepted nothing."""
-        return self.wasted_steps / self.open_steps if self.open_steps else 0.0
 
     @property
     def total_seconds(self) -> float:

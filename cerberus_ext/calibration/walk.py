@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..decode import ask
 from ..gate import Gate
+from ..stats import StepCounts
 from ..tree import DraftTree
 from .cost import StepCosts
 from .trace import TracedText
@@ -17,17 +18,13 @@ _NOT_ASKED = Gate()
 
 
 @dataclass
-class Tally:
+class Tally(StepCounts):
     """What the steps through some texts come to. The first token of a text comes with the prompt, without a step.
 
     tokens: those that are in the texts: a last step that goes beyond the end is counted as far as the end.
-    open_steps, wasted_steps: as in DecodeStats.
     """
 
     tokens: int = 0
-    steps: int = 0
-    open_steps: int = 0
-    wasted_steps: int = 0
     seconds: float = 0.0
 
     @property
@@ -38,14 +35,6 @@ class Tally:
     def tokens_per_second(self) -> float:
         """Of the steps, without the prompt."""
         return self.tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def gate_open_rate(self) -> float:
-        return self.open_steps / self.steps if self.steps else 0.0
-
-    @property
-    def wasted_step_rate(self) -> float:
-        return self.wasted_steps / self.open_steps if self.open_steps else 0.0
 
     def __iadd__(self, other: Tally) -> Tally:
         for name in ("tokens", "steps", "open_steps", "wasted_steps", "seconds"):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..json_lines import read_json_lines
 from .files import sha256
 
 
@@ -57,26 +58,18 @@ def read_answers(files: Iterable[Path], vocab_size: int) -> Answers:
 def parse_answers(path: Path, vocab_size: int) -> list[Answer]:
     """The lines of one file; none is fine here."""
     answers = []
-    with path.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            where = f"train: {path.name} line {number}"
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: must be JSON, got {text.strip()[:40]!r} ({error})") from None
-            if not isinstance(line, dict):
-                raise ValueError(f"{where}: must be an object, got {type(line).__name__}")
-            for key in ("p", "r"):
-                ids = line.get(key)
-                if not isinstance(ids, list) or not ids:
-                    raise ValueError(f'{where}: "{key}" must be a list of at least one token id, got {ids!r}')
-                for token in ids:
-                    if type(token) is not int or not 0 <= token < vocab_size:
-                        raise ValueError(f'{where}: "{key}" must hold ids in 0..{vocab_size - 1}, got {token!r}')
-            temperature = line.get("t")
-            if temperature is not None and (type(temperature) not in (int, float) or not temperature >= 0):
-                raise ValueError(f'{where}: "t" must be a temperature >= 0, got {temperature!r}')
-            answers.append(Answer(array("i", line["p"]), array("i", line["r"]), temperature))
+    for where, line in read_json_lines(path, "train: "):
+        if not isinstance(line, dict):
+            raise ValueError(f"{where}: must be an object, got {type(line).__name__}")
+        for key in ("p", "r"):
+            ids = line.get(key)
+            if not isinstance(ids, list) or not ids:
+                raise ValueError(f'{where}: "{key}" must be a list of at least one token id, got {ids!r}')
+            for token in ids:
+                if type(token) is not int or not 0 <= token < vocab_size:
+                    raise ValueError(f'{where}: "{key}" must hold ids in 0..{vocab_size - 1}, got {token!r}')
+        temperature = line.get("t")
+        if temperature is not None and (type(temperature) not in (int, float) or not temperature >= 0):
+            raise ValueError(f'{where}: "t" must be a temperature >= 0, got {temperature!r}')
+        answers.append(Answer(array("i", line["p"]), array("i", line["r"]), temperature))
     return answers
