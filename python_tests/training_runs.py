@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,4 +59,12 @@ def start(*arguments: str | Path, launcher: Sequence[str] = CLI) -> subprocess.P
     """`cerberus` in a process of its own, on one thread and with this process's modules."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, *launcher, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # Away from the source folder, which `python -m` would put before the installed package.
+    return subprocess.Popen(
+        command,
+        cwd=tempfile.gettempdir(),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
