@@ -71,7 +71,7 @@ class CalibrateOptions:
     new_tokens: int = 256
     sizes: Sequence[int] = SIZES
     contexts: Sequence[int] | None = None
-    rounds: int = 4
+    rounds: int = 2
     validate: int = 4
     output: Path | None = None
 

@@ -38,7 +38,7 @@ def calibrate(
     contexts: Annotated[
         str | None, typer.Option(help="Lengths of text at which a step is timed. Default: 64,512,1024.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds of timing, in each of three passes.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Rounds of timing, in each of three passes.")] = 2,
     validate: Annotated[int, typer.Option(help="Texts that check the prediction at the end; 0: none.")] = 4,
     output: Annotated[Path | None, typer.Option(help="Folder for calibration.png and calibration-report.json.")] = None,
     dtype: DTypeName = None,
