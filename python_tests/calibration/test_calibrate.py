@@ -223,7 +223,7 @@ def test_costs_are_measured_with_the_steps_of_decode(recorded: bool, monkeypatch
     found = measure_costs(model, heads, trees, [40, 20], rounds=2)
     graphs._kept.clear()
     expected = {(asked, size, context) for asked in (False, True) for size in trees for context in (20, 40)}
-    assert set(timed) == expected and len(timed) == len(expected) * cost.PASSES * 3
+    assert set(timed) == expected and len(timed) == len(expected) * cost.PASSES * 3 * (1 + cost._IN_A_ROW)
     assert found.sizes == (1, 3, 4) and found.contexts == (20, 40)
     assert all(seconds > 0 for table in (found.open, found.asked) for row in table for seconds in row)
     assert 0 < found.entropy < 0.01 and found.spread >= 0
