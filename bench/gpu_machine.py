@@ -15,7 +15,8 @@ import stage
 import torch
 
 from cerberus_ext import _load
-from cerberus_ext.evaluation.machine import commit, describe_processor, package_version
+from cerberus_ext.evaluation.machine import commit, describe_processor
+from cerberus_ext.info import package_version
 
 _SMI = (
     "name", "driver_version", "memory.total", "power.limit", "power.draw", "temperature.gpu", "clocks.sm",

@@ -169,7 +169,6 @@ class _Prospect:
         place = {path: i for i, path in enumerate(paths)}
         longest = max(map(len, paths), default=0)
         # A path's guesses as (head, rank); a shorter path is filled up with head -1, the certain one.
-        # A path's guesses as (head, rank); a shorter path is filled up with head -1, the certain one.
         heads = [[*range(len(path)), *[-1] * (longest - len(path))] for path in paths]
         ranks = [[*path, *[0] * (longest - len(path))] for path in paths]
         shape = (len(paths), longest)

@@ -37,6 +37,11 @@ def cpu_name() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
+def device_name(device: torch.device) -> str:
+    """A CPU or a GPU, as its maker calls it."""
+    return cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
 def cpu_features() -> list[str]:
     """Those of the CPU's features that matter here, as Linux names them; none known elsewhere."""
     flags = next((value.split() for key, value in _cpuinfo() if key == "flags"), [])
@@ -52,7 +57,8 @@ def _cpuinfo() -> list[tuple[str, str]]:
     return [(key.strip(), value.strip()) for key, _, value in entries]
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Of an installed package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -61,11 +67,11 @@ def _version(package: str) -> str:
 
 def _versions() -> dict[str, str]:
     versions = {
-        "cerberus_ext": f"{_version('cerberus_ext')} in {_load.PACKAGE}",
+        "cerberus_ext": f"{package_version('cerberus_ext')} in {_load.PACKAGE}",
         "Python": f"{platform.python_version()} on {platform.platform()}",
         "torch": f"{torch.__version__} in {Path(torch.__file__).parent}",
     }
-    return versions | {package: _version(package) for package in _REQUIREMENTS}
+    return versions | {package: package_version(package) for package in _REQUIREMENTS}
 
 
 def _libraries() -> dict[str, str]:

@@ -24,7 +24,7 @@ import torch
 from ..default_model import cache_dir
 from ..gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from ..heads import PRETRAINED, CerberusHeads, fingerprint
-from ..info import cpu_name
+from ..info import device_name
 from ..tree import DraftTree
 
 FILE = "calibration.json"
@@ -148,19 +148,16 @@ def heads_fingerprint(heads: CerberusHeads) -> str:
 
 def key_of(device: torch.device, dtype: torch.dtype, threads: int) -> tuple[str, str, int]:
     """What an entry belongs to. Threads count on a CPU only."""
-    return device_name(device), str(dtype).removeprefix("torch."), threads if device.type == "cpu" else 0
+    return _device_name(device), str(dtype).removeprefix("torch."), threads if device.type == "cpu" else 0
 
 
-@cache
-def device_name(device: torch.device) -> str:
-    """As its maker calls it."""
-    return cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
+_device_name = cache(device_name)  # asked at every decode, and reads a file
 
 
-def places(heads: CerberusHeads) -> list[Path]:
-    """The files in which to look for calibrations of the heads."""
+def places(heads: CerberusHeads, own_print: str) -> list[Path]:
+    """The files in which to look for calibrations of the heads, whose fingerprint is `own_print`."""
     try:
-        own = [cache_dir() / "calibration" / f"{heads_fingerprint(heads)}.json"]
+        own = [cache_dir() / "calibration" / f"{own_print}.json"]
     except RuntimeError:  # there is no home folder
         own = []
     if heads.folder is None:
@@ -172,7 +169,7 @@ def places(heads: CerberusHeads) -> list[Path]:
 
 def place(heads: CerberusHeads) -> Path:
     """The file to which calibrations of the heads are written."""
-    files = places(heads)
+    files = places(heads, heads_fingerprint(heads))
     if not files:
         raise OSError("calibrate: there is no home folder to keep the result in: set CERBERUS_CACHE to a folder")
     return files[0]
@@ -214,7 +211,7 @@ def save(heads: CerberusHeads, calibration: Calibration) -> Path:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, also where two processes write at once."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
@@ -247,7 +244,7 @@ def find(heads: Any, device: torch.device, dtype: torch.dtype, threads: int) -> 
 
 def _read(heads: CerberusHeads, key: tuple[str, str, int]) -> Calibration | None:
     own = heads_fingerprint(heads)
-    for file in places(heads):
+    for file in places(heads, own):
         try:
             entries = read_entries(file)
             for entry in entries:

@@ -11,13 +11,15 @@ from .shared import (
     PACKAGED_HEADS,
     Device,
     DTypeName,
+    Heads,
     Model,
     Threads,
+    begin,
+    check_heads_named,
     dtype_of,
     fail,
     load_base,
     load_heads,
-    quiet_transformers,
 )
 
 TURNS = {"1": (1,), "2": (2,), "both": (1, 2)}
@@ -34,9 +36,7 @@ def bench(
         Path | None, typer.Option(help="Only makes the report of the results in this folder anew.")
     ] = None,
     model: Model = None,
-    heads: Annotated[
-        str | None, typer.Option(help="Packaged name, local folder or Hub id. Default: those of the default model.")
-    ] = None,
+    heads: Heads = None,
     medusa: Annotated[str | None, typer.Option(help="Medusa's heads, as `cerberus train --no-chained` makes.")] = None,
     draft_model: Annotated[str | None, typer.Option(help="Folder or Hub id: for assisted generation.")] = None,
     way: Annotated[list[str] | None, typer.Option(help="FILE.py[:ARGUMENT] with more ways; may be repeated.")] = None,
@@ -74,17 +74,13 @@ def bench(
         fail("--questions FILE and --out DIR are needed, or --report DIR")
     if turns not in TURNS:
         fail(f"--turns must be one of {', '.join(TURNS)}, got {turns}")
-    if model is not None and heads is None:
-        fail("--heads: the packaged heads fit the default model only; name heads trained for this --model")
-    import torch
+    check_heads_named(model, heads)
 
     from ..default_model import load_model
     from ..evaluate import BenchOptions, evaluate
     from ..prompts import read_questions
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    quiet_transformers()
+    begin(threads)
     try:
         asked = read_questions(questions, limit)
         options = BenchOptions(

@@ -11,21 +11,21 @@ from .shared import (
     PACKAGED_HEADS,
     Device,
     DTypeName,
+    Heads,
     Model,
     Threads,
+    begin,
+    check_heads_named,
     dtype_of,
     fail,
     load_base,
     load_heads,
-    quiet_transformers,
 )
 
 
 def calibrate(
     model: Model = None,
-    heads: Annotated[
-        str | None, typer.Option(help="Packaged name, local folder or Hub id. Default: those of the default model.")
-    ] = None,
+    heads: Heads = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help='JSON lines, {"turns": [...]} as in MT-Bench or {"prompt": ...}. Default: 24 own questions.'),
@@ -50,23 +50,19 @@ def calibrate(
     About five minutes for the default model on two cores. `cerberus generate` and `decode` use the result for the same
     device, dtype and number of threads.
     """
-    if model is not None and heads is None:
-        fail("--heads: the packaged heads fit the default model only; name heads trained for this --model")
+    check_heads_named(model, heads)
     changes: dict[str, Any] = {}
     if sizes is not None:
         changes["sizes"] = _integers("--sizes", sizes)
     if contexts is not None:
         changes["contexts"] = _integers("--contexts", contexts)
-    import torch
 
     from .. import calibrate as calibration
     from ..calibration import report
     from ..calibration.store import place
     from ..prompts import read_questions
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    quiet_transformers()
+    begin(threads)
     try:
         if prompts is not None:
             changes["questions"] = read_questions(prompts)

@@ -11,14 +11,16 @@ from .shared import (
     PACKAGED_HEADS,
     Device,
     DTypeName,
+    Heads,
     Model,
     Threads,
+    begin,
+    check_heads_named,
     dtype_of,
     encode,
     fail,
     load_base,
     load_heads,
-    quiet_transformers,
 )
 
 if TYPE_CHECKING:
@@ -29,9 +31,7 @@ if TYPE_CHECKING:
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The question. Read from standard input if left out.")] = None,
     model: Model = None,
-    heads: Annotated[
-        str | None, typer.Option(help="Packaged name, local folder or Hub id. Default: those of the default model.")
-    ] = None,
+    heads: Heads = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     tree_size: Annotated[
         int | None,
@@ -49,18 +49,14 @@ def generate(
 ) -> None:
     """Answers PROMPT, streaming, then says how fast it was."""
     text = _read_prompt(prompt)
-    if model is not None and heads is None:
-        fail("--heads: the packaged heads fit the default model only; name heads trained for this --model")
-    import torch
+    check_heads_named(model, heads)
     from transformers import TextStreamer
 
     import cerberus_ext
 
     from ..tree import default_tree
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    quiet_transformers()
+    begin(threads)
     base, tokenizer = load_base(model, dtype_of(dtype), device)
     trained = load_heads(heads or PACKAGED_HEADS, base)
     ids = encode(tokenizer, text, raw).to(base.device)

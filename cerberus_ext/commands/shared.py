@@ -19,11 +19,31 @@ PACKAGED_HEADS = "smollm2-135m-instruct"
 Model = Annotated[
     str | None, typer.Option(help="Local folder or Hub id of the base model. Default: SmolLM2-135M-Instruct.")
 ]
+Heads = Annotated[
+    str | None, typer.Option(help="Packaged name, local folder or Hub id. Default: those of the default model.")
+]
 DTypeName = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 where it is fast.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: CUDA where there is one.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")]
+
+
+def begin(threads: int | None) -> None:
+    """What a command does before it loads a model."""
+    import torch
+    from transformers.utils import logging
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def check_heads_named(model: str | None, heads: str | None) -> None:
+    """Another model than the default one needs heads of its own."""
+    if model is not None and heads is None:
+        fail("--heads: the packaged heads fit the default model only; name heads trained for this --model")
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
@@ -67,13 +87,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool) -> torch.Te
     from ..prompts import encode_chat
 
     return tokenizer(text, return_tensors="pt").input_ids if raw else encode_chat(tokenizer, [text])
-
-
-def quiet_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def fail(message: str) -> NoReturn:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import Device, Model, Threads, dtype_of, fail, load_base, quiet_transformers
+from .shared import Device, Model, Threads, begin, dtype_of, fail, load_base
 
 
 def train(
@@ -74,9 +74,7 @@ def train(
     from .. import train as training
     from ..default_model import HUB_ID
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    quiet_transformers()
+    begin(threads)
     try:
         options = training.TrainOptions(
             output=output, base_model=name_of(model) if model else HUB_ID, seed=seed, data=data, prompts=prompts,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from .. import _load
-from ..info import cpu_features, cpu_name
+from ..info import cpu_features, cpu_name, package_version
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
@@ -37,13 +36,6 @@ def describe_versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": package_version("transformers"),
     }
-
-
-def package_version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def commit(file: Path = Path(__file__)) -> str | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from ..info import cpu_name
+from ..info import device_name
 from .curves import draw_curves
 from .estimate import coverage
 from .files import write_json, write_text
@@ -70,7 +70,6 @@ def record(trainer: Trainer) -> dict[str, Any]:
 
 
 def machine(device: torch.device) -> str:
-    """The processor that did the work, as its maker calls it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, threads: {torch.get_num_threads()}"
+    """What did the work."""
+    name = device_name(device)
+    return f"{name}, threads: {torch.get_num_threads()}" if device.type == "cpu" else name

@@ -82,7 +82,7 @@ def test_found_for_its_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     save(heads, entry(heads, threads=2))
     assert found(heads, threads=2) is not None
     assert found(heads, threads=1) is None and found(heads, dtype=torch.bfloat16) is None
-    monkeypatch.setattr(store, "device_name", lambda device: "another processor")
+    monkeypatch.setattr(store, "_device_name", lambda device: "another processor")
     assert found(heads, threads=2) is None
 
 
