@@ -34,6 +34,7 @@ def decode(
     stopping_criteria: list[Any] | None = None,
     streamer: Any = None,
     graphs: bool | None = None,
+    compile: bool = False,
 ) -> DecodeOutput:
     """Generates what `model` alone would, in fewer forwards.
 
@@ -51,6 +52,8 @@ def decode(
     eos_token_id: token or tokens that end the text, included in it; None: those of model.generation_config.
     stopping_criteria, streamer: transformers' own, see `generate`.
     graphs: steps as CUDA graphs, see graphs.py. None: where possible; True: or an error; False: not.
+    compile: on a CPU, the base model's steps go through torch.compile, see compiled_step.py. The first decode of a
+        process waits until they are compiled.
 
     Returns sequences (1, S + new) and stats. Raises TypeError or ValueError, naming the argument, where one is wrong,
     and RuntimeError while the same model is already decoding.
@@ -59,6 +62,7 @@ def decode(
     # Here, and not above: they import transformers, which takes seconds and is not needed to look at a tree.
     from . import checks
     from .calibration.store import find
+    from .compiled_step import compiled_steps
     from .graphs import open_stepper
 
     checks.check_model(model)
@@ -69,6 +73,7 @@ def decode(
     checks.check_sampling(temperature, top_k, top_p, seed)
     checks.check_streamer(streamer)
     checks.check_graphs(graphs)
+    checks.check_compile(compile, graphs)
     sampling = Sampling(seed, float(temperature), top_k, float(top_p)) if temperature else Sampling()
     if tree is None:
         calibrated = find(heads, model.device, model.dtype, torch.get_num_threads())
@@ -80,13 +85,16 @@ def decode(
     stopping = checks.stopping_criteria_list(stopping_criteria)
     text = GeneratedText(ids, max_new_tokens, checks.eos_token_ids(eos_token_id, model), stopping, streamer)
     stats = DecodeStats()
+    compiled = compiled_steps(model, {one.size for one in trees}, stats) if compile else None
     if not text.ended:
         capacity = ids.shape[1] + max_new_tokens + max(one.size for one in trees)
         guesses = max(one.guesses for one in trees)
         ahead = answers(gate, "choose")
         with (
             torch.inference_mode(),
-            open_stepper(model, heads, capacity, ids.shape[0], guesses, ahead, sampling, stats, graphs) as stepper,
+            open_stepper(
+                model, heads, capacity, ids.shape[0], guesses, ahead, sampling, stats, graphs, compiled
+            ) as stepper,
         ):
             with stats.phase("prefill"):
                 text.add(stepper.prefill(ids))
