@@ -53,7 +53,7 @@ void bind_suffix_index(py::module_& m) {
       "token somewhere in what is indexed. The guess is the token that has followed it most often; of "
       "several\n"
       "the one that did so last.\n\n"
-      "max_match: 1 .. 1024. Work per token and the shortest context that is told apart grow with it.\n"
+      "max_match: 1 .. 1024. The work per token grows with it.\n"
       "max_tokens: 2 .. 2^30, the most tokens that are remembered. Tokens are indexed in halves of that "
       "size:\n"
       "when one is full, the one before it is forgotten. Where both match, the longer match counts, of "

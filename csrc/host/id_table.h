@@ -20,19 +20,17 @@ inline uint64_t hash_of(uint32_t a, uint32_t b) {
 
 class IdTable {
  public:
-  // The slot of the id with this hash for which `is_it(id)` is true; without one, the free slot (it holds
-  // kNone) where the id may be put if room for it has been reserved. Valid until the next `reserve`.
-  template <typename IsIt>
-  uint32_t& slot(uint64_t hash, IsIt is_it) {
-    size_t i = home(hash, slots_.size());
-    while (slots_[i] != kNone && !is_it(slots_[i])) i = i + 1 == slots_.size() ? 0 : i + 1;
-    return slots_[i];
-  }
-
   // The id with this hash for which `is_it(id)` is true, or kNone.
   template <typename IsIt>
   uint32_t find(uint64_t hash, IsIt is_it) const {
-    return const_cast<IdTable*>(this)->slot(hash, is_it);
+    return slots_[place(hash, is_it)];
+  }
+
+  // Its slot; without such an id the free slot, which holds kNone, where it may be put once room for it has
+  // been reserved. Valid until the next `reserve`.
+  template <typename IsIt>
+  uint32_t& slot(uint64_t hash, IsIt is_it) {
+    return slots_[place(hash, is_it)];
   }
 
   // Makes room for `ids` ids in all; `hash` gives the hash of an id that is in the table.
@@ -52,7 +50,12 @@ class IdTable {
  private:
   static constexpr size_t kOfIds = 5, kOfSlots = 7;  // at most 5 of 7 slots are taken, so a search ends soon
 
-  static size_t home(uint64_t hash, size_t slots) { return (hash >> 32) * slots >> 32; }
+  template <typename IsIt>
+  size_t place(uint64_t hash, IsIt is_it) const {
+    size_t i = (hash >> 32) * slots_.size() >> 32;
+    while (slots_[i] != kNone && !is_it(slots_[i])) i = i + 1 == slots_.size() ? 0 : i + 1;
+    return i;
+  }
 
   std::vector<uint32_t> slots_ = std::vector<uint32_t>(kOfSlots, kNone);
 };
