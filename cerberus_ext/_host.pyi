@@ -1,9 +1,19 @@
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 def best_tree(accuracy: ArrayLike, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
 def ancestors(parents: ArrayLike) -> NDArray[np.int64]: ...
 def depths(parents: ArrayLike) -> NDArray[np.int64]: ...
+def best_drafts(
+    tokens: ArrayLike,
+    chances: ArrayLike,
+    paths: Sequence[tuple[ArrayLike, ArrayLike, int]],
+    vocabulary: int,
+    size: int,
+    deepest: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]: ...
 
 class SuffixIndex:
     def __init__(self, max_match: int = 24, max_tokens: int = 1 << 20) -> None: ...

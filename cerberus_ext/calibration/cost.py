@@ -169,7 +169,7 @@ def _time_entropy(stepper: Stepper) -> list[float]:
     gate, root, times = EntropyGate(0.0), DraftTree.root(), []
     for _ in range(_ASKED):
         begin = time.perf_counter()
-        ask(gate, root, stepper)
+        ask(gate, root, stepper, 1)
         times.append(time.perf_counter() - begin)
     return times
 

@@ -71,7 +71,7 @@ def walk(texts: Iterable[TracedText], tree: DraftTree, gate: Gate, costs: StepCo
         while place.index < len(text):
             deepest = text.deepest[place.index]
             asks = deepest > 0 and guesses > 0
-            chosen = (ask(gate, tree, place) if asks else None) or plain
+            chosen = (ask(gate, tree, place, deepest) if asks else None) or plain
             size = chosen.cut(deepest).size
             accepted = text.accepted(chosen)[place.index] if size > 1 else 0
             context = text.prompt + place.index

@@ -39,10 +39,12 @@ py::array_t<int64_t> ancestors_numpy(const py::object& parents) {
 
 }  // namespace
 
+void bind_draft_search(py::module_& m);
 void bind_suffix_index(py::module_& m);
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host-side structures of cerberus_ext, in C++.";
+  bind_draft_search(m);
   bind_suffix_index(m);
   m.def("best_tree", &best_tree_numpy, py::arg("accuracy"), py::arg("size"),
         "The draft tree with the largest expected number of accepted guesses.\n\n"
