@@ -30,9 +30,10 @@ def plot(details: dict[str, Any], file: Path) -> None:
     axis.set(title="best guess: probability (dotted), corrected (line)", xlabel="probability", ylabel="share right")
     axis.legend(fontsize="small")
     axis = axes[5]
-    rows = details["sizes"]
-    sizes = [row["size"] for row in rows]
-    axis.plot(sizes, [row["tokens_per_second"] for row in rows], "o-", label="tokens/s")
+    for label, dynamic in (("one tree of the heads", False), ("each step its own", True)):
+        rows = [row for row in details["sizes"] if (row["depth"] is None) == dynamic]
+        axis.plot([row["size"] for row in rows], [row["tokens_per_second"] for row in rows], "o-", label=label)
+    axis.legend(fontsize="small")
     axis.set(title="without a gate", xlabel="nodes of the tree", ylabel="tokens/s, expected")
     axis.set_ylim(bottom=0)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
