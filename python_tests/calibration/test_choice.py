@@ -124,11 +124,11 @@ def test_heads_that_are_never_right() -> None:
 
 def test_costs_between_and_beyond_what_was_measured() -> None:
     table = StepCosts((1, 3), (10, 30), ((1.0, 2.0), (3.0, 4.0)), ((5.0, 6.0), (7.0, 6.0)), entropy=0.5)
-    gate, looks, entropy = AlwaysOpen(), ConfidenceGate({1: 1.0}), EntropyGate(1.0)
     expected = {0: 1.0, 10: 1.0, 20: 1.5, 30: 2.0, 50: 3.0, 5030: 252.0}
-    assert {context: table.seconds(1, context, gate) for context in expected} == pytest.approx(expected)
-    assert table.seconds(2, 20, gate) == pytest.approx(2.5) and table.seconds(2, 20, entropy) == pytest.approx(3.0)
-    assert table.seconds(3, 90, looks) == 6.0, "longer texts are never faster than the longest measured"
+    assert {context: table.seconds(1, context, False) for context in expected} == pytest.approx(expected)
+    assert table.seconds(2, 20, False) == pytest.approx(2.5)
+    assert table.seconds(2, 20, False, entropy=True) == pytest.approx(3.0)
+    assert table.seconds(3, 90, True) == 6.0, "longer texts are never faster than the longest measured"
     assert table.by_size(20, asked=False) == pytest.approx({1: 1.5, 3: 3.5})
     single = StepCosts((1,), (64,), ((2.0,),), ((3.0,),))
-    assert single.seconds(1, 999, gate) == 2.0 and math.isfinite(single.seconds(1, 0, looks))
+    assert single.seconds(1, 999, False) == 2.0 and math.isfinite(single.seconds(1, 0, True))
