@@ -119,20 +119,18 @@ class Fit:
 
     def _dynamic(self, costs: StepCosts) -> dict[str, Setting]:
         """Trees of every step's own guesses: of each size, and a gate that chooses how many nodes of the largest."""
-        sizes = [size for size in costs.sizes if size > 1]
-        found = {f"dynamic {size}": Setting("dynamic", DynamicTree(size), AlwaysOpen()) for size in sizes}
-        if not sizes:
-            return found
+        corrections = tuple(self.corrections)
+        trees = [DynamicTree(size, corrections=corrections) for size in costs.sizes if size > 1]
+        if not trees:
+            return {}
+        found = {f"dynamic {tree.size}": Setting("dynamic", tree, AlwaysOpen()) for tree in trees}
+        rate = max(walk(self.texts, tree, AlwaysOpen(), costs).tokens_per_second for tree in trees)
         common: dict[str, Any] = {"costs": costs.by_size(self._context, asked=True)}
-        alone = [walk(self.texts, one.tree, one.gate, costs).tokens_per_second for one in found.values()]
-        for suffix, corrections in (("", None), (" corrected", tuple(self.corrections))):
-            tree = DynamicTree(sizes[-1], corrections=corrections)
-            for margin in _MARGINS:
-                gate = ConfidenceGate(margin=margin, **common)
-                found[f"dynamic gate{suffix} margin {margin}"] = Setting("dynamic gate", tree, gate)
-            gate = self._rated(tree, max(alone), costs, common)
-            found[f"dynamic gate{suffix} rate"] = Setting("dynamic gate", tree, gate)
-        return found
+        gates = {f"margin {margin}": ConfidenceGate(margin=margin, **common) for margin in _MARGINS}
+        gates["rate"] = self._rated(trees[-1], rate, costs, common)
+        return found | {
+            f"dynamic gate {name}": Setting("dynamic gate", trees[-1], gate) for name, gate in gates.items()
+        }
 
     def _rated(
         self, tree: DraftTree | DynamicTree, rate: float, costs: StepCosts, common: dict[str, Any]

@@ -8,9 +8,11 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..dynamic_tree import DynamicTree
+from ..gate import AlwaysOpen
 from ..tree import DraftTree
 from .choice import KINDS, PLAIN, UNGATED, Choice, Fit, halves
 from .cost import StepCosts
@@ -18,6 +20,7 @@ from .signals import auc, by_quantile, head_reliability
 from .store import Calibration
 from .trace import TracedText
 from .validate import Measured
+from .walk import walk
 
 
 def signal_rows(texts: Sequence[TracedText], tree: DraftTree) -> list[dict[str, Any]]:
@@ -54,6 +57,21 @@ def reliability_rows(texts: Sequence[TracedText], sizes: Sequence[int]) -> list[
     for name, corrections in (("drafted", None), ("corrected", Fit(fitted, sizes).corrections)):
         for row, (mean, share, error) in zip(rows, head_reliability(logprobs, ranks, corrections), strict=True):
             row[name] = {"probability": mean, "share": share, "error": error}
+    return rows
+
+
+def promise_rows(texts: Sequence[TracedText], sizes: Sequence[int], costs: StepCosts) -> dict[str, dict[str, Any]]:
+    """What steps with trees of their own promise to gain against what they gain, as drafted, and corrected by what the
+    other half of the texts taught: means over all steps, and over tenths of them. Empty where there are no trees."""
+    fitted, judged = halves(texts)[0]
+    rows: dict[str, dict[str, Any]] = {}
+    for name, corrections in (("drafted", None), ("corrected", tuple(Fit(fitted, sizes).corrections))):
+        tree = DynamicTree(max(2, *sizes), corrections=corrections)
+        steps = np.array(walk(judged, tree, AlwaysOpen(), costs).promises, dtype=np.float64).reshape(-1, 2)
+        if len(steps):
+            promised, gained = by_quantile(steps[:, 0], steps[:, 1])
+            mean = steps.mean(0).tolist()
+            rows[name] = {"mean_promised": mean[0], "mean_gained": mean[1], "promised": promised, "gained": gained}
     return rows
 
 
@@ -115,6 +133,7 @@ def details(
         "signals_of_tree": tree.size,
         "signals": signal_rows(texts, tree),
         "reliability": reliability_rows(texts, [tree.size]),
+        "promises": promise_rows(texts, costs.sizes, costs),
         "validation": {name: asdict(one) for name, one in measured.items()},
     }
 
@@ -149,6 +168,11 @@ def text(calibration: Calibration) -> str:
         for number, head in enumerate(found["reliability"], start=1)
     )
     lines += ["", f"calibration error of the best guess, as drafted -> corrected: {', '.join(errors)}"]
+    for name, row in found["promises"].items():
+        lines.append(
+            f"tokens a step with {found['costs']['sizes'][-1]} nodes of its own, {name}:"
+            f" promised {row['mean_promised']:.2f}, gained {row['mean_gained']:.2f}"
+        )
     if found["validation"]:
         width = max(len(name) for name in [*found["validation"], "validation"])
         lines += ["", f"{'validation':{width}}  predicted tokens/s  measured  predicted steps  measured"]

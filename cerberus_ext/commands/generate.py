@@ -65,7 +65,7 @@ def generate(
     trained = None if heads == NO_HEADS else load_heads(heads or PACKAGED_HEADS, base)
     ids = encode(tokenizer, text, raw).to(base.device)
     tree = None if tree_size is None else DynamicTree(tree_size)
-    sources = None if suffix else []
+    sources: list[Any] | None = None if suffix else []
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tree": tree, "sources": sources}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = cerberus_ext.decode(base, trained, ids, streamer=streamer, **options)
