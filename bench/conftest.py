@@ -1,4 +1,4 @@
-"""The machine above the benchmarks, and below them one table that compares ours with plain PyTorch."""
+"""The machine above the benchmarks, and below them a table of each kind: ops and suffix index."""
 
 from __future__ import annotations
 
@@ -25,9 +25,15 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 @pytest.hookimpl(trylast=True)  # below pytest-benchmark's own table
 def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     benchmarks = config._benchmarksession.benchmarks  # what pytest-benchmark prints its own table from
-    rows = [bench.extra_info for bench in benchmarks if "speedup" in bench.extra_info]
-    if not rows:
-        return
+    rows = [bench.extra_info for bench in benchmarks]
+    for table, key in ((ops_table, "speedup"), (suffix_table, "bytes_per_token")):
+        if chosen := [row for row in rows if key in row]:
+            table(terminalreporter, chosen)
+    if rows:
+        terminalreporter.write_line(f"reproduce: pytest bench --benchmark-only; {machine.describe()['processor']}")
+
+
+def ops_table(terminalreporter: Any, rows: list[dict[str, Any]]) -> None:
     terminalreporter.section(
         "ours and plain PyTorch: medians; bytes that have to be moved, as a share of a copy's speed"
     )
@@ -48,4 +54,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
                 f"{row['share_of_copy_bandwidth']:.0%}",
             )
         )
-    terminalreporter.write_line(f"reproduce: pytest bench --benchmark-only; {machine.describe()['processor']}")
+
+
+def suffix_table(terminalreporter: Any, rows: list[dict[str, Any]]) -> None:
+    terminalreporter.section("suffix index: medians; append: of one token; step: of appending one and guessing")
+    form = "{:<22} {:<7} {:>11} {:>16}"
+    terminalreporter.write_line(form.format("text", "call", "time", "bytes per token"))
+    for row in rows:
+        time = f"{row['nanoseconds']:.0f} ns"
+        terminalreporter.write_line(form.format(row["text"], row["call"], time, f"{row['bytes_per_token']:.1f}"))

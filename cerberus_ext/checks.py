@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
-from .gate import Gate
+from .dynamic_tree import DynamicTree
+from .gate import Gate, answers
 from .tree import DraftTree
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,18 +71,37 @@ def check_attention_mask(attention_mask: Any, ids: Tensor) -> None:
         raise ValueError("decode: attention_mask must be all ones, since ids has one row without padding, got zeros")
 
 
-def check_tree(tree: Any, num_heads: int) -> DraftTree:
-    if not isinstance(tree, DraftTree):
-        raise TypeError(f"decode: tree must be a DraftTree or None, got {type(tree).__name__}")
-    if tree.depth > num_heads:
+def check_tree(tree: Any, num_heads: int) -> DraftTree | DynamicTree:
+    if not isinstance(tree, DraftTree | DynamicTree):
+        raise TypeError(f"decode: tree must be a DraftTree, a DynamicTree or None, got {type(tree).__name__}")
+    if isinstance(tree, DynamicTree):
+        if tree.corrections is not None and len(tree.corrections) != num_heads:
+            raise ValueError(
+                f"decode: tree must have a correction for each of the {num_heads} heads, or None,"
+                f" got {len(tree.corrections)}"
+            )
+    elif tree.depth > num_heads:
         raise ValueError(f"decode: tree must not be deeper than the heads, {num_heads}, got a depth of {tree.depth}")
     return tree
 
 
-def check_gate(gate: Any) -> Gate:
+def check_gate(gate: Any, tree: DraftTree | DynamicTree) -> Gate:
     if not isinstance(gate, Gate):
         raise TypeError(f"decode: gate must be a Gate or None, got {type(gate).__name__}")
+    if isinstance(tree, DynamicTree) and answers(gate, "choose") and not answers(gate, "choose_size"):
+        raise ValueError(f"decode: gate must have choose_size for a DynamicTree, {type(gate).__name__} has only choose")
     return gate
+
+
+def check_sources(sources: Any, tree: Any) -> None:
+    """A sequence of what makes sources, for a tree that has a place for their guesses."""
+    if not isinstance(sources, Sequence) or not all(map(callable, sources)):
+        raise TypeError(
+            "decode: sources must be None or a sequence of callables that make a DraftSource of a prompt,"
+            f" got {type(sources).__name__}"
+        )
+    if sources and isinstance(tree, DraftTree):
+        raise ValueError("decode: sources must be None or empty with a DraftTree, whose guesses are the heads'")
 
 
 def check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:

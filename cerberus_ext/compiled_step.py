@@ -42,6 +42,13 @@ _CHECKED_ROWS = 4
 _ONE_ROW = {"cpp.min_chunk_size": 1 << 40}  # less work than this is done by one thread
 
 
+class CompileError(ValueError):
+    """The steps of this model, or on this machine, cannot be compiled; the message says why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"decode: compile must be False here, got True: {reason}")
+
+
 class ModelPrograms:
     """What is kept for a model: its compiled steps, by numbers of nodes and threads. It does not keep the model itself.
 
@@ -115,7 +122,7 @@ class CompiledSteps:
     def prepare(self, base: BaseModel, nodes: int) -> tuple[StepProgram, int]:
         """The compiled step for at least so many nodes, and for how many it is.
 
-        Raises ValueError where the model is not supported, RuntimeError where compiling fails.
+        Raises CompileError.
         """
         size = next((size for size in self._sizes if size >= nodes), nodes)
         program = self._programs.get(size)
@@ -144,17 +151,17 @@ class CompiledSteps:
 
     def _compile(self, base: BaseModel, size: int) -> StepProgram:
         if not base.static:
-            raise ValueError(_refusal(MASKED))
+            raise CompileError(MASKED)
         base.cache.check_room(size)
         try:
             return self._programs.compile(base, size)
         except UnsupportedAttention as error:
-            raise ValueError(_refusal(MASKED)) from error
+            raise CompileError(MASKED) from error
         except Untraceable as error:
-            raise ValueError(_refusal(str(error))) from error
+            raise CompileError(str(error)) from error
         except Exception as error:
             reason = next(iter(str(error).splitlines()), "")
-            raise RuntimeError(_refusal(f"compiling a step failed: {type(error).__name__}: {reason}")) from error
+            raise CompileError(f"compiling a step failed: {type(error).__name__}: {reason}") from error
 
 
 _kept: weakref.WeakKeyDictionary[PreTrainedModel, ModelPrograms] = weakref.WeakKeyDictionary()
@@ -163,21 +170,17 @@ _kept: weakref.WeakKeyDictionary[PreTrainedModel, ModelPrograms] = weakref.WeakK
 def compiled_steps(model: PreTrainedModel, sizes: Collection[int], stats: DecodeStats) -> CompiledSteps:
     """For one decode of the model, with trees of these sizes; what an earlier decode has compiled serves again.
 
-    Raises ValueError, as `decode` does, where the model's steps cannot be compiled.
+    Raises CompileError.
     """
     if model.device.type != "cpu":
-        raise ValueError(_refusal(f"the model is on {model.device}, where steps are CUDA graphs"))
+        raise CompileError(f"the model is on {model.device}, where steps are CUDA graphs")
     if torch.is_autocast_enabled(model.device.type):
-        raise ValueError(_refusal("autocast is on, whose copies of the weights do not outlive it"))
+        raise CompileError("autocast is on, whose copies of the weights do not outlive it")
     if name := hooked(model):
-        raise ValueError(_refusal(f"the model has hooks ({name}), which a compiled step would not call"))
+        raise CompileError(f"the model has hooks ({name}), which a compiled step would not call")
     if not isinstance(find_attention(model, layer_windows(model.config)), TreeAttention):
-        raise ValueError(_refusal(MASKED))
+        raise CompileError(MASKED)
     programs = _kept.get(model)
     if programs is None or programs.memory != memory_of(model):
         programs = _kept[model] = ModelPrograms(model)
-    return CompiledSteps(programs, {1, *sizes}, stats)
-
-
-def _refusal(reason: str) -> str:
-    return f"decode: compile must be False here, got True: {reason}"
+    return CompiledSteps(programs, sizes, stats)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from .gate import AlwaysOpen, Gate, answers
+from .draft_sources import SourceMaker
+from .dynamic_tree import DynamicTree, StepTree, TreeGrower
+from .gate import Gate, answers
 from .stats import DecodeOutput, DecodeStats
 from .stepper import HeadsLike, Sampling, Stepper
 from .text import GeneratedText
-from .tree import DraftTree, default_tree
+from .tree import DraftTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,13 +24,14 @@ if TYPE_CHECKING:
 
 def decode(
     model: PreTrainedModel,
-    heads: HeadsLike,
+    heads: HeadsLike | None,
     ids: Tensor,
     *,
     attention_mask: Tensor | None = None,
     max_new_tokens: int = 256,
-    tree: DraftTree | None = None,
+    tree: DraftTree | DynamicTree | None = None,
     gate: Gate | None = None,
+    sources: Sequence[SourceMaker] | None = None,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -40,12 +46,16 @@ def decode(
 
     model: a decoder-only transformers model with a key/value cache (full or sliding attention), in evaluation mode, on
         one device. It is left as it was, also when this raises.
-    heads: CerberusHeads, or anything else that guesses. They never change the text.
+    heads: CerberusHeads, or anything else that guesses; None: only `sources` guess. They never change the text.
     ids: (1, S) int64 on the model's device: the prompt. attention_mask: None or all ones.
     max_new_tokens: at most so many tokens are generated, >= 0.
-    tree: which guesses a step checks. None: the one that `calibrate` found for these heads on this device, with this
-        dtype and, on a CPU, torch.get_num_threads(); where there is none, `default_tree(heads, device)`.
+    tree: which guesses a step checks: a DynamicTree those that are most likely right at this step, a DraftTree always
+        the same of the heads' alone. None: the one that `calibrate` found for these heads on this device, with this
+        dtype and, on a CPU, torch.get_num_threads(); where there is none, a DynamicTree, or, for other heads than
+        CerberusHeads, `default_tree`.
     gate: when, and with which tree. None: the calibrated one where the tree is, too; otherwise at every step.
+    sources: who guesses besides the heads, see draft_sources.py; None: the text's own past, `[SuffixSource()]`, with a
+        DynamicTree; a DraftTree has none.
     temperature: 0 takes the most likely token, as `model.generate(do_sample=False)` does without logits processors.
         Above 0, tokens are drawn, with noise determined by seed and position, so that for a seed the text is the same
         whatever the heads, the tree and the gate; top_k and top_p are those of `ops.choose_tokens`.
@@ -61,12 +71,11 @@ def decode(
     """
     # Here, and not above: they import transformers, which takes seconds and is not needed to look at a tree.
     from . import checks
-    from .calibration.store import find
     from .compiled_step import compiled_steps
     from .graphs import open_stepper
+    from .plan import make_plan
 
     checks.check_model(model)
-    checks.check_heads(heads)
     checks.check_ids(ids, model)
     checks.check_attention_mask(attention_mask, ids)
     checks.check_integer("max_new_tokens", max_new_tokens, 0)
@@ -75,46 +84,43 @@ def decode(
     checks.check_graphs(graphs)
     checks.check_compile(compile, graphs)
     sampling = Sampling(seed, float(temperature), top_k, float(top_p)) if temperature else Sampling()
-    if tree is None:
-        calibrated = find(heads, model.device, model.dtype, torch.get_num_threads())
-        tree = calibrated.tree if calibrated else default_tree(heads, ids.device)
-        gate = calibrated.gate if calibrated and gate is None else gate
-    tree = checks.check_tree(tree, heads.config.num_heads)
-    gate = AlwaysOpen() if gate is None else checks.check_gate(gate)
-    trees = [checks.check_tree(one, heads.config.num_heads) for one in gate.trees(tree)]
+    plan = make_plan(model, heads, tree, gate, sources)
     stopping = checks.stopping_criteria_list(stopping_criteria)
     text = GeneratedText(ids, max_new_tokens, checks.eos_token_ids(eos_token_id, model), stopping, streamer)
     stats = DecodeStats()
-    compiled = compiled_steps(model, {one.size for one in trees}, stats) if compile else None
+    steps = compiled_steps(model, plan.sizes, stats) if compile else None
     if not text.ended:
-        capacity = ids.shape[1] + max_new_tokens + max(one.size for one in trees)
-        guesses = max(one.guesses for one in trees)
-        ahead = answers(gate, "choose")
+        batch, capacity = ids.shape[0], ids.shape[1] + max_new_tokens + plan.most_nodes
         with (
             torch.inference_mode(),
             open_stepper(
-                model, heads, capacity, ids.shape[0], guesses, ahead, sampling, stats, graphs, compiled
+                model, plan.heads, capacity, batch, plan.guesses, plan.looks_ahead, sampling, stats, graphs, steps
             ) as stepper,
         ):
             with stats.phase("prefill"):
-                text.add(stepper.prefill(ids))
+                first = stepper.prefill(ids)
+                text.add(first)
+            with stats.phase("draft"):
+                trees = plan.begin(ids[0].tolist() + first)
             while not text.ended:
                 # A step gains one token more than it accepts guesses.
                 deepest = min(text.remaining - 1, stepper.deepest())
-                tokens = take_step(stepper, gate, tree, deepest if guesses else 0)
+                tokens = take_step(stepper, plan.gate, trees, deepest if plan.most_nodes > 1 else 0)
                 with stats.phase("commit"):
                     text.add(tokens)
+                    if isinstance(trees, TreeGrower):
+                        trees.extend(tokens)
     stats.new_tokens = len(text.tokens)
     return DecodeOutput(text.finish(), stats)
 
 
-def take_step(stepper: Stepper, gate: Gate, tree: DraftTree, deepest: int) -> list[int]:
+def take_step(stepper: Stepper, gate: Gate, trees: DraftTree | TreeGrower, deepest: int) -> list[int]:
     """Asks the gate, and runs a step with what it answers, cut to depth `deepest` -> the tokens gained.
 
     deepest: 0 where a guess is of no use; the gate is then not asked.
     """
     with stepper.stats.phase("draft"):
-        chosen = ask(gate, tree, stepper) if deepest > 0 else None
+        chosen = ask(gate, trees, stepper, deepest) if deepest > 0 else None
     return stepper.step(chosen or DraftTree.root(), deepest)
 
 
@@ -128,13 +134,19 @@ class Signals(Protocol):
 
     def logprobs(self) -> Tensor: ...
 
+    def guesses(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...
 
-def ask(gate: Gate, tree: DraftTree, step: Signals) -> DraftTree | None:
+
+def ask(gate: Gate, trees: DraftTree | TreeGrower, step: Signals, deepest: int) -> DraftTree | StepTree | None:
     """The tree that the gate wants to be checked at this step, or None. It is asked no more than it answers."""
     if answers(gate, "opens"):
         is_open = gate.opens(step.hidden)
     else:
         is_open = not answers(gate, "opens_at") or gate.opens_at(step.entropy())
-    if is_open and answers(gate, "choose"):
-        return gate.choose(tree, step.logprobs())
-    return tree if is_open else None
+    if not is_open:
+        return None
+    if isinstance(trees, TreeGrower):
+        grown = trees.grow(step, deepest)
+        size = gate.choose_size(grown.expected)
+        return grown.first(size) if size > 1 else None
+    return gate.choose(trees, step.logprobs()) if answers(gate, "choose") else trees

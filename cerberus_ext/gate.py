@@ -6,6 +6,7 @@ the text stays the same; only the speed changes. To write one, derive from `Gate
     opens_at(entropy)    whether, from one number that every step brings along: the host does not wait for it
     opens(hidden)        whether, from the hidden state itself; asked instead of `opens_at`
     choose(tree, ...)    with which tree, from the guesses' log-probabilities
+    choose_size(...)     with how many nodes of a DynamicTree's tree, from what they promise; asked instead of `choose`
 
 What is not overridden is not asked, and its signals are not brought to the host.
 """
@@ -15,9 +16,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import ops
+from .corrections import corrected
 from .tree import DraftTree
 
 
@@ -43,9 +46,19 @@ class Gate:
         """tree: decode's own; logprobs (B, K, P) float32 on the host: of the guesses -> the tree to use, or None."""
         return tree
 
+    def choose_size(self, expected: NDArray[np.float64]) -> int:
+        """expected (N,): [n - 1] is how many tokens a step with the n most likely nodes can be expected to gain -> n.
+
+        1: no guesses.
+        """
+        return len(expected)
+
+    def check_size(self, size: int) -> None:
+        """Raises ValueError where `choose_size` cannot judge trees of up to `size` nodes."""
+
 
 def answers(gate: Gate, question: str) -> bool:
-    """Whether a gate has an answer of its own to "opens_at", "opens" or "choose"."""
+    """Whether a gate has an answer of its own to "opens_at", "opens", "choose" or "choose_size"."""
     return getattr(getattr(gate, question), "__func__", None) is not getattr(Gate, question)
 
 
@@ -108,22 +121,30 @@ class ConfidenceGate(Gate):
             raise ValueError(f"ConfidenceGate: rate must be None or > 0, got {rate}")
         if trees is not None and not trees:
             raise ValueError("ConfidenceGate: trees must be None or have at least one tree, got none")
-        for tree in trees or ():
-            _check_cost(tree, costs)
         self.costs = dict(sorted(costs.items()))
+        for tree in trees or ():
+            self.check_size(tree.size)
         self.margin = margin
         self.rate = rate
         self.corrections = None if corrections is None else tuple((float(a), float(b)) for a, b in corrections)
-        self._trees = None if trees is None else tuple(trees)
+        self.own_trees = None if trees is None else tuple(trees)
         # Slopes and shifts (K, 1).
         self._lines = None if corrections is None else np.array(self.corrections).T[:, :, None]
         self._prospect: _Prospect | None = None  # of the trees that were last asked for
+        self._sizes: dict[int, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}  # by nodes: sizes, their costs
 
     def trees(self, tree: DraftTree) -> Sequence[DraftTree]:
-        if self._trees is not None:
-            return self._trees
-        _check_cost(tree, self.costs)
+        if self.own_trees is not None:
+            return self.own_trees
+        self.check_size(tree.size)
         return (tree,)
+
+    def check_size(self, size: int) -> None:
+        if size > max(self.costs):
+            raise ValueError(
+                f"ConfidenceGate: costs must reach the size of every tree, a tree has {size} nodes,"
+                f" the largest size with a cost is {max(self.costs)}"
+            )
 
     def cost(self, size: int) -> float:
         """Time of a step with `size` nodes."""
@@ -134,26 +155,32 @@ class ConfidenceGate(Gate):
         if prospect is None or prospect.trees != trees:
             prospect = _Prospect(trees, [self.cost(1), *(self.cost(one.size) for one in trees)])
             self._prospect = prospect
-        tokens = prospect.tokens(self._probabilities(logprobs[0]))
+        best = self._best(prospect.tokens(self._probabilities(logprobs[0])), prospect.costs)
+        return trees[best - 1] if best else None
+
+    def choose_size(self, expected: NDArray[np.float64]) -> int:
+        """One of the sizes that have a cost, or all of the nodes."""
+        nodes = len(expected)
+        if nodes not in self._sizes:
+            sizes = np.array([*(size for size in self.costs if size < nodes), nodes])
+            self._sizes[nodes] = sizes, np.array([self.cost(int(size)) for size in sizes])
+        sizes, costs = self._sizes[nodes]
+        return int(sizes[self._best(expected[sizes - 1], costs)])
+
+    def _best(self, tokens: NDArray[np.float64], costs: NDArray[np.float64]) -> int:
+        """The index of the best of several steps, the first of which is a plain one; of equals, the first."""
         if self.rate is None:
-            worth = tokens / prospect.costs
+            worth = tokens / costs
             worth[0] *= 1 + self.margin
         else:
-            worth = tokens - self.rate * prospect.costs
+            worth = tokens - self.rate * costs
             worth[0] += self.margin
-        best = int(worth.argmax())  # the first of equals: a plain step, then the trees in their order
-        return trees[best - 1] if best else None
+        return int(worth.argmax())
 
     def _probabilities(self, logprobs: Tensor) -> np.ndarray:
         """logprobs (K, P) -> (K, P) float64: how likely every guess is right, where those before it are."""
         logs = logprobs.cpu().numpy().astype(np.float64)
         return np.exp(logs) if self._lines is None else corrected(logs, *self._lines)
-
-
-def corrected(logprobs: np.ndarray, slope: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """sigmoid(slope * logit(p) + shift) of p = exp(logprobs). logprobs (..., K, P); slope, shift (K, 1): per head."""
-    logs = np.minimum(np.maximum(logprobs, -60.0), -1e-9)  # where the logit is finite
-    return 1 / (1 + np.exp(-(slope * (logs - np.log(-np.expm1(logs))) + shift)))
 
 
 class _Prospect:
@@ -188,11 +215,3 @@ class _Prospect:
         table[:heads] = probabilities
         along = table[self._heads, self._ranks]  # (nodes, longest)
         return 1 + self._in_tree @ np.multiply.reduce(along, axis=-1)
-
-
-def _check_cost(tree: DraftTree, costs: Mapping[int, float]) -> None:
-    if tree.size > max(costs):
-        raise ValueError(
-            f"ConfidenceGate: costs must reach the size of every tree, a tree has {tree.size} nodes,"
-            f" the largest size with a cost is {max(costs)}"
-        )

@@ -20,13 +20,16 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers.utils import output_capturing
 
 from .attention import TreeAttention, find_attention, layer_windows
 from .base_model import BaseModel, position_limit, round_capacity, sole_decode
 from .cache import TreeCache
+from .dynamic_tree import StepTree, padded_size
 from .static_step import StaticGuesses, StaticNodes, StaticResult, StaticState, StepKind, run_step
 from .stats import DecodeStats
 from .stepper import Drafter, HeadsLike, Sampling, Stepper, accepted_path, guesses_along_paths
@@ -237,15 +240,21 @@ class GraphedStepper(Stepper):
         self._drafts_after = recorded and ahead
         self._give_up = give_up
         self._entropy: float | None = None
-        self._logprobs: Tensor | None = None
+        self._ahead: tuple[Tensor, Tensor] | None = None  # ids, logprobs (B, K, P) for this step, on the host
 
     def entropy(self) -> float:
         return super().entropy() if self._entropy is None else self._entropy
 
     def logprobs(self) -> Tensor:
-        return super().logprobs() if self._logprobs is None else self._logprobs
+        return super().logprobs() if self._ahead is None else self._ahead[1]
 
-    def step(self, tree: DraftTree, deepest: int) -> list[int]:
+    def guesses(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        if self._ahead is None:
+            return super().guesses()
+        ids, logprobs = self._ahead
+        return ids[0].numpy(), logprobs[0].numpy()
+
+    def step(self, tree: DraftTree | StepTree, deepest: int) -> list[int]:
         cut = tree.cut(deepest)
         recording = self._prepare(tree, cut)
         if recording is None:
@@ -255,7 +264,7 @@ class GraphedStepper(Stepper):
             result, replay = recording
             replay()
             self._graphs.recorder.fetch(result.buffer, result.host)
-            target, path, self._entropy, self._logprobs = result.read()
+            target, path, self._entropy, self._ahead = result.read()
         with self.stats.phase("commit"):
             self._drafted = None
             self.stats.graphed_steps += 1
@@ -263,28 +272,33 @@ class GraphedStepper(Stepper):
             self._count(path, cut)
         return [target[node] for node in path]
 
-    def _prepare(self, tree: DraftTree, cut: DraftTree) -> tuple[StaticResult, Callable[[], None]] | None:
+    def _prepare(
+        self, tree: DraftTree | StepTree, cut: DraftTree | StepTree
+    ) -> tuple[StaticResult, Callable[[], None]] | None:
         """Puts everything where the recording of a step with `tree` finds it, of which only `cut` is checked."""
         if self._graphs is None:
             return None
         with self.stats.phase("draft"):
             is_open = tree.size > 1
+            # The sizes of a DraftTree are few; those of the others are made few.
+            nodes = tree.size if isinstance(tree, DraftTree) else padded_size(tree.size)
+            reads_guesses = is_open and isinstance(tree, DraftTree)
             kind = StepKind(
-                tree.size,
+                nodes,
                 self.sampling,
-                self._static_guesses if is_open or self._drafts_after else None,
+                self._static_guesses if reads_guesses or self._drafts_after else None,
                 self._drafts_before and is_open,
                 self._drafts_after,
             )
-            if is_open and not self._drafts_before and self._logprobs is None:
+            if reads_guesses and not self._drafts_before and self._ahead is None:
                 assert self._static_guesses is not None
                 self._static_guesses.put(*self._draft())  # the last step has left no guesses
-            self._graphs.nodes(tree.size).put(cut, self.guesses)
-        assert self.base.cache.committed + tree.size <= self.base.cache.capacity  # nothing checks it in a replay
+            self._graphs.nodes(nodes).put(cut, self.most_guesses)
+        assert self.base.cache.committed + nodes <= self.base.cache.capacity  # nothing checks it in a replay
         try:
             return self._graphs.recording(self.base, kind, self.stats)
         except Unrecordable as error:
-            self._graphs = self._entropy = self._logprobs = None
+            self._graphs = self._entropy = self._ahead = None
             self._give_up(error)
             return None
 

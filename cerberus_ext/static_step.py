@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import _host, ops
+from .dynamic_tree import StepTree
 from .stepper import Drafter, Sampling, settle
 from .tree import DraftTree
 
@@ -64,42 +65,49 @@ class StaticNodes:
     parents, ancestors, depths: as in TreeTensors.
     sources (N,): where a node's token is: 0: it is the root; 1 + i: entry i of `given`; 1 + N + k P + r: guess r of
         head k, counted from 0.
-    given   (B, N): tokens that no head guessed, for other sources of guesses.
+    given   (B, N): the tokens of a StepTree, whoever guessed them.
     """
 
     def __init__(self, batch: int, nodes: int, device: torch.device) -> None:
         words = -(-nodes // 64)
-        self._packed = torch.zeros(nodes * (3 + words), dtype=torch.int64, device=device)
-        self.parents, self.depths, self.sources, ancestors = self._packed.split([nodes] * 3 + [nodes * words])
-        self.ancestors = ancestors.view(nodes, words)
-        self.given = torch.zeros((batch, nodes), dtype=torch.int64, device=device)
+        sizes = [nodes] * 3 + [nodes * words, batch * nodes]
+        self._packed = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        self.parents, self.depths, self.sources, ancestors, given = self._packed.split(sizes)
+        self.ancestors, self.given = ancestors.view(nodes, words), given.view(batch, nodes)
         self._tree: DraftTree | None = None  # the one that is there
 
-    def put(self, tree: DraftTree, guesses: int) -> None:
-        """tree: of 2 to N nodes, or the root alone where N is 1; over the heads' guesses, `guesses` each.
+    def put(self, tree: DraftTree | StepTree, guesses: int) -> None:
+        """tree: of 2 to N nodes, or the root alone where N is 1; a DraftTree over the heads' guesses, `guesses` each.
 
         Copies nothing where it is there already.
         """
-        if tree != self._tree:
+        if isinstance(tree, StepTree) or tree != self._tree:
             self._tree = None  # whatever happens in between
-            packed = torch.from_numpy(pack_tree(tree, len(self.parents), guesses))
+            batch, nodes = self.given.shape
+            packed = torch.from_numpy(pack_tree(tree, nodes, batch, guesses))
             self._packed.copy_(packed, non_blocking=True)  # of pageable memory: it is read before this returns
-            self._tree = tree
+            self._tree = tree if isinstance(tree, DraftTree) else None
 
-    def tokens(self, root: Tensor, ids: Tensor) -> Tensor:
-        """root (B,), ids (B, K, P) -> (B, N)"""
-        return torch.cat([root[:, None], self.given, ids.flatten(1)], 1).index_select(1, self.sources)
+    def tokens(self, root: Tensor, ids: Tensor | None) -> Tensor:
+        """root (B,), ids (B, K, P), None: no head has guessed -> (B, N)"""
+        guessed = [] if ids is None else [ids.flatten(1)]
+        return torch.cat([root[:, None], self.given, *guessed], 1).index_select(1, self.sources)
 
 
-def pack_tree(tree: DraftTree, nodes: int, guesses: int) -> np.ndarray:
-    """parents, depths, sources (N,) and ancestors (N, W) of `tree`, padded to `nodes` nodes: one int64 array."""
+def pack_tree(tree: DraftTree | StepTree, nodes: int, batch: int, guesses: int) -> np.ndarray:
+    """parents, depths, sources (N,), ancestors (N, W) and given (B, N) of `tree`, padded to `nodes` nodes, as int64."""
     missing = nodes - tree.size
-    parents = list(tree.parents) + [0] * missing
-    depths = np.asarray(_host.depths(parents), dtype=np.int64)
-    ranks = np.asarray(tree.ranks + tree.ranks[1:2] * missing, dtype=np.int64)
-    sources = np.where(depths > 0, 1 + nodes + (depths - 1) * guesses + ranks, 0)
-    ancestors = np.asarray(_host.ancestors(parents)).astype(np.int64)
-    return np.concatenate([np.asarray(parents, dtype=np.int64), depths, sources, ancestors.reshape(-1)])
+    parents = np.concatenate([np.asarray(tree.parents), np.zeros(missing, np.int64)])
+    depths, ancestors = np.asarray(_host.depths(parents)), np.asarray(_host.ancestors(parents))
+    given = np.zeros(nodes, np.int64)
+    if isinstance(tree, StepTree):
+        place = np.concatenate([np.arange(tree.size), np.ones(missing, np.int64)])  # in `given`
+        sources = np.where(depths > 0, 1 + place, 0)
+        given[: tree.size] = tree.tokens
+    else:
+        ranks = np.asarray(tree.ranks + tree.ranks[1:2] * missing)
+        sources = np.where(depths > 0, 1 + nodes + (depths - 1) * guesses + ranks, 0)
+    return np.concatenate([parents, depths, sources, ancestors.reshape(-1), np.tile(given, batch)])
 
 
 class StaticResult:
@@ -107,37 +115,39 @@ class StaticResult:
 
     target (B, N), path (B, N) int64, as in `stepper.Settled`; the path stays 0, -1 ... where there is only the root.
     entropy (B,) float32: of softmax(hidden), for the next step's gate.
-    logprobs (B, K, P) float32: of the guesses for the next step; None where they are not drafted yet.
+    ids, logprobs (B, K, P) int64, float32: the guesses for the next step; None where they are not drafted yet.
     """
 
     def __init__(self, batch: int, nodes: int, guesses: StaticGuesses | None, device: torch.device) -> None:
         shape = None if guesses is None else guesses.logprobs.shape
-        floats = 1 if shape is None else 1 + shape[1] * shape[2]
-        columns = 2 * nodes + -(-floats // 2)  # two float32 in the place of an int64
+        guessed = 0 if shape is None else shape[1] * shape[2]
+        columns = 2 * nodes + guessed + -(-(1 + guessed) // 2)  # two float32 in the place of an int64
         self.buffer = torch.zeros((batch, columns), dtype=torch.int64, device=device)
         self.host = torch.zeros((batch, columns), dtype=torch.int64, pin_memory=device.type == "cuda")
         self._nodes, self._shape = nodes, shape
-        self.target, self.path, self.entropy, self.logprobs = self._parts(self.buffer)
+        self.target, self.path, self.entropy, self.ids, self.logprobs = self._parts(self.buffer)
         self.path[:, 1:] = -1
 
-    def read(self) -> tuple[list[int], list[int], float, Tensor | None]:
-        """target, path and entropy of row 0, and the log-probabilities, after the buffer was copied to `host`."""
-        target, path, entropy, logprobs = self._parts(self.host)
-        return target[0].tolist(), path[0].tolist(), entropy[0].item(), None if logprobs is None else logprobs.clone()
+    def read(self) -> tuple[list[int], list[int], float, tuple[Tensor, Tensor] | None]:
+        """target, path and entropy of row 0, ids and log-probabilities, after the buffer was copied to `host`."""
+        target, path, entropy, ids, logprobs = self._parts(self.host)
+        guesses = None if ids is None or logprobs is None else (ids.clone(), logprobs.clone())
+        return target[0].tolist(), path[0].tolist(), entropy[0].item(), guesses
 
-    def _parts(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        integers, floats = buffer[:, : 2 * self._nodes], buffer[:, 2 * self._nodes :].view(torch.float32)
-        logprobs = None
-        if self._shape is not None:
-            logprobs = floats[:, 1 : 1 + self._shape[1] * self._shape[2]].unflatten(1, self._shape[1:])
-        return integers[:, : self._nodes], integers[:, self._nodes :], floats[:, 0], logprobs
+    def _parts(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        target, path, rest = buffer.tensor_split([self._nodes, 2 * self._nodes], 1)
+        if self._shape is None:
+            return target, path, rest.view(torch.float32)[:, 0], None, None
+        guessed = self._shape[1] * self._shape[2]
+        ids, floats = rest[:, :guessed].unflatten(1, self._shape[1:]), rest[:, guessed:].view(torch.float32)
+        return target, path, floats[:, 0], ids, floats[:, 1 : 1 + guessed].unflatten(1, self._shape[1:])
 
 
 @dataclass(frozen=True)
 class StepKind:
     """What a recorded step depends on; a recording serves every step of the same kind.
 
-    guesses: from where the nodes' tokens come; None: there is only the root, and nothing is drafted.
+    guesses: the heads', where they are looked at: by the nodes, or by the host before the next step.
     drafts_before: the heads guess at the beginning of the step, for gates that decide without the guesses.
     drafts_after: they guess at the end, for the next step, whose gate wants to see the log-probabilities.
     """
@@ -157,8 +167,7 @@ def run_step(base: BaseModel, kind: StepKind, state: StaticState, nodes: StaticN
         guesses.draft(state)
     tokens = state.root[:, None]  # (B, 1)
     if kind.nodes > 1:
-        assert guesses is not None
-        tokens = nodes.tokens(state.root, guesses.ids)  # (B, N)
+        tokens = nodes.tokens(state.root, None if guesses is None else guesses.ids)  # (B, N)
     hidden, logits = base.step(tokens, nodes)  # (B, N, D), (B, N, V)
     # However deep the tree is, its longest path has no more than N nodes.
     settled = settle(base.cache, tokens, hidden, logits, nodes, kind.nodes - 1, kind.sampling)
@@ -169,6 +178,7 @@ def run_step(base: BaseModel, kind: StepKind, state: StaticState, nodes: StaticN
         result.path.copy_(settled.path)
     result.entropy.copy_(ops.hidden_entropy(state.hidden))
     if kind.drafts_after:
-        assert guesses is not None and result.logprobs is not None
+        assert guesses is not None and result.ids is not None and result.logprobs is not None
         guesses.draft(state)
+        result.ids.copy_(guesses.ids)
         result.logprobs.copy_(guesses.logprobs)

@@ -44,7 +44,9 @@ class DecodeStats(StepCounts):
     accepted_histogram entry [a]: steps that accepted a guesses (each then also gained the base model's own next token)
     step_tokens        tokens gained in steps, before the last step's were cut at the end of the text
     trace              entry [i]: of step i, how many nodes its tree had, and which of them it accepted, the root left
-                       out: from its k-th accepted node came a token of head k, behind them one of the base model
+                       out: from each came a token that was guessed, behind them one of the base model
+    trace_sources      entry [i]: of step i, who had guessed each of those: 0 the heads (the k-th node's token head k),
+                       1 the first of decode's `sources` ...
     seconds            per phase, by the host's clock: prefill; draft (gate and heads); verify (the forward over the
                        tree); commit (choosing, checking, moving, handing out tokens). On a GPU the host runs ahead
                        and waits in commit, so only the sum is exact there. A replayed step is one piece: it counts
@@ -63,6 +65,7 @@ class DecodeStats(StepCounts):
     step_tokens: int = 0
     accepted_histogram: list[int] = field(default_factory=list)
     trace: list[tuple[int, list[int]]] = field(default_factory=list)
+    trace_sources: list[list[int]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     graphed_steps: int = 0
     captures: int = 0
@@ -86,8 +89,13 @@ class DecodeStats(StepCounts):
         """New tokens a second, the prompt's forward included."""
         return self.new_tokens / self.total_seconds if self.new_tokens else 0.0
 
-    def count_step(self, nodes: int, path: list[int]) -> None:
-        """Adds a step with a tree of `nodes` nodes that accepted those of `path`, the root left out."""
+    @property
+    def nodes_per_step(self) -> float:
+        """Nodes that a forward checked, the root included: 1 without drafts. 0 where there was no step."""
+        return sum(nodes for nodes, _ in self.trace) / self.steps if self.steps else 0.0
+
+    def count_step(self, nodes: int, path: list[int], sources: list[int]) -> None:
+        """Adds a step with a tree of `nodes` nodes that accepted those of `path`, the root left out; see `trace`."""
         accepted, is_open = len(path), nodes > 1
         self.steps += 1
         self.step_tokens += accepted + 1
@@ -96,6 +104,7 @@ class DecodeStats(StepCounts):
         self.accepted_histogram += [0] * (accepted + 1 - len(self.accepted_histogram))
         self.accepted_histogram[accepted] += 1
         self.trace.append((nodes, path))
+        self.trace_sources.append(sources)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

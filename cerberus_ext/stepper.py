@@ -11,12 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import ops
+from .dynamic_tree import StepTensors, StepTree
 from .stats import DecodeStats
-from .tree import DraftTree
+from .tree import DraftTree, TreeTensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,10 +123,10 @@ class Stepper:
     root: Tensor
 
     def __init__(self, base: BaseModel, drafter: Drafter, guesses: int, sampling: Sampling, stats: DecodeStats) -> None:
-        """guesses: how many of each head any tree uses."""
+        """guesses: how many of each head any tree uses, 0: none."""
         self.base = base
         self.drafter = drafter
-        self.guesses = guesses
+        self.most_guesses = guesses
         self.sampling = sampling
         self.stats = stats
         self._drafted: tuple[Tensor, Tensor] | None = None  # of this step: ids, logprobs (B, K, P)
@@ -152,13 +155,25 @@ class Stepper:
             )
         return self._draft()[1].cpu()
 
-    def step(self, tree: DraftTree, deepest: int) -> list[int]:
+    def guesses(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """ids, logprobs (K, P) of the heads' guesses for row 0, on the host; (0, 0) where no tree has any."""
+        if not self.most_guesses:
+            return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
+        if guesses_along_paths(self.drafter):
+            raise ValueError(
+                "decode: tree must be a DraftTree with these heads, which guess along the paths of a tree that has"
+                " been chosen"
+            )
+        ids, logprobs = self._draft()
+        return ids[0].numpy(force=True), logprobs[0].numpy(force=True)
+
+    def step(self, tree: DraftTree | StepTree, deepest: int) -> list[int]:
         """One forward over `tree` without the nodes deeper than `deepest` -> the tokens gained, at least one."""
         tree = tree.cut(deepest)
         self.base.prepare(tree.size)
         tensors = tree.on(self.root.device)
         with self.stats.phase("draft"):
-            tokens = self._tokens(tree)  # (B, N)
+            tokens = self._tokens(tree, tensors)  # (B, N)
         with self.stats.phase("verify"):
             hidden, logits = self.base.step(tokens, tensors)  # (B, N, D), (B, N, V)
         with self.stats.phase("commit"):
@@ -175,28 +190,31 @@ class Stepper:
             self._count(path, tree)
         return gained
 
-    def _tokens(self, tree: DraftTree) -> Tensor:
+    def _tokens(self, tree: DraftTree | StepTree, tensors: TreeTensors | StepTensors) -> Tensor:
         """(B, N) of the tree's nodes."""
         root = self.root[:, None]
         if tree.size == 1:
             return root
+        if isinstance(tensors, StepTensors):
+            return torch.cat([root, tensors.tokens[None]], dim=1)
         if guesses_along_paths(self.drafter):
             return self.drafter.draft_tree(self.hidden, self.root, tree)  # type: ignore[attr-defined]
-        tensors = tree.on(self.root.device)
         ids, _ = self._draft()
         return torch.cat([root, ids[:, tensors.heads, tensors.ranks]], dim=1)
 
     def _draft(self) -> tuple[Tensor, Tensor]:
         """The heads' guesses and their log-probabilities, (B, K, P) each; made once a step."""
         if self._drafted is None:
-            self._drafted = self.drafter.draft(self.hidden, self.root, self.guesses)
+            self._drafted = self.drafter.draft(self.hidden, self.root, self.most_guesses)
         return self._drafted
 
     def _start(self, hidden: Tensor, root: Tensor) -> None:
         """From here on it is the next step."""
         self.hidden, self.root, self._drafted = hidden, root, None
 
-    def _count(self, path: list[int], tree: DraftTree) -> None:
+    def _count(self, path: list[int], tree: DraftTree | StepTree) -> None:
         """path: the accepted nodes, from the root on."""
         self.base.cache.committed += len(path)
-        self.stats.count_step(tree.size, path[1:])
+        guessed = path[1:]
+        sources = [int(tree.sources[node]) for node in guessed] if isinstance(tree, StepTree) else [0] * len(guessed)
+        self.stats.count_step(tree.size, guessed, sources)

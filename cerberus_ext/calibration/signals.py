@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..gate import corrected
+from ..corrections import corrected
 
 _BINS = 10
 _NEWTON_STEPS = 30
@@ -52,7 +52,7 @@ def reliability(probability: ArrayLike, hit: ArrayLike) -> tuple[list[float], li
 
 
 def fit_corrections(logprobs: np.ndarray, ranks: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
-    """(slope, shift) of every head for `gate.corrected`, by the likelihood of what happened.
+    """(slope, shift) of every head for `corrected`, by the likelihood of what happened.
 
     logprobs (n, K, P), ranks n x K. Head k counts where the heads before it have the right token among their guesses:
     there its guess is right or wrong given a right path, which is what the length of a path is made of.

@@ -3,11 +3,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
-#include <string>
 #include <utility>
-#include <vector>
 
+#include "arrays.h"
 #include "tree.h"
 
 namespace py = pybind11;
@@ -16,36 +14,9 @@ namespace cerberus::host {
 namespace {
 
 using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
-using Int64s = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
-
-// `value` as an array of `rank` axes whose NumPy kind is one of `kinds`; only then may it be cast without
-// loss.
-py::array checked_array(const char* caller, const char* name, const py::object& value, int rank,
-                        const char* kinds) {
-  const std::string must = std::string(caller) + ": " + name + " must be a " + std::to_string(rank) +
-                           "-D array of " + (std::string(kinds) == "i" ? "integers" : "real numbers") +
-                           ", got ";
-  const py::array array = py::array::ensure(value);
-  if (!array) {
-    PyErr_Clear();
-    throw std::invalid_argument(must + std::string(py::str(py::type::of(value))));
-  }
-  if (array.ndim() != rank || std::string(kinds).find(array.dtype().kind()) == std::string::npos) {
-    throw std::invalid_argument(must + std::to_string(array.ndim()) + "-D of dtype " +
-                                std::string(py::str(array.dtype())));
-  }
-  return array;
-}
 
 Int64s parents_array(const char* caller, const py::object& parents) {
   return Int64s(checked_array(caller, "parents", parents, 1, "i"));
-}
-
-// Hands a vector over to NumPy: the array owns it, nothing is copied.
-py::array_t<int64_t> to_numpy(std::vector<int64_t>&& values, std::vector<py::ssize_t> shape) {
-  auto* owned = new std::vector<int64_t>(std::move(values));
-  const py::capsule owner(owned, [](void* p) { delete static_cast<std::vector<int64_t>*>(p); });
-  return py::array_t<int64_t>(std::move(shape), owned->data(), owner);
 }
 
 py::tuple best_tree_numpy(const py::object& accuracy, int64_t size) {
@@ -68,8 +39,13 @@ py::array_t<int64_t> ancestors_numpy(const py::object& parents) {
 
 }  // namespace
 
+void bind_draft_search(py::module_& m);
+void bind_suffix_index(py::module_& m);
+
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host-side structures of cerberus_ext, in C++.";
+  bind_draft_search(m);
+  bind_suffix_index(m);
   m.def("best_tree", &best_tree_numpy, py::arg("accuracy"), py::arg("size"),
         "The draft tree with the largest expected number of accepted guesses.\n\n"
         "accuracy: (K, P), accuracy[d][r] is the chance in 0 .. 1 that guess r of head d + 1 is right.\n"

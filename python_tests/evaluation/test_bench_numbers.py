@@ -221,9 +221,9 @@ def test_last_logits_are_the_models_own() -> None:
 
 def test_the_trace_of_the_steps() -> None:
     found = DecodeStats()
-    found.count_step(4, [1, 3])
-    found.count_step(1, [])
-    found.count_step(4, [])
+    found.count_step(4, [1, 3], [0, 1])
+    found.count_step(1, [], [])
+    found.count_step(4, [], [])
     assert found.trace == [(4, [1, 3]), (1, []), (4, [])] and found.accepted_histogram == [2, 0, 1]
     assert (found.steps, found.open_steps, found.wasted_steps, found.step_tokens) == (3, 2, 1, 5)
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from cerberus_ext import CerberusConfig, CerberusHeads, ops
 from cerberus_ext.base_model import BaseModel
+from cerberus_ext.dynamic_tree import StepTree
 from cerberus_ext.static_step import (
     StaticGuesses,
     StaticNodes,
@@ -32,24 +33,35 @@ SMALL = DraftTree.from_paths([(0,), (2,), (0, 1)])  # nodes 1 and 2 after the ro
 
 def test_packed_tree() -> None:
     """Guesses of 4 a head: (0,) is entry 0, (2,) is 2, (0, 1) is 4 + 1; before them are the root and 6 given tokens."""
-    packed = pack_tree(SMALL, 6, 4)
-    parents, depths, sources, ancestors = packed[:6], packed[6:12], packed[12:18], packed[18:]
+    packed = pack_tree(SMALL, 6, 1, 4)
+    parents, depths, sources, ancestors, given = np.split(packed, [6, 12, 18, 24])
     assert parents.tolist() == [-1, 0, 0, 1, 0, 0]
     assert depths.tolist() == [0, 1, 1, 2, 1, 1]
     assert sources.tolist() == [0, 7, 9, 12, 7, 7]  # nodes 4 and 5 repeat node 1
     assert ancestors.tolist() == [0b1, 0b11, 0b101, 0b1011, 0b10001, 0b100001]
+    assert given.tolist() == [0] * 6
+
+
+def test_packed_step_tree() -> None:
+    """Its tokens are given; nodes 3 and 4 repeat node 1."""
+    tree = StepTree(np.array([-1, 0, 1]), np.array([0, 17, 9]), np.zeros(3, np.int64), np.ones(3))
+    parents, depths, sources, ancestors, given = np.split(pack_tree(tree, 5, 2, 4), [5, 10, 15, 20])
+    assert parents.tolist() == [-1, 0, 1, 0, 0] and depths.tolist() == [0, 1, 2, 1, 1]
+    assert ancestors.tolist() == [0b1, 0b11, 0b111, 0b1001, 0b10001]
+    entries = np.array([3, *given[:5]])  # the root's token, then what is given
+    assert entries[sources].tolist() == [3, 17, 9, 17, 17] and given.tolist() == [0, 17, 9, 0, 0] * 2
 
 
 def test_packed_tree_of_several_words() -> None:
     tree = DraftTree.chain(3)
-    packed = pack_tree(tree, 70, 1)
-    assert len(packed) == 70 * 5 and packed.dtype == np.int64
-    ancestors = packed[210:].reshape(70, 2)
+    packed = pack_tree(tree, 70, 1, 1)
+    assert len(packed) == 70 * 6 and packed.dtype == np.int64
+    ancestors = packed[210:350].reshape(70, 2)
     assert ancestors[3].tolist() == [0b1111, 0] and ancestors[69].tolist() == [0b1, 1 << 5]
 
 
 def test_root_alone() -> None:
-    assert pack_tree(DraftTree.root(), 1, 0).tolist() == [-1, 0, 0, 1]
+    assert pack_tree(DraftTree.root(), 1, 1, 0).tolist() == [-1, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("seed", range(40))

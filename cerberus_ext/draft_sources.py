@@ -1,0 +1,117 @@
+"""Where guesses come from: a small protocol, and how a step asks everyone who follows it.
+
+The heads are one source (`HeadsSource`), the text's own past is another (suffix.py). A third takes a few lines; this
+one guesses that the last token is said again, three times in ten:
+
+    class Stutter:
+        def __init__(self, prompt):
+            self.last = prompt[-1]
+
+        def extend(self, tokens):
+            self.last = tokens[-1]
+
+        def guess(self, most):
+            return [self.last] * most, [0.3] * most
+
+    decode(model, heads, ids, sources=[Stutter])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .corrections import corrected
+
+
+class DraftSource(Protocol):
+    """Guesses how one text goes on. It never changes the text: what it guesses wrong is not taken."""
+
+    def extend(self, tokens: list[int]) -> None:
+        """The text has grown by these, at least one; the last one is now the root of the next tree."""
+
+    def guess(self, most: int) -> tuple[ArrayLike, ArrayLike]:
+        """Up to `most` places behind the text -> tokens, integers, and chances, in 0..1, of one shape.
+
+        (n,): a path. chances[i]: that tokens[i] is right, where those before it are. n = 0: no guess.
+        (n, P): P guesses for each place, best first, whatever the guesses before it are.
+        """
+
+
+# Called with the prompt's tokens, the first generated one behind them: a source for this text.
+SourceMaker = Callable[[list[int]], DraftSource]
+
+
+class Guesses(NamedTuple):
+    """What a source has guessed: tokens int64 and chances float64, of one shape, (n,) or (n, P)."""
+
+    tokens: NDArray[np.int64]
+    chances: NDArray[np.float64]
+
+
+class HeadsSignals(Protocol):
+    """Who has the heads' guesses; a Stepper is one."""
+
+    def guesses(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """ids, logprobs (K, P), on the host."""
+
+
+class HeadsSource:
+    """The heads as a source. They read the step's hidden state, not the tokens.
+
+    corrections: (slope, shift) of every head, see ConfidenceGate; None: probabilities are taken as they are.
+    """
+
+    def __init__(self, step: HeadsSignals, corrections: Sequence[tuple[float, float]] | None = None) -> None:
+        self._step = step
+        self._lines = None if corrections is None else np.array(corrections, dtype=np.float64).T[:, :, None]
+
+    def extend(self, tokens: list[int]) -> None:
+        pass
+
+    def guess(self, most: int) -> tuple[ArrayLike, ArrayLike]:
+        ids, logprobs = self._step.guesses()
+        logs = logprobs.astype(np.float64)
+        chances = np.exp(np.minimum(logs, 0.0)) if self._lines is None else corrected(logs, *self._lines)
+        # A correction that turns the order round would say that a head knows nothing: then all its guesses are alike.
+        return ids[:most], np.minimum.accumulate(chances, axis=1)[:most]
+
+
+def ask_source(source: DraftSource, most: int) -> Guesses:
+    """Its guesses, checked for what the types say; their values are checked where they are used. Raises ValueError."""
+    name = type(source).__name__
+    found: Any = source.guess(most)
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise ValueError(f"decode: sources: {name}.guess must return (tokens, chances), got {type(found).__name__}")
+    tokens, chances = np.asarray(found[0]), np.asarray(found[1])
+    if tokens.size == 0:
+        return Guesses(np.empty(0, np.int64), np.empty(0, np.float64))
+    if tokens.dtype.kind not in "iu" or chances.dtype.kind not in "fiu":
+        raise ValueError(
+            f"decode: sources: {name}.guess must return integers and numbers, got {tokens.dtype} and {chances.dtype}"
+        )
+    if tokens.shape != chances.shape or tokens.ndim not in (1, 2):
+        raise ValueError(
+            f"decode: sources: {name}.guess must return tokens and chances of one shape, (n,) or (n, P),"
+            f" got {tokens.shape} and {chances.shape}"
+        )
+    return Guesses(tokens[:most].astype(np.int64), chances[:most].astype(np.float64))
+
+
+def join_places(tables: Sequence[Guesses]) -> Guesses:
+    """Several (n, P) guesses as one: of each place all guesses, best first."""
+    if len(tables) == 1:
+        return tables[0]
+    shape = (max((len(one.tokens) for one in tables), default=0), sum(one.tokens.shape[1] for one in tables))
+    tokens, chances = np.zeros(shape, np.int64), np.zeros(shape)
+    begin = 0
+    for one in tables:
+        places, guesses = one.tokens.shape
+        tokens[:places, begin : begin + guesses] = one.tokens
+        chances[:places, begin : begin + guesses] = one.chances
+        begin += guesses
+    order = np.argsort(-chances, axis=1, kind="stable")
+    return Guesses(np.take_along_axis(tokens, order, 1), np.take_along_axis(chances, order, 1))

@@ -1,0 +1,119 @@
+"""How one decode drafts: heads, tree, gate and sources, checked together and with their defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import checks
+from .calibration.store import find
+from .draft_sources import SourceMaker
+from .dynamic_tree import DynamicTree, TreeGrower, padded_size
+from .gate import AlwaysClosed, AlwaysOpen, Gate, answers
+from .heads import CerberusHeads, input_matrix
+from .stepper import HeadsLike
+from .suffix import SuffixSource
+from .tree import DraftTree, default_size, default_tree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LEAST_DYNAMIC = 8  # nodes; a CPU that computes each of them is still fastest with so many, where they are chosen well
+# Of a DynamicTree that has not found as many nodes as it may have. Each of them takes seconds to compile.
+_FILLED_SIZES = (4, 8, 16, 32, 64)
+
+
+class NoHeads:
+    """For decoding with other sources alone."""
+
+    config = SimpleNamespace(num_heads=0)
+
+    def bind(self, model: PreTrainedModel) -> Any:
+        return None  # nobody asks it: no tree has guesses of heads
+
+
+@dataclass(frozen=True)
+class Plan:
+    """makers: of the sources besides the heads; none for a DraftTree. vocabulary: the model's, in tokens."""
+
+    heads: HeadsLike
+    tree: DraftTree | DynamicTree
+    gate: Gate
+    makers: tuple[SourceMaker, ...]
+    vocabulary: int
+
+    @property
+    def guesses(self) -> int:
+        """P: how many guesses of each head any step looks at; 0: the heads are not asked."""
+        if isinstance(self.tree, DynamicTree):
+            return min(self.tree.guesses, self.vocabulary) if self.heads.config.num_heads else 0
+        return max(one.guesses for one in self.gate.trees(self.tree))
+
+    @property
+    def most_nodes(self) -> int:
+        """Of any step's tree."""
+        if isinstance(self.tree, DynamicTree):
+            return padded_size(self.tree.size)
+        return max(one.size for one in self.gate.trees(self.tree))
+
+    @property
+    def sizes(self) -> set[int]:
+        """Numbers of nodes that steps are compiled for; a step with another one is filled up to the next of them."""
+        if isinstance(self.tree, DynamicTree):
+            return {1, self.tree.size, *(size for size in _FILLED_SIZES if size < self.tree.size)}
+        return {1, *(one.size for one in self.gate.trees(self.tree))}
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the host wants to see the heads' guesses before it chooses a tree."""
+        return isinstance(self.tree, DynamicTree) or answers(self.gate, "choose")
+
+    def begin(self, text: list[int]) -> DraftTree | TreeGrower:
+        """text: the prompt and the first token behind it -> what makes the trees of this text."""
+        if isinstance(self.tree, DraftTree):
+            return self.tree
+        return TreeGrower(self.tree, [make(list(text)) for make in self.makers], self.vocabulary)
+
+
+def default_dynamic_tree(device: torch.device) -> DynamicTree:
+    """Of about as many nodes as a forward carries for little more than a plain step."""
+    return DynamicTree(max(default_size(device), _LEAST_DYNAMIC))
+
+
+def make_plan(
+    model: PreTrainedModel,
+    heads: HeadsLike | None,
+    tree: DraftTree | DynamicTree | None,
+    gate: Gate | None,
+    sources: Sequence[SourceMaker] | None,
+) -> Plan:
+    """The arguments of `decode`, checked and completed as described there."""
+    heads = NoHeads() if heads is None else heads
+    checks.check_heads(heads)
+    if tree is not None:
+        checks.check_tree(tree, heads.config.num_heads)
+    if sources is not None:
+        checks.check_sources(sources, tree)
+    if isinstance(gate, AlwaysClosed):
+        tree = DraftTree.root()  # nothing is to be drafted
+    if tree is None:
+        calibrated = find(heads, model.device, model.dtype, torch.get_num_threads())
+        if calibrated and (sources is None or isinstance(calibrated.tree, DynamicTree)):
+            tree, gate = calibrated.tree, calibrated.gate if gate is None else gate
+        elif sources is None and not isinstance(heads, CerberusHeads | NoHeads):
+            tree = default_tree(heads, model.device)  # other heads may guess along the paths of a given tree
+        else:
+            tree = default_dynamic_tree(model.device)
+    gate = AlwaysOpen() if gate is None else checks.check_gate(gate, tree)
+    if isinstance(tree, DynamicTree):
+        gate.check_size(tree.size)
+        sources = (SuffixSource(),) if sources is None else sources
+    else:
+        for one in gate.trees(tree):
+            checks.check_tree(one, heads.config.num_heads)
+    vocabulary = input_matrix(model).shape[0]
+    return Plan(heads, tree, gate, tuple(sources or ()), vocabulary)
