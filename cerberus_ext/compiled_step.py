@@ -79,7 +79,7 @@ class ModelPrograms:
         program = build_program(base, nodes, compiled)
         embeddings: Any = base.model.get_input_embeddings().weight
         tokens = torch.arange(nodes) * _TOKENS_APART % len(embeddings)
-        rows = _run_alone(program, base.cache, tokens)  # the first call is what compiles the pieces
+        rows = _run_alone(program, base.cache, tokens)
         self._programs[threads, nodes] = program
         others = [size for its_threads, size in self._programs if its_threads == threads and size != nodes]
         if others:
