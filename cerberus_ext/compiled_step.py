@@ -67,13 +67,12 @@ class ModelPrograms:
     def compile(self, base: BaseModel, nodes: int) -> StepProgram:
         """base: after its prompt, with room for so many nodes."""
         threads = torch.get_num_threads()
-        options = _OPTIONS | _ONE_ROW if nodes == 1 else _OPTIONS
 
         def compiled(piece: fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
             kinds = tuple((value.shape, value.stride(), value.dtype) for value in examples)
             key = (piece.code, kinds, nodes, threads)
             if key not in self._pieces:
-                self._pieces[key] = _compile_piece(piece, examples, options)
+                self._pieces[key] = _compile_piece(piece, examples, nodes)
             return self._pieces[key]
 
         program = build_program(base, nodes, compiled)
@@ -91,10 +90,11 @@ class ModelPrograms:
         return program
 
 
-def _compile_piece(piece: fx.GraphModule, examples: list[Tensor], options: dict[str, Any]) -> Callable[..., Any]:
+def _compile_piece(piece: fx.GraphModule, examples: list[Tensor], nodes: int) -> Callable[..., Any]:
     """By torch.compile's inductor. Its Dynamo has nothing to find in a graph, and would guard every call of it."""
     from torch import _inductor  # seconds
 
+    options = _OPTIONS | _ONE_ROW if nodes == 1 else _OPTIONS
     with torch.inference_mode(False), torch.no_grad():
         return _inductor.compile(piece, [*examples], options)
 

@@ -66,7 +66,7 @@ def test_generate_reads_standard_input(folders: tuple[str, str]) -> None:
 
 def test_generate_compile(folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With pieces that are run op by op: no test of the command line has to wait for a compiler."""
-    monkeypatch.setattr(compiled_step, "_compile_piece", lambda piece, examples, options: piece)
+    monkeypatch.setattr(compiled_step, "_compile_piece", lambda piece, examples, nodes: piece)
     plain, compiled = generate(folders, "w3 w4 w5"), generate(folders, "--compile", "w3 w4 w5")
     assert compiled.exit_code == 0, compiled.output
     assert re.search(r"tokens a step; compiled in [\d.]+ s\]\n$", compiled.stdout)

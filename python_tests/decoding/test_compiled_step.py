@@ -18,6 +18,7 @@ from stand_ins import AdversarialHeads, LastGuessHeads, OracleHeads, RandomGate,
 from tiny_llama import make_llama
 from tiny_models import VOCAB, generate, prompt, tiny_model
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import PreTrainedModel
 
 from cerberus_ext import SuffixSource, compiled_step
@@ -61,7 +62,7 @@ def run(
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces are run op by op: for tests of what is done with them, since compiling takes seconds."""
-    monkeypatch.setattr(compiled_step, "_compile_piece", lambda piece, examples, options: piece)
+    monkeypatch.setattr(compiled_step, "_compile_piece", lambda piece, examples, nodes: piece)
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +168,33 @@ def test_a_node_has_the_bits_that_it_has_alone(dtype: torch.dtype, llama: PreTra
             alone_hidden, alone_logits = base.step(tokens[:, [node]], DraftTree.root().on(tokens.device))
             assert alone_hidden[0, 0].equal(hidden[0, node]) and alone_logits[0, 0].equal(logits[0, node])
     assert stats.row_invariant is True
+
+
+def test_sums_are_not_split_over_threads() -> None:
+    """Inductor would, where there is one row only, and then add in another order."""
+
+    def norm(x: Tensor) -> Tensor:
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True))
+
+    x = torch.randn(4, 8192, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rows = [compiled_step._compile_piece(make_fx(norm)(part), [part], len(part))(part) for part in (x, x[:1])]
+    finally:
+        torch.set_num_threads(threads)
+    assert rows[0][:1].equal(rows[1])
+
+
+def test_values_are_rounded_where_ops_are_fused() -> None:
+    """As op by op, whatever is fused with what; that depends on the number of nodes."""
+
+    def chain(x: Tensor, y: Tensor) -> Tensor:
+        return x * y * y * y + x
+
+    x, y = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    compiled = compiled_step._compile_piece(make_fx(chain)(x, y), [x, y], 3)
+    assert compiled(x, y).equal(chain(x, y))
 
 
 @pytest.mark.usefixtures("interpreted")
