@@ -1,10 +1,15 @@
-"""Tokens a step of heads over questions, by category, without decoding with each of them.
+"""Tokens a step over questions, by category, without decoding: what heads and the text's own past are worth.
 
     python bench/acceptance.py --questions mt_bench.jsonl --heads smollm2-135m-instruct my-heads --out acceptance.jsonl
 
 The model writes its greedy answers once, both turns, into `--answers`. One pass over an answer tells what heads guess
 at every place, and a walk through it takes the steps that `decode` would take (calibration/walk.py), so the numbers are
-those of `cerberus bench --tree-size N`, in a fraction of the time. One row is added to `--out` for each heads and size.
+those of `cerberus bench --tree-size N` without a calibration, in a fraction of the time. One row is added to `--out`
+for each heads, way and size; the ways are those of that command, see evaluation/ways.py.
+
+    tokens_per_step   the last step of a text counts as far as the text goes
+    nodes_per_step    that a forward checks, the root included; at most the size
+    accept_nothing    share of all steps that gain one token, those without a guess among them
 """
 
 from __future__ import annotations
@@ -13,6 +18,8 @@ import argparse
 import datetime
 import json
 from collections import defaultdict
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +27,20 @@ import torch
 from tqdm import tqdm
 
 import cerberus_ext
-from cerberus_ext import AlwaysOpen, CerberusHeads
+from cerberus_ext import AlwaysOpen, CerberusHeads, DraftTree
 from cerberus_ext.calibration.cost import StepCosts
 from cerberus_ext.calibration.trace import Answer, TracedText, trace, write_answers
 from cerberus_ext.calibration.walk import Tally, walk
+from cerberus_ext.draft_sources import SourceMaker
+from cerberus_ext.dynamic_tree import DynamicTree
 from cerberus_ext.evaluation.machine import commit
+from cerberus_ext.evaluation.ways import BOTH, DYNAMIC, STATIC, SUFFIX
 from cerberus_ext.json_lines import read_json_lines
 from cerberus_ext.prompts import Question, read_questions
 from cerberus_ext.tree import default_tree
 
 UNIT = StepCosts((1, 1 << 20), (1,), ((1.0,), (1.0,)), ((1.0,), (1.0,)))  # every step takes one second
+WAYS = (STATIC, DYNAMIC, SUFFIX, BOTH)
 
 
 def read_answers(file: Path) -> list[Answer]:
@@ -39,8 +50,10 @@ def read_answers(file: Path) -> list[Answer]:
     ]
 
 
-def write_answers_file(file: Path, model: Any, tokenizer: Any, questions: list[Question], new_tokens: int) -> None:
-    heads = CerberusHeads.from_pretrained("smollm2-135m-instruct").to(model.dtype)
+def write_answers_file(
+    file: Path, model: Any, heads: CerberusHeads, tokenizer: Any, questions: Sequence[Question], new_tokens: int
+) -> None:
+    """heads: any, the answers are the model's."""
     partial = file.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as out:
         answers = write_answers(model, heads, tokenizer, questions, new_tokens)
@@ -51,15 +64,26 @@ def write_answers_file(file: Path, model: Any, tokenizer: Any, questions: list[Q
 
 
 def rates(tally: Tally) -> dict[str, float]:
-    return {"tokens_per_step": round(tally.tokens_per_step, 4), "accept_nothing": round(tally.wasted_step_rate, 4)}
+    nothing = tally.accepted[0] / tally.steps if tally.steps else 0.0
+    found = {
+        "tokens_per_step": tally.tokens_per_step,
+        "nodes_per_step": tally.nodes_per_step,
+        "accept_nothing": nothing,
+    }
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 def by_category(
-    texts: list[TracedText], questions: list[Question], heads: CerberusHeads, size: int
+    texts: Sequence[TracedText], questions: Sequence[Question], heads: CerberusHeads, way: str, size: int
 ) -> dict[str, dict[str, float]]:
-    tree, tallies = default_tree(heads, torch.device("cpu"), size), defaultdict[str, Tally](Tally)
+    """What `way` comes to with trees of `size` nodes. texts: traced with `heads`."""
+    tree: DraftTree | DynamicTree = DynamicTree(size)
+    sources: list[SourceMaker] | None = [] if way == DYNAMIC else None
+    if way == STATIC:
+        tree = default_tree(heads, torch.device("cpu"), size)
+    tallies = defaultdict[str, Tally](Tally)
     for text in texts:
-        one = walk([text], tree, AlwaysOpen(), UNIT)
+        one = walk([text.without_heads() if way == SUFFIX else text], tree, AlwaysOpen(), UNIT, sources)
         for name in ("all", questions[text.question].category):
             tallies[name] += one
     return {name: rates(tally) for name, tally in tallies.items()}
@@ -69,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=Path, required=True)
     parser.add_argument("--heads", nargs="+", required=True, help="packaged names, folders or Hub ids")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--tree-size", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--answers", type=Path, default=Path("answers.jsonl"), help="written where it is missing")
     parser.add_argument("--new-tokens", type=int, default=256)
@@ -79,22 +104,27 @@ def main() -> None:
     model, tokenizer = cerberus_ext.load_default_model(getattr(torch, arguments.dtype), "cpu")
     questions = read_questions(arguments.questions)
     if not arguments.answers.exists():
-        write_answers_file(arguments.answers, model, tokenizer, questions, arguments.new_tokens)
+        any_heads = CerberusHeads.from_pretrained(arguments.heads[0]).to(model.dtype)
+        write_answers_file(arguments.answers, model, any_heads, tokenizer, questions, arguments.new_tokens)
     answers = [answer for answer in read_answers(arguments.answers) if answer.new >= 2]
-    for name in arguments.heads:
+    for number, name in enumerate(arguments.heads):
         heads = CerberusHeads.from_pretrained(name).to(model.dtype)
         texts = [trace(model, heads, answer) for answer in tqdm(answers, desc=Path(name).name, unit="answer")]
         config = heads.config
         shape = {key: getattr(config, key) for key in ("num_heads", "num_layers", "anchor", "chained", "draft_vocab")}
-        for size in arguments.tree_size:
-            found = by_category(texts, questions, heads, size)
+        for way, size in product(arguments.ways, arguments.tree_size):
+            if way == SUFFIX and number:
+                continue  # the same, whatever the heads are
+            about = {"heads": None} if way == SUFFIX else {"heads": Path(name).name, **shape}
+            found = by_category(texts, questions, heads, way, size)
             row = {
-                "heads": Path(name).name, **shape, "tree_size": size, "texts": len(texts), "dtype": arguments.dtype,
-                "date": datetime.date.today().isoformat(), "commit": commit(), "by_category": found,
+                "questions": arguments.questions.name, "way": way, "tree_size": size, **about, "texts": len(texts),
+                "dtype": arguments.dtype, "device": "cpu", "date": datetime.date.today().isoformat(),
+                "commit": commit(), "by_category": found,
             }  # fmt: skip
             with arguments.out.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(row) + "\n")
-            print(f"{row['heads']}, {size} nodes: {found['all']}", flush=True)
+            print(f"{row['heads']}, {way}, {size} nodes: {found['all']}", flush=True)
 
 
 if __name__ == "__main__":

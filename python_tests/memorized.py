@@ -44,13 +44,23 @@ def memorize(model: PreTrainedModel, answers: list[Answer], steps: int = 60) -> 
 
 
 def hand_made(ranks: list[list[int]], *, prompt: int = 10, question: int = 0, **signals: object) -> TracedText:
-    """A text of which only the ranks matter, and the signals that are given."""
-    places, heads = len(ranks), len(ranks[0])
+    """A text of which only the ranks matter, and the signals that are given. All of its tokens differ."""
+    places, heads, guesses = len(ranks), len(ranks[0]), 4
+    tokens = list(range(prompt + places + 1))
+    wrong = len(tokens) + torch.arange(guesses)
+    ids = wrong.repeat(places, heads, 1)
+    for place, row in enumerate(ranks):
+        for head, rank in enumerate(row):
+            if rank < guesses and prompt + place + head + 1 < len(tokens):
+                ids[place, head, rank] = tokens[prompt + place + head + 1]
     values: dict = {
         "hidden": torch.zeros(places, 4),
         "entropy": [0.0] * places,
         "next_entropy": [0.0] * places,
-        "logprobs": torch.full((places, heads, 4), 0.25).log(),
+        "ids": ids,
+        "logprobs": torch.full((places, heads, guesses), 0.25).log(),
+        "tokens": tokens,
+        "vocabulary": len(tokens) + guesses,
         "deepest": [places] * places,
         "agreeing": 1.0,
         **signals,

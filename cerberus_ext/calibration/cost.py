@@ -41,8 +41,8 @@ class StepCosts:
     """Seconds of whole steps, with everything that `decode` does in one.
 
     sizes (S,), ascending, the first is 1; contexts (C,), ascending: tokens before the step
-    open  (S, C): where no gate looks at the guesses; size 1 is a plain step, without a draft
-    asked (S, C): where a ConfidenceGate does; size 1 is what it costs when it has looked, and stays closed
+    open  (S, C): where the host does not look at the guesses; size 1 is a plain step, without a draft
+    asked (S, C): where it does, for a ConfidenceGate or a DynamicTree; size 1 is a plain step after having looked
     entropy   asking an EntropyGate, at every step
     spread    the distance of the quartiles, as a share of the median; the median over all that was measured
     """
@@ -55,13 +55,15 @@ class StepCosts:
     spread: float = 0.0
     _lines: dict[tuple[int, bool], list[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def seconds(self, size: int, context: int, gate: Gate) -> float:
-        """Of a step with a tree of `size` nodes, asking the gate included, `context` tokens being there."""
-        asked = answers(gate, "choose")
-        line = self._lines.setdefault((size, asked), [])
+    def seconds(self, size: int, context: int, looked: bool, entropy: bool = False) -> float:
+        """Of a step with a tree of `size` nodes, `context` tokens being there.
+
+        looked: the host has looked at the guesses, before it chose the tree. entropy: it has asked for the entropy.
+        """
+        line = self._lines.setdefault((size, looked), [])
         if context >= len(line):
-            line[:] = self._line(size, asked, max(2 * len(line), context + 1, 1024))
-        return line[context] + (self.entropy if answers(gate, "opens_at") else 0.0)
+            line[:] = self._line(size, looked, max(2 * len(line), context + 1, 1024))
+        return line[context] + (self.entropy if entropy else 0.0)
 
     def by_size(self, context: float, asked: bool) -> dict[int, float]:
         """size -> seconds"""

@@ -9,7 +9,7 @@ Letters: n places of a text, K heads, P guesses per head, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import ops
 from ..base_model import BaseModel, position_limit, sole_decode
 from ..decode import decode
+from ..heads import input_matrix
 from ..prompts import Question, encode_chat
 from ..simulate import ABSENT, accepted_length
 from ..tree import DraftTree, default_tree
@@ -56,7 +57,9 @@ class TracedText:
     ranks        (n, K): where the right token stands among every head's guesses, see simulate.py
     hidden       (n, D); entropy (n,): in nats, of softmax(hidden)
     next_entropy (n,): in nats, of the base model's distribution from which the root was chosen
-    logprobs     (n, K, P) float32: of the guesses
+    ids          (n, K, P) int64: of the guesses; logprobs (n, K, P) float32
+    tokens       (prompt + n + 1,): of prompt and answer
+    vocabulary   of the model, in tokens
     agreeing     share of the places whose root the pass over the text would have chosen, too
     """
 
@@ -67,12 +70,19 @@ class TracedText:
     hidden: Tensor
     entropy: list[float]
     next_entropy: list[float]
+    ids: Tensor
     logprobs: Tensor
+    tokens: list[int]
+    vocabulary: int
     agreeing: float
-    _accepted: dict[DraftTree, list[int]] = field(default_factory=dict)
+    _accepted: dict[DraftTree, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.ranks)
+
+    def without_heads(self) -> TracedText:
+        """The same text for decoding with other sources alone."""
+        return replace(self, ranks=[[] for _ in self.ranks], ids=self.ids[:, :0], logprobs=self.logprobs[:, :0])
 
     def accepted(self, tree: DraftTree) -> list[int]:
         """Per place: how many guesses a step with `tree` accepts."""
@@ -128,7 +138,10 @@ def trace(model: PreTrainedModel, heads: CerberusHeads, answer: Answer) -> Trace
         hidden=hidden,
         entropy=entropy.tolist(),
         next_entropy=next_entropy.tolist(),
+        ids=ids.cpu(),
         logprobs=logprobs.cpu(),
+        tokens=answer.ids[0].tolist(),
+        vocabulary=input_matrix(model).shape[0],
         agreeing=(chosen == tokens[:-1]).double().mean().item(),
     )
 

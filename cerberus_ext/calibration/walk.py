@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ..checks import check_sources
 from ..decode import ask
+from ..draft_sources import SourceMaker
+from ..dynamic_tree import DynamicTree, StepTree, TreeGrower
 from ..gate import Gate
 from ..stats import StepCounts
+from ..suffix import SuffixSource
 from ..tree import DraftTree
 from .cost import StepCosts
-from .trace import TracedText
-
-_NOT_ASKED = Gate()
+from .trace import MOST_GUESSES, TracedText
 
 
 @dataclass
 class Tally(StepCounts):
     """What the steps through some texts come to. The first token of a text comes with the prompt, without a step.
 
-    tokens: those that are in the texts: a last step that goes beyond the end is counted as far as the end.
+    tokens    those that are in the texts: a last step that goes beyond the end is counted as far as the end
+    nodes     that the steps' forwards checked, the roots included
+    accepted  [a]: steps that accepted a guesses
+    promises  of every step with a tree of its own: tokens that it promised to gain, and those that it gained
     """
 
     tokens: int = 0
+    nodes: int = 0
     seconds: float = 0.0
+    accepted: Counter[int] = field(default_factory=Counter)
+    promises: list[tuple[float, int]] = field(default_factory=list)
 
     @property
     def tokens_per_step(self) -> float:
         return self.tokens / self.steps if self.steps else 0.0
+
+    @property
+    def nodes_per_step(self) -> float:
+        return self.nodes / self.steps if self.steps else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -37,48 +52,112 @@ class Tally(StepCounts):
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def __iadd__(self, other: Tally) -> Tally:
-        for name in ("tokens", "steps", "open_steps", "wasted_steps", "seconds"):
+        for name in ("tokens", "nodes", "steps", "open_steps", "wasted_steps", "seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.accepted.update(other.accepted)
+        self.promises += other.promises
         return self
 
 
 class _Place:
-    """What a gate may want to see at one place of a text; see `decode.Signals`."""
+    """What a gate or a tree may want to see at one place of a text, see `decode.Signals`, and what they have asked for.
+
+    looked: at the guesses. asked_entropy: for the entropy.
+    """
 
     def __init__(self, text: TracedText, guesses: int) -> None:
+        """guesses: of each head that any tree uses."""
         self._text = text
+        self.most_guesses = guesses
         self._logprobs = text.logprobs[:, :, :guesses]
-        self.index = 0
+        self._tables = text.ids[:, :, :guesses].numpy(), self._logprobs.numpy()
+        self.go_to(0)
+
+    def go_to(self, index: int) -> None:
+        self.index, self.looked, self.asked_entropy = index, False, False
 
     @property
     def hidden(self) -> Tensor:
         return self._text.hidden[self.index : self.index + 1]
 
     def entropy(self) -> float:
+        self.asked_entropy = True
         return self._text.entropy[self.index]
 
     def logprobs(self) -> Tensor:
+        self.looked = True
         return self._logprobs[self.index : self.index + 1]
 
+    def guesses(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        self.looked = True
+        ids, logprobs = self._tables
+        return ids[self.index], logprobs[self.index]
 
-def walk(texts: Iterable[TracedText], tree: DraftTree, gate: Gate, costs: StepCosts) -> Tally:
-    """The steps of `decode(..., tree=tree, gate=gate)` through the texts: the gate itself is asked, at every step."""
+
+def walk(
+    texts: Iterable[TracedText],
+    tree: DraftTree | DynamicTree,
+    gate: Gate,
+    costs: StepCosts,
+    sources: Sequence[SourceMaker] | None = None,
+) -> Tally:
+    """The steps of `decode(..., tree=tree, gate=gate, sources=sources)` through the texts.
+
+    The gate itself is asked, at every step, and the sources guess from the text as far as it is known by then.
+    Raises ValueError where there are sources for a DraftTree, or a DynamicTree wants more guesses than were traced.
+    """
+    if sources is not None:
+        check_sources(sources, tree)
+    if isinstance(tree, DraftTree):
+        guesses, sources = max(one.guesses for one in gate.trees(tree)), ()
+    elif tree.guesses > MOST_GUESSES:
+        raise ValueError(f"walk: tree must have guesses in 1..{MOST_GUESSES}, as many are traced, got {tree.guesses}")
+    else:
+        guesses, sources = tree.guesses, (SuffixSource(),) if sources is None else sources
     tally = Tally()
-    guesses = max(one.guesses for one in gate.trees(tree))
-    plain = DraftTree.root()
     for text in texts:
-        place = _Place(text, guesses)
-        while place.index < len(text):
-            deepest = text.deepest[place.index]
-            asks = deepest > 0 and guesses > 0
-            chosen = (ask(gate, tree, place, deepest) if asks else None) or plain
-            size = chosen.cut(deepest).size
-            accepted = text.accepted(chosen)[place.index] if size > 1 else 0
-            context = text.prompt + place.index
-            tally.seconds += costs.seconds(size, context, gate if asks else _NOT_ASKED)
-            tally.steps += 1
-            tally.open_steps += size > 1
-            tally.wasted_steps += size > 1 and accepted == 0
-            place.index += accepted + 1
-        tally.tokens += len(text)
+        known = text.prompt + 1  # the prompt's forward has brought the first token
+        trees: DraftTree | TreeGrower
+        if isinstance(tree, DraftTree):
+            trees = tree
+        else:
+            trees = TreeGrower(tree, [make(text.tokens[:known]) for make in sources], text.vocabulary)
+        _walk_text(tally, text, _Place(text, guesses), trees, gate, costs)
     return tally
+
+
+def _walk_text(
+    tally: Tally, text: TracedText, place: _Place, trees: DraftTree | TreeGrower, gate: Gate, costs: StepCosts
+) -> None:
+    """Adds the steps through one text. trees: as `decode` has them at its beginning."""
+    plain = DraftTree.root()
+    while place.index < len(text):
+        index = place.index
+        deepest = text.deepest[index] if place.most_guesses else 0
+        chosen = ((ask(gate, trees, place, deepest) if deepest > 0 else None) or plain).cut(deepest)
+        context = text.prompt + index
+        if isinstance(chosen, StepTree):
+            accepted = accepted_by(chosen, text.tokens[context + 1 : context + 1 + deepest])
+            tally.promises.append((float(chosen.expected[-1]), accepted + 1))
+        else:
+            accepted = text.accepted(chosen)[index] if chosen.size > 1 else 0
+        tally.seconds += costs.seconds(chosen.size, context, place.looked, place.asked_entropy)
+        tally.steps += 1
+        tally.nodes += chosen.size
+        tally.open_steps += chosen.size > 1
+        tally.wasted_steps += chosen.size > 1 and accepted == 0
+        tally.accepted[accepted] += 1
+        place.go_to(index + accepted + 1)
+        if isinstance(trees, TreeGrower):
+            trees.extend(text.tokens[context + 1 : context + accepted + 2])
+    tally.tokens += len(text)
+
+
+def accepted_by(tree: StepTree, ahead: Sequence[int]) -> int:
+    """How many guesses of a tree are accepted where the text goes on with `ahead` behind the root."""
+    node = depth = 0
+    # A node's children come behind it, and no two of them are the same token.
+    for child, (parent, token) in enumerate(zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True)):
+        if child and depth < len(ahead) and parent == node and token == ahead[depth]:
+            node, depth = child, depth + 1
+    return depth

@@ -11,10 +11,10 @@ import torch
 from .bootstrap import bootstrap_interval, median_of_ratios, ratio_of_totals
 from .results import Results
 from .texts import NEAR_TIE_UNITS, is_near_tie
-from .ways import AUTOREGRESSIVE, GENERATE, MEDUSA, UNGATED
+from .ways import AUTOREGRESSIVE, BOTH, GENERATE, MEDUSA, STATIC
 
 ALL = "all"
-REFERENCES = (AUTOREGRESSIVE, GENERATE, UNGATED)  # what speed-ups are over; the last one shows what a gate gains
+REFERENCES = (AUTOREGRESSIVE, GENERATE, STATIC, BOTH)  # what speed-ups are over
 Row = dict[str, Any]
 
 
@@ -99,6 +99,7 @@ def decode_numbers(rows: Sequence[Row], tokens: int) -> dict[str, Any]:
     return {
         "steps": steps,
         "tokens_per_step": ratio(sum(one["step_tokens"] for one in stats), steps),
+        "nodes_per_step": ratio(sum(nodes for one in stats for nodes, _ in one["trace"]), steps),
         "accepted_histogram": histogram,
         "accepts_nothing": ratio(sum(one["wasted_steps"] for one in stats), opened),
         "gate_open_rate": ratio(opened, steps),

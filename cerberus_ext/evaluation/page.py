@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -11,7 +11,7 @@ from .plots import TITLES
 from .results import Results
 from .tables import equality_lines, facts, number, tables
 from .tokens import Guess, guesses_of
-from .ways import AUTOREGRESSIVE, UNGATED
+from .ways import AUTOREGRESSIVE, BOTH
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1c1e; --soft: #6a6a70; --line: #dcdce0; --page: #fff; --bad: #b3261e }
@@ -39,7 +39,7 @@ def html(summary: dict[str, Any], results: Results, plots: Mapping[str, bytes]) 
     """The whole page. plots: name -> PNG."""
     found = tables(summary)
     shown = views(summary, results)
-    style = STYLE + "".join(f".h{head} {{ background: {tint(head)} }}\n" for head in range(1, deepest(shown) + 1))
+    style = STYLE + "".join(f".{name} {{ background: {colour} }}\n" for name, _, colour in legend(shown))
     bad = summary["equality"]["violations"]
     parts = [
         "<h1>cerberus bench</h1>",
@@ -86,7 +86,10 @@ def figure(title: str, image: bytes) -> str:
     return f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{data}"></figure>'
 
 
-# ---------------------------------------------------------------- which head guessed which token
+# ---------------------------------------------------------------- who guessed which token
+
+HEAD_HUES = (215, 150, 45, 10, 320, 240)  # from blue over green and orange to red
+SOURCE_HUES = (280, 185, 75)  # between those of the heads
 
 View = dict[str, Any]  # question, asked, ways: name -> [(piece, Guess)], and the tokens a step
 
@@ -102,7 +105,7 @@ def views(summary: dict[str, Any], results: Results) -> list[View]:
             if pieces is None or name == AUTOREGRESSIVE:
                 continue
             stats = results[f"{row['key']}/{name}"]["stats"]
-            guesses = guesses_of(stats["trace"], len(pieces))
+            guesses = guesses_of(stats["trace"], stats.get("trace_sources"), len(pieces))
             ways[name] = (list(zip(pieces, guesses, strict=True)), stats["step_tokens"] / max(1, stats["steps"]))
         if ways:
             question, turn, _ = row["key"].split("/")
@@ -112,32 +115,36 @@ def views(summary: dict[str, Any], results: Results) -> list[View]:
     return found
 
 
-def deepest(shown: list[View]) -> int:
-    """The last head that guessed a token."""
-    return max((guess.head for view in shown for text, _ in view["ways"].values() for _, guess in text), default=0)
+def legend(shown: list[View]) -> list[tuple[str, str, str]]:
+    """(class, what it means, colour) of all who guessed: heads by depth, then other sources."""
+    guesses = [guess for view in shown for text, _ in view["ways"].values() for _, guess in text]
+    heads = range(1, max((guess.head for guess in guesses), default=0) + 1)
+    sources = range(1, max((guess.source for guess in guesses), default=0) + 1)
+    return [
+        *((f"h{head}", f"head {head}", tint(HEAD_HUES, head)) for head in heads),
+        *((f"s{source}", f"source {source}", tint(SOURCE_HUES, source)) for source in sources),
+    ]
 
 
-def tint(head: int) -> str:
-    """See-through, so that it reads on a light and on a dark page: from blue over green and orange to red."""
-    return f"hsl({(215, 150, 45, 10, 320, 265)[(head - 1) % 6]} 85% 50% / .32)"
+def tint(hues: Sequence[int], number: int) -> str:
+    """Of head or source `number`, counted from 1. See-through, so that it reads on a light and on a dark page."""
+    return f"hsl({hues[(number - 1) % len(hues)]} 85% 50% / .32)"
 
 
 def texts(shown: list[View]) -> list[str]:
     if not shown:
         return []
-    key = " ".join(
-        f'<span class="h{head}">head {head}</span>' if head else "<span>no colour: the base model itself</span>"
-        for head in range(deepest(shown) + 1)
-    )
+    named = [f'<span class="{name}">{meaning}</span>' for name, meaning, _ in legend(shown)]
     lines = [
-        "<h2>Which head guessed which token</h2>",
-        f'<p class="key">{key}</p>',
-        '<p class="note">A thin line begins a step; point at a token for its step and its node of the tree.</p>',
+        "<h2>Who guessed which token</h2>",
+        f'<p class="key">{" ".join(["<span>no colour: the base model itself</span>", *named])}</p>',
+        '<p class="note">A thin line begins a step; point at a token for its step and its node of the tree. Sources are'
+        " those of <code>decode</code> besides the heads; the built-in ways have one, the text's own past.</p>",
     ]
     for index, view in enumerate(shown):
         lines += [f"<h3>{escape(view['title'])}</h3>", f'<p class="asked">{escape(view["asked"])}</p>']
         for name, (text, per_step) in view["ways"].items():
-            favourite = UNGATED if UNGATED in view["ways"] else next(iter(view["ways"]))
+            favourite = BOTH if BOTH in view["ways"] else next(iter(view["ways"]))
             opened = " open" if index == 0 and name == favourite else ""
             spans = "".join(span(piece, guess, before) for (piece, guess), before in zip(
                 text, [None, *(guess for _, guess in text)], strict=False
@@ -151,14 +158,13 @@ def texts(shown: list[View]) -> list[str]:
 
 def span(piece: str, guess: Guess, before: Guess | None) -> str:
     """One token. before: the guess of the token before it."""
-    classes = [f"h{guess.head}"] if guess.head else []
+    classes, who = [], "base model"
+    if guess.head:
+        classes, who = [f"h{guess.head}"], f"head {guess.head}, node {guess.node} of {guess.nodes}"
+    elif guess.source:
+        classes, who = [f"s{guess.source}"], f"source {guess.source}, node {guess.node} of {guess.nodes}"
     if before is not None and before.step != guess.step:
         classes.append("first")
-    if not guess.step:
-        title = "from the prompt's forward"
-    elif guess.head:
-        title = f"step {guess.step}: head {guess.head}, node {guess.node} of {guess.nodes}"
-    else:
-        title = f"step {guess.step}: base model"
+    title = f"step {guess.step}: {who}" if guess.step else "from the prompt's forward"
     attribute = f' class="{" ".join(classes)}"' if classes else ""
     return f'<span{attribute} title="{title}">{escape(piece)}</span>'

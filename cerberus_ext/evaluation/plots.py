@@ -14,7 +14,20 @@ if TYPE_CHECKING:
 
 DPI = 110
 # One colour for a way in every plot, in the order of the ways: told apart with any colour vision.
-COLOURS = ("#8c8c8c", "#56b4e9", "#009e73", "#f0b000", "#d55e00", "#0072b2", "#cc79a7", "#000000", "#7a5195", "#88a61b")
+COLOURS = (
+    "#8c8c8c",
+    "#56b4e9",
+    "#009e73",
+    "#f0b000",
+    "#d55e00",
+    "#0072b2",
+    "#cc79a7",
+    "#000000",
+    "#7a5195",
+    "#88a61b",
+    "#7f3c1d",
+    "#5ad1c8",
+)
 PHASES = {"prefill": "#b8b8b8", "draft": "#d55e00", "verify": "#0072b2", "rest": "#f0b000"}
 TITLES = {
     "speed_up": "Speed-up over the autoregressive way, by category",

@@ -6,9 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .numbers import ALL, REFERENCES
-from .ways import AUTOREGRESSIVE, UNGATED
+from .ways import AUTOREGRESSIVE, BOTH, STATIC
 
 NOTHING = "–"
+GAINS = {
+    STATIC: "What other ways to use the same heads gain over one tree for all steps.",
+    BOTH: "It guesses at every step: what the calibrated way gains over it is the gate's, and the size's.",
+}
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -53,14 +57,16 @@ def tables(summary: dict[str, Any]) -> list[tuple[str, str, list[list[str]]]]:
     ]
     for reference in REFERENCES:
         if reference in summary["ways"]:
-            note = (
-                "It guesses at every step: what the same heads gain over it is the gate's."
-                if reference == UNGATED
-                else ""
+            found.append(
+                (
+                    f"Speed-up over {reference}, by category",
+                    GAINS.get(reference, ""),
+                    speed_by_category(summary, reference),
+                )
             )
-            found.append((f"Speed-up over {reference}, by category", note, speed_by_category(summary, reference)))
     for title, what, form in (
         ("Tokens a step", "tokens_per_step", "{:.2f}"),
+        ("Nodes a step", "nodes_per_step", "{:.1f}"),
         ("Share of the open steps that accept nothing", "accepts_nothing", "{:.1%}"),
         ("Share of the steps that are open", "gate_open_rate", "{:.1%}"),
     ):
@@ -75,7 +81,7 @@ def tables(summary: dict[str, Any]) -> list[tuple[str, str, list[list[str]]]]:
 
 def overall(summary: dict[str, Any]) -> list[list[str]]:
     references = [name for name in REFERENCES[:2] if name in summary["ways"]]
-    rows = [["way", "tokens/s", *(f"over {name}" for name in references), "tokens a step"]]
+    rows = [["way", "tokens/s", *(f"over {name}" for name in references), "tokens a step", "nodes a step"]]
     for name, categories in summary["ways"].items():
         numbers = categories[ALL]
         ups = [
@@ -84,15 +90,23 @@ def overall(summary: dict[str, Any]) -> list[list[str]]:
             else "1"
             for other in references
         ]
-        speed, per_step = numbers["tokens_per_second"], of_decode(numbers, "tokens_per_step")
-        rows.append([name, number(speed, "{:.1f}"), *ups, number(per_step, "{:.2f}")])
+        rows.append(
+            [
+                name,
+                number(numbers["tokens_per_second"], "{:.1f}"),
+                *ups,
+                number(of_decode(numbers, "tokens_per_step"), "{:.2f}"),
+                number(of_decode(numbers, "nodes_per_step"), "{:.1f}"),
+            ]
+        )
     return rows
 
 
 def decoding(summary: dict[str, Any]) -> list[list[str]]:
     phases = ("prefill", "draft", "verify", "rest")
     rows = [[
-        "way", "tokens/s", "tokens a step", "accept nothing", "gate open", *(f"{phase}, s" for phase in phases),
+        "way", "tokens/s", "tokens a step", "nodes a step", "accept nothing", "gate open",
+        *(f"{phase}, s" for phase in phases),
     ]]  # fmt: skip
     for name, categories in summary["ways"].items():
         decode = categories[ALL].get("decode")
@@ -102,6 +116,7 @@ def decoding(summary: dict[str, Any]) -> list[list[str]]:
                     name,
                     number(decode["tokens_per_second"], "{:.1f}"),
                     number(decode["tokens_per_step"], "{:.2f}"),
+                    number(decode["nodes_per_step"], "{:.1f}"),
                     number(decode["accepts_nothing"], "{:.0%}"),
                     number(decode["gate_open_rate"], "{:.0%}"),
                     *(number(decode["seconds"][phase], "{:.1f}") for phase in phases),

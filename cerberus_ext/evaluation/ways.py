@@ -6,6 +6,18 @@ A way is anything with a `name` and a `run`. To add some, write a file with a fu
 
 and give it to `cerberus bench --way FILE.py`, or `--way FILE.py:ARGUMENT`, which `context.argument` then is. Next to
 `name` a way may have `description`, one line for the report, and `expected`, tokens a second that somebody foresees.
+
+Those that are built in:
+
+    autoregressive        this loop without guesses
+    generate              transformers' `generate`; prompt-lookup, assisted: the same with its ways to guess
+    medusa                Medusa's heads, the same tree at every step
+    suffix                a tree made anew at every step, of what the text's own past says; no heads
+    cerberus-static       the heads, the same tree at every step
+    cerberus-dynamic      the heads, a tree made anew at every step
+    cerberus              the heads and the text's own past, a tree made anew at every step
+    cerberus-entropy      as cerberus-static, where the entropy of the hidden state is low (the paper's gate)
+    cerberus-calibrated   what `decode` does by itself with what `cerberus calibrate` has stored
 """
 
 from __future__ import annotations
@@ -21,8 +33,11 @@ from torch import Tensor
 
 from ..calibration.store import Calibration, find
 from ..decode import decode
-from ..gate import AlwaysClosed, AlwaysOpen, EntropyGate, Gate
+from ..draft_sources import SourceMaker
+from ..dynamic_tree import DynamicTree
+from ..gate import AlwaysOpen, EntropyGate, Gate
 from ..heads import CerberusHeads
+from ..plan import default_dynamic_tree
 from ..stats import DecodeStats
 from ..stepper import HeadsLike
 from ..tree import DraftTree, default_tree
@@ -33,7 +48,10 @@ if TYPE_CHECKING:
 AUTOREGRESSIVE = "autoregressive"  # what every other way has to be faster than, and must have the same text as
 GENERATE = "generate"
 MEDUSA = "medusa"
-UNGATED = "cerberus"
+SUFFIX = "suffix"
+STATIC = "cerberus-static"
+DYNAMIC = "cerberus-dynamic"
+BOTH = "cerberus"
 LOOKUP = {"prompt_lookup_num_tokens": 10}  # transformers' usual number
 
 
@@ -61,11 +79,21 @@ class Context:
     argument: str | None = None  # what followed FILE.py: in --way
 
     def tree(self, heads: Any) -> DraftTree:
-        """What is checked where no gate chooses: of the user's size, else what calibration stored, else the default."""
-        stored = self.calibration(heads) if self.tree_size is None else None
-        if stored is not None and stored.tree.size > 1:
-            return stored.tree
+        """The same one for every step: of the user's size, else what calibration stored, else the default."""
+        stored = self._stored_tree(heads) if self.tree_size is None else None
+        if isinstance(stored, DraftTree) and stored.size > 1:
+            return stored
         return default_tree(heads, self.model.device, self.tree_size)
+
+    def dynamic_tree(self) -> DynamicTree:
+        """How trees are made anew at every step: as calibration stored, else the default; of the user's size."""
+        stored = self._stored_tree(self.heads)
+        tree = stored if isinstance(stored, DynamicTree) else default_dynamic_tree(self.model.device)
+        return tree if self.tree_size is None else replace(tree, size=self.tree_size)
+
+    def _stored_tree(self, heads: Any) -> DraftTree | DynamicTree | None:
+        stored = self.calibration(heads)
+        return None if stored is None else stored.tree
 
     def calibration(self, heads: Any) -> Calibration | None:
         """What `cerberus calibrate` stored with the heads for this device, dtype and number of threads."""
@@ -74,18 +102,27 @@ class Context:
 
 @dataclass
 class DecodeWay:
-    """`decode` with heads, a tree and a gate, None being `decode`'s own choice."""
+    """`decode` with heads, or None, and a tree, a gate and sources, None being `decode`'s own choice."""
 
     name: str
     model: PreTrainedModel
-    heads: HeadsLike
-    tree: DraftTree | None = None
+    heads: HeadsLike | None
+    tree: DraftTree | DynamicTree | None = None
     gate: Gate | None = None
     description: str = ""
     expected: float | None = None
+    sources: Sequence[SourceMaker] | None = None
 
     def run(self, ids: Tensor, new_tokens: int) -> tuple[list[int], DecodeStats | None]:
-        out = decode(self.model, self.heads, ids, max_new_tokens=new_tokens, tree=self.tree, gate=self.gate)
+        out = decode(
+            self.model,
+            self.heads,
+            ids,
+            max_new_tokens=new_tokens,
+            tree=self.tree,
+            gate=self.gate,
+            sources=self.sources,
+        )
         return out.sequences[0, ids.shape[1] :].tolist(), out.stats
 
 
@@ -115,9 +152,23 @@ class GenerateWay:
 def open_way(context: Context, name: str, heads: HeadsLike, what: str) -> DecodeWay:
     """`decode` with heads whose tree is checked at every step. what: they are, for the description."""
     tree = context.tree(heads)
-    return DecodeWay(
-        name, context.model, heads, tree, AlwaysOpen(), f"{what}, tree of {tree.size} nodes, guesses at every step"
-    )
+    return DecodeWay(name, context.model, heads, tree, AlwaysOpen(), f"{what}, {describe(tree)}, guesses at every step")
+
+
+def describe(tree: DraftTree | DynamicTree) -> str:
+    return f"{'dynamic ' if isinstance(tree, DynamicTree) else ''}tree of {tree.size} nodes"
+
+
+def dynamic_ways(context: Context) -> list[Way]:
+    """Those whose tree is made anew at every step: of the text's own past, of the heads, and of both."""
+    model, heads, tree = context.model, context.heads, context.dynamic_tree()
+    about, always = f"{describe(tree)}, guesses at every step", AlwaysOpen()
+    alone = replace(tree, corrections=None)  # they are the heads'
+    return [
+        DecodeWay(SUFFIX, model, None, alone, always, f"the text's own past, {about}"),
+        DecodeWay(DYNAMIC, model, heads, tree, always, f"heads, {about}", sources=()),
+        DecodeWay(BOTH, model, heads, tree, always, f"heads and the text's own past, {about}"),
+    ]
 
 
 def built_in_ways(
@@ -134,7 +185,7 @@ def built_in_ways(
     calibration = context.calibration(heads)
     ways: list[Way] = [
         DecodeWay(
-            AUTOREGRESSIVE, model, heads, gate=AlwaysClosed(), description="this loop, which never guesses",
+            AUTOREGRESSIVE, model, heads, DraftTree.root(), description="this loop, which never guesses",
             expected=None if calibration is None else calibration.expected.plain_tokens_per_second,
         ),
         GenerateWay(GENERATE, context, "transformers' generate"),
@@ -152,14 +203,14 @@ def built_in_ways(
         missing[MEDUSA] = "no heads of that kind were given"
     else:
         ways.append(open_way(context, MEDUSA, medusa, "Medusa's heads"))
-    always = open_way(context, UNGATED, heads, "heads")
-    ways.append(always)
+    suffix, *with_heads = dynamic_ways(context)
+    ways += [suffix, open_way(context, STATIC, heads, "heads"), *with_heads]
     if entropy_threshold is None:
         missing["cerberus-entropy"] = "there is no threshold"
     else:
-        assert always.tree is not None
-        about = f"heads, tree of {always.tree.size} nodes where the hidden state's entropy is < {entropy_threshold:.4g}"
-        ways.append(DecodeWay("cerberus-entropy", model, heads, always.tree, EntropyGate(entropy_threshold), about))
+        tree = context.tree(heads)
+        about = f"heads, {describe(tree)} where the hidden state's entropy is < {entropy_threshold:.4g}"
+        ways.append(DecodeWay("cerberus-entropy", model, heads, tree, EntropyGate(entropy_threshold), about))
     if calibration is None:
         missing["cerberus-calibrated"] = "no calibration is stored for this machine, see cerberus calibrate"
     else:
@@ -168,7 +219,7 @@ def built_in_ways(
         ways.append(
             DecodeWay(
                 "cerberus-calibrated", model, heads,
-                description=f"heads as calibrated, tree of {calibration.tree.size} nodes, {gate}",
+                description=f"as calibrated, {describe(calibration.tree)}, {gate}",
                 expected=calibration.expected.tokens_per_second,
             )
         )  # fmt: skip

@@ -1,0 +1,198 @@
+"""The walk through a traced text with trees made anew takes the steps of `decode`, one by one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from memorized import answer, hand_made, memorize
+from tiny_models import VOCAB, prompt, tiny_model
+
+from cerberus_ext.calibration.cost import StepCosts
+from cerberus_ext.calibration.trace import Answer, TracedText, trace
+from cerberus_ext.calibration.walk import Tally, accepted_by, walk
+from cerberus_ext.decode import decode
+from cerberus_ext.draft_sources import SourceMaker
+from cerberus_ext.dynamic_tree import DynamicTree, StepTree
+from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from cerberus_ext.heads import CerberusHeads
+from cerberus_ext.stats import DecodeStats
+from cerberus_ext.suffix import DocumentSource, SuffixSource
+from cerberus_ext.tree import DraftTree
+
+NEW = 60
+FLAT = StepCosts((1, 65), (10,), ((1.0,), (1.0,)), ((1.0,), (1.0,)))
+CORRECTIONS = ((0.5, -1.0), (0.4, 0.4), (1.0, 0.0))
+TREES = {
+    "4": DynamicTree(4),
+    "11": DynamicTree(11, guesses=3),
+    "32": DynamicTree(32, guesses=16),
+    "corrected": DynamicTree(8, corrections=CORRECTIONS),
+}
+
+
+@cache
+def traced(name: str, dtype: torch.dtype = torch.float32) -> tuple[CerberusHeads, Answer, TracedText]:
+    """A text that says itself again after a while, and heads that know a part of it."""
+    model = tiny_model(name, "cpu", dtype)
+    first = answer(model, prompt(), 30)
+    found = answer(model, torch.cat([first.ids, first.ids[:, :9]], 1), NEW)
+    heads = memorize(model, [Answer(0, found.ids[:, : found.prompt + NEW // 2], found.prompt, NEW // 2)], steps=40)
+    return heads, found, trace(model, heads, found)
+
+
+def sources_of(kind: str, text: Answer) -> list[SourceMaker] | None:
+    return {
+        "usual": None,
+        "none": [],
+        "suffix": [SuffixSource(max_match=3)],
+        "documents": [SuffixSource(), DocumentSource([text.ids[0, 5:].tolist()])],
+    }[kind]
+
+
+def gates(text: TracedText) -> dict[str, Gate]:
+    return {
+        "open": AlwaysOpen(),
+        "closed": AlwaysClosed(),
+        "entropy": EntropyGate(median(text.entropy)),
+        "confidence": ConfidenceGate({1: 1.0, 2: 1.2, 8: 1.9, 64: 4.0}, margin=0.2),
+    }
+
+
+def same(tally: Tally, stats: DecodeStats) -> None:
+    histogram = [tally.accepted[count] for count in range(len(stats.accepted_histogram))]
+    assert histogram == stats.accepted_histogram and sum(histogram) == tally.steps
+    assert (tally.steps, tally.open_steps, tally.wasted_steps) == (stats.steps, stats.open_steps, stats.wasted_steps)
+    assert tally.tokens_per_step == stats.tokens_per_step and tally.tokens == stats.new_tokens - 1
+    assert tally.nodes_per_step == stats.nodes_per_step and tally.nodes == sum(nodes for nodes, _ in stats.trace)
+
+
+@pytest.mark.parametrize("kind", ["usual", "none", "suffix", "documents"])
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("name", ["llama", "qwen2-window"])
+def test_same_steps_as_decode(name: str, tree: str, kind: str) -> None:
+    heads, found, text = traced(name)
+    sources = sources_of(kind, found)
+    out = decode(
+        tiny_model(name), heads, found.ids[:, : found.prompt], max_new_tokens=NEW, tree=TREES[tree], sources=sources
+    )
+    assert out.sequences.equal(found.ids)
+    same(walk([text], TREES[tree], AlwaysOpen(), FLAT, sources), out.stats)
+    assert out.stats.tokens_per_step > 1.2, "else little is tested"
+
+
+@pytest.mark.parametrize("kind", gates(hand_made([[0]])))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_steps_with_gates(dtype: torch.dtype, kind: str) -> None:
+    heads, found, text = traced("llama", dtype)
+    gate, tree = gates(text)[kind], DynamicTree(20)
+    out = decode(
+        tiny_model("llama", "cpu", dtype), heads, found.ids[:, : found.prompt], max_new_tokens=NEW, tree=tree, gate=gate
+    )
+    tally = walk([text], tree, gate, FLAT)
+    same(tally, out.stats)
+    assert kind in ("open", "closed") or 0.1 < tally.gate_open_rate < 0.98
+
+
+def test_same_steps_without_heads() -> None:
+    _, found, text = traced("llama")
+    stats = decode(
+        tiny_model("llama"), None, found.ids[:, : found.prompt], max_new_tokens=NEW, tree=DynamicTree(8)
+    ).stats
+    tally = walk([text.without_heads()], DynamicTree(8), AlwaysOpen(), FLAT)
+    same(tally, stats)
+    assert 0.05 < tally.gate_open_rate < 1, "there is not always a match"
+    assert walk([text.without_heads()], DraftTree.root(), AlwaysOpen(), FLAT).steps == NEW - 1
+    assert len(text.without_heads()) == len(text) and text.ids.shape[1] == 3, "and the text stays as it was"
+
+
+@pytest.mark.parametrize("new", [2, 3, 4, 17])
+def test_same_steps_in_short_texts(new: int) -> None:
+    heads, found, _ = traced("llama")
+    short = Answer(0, found.ids[:, : found.prompt + new], found.prompt, new)
+    model = tiny_model("llama")
+    stats = decode(model, heads, found.ids[:, : found.prompt], max_new_tokens=new, tree=DynamicTree(32)).stats
+    same(walk([trace(model, heads, short)], DynamicTree(32), AlwaysOpen(), FLAT), stats)
+
+
+def test_a_text_that_ends_by_itself() -> None:
+    """Also in the middle of what a step accepts: the walk does not see what would have come behind."""
+    heads, found, _ = traced("llama")
+    model, ids = tiny_model("llama"), found.ids[:, : found.prompt]
+    tokens = found.ids[0, found.prompt :].tolist()
+    places = [place for place in range(1, 40) if tokens[place] not in tokens[:place]]
+    for place in places:
+        out = decode(model, heads, ids, max_new_tokens=NEW, tree=DynamicTree(16), eos_token_id=tokens[place])
+        tally = walk(
+            [trace(model, heads, Answer(0, out.sequences, found.prompt, NEW))], DynamicTree(16), AlwaysOpen(), FLAT
+        )
+        assert (tally.steps, tally.tokens, tally.nodes_per_step) == (out.stats.steps, place, out.stats.nodes_per_step)
+    assert len(places) > 4
+
+
+def step_tree(parents: list[int], tokens: list[int]) -> StepTree:
+    zeros = np.zeros(len(parents), np.int64)
+    return StepTree(np.array(parents), np.array(tokens), zeros, np.ones(len(parents)))
+
+
+@pytest.mark.parametrize(
+    ("ahead", "accepted"),
+    [([5, 7, 9, 1], 3), ([5, 7, 8], 2), ([6, 7, 5], 2), ([6, 8], 1), ([7, 9], 0), ([5], 1), ([], 0), ([0], 0)],
+)
+def test_accepted_by_a_tree_drawn_by_hand(ahead: list[int], accepted: int) -> None:
+    """0 -> 5 -> 7 -> 9, 0 -> 6 -> 7; the root's own token, 0 here, is no guess."""
+    assert accepted_by(step_tree([0, 0, 0, 1, 2, 3], [0, 5, 6, 7, 7, 9]), ahead) == accepted
+
+
+def test_seconds_of_steps_that_have_looked() -> None:
+    """Both best guesses are always right: steps at places 0, 3 and 6, where a tree is one guess deep, but wider."""
+    text = hand_made([[0, 0]] * 8, logprobs=torch.tensor([0.9, 0.02, 0.02, 0.02]).log().expand(8, 2, 4))
+    text = replace(text, deepest=[7 - place for place in range(8)])
+    costs = StepCosts((1, 3), (10, 20), ((1.0, 2.0), (10.0, 20.0)), ((3.0, 4.0), (30.0, 40.0)), entropy=100.0)
+    tally = walk([text], DynamicTree(3), AlwaysOpen(), costs, [])
+    # After 10, 13 and 16 tokens.
+    assert tally.seconds == pytest.approx(30 + 33 + 36) and (tally.nodes, dict(tally.accepted)) == (9, {2: 2, 1: 1})
+    # The gate opens nowhere: nobody has looked, except for the entropy.
+    closed = walk([text], DynamicTree(3), EntropyGate(-1.0), costs, [])
+    assert closed.seconds == pytest.approx(sum(1 + place / 10 for place in range(8)) + 700) and closed.nodes == 8
+    looked = walk([text], DynamicTree(3), ConfidenceGate({1: 1.0, 3: 100.0}), costs, [])
+    assert looked.seconds == pytest.approx(sum(3 + place / 10 for place in range(7)) + 1.7) and looked.open_steps == 0
+
+
+class Recorded:
+    """A source that writes down what it is told."""
+
+    def __init__(self, heard: list[Any], prompt: list[int]) -> None:
+        self.heard = heard
+        heard.append(prompt)
+
+    def extend(self, tokens: list[int]) -> None:
+        self.heard.append(tokens)
+
+    def guess(self, most: int) -> tuple[list[int], list[float]]:
+        return [], []
+
+
+def test_sources_see_the_text_as_far_as_it_is_known() -> None:
+    text = hand_made([[0, 0], [0, 0], [0, 0], [0, 0], [2, 0]], prompt=2)
+    text = replace(text, deepest=[4 - place for place in range(5)])
+    heard: list[Any] = []
+    walk([text], DynamicTree(3, guesses=1), AlwaysOpen(), FLAT, [lambda prompt: Recorded(heard, prompt)])
+    assert heard == [[0, 1, 2], [3, 4, 5], [6, 7]]
+
+
+def test_bad_arguments() -> None:
+    text = hand_made([[0, 0]] * 3)
+    with pytest.raises(ValueError, match=r"walk: tree must have guesses in 1\.\.16, as many are traced, got 17"):
+        walk([text], DynamicTree(4, guesses=17), AlwaysOpen(), FLAT)
+    with pytest.raises(ValueError, match="sources must be None or empty with a DraftTree"):
+        walk([text], DraftTree.chain(2), AlwaysOpen(), FLAT, [SuffixSource()])
+
+
+def test_the_vocabulary_of_the_traced_model() -> None:
+    assert traced("llama")[2].vocabulary == VOCAB
