@@ -51,7 +51,7 @@ def decode(
     tree: which guesses a step checks: a DynamicTree those that are most likely right at this step, a DraftTree always
         the same of the heads' alone. None: the one that `calibrate` found for these heads on this device, with this
         dtype and, on a CPU, torch.get_num_threads(); where there is none, a DynamicTree, or, for other heads than
-        CerberusHeads, `default_tree`.
+        CerberusHeads and for a gate that chooses among DraftTrees, `default_tree`.
     gate: when, and with which tree. None: the calibrated one where the tree is, too; otherwise at every step.
     sources: who guesses besides the heads, see draft_sources.py; None: the text's own past, `[SuffixSource()]`, with a
         DynamicTree; a DraftTree has none.

@@ -13,7 +13,7 @@ from . import checks
 from .calibration.store import find
 from .draft_sources import SourceMaker, make_source
 from .dynamic_tree import DynamicTree, TreeGrower, padded_size
-from .gate import AlwaysClosed, AlwaysOpen, Gate, answers
+from .gate import AlwaysClosed, AlwaysOpen, Gate, answers, wants_draft_trees
 from .heads import CerberusHeads, input_matrix
 from .stepper import HeadsLike
 from .suffix import SuffixSource
@@ -95,9 +95,10 @@ def make_plan(
         tree = DraftTree.root()  # nothing is to be drafted
     if tree is None:
         calibrated = find(heads, model.device, model.dtype, torch.get_num_threads())
-        if calibrated and (sources is None or isinstance(calibrated.tree, DynamicTree)):
+        static = isinstance(gate, Gate) and wants_draft_trees(gate)
+        if calibrated and (not static if isinstance(calibrated.tree, DynamicTree) else sources is None):
             tree, gate = calibrated.tree, calibrated.gate if gate is None else gate
-        elif sources is None and not isinstance(heads, CerberusHeads | NoHeads):
+        elif sources is None and not isinstance(heads, NoHeads) and (static or not isinstance(heads, CerberusHeads)):
             tree = default_tree(heads, model.device)  # other heads may guess along the paths of a given tree
         else:
             tree = default_dynamic_tree(model.device)

@@ -79,7 +79,11 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
         "tree must not be deeper than the heads, 0, got a depth of",
     ),
     ({"tree": DynamicTree(8, corrections=((1, 0),))}, ValueError, "a correction for each of the 4 heads, .* got 1"),
-    ({"gate": ChoosingGate(), "tree": DynamicTree(8)}, ValueError, "gate must have choose_size .* has only choose"),
+    (
+        {"gate": ChoosingGate(), "tree": DynamicTree(8)},
+        ValueError,
+        "gate must have choose_size, .* this ChoosingGate chooses",
+    ),
     ({"gate": ConfidenceGate({1: 1.0, 8: 2.0}), "tree": DynamicTree(9)}, ValueError, "a tree has 9 nodes, .* is 8"),
     ({"sources": SuffixSource()}, TypeError, "sources must be None or a sequence of callables .* got SuffixSource"),
     ({"sources": [SuffixSource(), 3]}, TypeError, "sources must be None or a sequence of callables .* got list"),

@@ -449,13 +449,28 @@ def test_a_maker_of_something_else(made: Any, llama: PreTrainedModel) -> None:
     check_usable(llama)
 
 
-def test_a_gate_that_only_chooses_among_draft_trees(llama: PreTrainedModel) -> None:
-    class Choosing(Gate):
-        def choose(self, tree: DraftTree, logprobs: Tensor) -> DraftTree:
-            return tree
+class Choosing(Gate):
+    """Written before there were other trees than DraftTrees."""
 
-    heads = OracleHeads(generated("llama", "cpu", NEW), 4, VOCAB)
-    with pytest.raises(ValueError, match="gate must have choose_size for a DynamicTree, Choosing has only choose"):
-        decode(llama, heads, prompt(), tree=DynamicTree(8), gate=Choosing())
-    out = decode(llama, heads, prompt(), max_new_tokens=NEW, gate=Choosing(), streamer=heads)
-    assert out.stats.open_steps > 0
+    def __init__(self) -> None:
+        self.chosen: list[DraftTree] = []
+
+    def choose(self, tree: DraftTree, logprobs: Tensor) -> DraftTree:
+        self.chosen.append(tree)
+        return tree
+
+
+def test_gates_that_choose_among_draft_trees_get_one(llama: PreTrainedModel) -> None:
+    """By themselves, and not where they are told otherwise."""
+    heads = CerberusHeads(CerberusConfig("tiny", 32, VOCAB))
+    choosing = Choosing()
+    confident = ConfidenceGate({1: 1.0, 8: 1.01}, [DraftTree.chain(1), DraftTree.chain(3)])
+    for gate in (choosing, confident):
+        for other, tree in ((heads, DynamicTree(4)), (None, None)):
+            with pytest.raises(ValueError, match="decode: gate must have choose_size, and no trees of its own, for a"):
+                decode(llama, other, prompt(), max_new_tokens=NEW, tree=tree, gate=gate)
+        out = decode(llama, heads, prompt(), max_new_tokens=NEW, gate=gate)
+        assert out.sequences.tolist() == generated("llama", "cpu", NEW).tolist()
+        if gate is confident:
+            assert {4} < {nodes for nodes, _ in out.stats.trace} <= {1, 2, 3, 4}
+    assert choosing.chosen and all(isinstance(tree, DraftTree) for tree in choosing.chosen)

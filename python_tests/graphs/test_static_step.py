@@ -180,6 +180,18 @@ def test_a_step_never_leaves_the_device(name: str, drafts: str, nodes: int) -> N
     assert ("cerberus_ext::verify_tree" in seen.operations) == (nodes > 1)
 
 
+@pytest.mark.parametrize("nodes", [1, 5])
+def test_a_step_without_heads_never_leaves_the_device(nodes: int) -> None:
+    """Its tokens are all given."""
+    device = torch.device("meta")
+    with torch.inference_mode(), BaseModel(tiny_model("llama", device="meta"), 64, 1) as base:
+        hidden, logits = base.prefill(torch.zeros(1, 9, dtype=torch.int64, device=device))
+        state = StaticState(hidden.clone(), logits.argmax(-1))
+        result, static = StaticResult(1, nodes, None, device), StaticNodes(1, nodes, device)
+        with OneDevice("meta"):
+            run_step(base, StepKind(nodes, Sampling()), state, static, result)
+
+
 @pytest.mark.parametrize(
     "what", [lambda x: x + torch.ones(1), lambda x: torch.ones(1).to(x.device), lambda x: x.item()]
 )
