@@ -101,9 +101,9 @@ def decode(
                 deepest = min(text.remaining - 1, stepper.deepest())
                 tokens = take_step(stepper, plan.gate, trees, deepest if plan.most_nodes > 1 else 0)
                 with stats.phase("commit"):
-                    text.add(tokens)
+                    taken = text.add(tokens)
                     if isinstance(trees, TreeGrower):
-                        trees.extend(tokens)
+                        trees.extend(taken)
     stats.new_tokens = len(text.tokens)
     return DecodeOutput(text.finish(), stats)
 

@@ -11,7 +11,7 @@ import torch
 
 from . import checks
 from .calibration.store import find
-from .draft_sources import SourceMaker
+from .draft_sources import SourceMaker, make_source
 from .dynamic_tree import DynamicTree, TreeGrower, padded_size
 from .gate import AlwaysClosed, AlwaysOpen, Gate, answers
 from .heads import CerberusHeads, input_matrix
@@ -48,7 +48,8 @@ class Plan:
     def guesses(self) -> int:
         """P: how many guesses of each head any step looks at; 0: the heads are not asked."""
         if isinstance(self.tree, DynamicTree):
-            return min(self.tree.guesses, self.vocabulary) if self.heads.config.num_heads else 0
+            known = getattr(self.heads.config, "draft_vocab", None) or self.vocabulary
+            return min(self.tree.guesses, known) if self.heads.config.num_heads else 0
         return max(one.guesses for one in self.gate.trees(self.tree))
 
     @property
@@ -67,7 +68,8 @@ class Plan:
         """text: the prompt and the first token behind it -> what makes the trees of this text."""
         if isinstance(self.tree, DraftTree):
             return self.tree
-        return TreeGrower(self.tree, [make(list(text)) for make in self.makers], self.vocabulary)
+        sources = [make_source(maker, number, list(text)) for number, maker in enumerate(self.makers)]
+        return TreeGrower(self.tree, sources, self.vocabulary)
 
 
 def default_dynamic_tree(device: torch.device) -> DynamicTree:

@@ -102,14 +102,18 @@ def test_result_on_the_host() -> None:
     result = StaticResult(1, 4, guesses, CPU)
     result.target.copy_(torch.tensor([[5, 6, 7, 2**40]]))
     result.entropy.fill_(1.5)
-    assert result.logprobs is not None
+    assert result.ids is not None and result.logprobs is not None
+    result.ids.copy_(2**40 + torch.arange(6).view(1, 2, 3))
     result.logprobs.copy_(-torch.arange(6.0).view(1, 2, 3))
     result.host.copy_(result.buffer)
-    target, path, entropy, logprobs = result.read()
+    target, path, entropy, found = result.read()
     assert (target, path, entropy) == ([5, 6, 7, 2**40], [0, -1, -1, -1], 1.5)
-    assert logprobs is not None and logprobs.tolist() == [[[0, -1, -2], [-3, -4, -5]]]
+    assert found is not None
+    ids, logprobs = found
+    assert (ids - 2**40).tolist() == [[[0, 1, 2], [3, 4, 5]]] and ids.dtype == torch.int64
+    assert logprobs.tolist() == [[[0, -1, -2], [-3, -4, -5]]] and logprobs.dtype == torch.float32
     result.host.fill_(0)
-    assert logprobs[0, 1, 2] == -5, "it does not change with the next step"
+    assert ids[0, 1, 2] == 2**40 + 5 and logprobs[0, 1, 2] == -5, "they do not change with the next step"
     assert StaticResult(1, 1, None, CPU).read()[3] is None
 
 
