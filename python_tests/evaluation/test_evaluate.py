@@ -69,8 +69,11 @@ def everything(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 ALL_WAYS = [
-    "autoregressive", "generate", "prompt-lookup", "assisted", "medusa", "cerberus", "cerberus-entropy", "hydra",
+    "autoregressive", "generate", "prompt-lookup", "assisted", "medusa", "suffix", "cerberus-static",
+    "cerberus-dynamic", "cerberus", "cerberus-entropy", "hydra",
 ]  # fmt: skip
+DYNAMIC_WAYS = ("suffix", "cerberus-dynamic", "cerberus")
+OF_DECODE = [name for name in ALL_WAYS if name not in ("autoregressive", "generate", "prompt-lookup", "assisted")]
 
 
 def test_all_ways_run_and_say_the_same(everything: tuple[Path, Any]) -> None:
@@ -103,13 +106,15 @@ def test_numbers_of_a_run(everything: tuple[Path, Any]) -> None:
     out, _ = everything
     summary = json.loads((out / "bench.json").read_text())
     assert summary["categories"] == ["all", "first", "second"] and summary["texts"] == 7 and summary["questions"] == 4
-    for name in ("medusa", "cerberus", "cerberus-entropy", "hydra"):
+    for name in OF_DECODE:
         decode = summary["ways"][name]["all"]["decode"]
         assert decode["steps"] == sum(decode["accepted_histogram"])
         assert decode["tokens_per_step"] > 1 and 0 < decode["gate_open_rate"] <= 1
         assert summary["settings"]["ways"][name].count("tree of 9 nodes") == 1
+        assert 1 < decode["nodes_per_step"] <= 9
+        assert ("dynamic tree" in summary["settings"]["ways"][name]) == (name in DYNAMIC_WAYS)
     assert 0.1 < summary["ways"]["cerberus-entropy"]["all"]["decode"]["gate_open_rate"] < 0.9  # the median threshold
-    assert set(summary["over_medusa"]) == {"cerberus", "cerberus-entropy", "hydra"}
+    assert set(summary["over_medusa"]) == set(OF_DECODE) - {"medusa"}
     assert summary["settings"]["machine"]["threads"] == str(torch.get_num_threads())
     text = (out / "bench.md").read_text()
     for category in summary["categories"]:
@@ -271,7 +276,7 @@ def test_what_calibration_stored_is_used(gate: Any, folder: Path, tmp_path: Path
     assert done.exit_code == 0, done.output
     summary = json.loads((tmp_path / "out" / "bench.json").read_text())
     ways = summary["settings"]["ways"]
-    assert ways["cerberus"] == "heads, tree of 5 nodes, guesses at every step"
+    assert ways["cerberus-static"] == "heads, tree of 5 nodes, guesses at every step"
     assert ways["cerberus-calibrated"].endswith(type(gate).__name__)
     assert ("< 1.25" in ways["cerberus-entropy"]) == isinstance(gate, EntropyGate)
     assert {name: found["expected"] for name, found in summary["expected"].items()} == {
@@ -305,7 +310,7 @@ def test_the_report_is_made_anew(everything: tuple[Path, Any], tmp_path: Path) -
 
 def test_an_unfinished_text_is_left_out(everything: tuple[Path, Any], tmp_path: Path) -> None:
     lines = (everything[0] / "results.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "results.jsonl").write_bytes(b"".join(lines[: 1 + 2 * 9 + 3]))  # two texts of eight ways, then three
+    (tmp_path / "results.jsonl").write_bytes(b"".join(lines[: 1 + 2 * 12 + 3]))  # two texts of eleven ways, then three
     done = runner.invoke(app, ["bench", "--report", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "bench.json").read_text())["texts"] == 2
@@ -332,7 +337,7 @@ def test_no_report_without_results(content: bytes | None, message: str, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ways", "nonsense"], "ways must be of autoregressive, generate, prompt-lookup, cerberus"),
+        (["--ways", "nonsense"], "ways must be of autoregressive, generate, prompt-lookup, suffix, cerberus-static"),
         (["--ways", "medusa"], "ways must not name medusa here: no heads of that kind were given"),
         (["--ways", "cerberus-calibrated"], "no calibration is stored"),
         (["--way", "missing.py"], "there is no file missing.py"),
