@@ -12,8 +12,11 @@ load_libraries()
 
 # What needs no transformers: importing that takes seconds, which `cerberus --help` should not.
 from .decode import decode  # noqa: E402
+from .draft_sources import DraftSource  # noqa: E402
+from .dynamic_tree import DynamicTree  # noqa: E402
 from .gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate  # noqa: E402
 from .stats import DecodeOutput, DecodeStats  # noqa: E402
+from .suffix import DocumentSource, SuffixSource  # noqa: E402
 from .tree import DraftTree  # noqa: E402
 
 if TYPE_CHECKING:
@@ -34,9 +37,13 @@ __all__ = [
     "ConfidenceGate",
     "DecodeOutput",
     "DecodeStats",
+    "DocumentSource",
+    "DraftSource",
     "DraftTree",
+    "DynamicTree",
     "EntropyGate",
     "Gate",
+    "SuffixSource",
     "decode",
     "load_default_model",
     "release_graphs",

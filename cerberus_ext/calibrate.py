@@ -187,12 +187,12 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
 
 def _compared(choice: Choice) -> dict[str, Setting]:
     """What the clock is asked about: plain decoding, the best tree alone and the winner."""
-    return {name: choice.settings[name] for name in (PLAIN, choice.best_open, choice.chosen)}
+    return {name: choice.settings[name] for name in (PLAIN, choice.best_ungated, choice.chosen)}
 
 
 def after_validation(choice: Choice, measured: dict[str, Measured]) -> Choice:
     """A gate that turns out slower than its absence is given up."""
-    gated, alone = measured[choice.chosen], measured[choice.best_open]
+    gated, alone = measured[choice.chosen], measured[choice.best_ungated]
     if gated.tokens_per_second < alone.tokens_per_second:
-        return replace(choice, chosen=choice.best_open)
+        return replace(choice, chosen=choice.best_ungated)
     return choice

@@ -29,7 +29,7 @@ class Comparison:
 
 
 def compare_with_plain(
-    model: PreTrainedModel, heads: CerberusHeads, ids: Tensor, *, rounds: int = 3, **options: Any
+    model: PreTrainedModel, heads: CerberusHeads | None, ids: Tensor, *, rounds: int = 3, **options: Any
 ) -> Comparison:
     """Times `decode(model, heads, ids, **options)` against the same loop with the gate never open.
 

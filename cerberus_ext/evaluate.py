@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .calibration.store import gate_to_json, tree_to_text
+from .calibration.store import gate_to_json, tree_to_json
 from .evaluation.machine import commit, describe_machine, describe_versions
 from .evaluation.measuring import Measuring, make_tasks, median_entropy
 from .evaluation.numbers import summarize
@@ -121,7 +121,7 @@ def evaluate(
                 "draft": None if draft is None else fingerprint(draft[0].parameters(), rows=16),
             },
             "calibration": {
-                name: None if stored is None else [tree_to_text(stored.tree), gate_to_json(stored.gate)]
+                name: None if stored is None else [tree_to_json(stored.tree), gate_to_json(stored.gate)]
                 for name, stored in (("heads", context.calibration(heads)), ("medusa", context.calibration(medusa)))
             },
             "dtype": str(model.dtype).removeprefix("torch."),

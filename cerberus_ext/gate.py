@@ -127,15 +127,15 @@ class ConfidenceGate(Gate):
         self.margin = margin
         self.rate = rate
         self.corrections = None if corrections is None else tuple((float(a), float(b)) for a, b in corrections)
-        self._trees = None if trees is None else tuple(trees)
+        self.own_trees = None if trees is None else tuple(trees)
         # Slopes and shifts (K, 1).
         self._lines = None if corrections is None else np.array(self.corrections).T[:, :, None]
         self._prospect: _Prospect | None = None  # of the trees that were last asked for
         self._sizes: dict[int, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}  # by nodes: sizes, their costs
 
     def trees(self, tree: DraftTree) -> Sequence[DraftTree]:
-        if self._trees is not None:
-            return self._trees
+        if self.own_trees is not None:
+            return self.own_trees
         self.check_size(tree.size)
         return (tree,)
 

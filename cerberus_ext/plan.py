@@ -13,7 +13,7 @@ from . import checks
 from .calibration.store import find
 from .draft_sources import SourceMaker
 from .dynamic_tree import DynamicTree, TreeGrower, padded_size
-from .gate import AlwaysOpen, Gate, answers
+from .gate import AlwaysClosed, AlwaysOpen, Gate, answers
 from .heads import CerberusHeads, input_matrix
 from .stepper import HeadsLike
 from .suffix import SuffixSource
@@ -85,8 +85,12 @@ def make_plan(
     """The arguments of `decode`, checked and completed as described there."""
     heads = NoHeads() if heads is None else heads
     checks.check_heads(heads)
+    if tree is not None:
+        checks.check_tree(tree, heads.config.num_heads)
     if sources is not None:
         checks.check_sources(sources, tree)
+    if isinstance(gate, AlwaysClosed):
+        tree = DraftTree.root()  # nothing is to be drafted
     if tree is None:
         calibrated = find(heads, model.device, model.dtype, torch.get_num_threads())
         if calibrated and (sources is None or isinstance(calibrated.tree, DynamicTree)):
@@ -95,7 +99,6 @@ def make_plan(
             tree = default_tree(heads, model.device)  # other heads may guess along the paths of a given tree
         else:
             tree = default_dynamic_tree(model.device)
-    tree = checks.check_tree(tree, heads.config.num_heads)
     gate = AlwaysOpen() if gate is None else checks.check_gate(gate, tree)
     if isinstance(tree, DynamicTree):
         gate.check_size(tree.size)

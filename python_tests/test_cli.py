@@ -64,6 +64,20 @@ def test_generate_reads_standard_input(folders: tuple[str, str]) -> None:
     assert piped.stdout.splitlines()[0] == given.stdout.splitlines()[0]
 
 
+def test_generate_without_heads(folders: tuple[str, str]) -> None:
+    """The text alone is guessed from: a model that repeats itself gains, and the answer is the same."""
+    model, _ = folders
+    command = ["generate", "--model", model, "--max-new-tokens", "40", "--compare", "w3 w4 w5"]
+    alone, neither = (
+        runner.invoke(app, [*command, "--heads", "none", *more]) for more in (["--tree-size", "6"], ["--no-suffix"])
+    )
+    assert alone.exit_code == neither.exit_code == 0, alone.output + neither.output
+    assert alone.stdout.splitlines()[0] == neither.stdout.splitlines()[0]
+    assert "same output" in alone.stdout and "same output" in neither.stdout
+    steps = [float(re.search(r"([\d.]+) tokens a step", one.stdout)[1]) for one in (alone, neither)]
+    assert steps[0] > 1.5 and steps[1] == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -83,7 +97,7 @@ def test_generate_bad_option(folders: tuple[str, str], arguments: tuple[str, ...
 def test_generate_model_without_heads(folders: tuple[str, str]) -> None:
     result = runner.invoke(app, ["generate", "--model", folders[0], "w3"])
     assert result.exit_code == 2
-    assert "--heads" in result.output
+    assert "--heads" in result.output and "'none'" in result.output
 
 
 def test_generate_unknown_model(folders: tuple[str, str], tmp_path: Path) -> None:

@@ -197,6 +197,10 @@ def test_ordinary_text(max_tokens: int) -> None:
         ([1, 2, 1, 3, 1], [(3, 1), (1, 2), (3, 1), (1, 2)]),  # 2 and 3 equally often: the later one
         ([1, 2, 1, 2, 1, 3, 1], [(2, 1), (1, 2), (3, 3), (1, 4)]),  # 2 more often than 3, after 1 2 1 once each
         ([5, 1, 2, 6, 1, 3, 1, 3, 5, 1], [(2, 2), (6, 3), (1, 4), (3, 5)]),  # 3 more often, but 5 1 is longer
+        # 9 1 stands before 2, 2, 3, and 8 1 before 3: as often, but 3 later.
+        ([9, 1, 2, 9, 1, 2, 9, 1, 3, 8, 1, 3, 7, 1], [(3, 1), (7, 2), (1, 3), (3, 1)]),
+        # 9 1 stands before 2, 2, 3, 2, 3.
+        ([9, 1, 2, 9, 1, 2, 9, 1, 3, 9, 1, 2, 9, 1, 3, 8, 1], [(2, 1), (9, 2), (1, 3), (3, 4)]),
         ([0, MOST_TOKEN, 0], [(MOST_TOKEN, 1), (0, 2), (MOST_TOKEN, 1), (0, 2)]),
     ],
 )

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ..dynamic_tree import DynamicTree
 from ..gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from ..simulate import best_paths
 from ..tree import DraftTree
@@ -25,6 +26,8 @@ from .trace import TracedText
 from .walk import Tally, walk
 
 PLAIN = "open 1"  # the name of the setting that never guesses
+UNGATED = ("open", "dynamic")  # one tree of the heads at every step; the step's own, with the text's past
+KINDS = ("open", "entropy", "confidence", "dynamic", "dynamic gate")
 GATE_GAIN = 0.01  # by so much a gate has to be faster than the best tree alone
 _SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)  # of the places, at which an EntropyGate opens
 _MARGINS = (0.0, 0.1)
@@ -33,19 +36,19 @@ _ROUNDS = 3  # until gate and rate agree
 
 @dataclass(frozen=True)
 class Setting:
-    """What `decode` may run with. kind: "open", "entropy" or "confidence"."""
+    """What `decode` may run with. kind: one of KINDS."""
 
     kind: str
-    tree: DraftTree
+    tree: DraftTree | DynamicTree
     gate: Gate
 
 
 @dataclass(frozen=True)
 class Choice:
-    """chosen, best_open: names of settings; settings: all of them, fitted on all texts; tallies: as judged."""
+    """chosen, best_ungated: names of settings; settings: all of them, fitted on all texts; tallies: as judged."""
 
     chosen: str
-    best_open: str
+    best_ungated: str
     settings: Mapping[str, Setting]
     tallies: Mapping[str, Tally]
 
@@ -97,12 +100,12 @@ class Fit:
             for share in _SHARES:
                 opens = EntropyGate(float(np.quantile(entropies, share)))
                 found[f"entropy {tree.size} at {share}"] = Setting("entropy", tree, opens)
+        found |= self._dynamic(costs)
         if not grown:
             return found
         widest = best if best.size > 1 else grown[0]
         shapes = self.shapes(min((tree.size for tree in grown if tree.size > widest.size), default=widest.size))
-        context = fmean(text.prompt + place for text in self.texts for place in range(len(text)))
-        by_size = costs.by_size(context, asked=True)
+        by_size = costs.by_size(self._context, asked=True)
         base_rate = max(tally.tokens_per_second for tally in alone.values())
         for name, trees in (("all", tuple(grown)), ("shapes", shapes), ("one", (widest,))):
             for suffix, corrections in (("", None), (" corrected", self.corrections)):
@@ -110,12 +113,37 @@ class Fit:
                 for margin in _MARGINS:
                     gate = ConfidenceGate(margin=margin, **common)
                     found[f"confidence {name}{suffix} margin {margin}"] = Setting("confidence", widest, gate)
-                rate = base_rate
-                for _ in range(_ROUNDS):
-                    rate = walk(self.texts, widest, ConfidenceGate(rate=rate, **common), costs).tokens_per_second
-                gate = ConfidenceGate(rate=rate, **common)
+                gate = self._rated(widest, base_rate, costs, common)
                 found[f"confidence {name}{suffix} rate"] = Setting("confidence", widest, gate)
         return found
+
+    def _dynamic(self, costs: StepCosts) -> dict[str, Setting]:
+        """Trees of every step's own guesses: of each size, and a gate that chooses how many nodes of the largest."""
+        corrections = tuple(self.corrections)
+        trees = [DynamicTree(size, corrections=corrections) for size in costs.sizes if size > 1]
+        if not trees:
+            return {}
+        found = {f"dynamic {tree.size}": Setting("dynamic", tree, AlwaysOpen()) for tree in trees}
+        rate = max(walk(self.texts, tree, AlwaysOpen(), costs).tokens_per_second for tree in trees)
+        common: dict[str, Any] = {"costs": costs.by_size(self._context, asked=True)}
+        gates = {f"margin {margin}": ConfidenceGate(margin=margin, **common) for margin in _MARGINS}
+        gates["rate"] = self._rated(trees[-1], rate, costs, common)
+        return found | {
+            f"dynamic gate {name}": Setting("dynamic gate", trees[-1], gate) for name, gate in gates.items()
+        }
+
+    def _rated(
+        self, tree: DraftTree | DynamicTree, rate: float, costs: StepCosts, common: dict[str, Any]
+    ) -> ConfidenceGate:
+        """A gate whose rate is the one that it reaches. rate: to begin with."""
+        for _ in range(_ROUNDS):
+            rate = walk(self.texts, tree, ConfidenceGate(rate=rate, **common), costs).tokens_per_second
+        return ConfidenceGate(rate=rate, **common)
+
+    @cached_property
+    def _context(self) -> float:
+        """Tokens before a step, on average."""
+        return fmean(text.prompt + place for text in self.texts for place in range(len(text)))
 
 
 def halves(texts: Sequence[TracedText]) -> list[tuple[list[TracedText], list[TracedText]]]:
@@ -139,12 +167,12 @@ def choose(texts: Sequence[TracedText], sizes: Sequence[int], costs: StepCosts) 
         tallies[name] = Tally()
         for settings, judged in folds:
             tallies[name] += walk(judged, settings[name].tree, settings[name].gate, costs)
-    chosen = best_open = _best(tallies, [name for name in names if final[name].kind == "open"])
-    gated = _best(tallies, [name for name in names if final[name].kind != "open"])
-    assert best_open is not None and chosen is not None  # PLAIN is always there
-    if gated and tallies[gated].tokens_per_second > (1 + GATE_GAIN) * tallies[best_open].tokens_per_second:
+    chosen = best_ungated = _best(tallies, [name for name in names if final[name].kind in UNGATED])
+    gated = _best(tallies, [name for name in names if final[name].kind not in UNGATED])
+    assert best_ungated is not None and chosen is not None  # PLAIN is always there
+    if gated and tallies[gated].tokens_per_second > (1 + GATE_GAIN) * tallies[best_ungated].tokens_per_second:
         chosen = gated
-    return Choice(chosen, best_open, {name: final[name] for name in names}, tallies)
+    return Choice(chosen, best_ungated, {name: final[name] for name in names}, tallies)
 
 
 def _best(tallies: Mapping[str, Tally], names: Sequence[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""calibration.png: what every gate signal says about the accepted length, and how honest the probabilities are."""
+"""calibration.png: what every gate signal says about the accepted length, how honest probabilities and promises are."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def plot(details: dict[str, Any], file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 8), layout="constrained")
+    figure = Figure(figsize=(17, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3).flatten()
+    axes = figure.subplots(2, 4).flatten()
     for axis, signal in zip(axes, details["signals"], strict=False):
         axis.plot(signal["mean"], signal["accepted"], "o-", color="tab:blue")
         value = "none" if signal["auc"] is None else f"{signal['auc']:.2f}"
@@ -30,11 +30,20 @@ def plot(details: dict[str, Any], file: Path) -> None:
     axis.set(title="best guess: probability (dotted), corrected (line)", xlabel="probability", ylabel="share right")
     axis.legend(fontsize="small")
     axis = axes[5]
-    rows = details["sizes"]
-    sizes = [row["size"] for row in rows]
-    axis.plot(sizes, [row["tokens_per_second"] for row in rows], "o-", label="tokens/s")
+    for style, (name, row) in zip((":", "-"), details["promises"].items(), strict=True):
+        label = f"{name}: {row['mean_promised']:.2f} promised, {row['mean_gained']:.2f} gained"
+        axis.plot(row["promised"], row["gained"], style, marker=".", color="tab:blue", label=label)
+        axis.plot([1, row["promised"][-1]], [1, row["promised"][-1]], ":", color="gray")
+        axis.legend(fontsize="small")
+    axis.set(title="steps with trees of their own", xlabel="tokens promised", ylabel="tokens gained, mean")
+    axis = axes[6]
+    for label, dynamic in (("one tree of the heads", False), ("each step its own", True)):
+        rows = [row for row in details["sizes"] if (row["depth"] is None) == dynamic]
+        axis.plot([row["size"] for row in rows], [row["tokens_per_second"] for row in rows], "o-", label=label)
+    axis.legend(fontsize="small")
     axis.set(title="without a gate", xlabel="nodes of the tree", ylabel="tokens/s, expected")
     axis.set_ylim(bottom=0)
+    axes[7].set_axis_off()
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -8,15 +8,19 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 
+from ..dynamic_tree import DynamicTree
+from ..gate import AlwaysOpen
 from ..tree import DraftTree
-from .choice import Choice, Fit, halves
+from .choice import KINDS, PLAIN, UNGATED, Choice, Fit, halves
 from .cost import StepCosts
 from .signals import auc, by_quantile, head_reliability
 from .store import Calibration
 from .trace import TracedText
 from .validate import Measured
+from .walk import walk
 
 
 def signal_rows(texts: Sequence[TracedText], tree: DraftTree) -> list[dict[str, Any]]:
@@ -56,18 +60,36 @@ def reliability_rows(texts: Sequence[TracedText], sizes: Sequence[int]) -> list[
     return rows
 
 
+def promise_rows(texts: Sequence[TracedText], sizes: Sequence[int], costs: StepCosts) -> dict[str, dict[str, Any]]:
+    """What steps with trees of their own promise to gain against what they gain, as drafted, and corrected by what the
+    other half of the texts taught: means over all steps, and over tenths of them. Empty where there are no trees."""
+    fitted, judged = halves(texts)[0]
+    rows: dict[str, dict[str, Any]] = {}
+    for name, corrections in (("drafted", None), ("corrected", tuple(Fit(fitted, sizes).corrections))):
+        tree = DynamicTree(max(2, *sizes), corrections=corrections)
+        steps = np.array(walk(judged, tree, AlwaysOpen(), costs).promises, dtype=np.float64).reshape(-1, 2)
+        if len(steps):
+            promised, gained = by_quantile(steps[:, 0], steps[:, 1])
+            mean = steps.mean(0).tolist()
+            rows[name] = {"mean_promised": mean[0], "mean_gained": mean[1], "promised": promised, "gained": gained}
+    return rows
+
+
 def size_rows(choice: Choice, costs: StepCosts, context: float) -> list[dict[str, Any]]:
-    """Per size of the tree without a gate: nodes, depth, seconds of a step, tokens a step, tokens a second."""
-    seconds = costs.by_size(context, asked=False)
+    """Per size of the tree without a gate: nodes, seconds of a step, tokens a step, tokens a second.
+
+    With a static tree, whose depth is told, and, where there is one, with a dynamic tree.
+    """
+    seconds = {False: costs.by_size(context, asked=False), True: costs.by_size(context, asked=True)}
     rows = []
     for name, setting in choice.settings.items():
-        if setting.kind == "open":
-            tally, size = choice.tallies[name], setting.tree.size
+        if setting.kind in UNGATED:
+            tally, size, dynamic = choice.tallies[name], setting.tree.size, isinstance(setting.tree, DynamicTree)
             rows.append(
                 {
                     "size": size,
-                    "depth": setting.tree.depth,
-                    "step_seconds": seconds[size],
+                    "depth": None if isinstance(setting.tree, DynamicTree) else setting.tree.depth,
+                    "step_seconds": seconds[dynamic][size],
                     "tokens_per_step": tally.tokens_per_step,
                     "tokens_per_second": tally.tokens_per_second,
                 }
@@ -79,9 +101,10 @@ def details(
     texts: Sequence[TracedText], choice: Choice, costs: StepCosts, measured: Mapping[str, Measured]
 ) -> dict[str, Any]:
     context = fmean(text.prompt + place for text in texts for place in range(len(text)))
-    best_open = choice.settings[choice.best_open].tree
-    rates = {kind: choice.best(kind) for kind in ("open", "entropy", "confidence")}
-    tree = best_open if best_open.size > 1 else max((s.tree for s in choice.settings.values()), key=lambda t: t.size)
+    rates = {kind: choice.best(kind) for kind in KINDS}
+    trees = {name: one.tree for name, one in choice.settings.items() if isinstance(one.tree, DraftTree)}
+    best_open = trees[rates["open"] or PLAIN]
+    tree = best_open if best_open.size > 1 else max(trees.values(), key=lambda tree: tree.size)
     return {
         "texts": len(texts),
         "tokens": sum(map(len, texts)),
@@ -110,6 +133,7 @@ def details(
         "signals_of_tree": tree.size,
         "signals": signal_rows(texts, tree),
         "reliability": reliability_rows(texts, [tree.size]),
+        "promises": promise_rows(texts, costs.sizes, costs),
         "validation": {name: asdict(one) for name, one in measured.items()},
     }
 
@@ -125,14 +149,15 @@ def text(calibration: Calibration) -> str:
         "nodes  depth  ms a step  tokens a step  tokens/s",
     ]
     for row in found["sizes"]:
+        depth = "each" if row["depth"] is None else row["depth"]
         lines.append(
-            f"{row['size']:5}  {row['depth']:5}  {1000 * row['step_seconds']:9.2f}  {row['tokens_per_step']:13.3f}"
+            f"{row['size']:5}  {depth:>5}  {1000 * row['step_seconds']:9.2f}  {row['tokens_per_step']:13.3f}"
             f"  {row['tokens_per_second']:8.1f}"
         )
-    lines += ["", "gate        tokens/s  tokens a step   open  setting"]
+    lines += ["", "gate          tokens/s  tokens a step   open  setting"]
     for kind, row in found["gates"].items():
         lines.append(
-            f"{kind:10}  {row['tokens_per_second']:8.1f}  {row['tokens_per_step']:13.3f}"
+            f"{kind:12}  {row['tokens_per_second']:8.1f}  {row['tokens_per_step']:13.3f}"
             f"  {100 * row['gate_open_rate']:4.0f} %  {row['name']}"
         )
     lines += ["", "signal                       AUC for at least one accepted guess"]
@@ -143,6 +168,11 @@ def text(calibration: Calibration) -> str:
         for number, head in enumerate(found["reliability"], start=1)
     )
     lines += ["", f"calibration error of the best guess, as drafted -> corrected: {', '.join(errors)}"]
+    for name, row in found["promises"].items():
+        lines.append(
+            f"tokens a step with {found['costs']['sizes'][-1]} nodes of its own, {name}:"
+            f" promised {row['mean_promised']:.2f}, gained {row['mean_gained']:.2f}"
+        )
     if found["validation"]:
         width = max(len(name) for name in [*found["validation"], "validation"])
         lines += ["", f"{'validation':{width}}  predicted tokens/s  measured  predicted steps  measured"]

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ..default_model import cache_dir
+from ..dynamic_tree import DynamicTree
 from ..gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from ..heads import PRETRAINED, CerberusHeads, fingerprint
 from ..info import device_name
@@ -63,7 +64,7 @@ class Calibration:
     threads: int
     heads: str
     model: str
-    tree: DraftTree
+    tree: DraftTree | DynamicTree
     gate: Gate
     expected: Expected
     details: dict[str, Any] = field(default_factory=dict)
@@ -79,7 +80,7 @@ class Calibration:
             "threads": self.threads,
             "heads": self.heads,
             "model": self.model,
-            "tree": tree_to_text(self.tree),
+            "tree": tree_to_json(self.tree),
             "gate": gate_to_json(self.gate),
             "expected": asdict(self.expected),
             "details": self.details,
@@ -91,13 +92,21 @@ class Calibration:
         try:
             return Calibration(
                 **{name: entry[name] for name in ("device", "dtype", "threads", "heads", "model")},
-                tree=tree_from_text(entry["tree"]),
+                tree=tree_from_json(entry["tree"]),
                 gate=gate_from_json(entry["gate"]),
                 expected=Expected(**{name: float(value) for name, value in entry["expected"].items()}),
                 details=entry["details"],
             )
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"an entry is not complete: {type(error).__name__}: {error}") from error
+
+
+def tree_to_json(tree: DraftTree | DynamicTree) -> str | dict[str, Any]:
+    return asdict(tree) if isinstance(tree, DynamicTree) else tree_to_text(tree)
+
+
+def tree_from_json(tree: str | dict[str, Any]) -> DraftTree | DynamicTree:
+    return DynamicTree(**tree) if isinstance(tree, dict) else tree_from_text(tree)
 
 
 def tree_to_text(tree: DraftTree) -> str:
@@ -117,7 +126,7 @@ def gate_to_json(gate: Gate) -> dict[str, Any]:
         return {
             "kind": "confidence",
             "costs": {str(size): cost for size, cost in gate.costs.items()},
-            "trees": [tree_to_text(tree) for tree in gate.trees(DraftTree.root())],
+            "trees": None if gate.own_trees is None else [tree_to_text(tree) for tree in gate.own_trees],
             "margin": gate.margin,
             "rate": gate.rate,
             "corrections": None if gate.corrections is None else [list(line) for line in gate.corrections],
@@ -134,7 +143,7 @@ def gate_from_json(values: dict[str, Any]) -> Gate:
     if kind == "confidence":
         return ConfidenceGate(
             costs={int(size): float(cost) for size, cost in values["costs"].items()},
-            trees=[tree_from_text(text) for text in values["trees"]],
+            trees=None if values["trees"] is None else [tree_from_text(text) for text in values["trees"]],
             margin=values["margin"],
             rate=values["rate"],
             corrections=values["corrections"],
@@ -260,6 +269,11 @@ def _read(heads: CerberusHeads, key: tuple[str, str, int]) -> Calibration | None
 
 
 def _checked(calibration: Calibration, heads: CerberusHeads) -> Calibration:
+    if isinstance(calibration.tree, DynamicTree):
+        calibration.gate.check_size(calibration.tree.size)
+        if len(calibration.tree.corrections or range(heads.config.num_heads)) != heads.config.num_heads:
+            raise ValueError("a calibrated tree has corrections for another number of heads")
+        return calibration
     for tree in {calibration.tree, *calibration.gate.trees(calibration.tree)}:
         most = heads.config.draft_vocab or heads.config.vocab_size
         if tree.depth > heads.config.num_heads or tree.guesses > most:

@@ -29,12 +29,14 @@ class Tally(StepCounts):
     tokens    those that are in the texts: a last step that goes beyond the end is counted as far as the end
     nodes     that the steps' forwards checked, the roots included
     accepted  [a]: steps that accepted a guesses
+    promises  of every step with a tree of its own: tokens that it promised to gain, and those that it gained
     """
 
     tokens: int = 0
     nodes: int = 0
     seconds: float = 0.0
     accepted: Counter[int] = field(default_factory=Counter)
+    promises: list[tuple[float, int]] = field(default_factory=list)
 
     @property
     def tokens_per_step(self) -> float:
@@ -53,6 +55,7 @@ class Tally(StepCounts):
         for name in ("tokens", "nodes", "steps", "open_steps", "wasted_steps", "seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.accepted.update(other.accepted)
+        self.promises += other.promises
         return self
 
 
@@ -135,6 +138,7 @@ def _walk_text(
         context = text.prompt + index
         if isinstance(chosen, StepTree):
             accepted = accepted_by(chosen, text.tokens[context + 1 : context + 1 + deepest])
+            tally.promises.append((float(chosen.expected[-1]), accepted + 1))
         else:
             accepted = text.accepted(chosen)[index] if chosen.size > 1 else 0
         tally.seconds += costs.seconds(chosen.size, context, place.looked, place.asked_entropy)

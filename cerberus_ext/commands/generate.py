@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .shared import (
+    NO_HEADS,
     PACKAGED_HEADS,
     Device,
     DTypeName,
-    Heads,
     Model,
     Threads,
     begin,
@@ -31,16 +31,20 @@ if TYPE_CHECKING:
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The question. Read from standard input if left out.")] = None,
     model: Model = None,
-    heads: Heads = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(help="As for the other commands; 'none': guess from the text alone, for any model."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     tree_size: Annotated[
         int | None,
         typer.Option(
             min=2,
-            help="Nodes of the draft tree, root included, without a gate."
-            " Default: what `cerberus calibrate` chose, else 4 to 32 nodes, by the device.",
+            help="Nodes of a step's draft tree, root included, without a gate."
+            " Default: what `cerberus calibrate` chose, else 8 to 32 nodes, by the device.",
         ),
     ] = None,
+    suffix: Annotated[bool, typer.Option(help="Guess from the text's own past, too, not from the heads alone.")] = True,
     compare: Annotated[bool, typer.Option(help="Measure plain decoding, too, and print the speed-up.")] = False,
     raw: Annotated[bool, typer.Option(help="Give the prompt as it is, without the chat template.")] = False,
     dtype: DTypeName = None,
@@ -54,16 +58,15 @@ def generate(
 
     import cerberus_ext
 
-    from ..tree import default_tree
+    from ..dynamic_tree import DynamicTree
 
     begin(threads)
     base, tokenizer = load_base(model, dtype_of(dtype), device)
-    trained = load_heads(heads or PACKAGED_HEADS, base)
+    trained = None if heads == NO_HEADS else load_heads(heads or PACKAGED_HEADS, base)
     ids = encode(tokenizer, text, raw).to(base.device)
-    tree = None
-    if tree_size is not None:
-        tree = default_tree(trained, base.device, tree_size)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tree": tree}
+    tree = None if tree_size is None else DynamicTree(tree_size)
+    sources: list[Any] | None = None if suffix else []
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tree": tree, "sources": sources}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = cerberus_ext.decode(base, trained, ids, streamer=streamer, **options)
     comparison = None

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..heads import CerberusHeads
 
 PACKAGED_HEADS = "smollm2-135m-instruct"
+NO_HEADS = "none"
 
 Model = Annotated[
     str | None, typer.Option(help="Local folder or Hub id of the base model. Default: SmolLM2-135M-Instruct.")
@@ -43,7 +44,10 @@ def begin(threads: int | None) -> None:
 def check_heads_named(model: str | None, heads: str | None) -> None:
     """Another model than the default one needs heads of its own."""
     if model is not None and heads is None:
-        fail("--heads: the packaged heads fit the default model only; name heads trained for this --model")
+        fail(
+            "--heads: the packaged heads fit the default model only; name heads trained for this --model,"
+            f" or {NO_HEADS!r}, to guess from the text alone"
+        )
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

@@ -11,6 +11,10 @@
 // length, and a table of hashed n-grams needs max_match entries per token wherever a text repeats itself.
 // Here the work per token is at most max_match comparisons and two look-ups per node on the path, of which
 // ordinary text has few. Keys are compared, not only their hashes: answers are exact.
+//
+// bench/test_suffix_bench.py, 100 000 tokens: 66 bytes per word of English, 6 per repeated token, at most 111
+// (four tokens at random). On a busy Epyc core 0.5 to 1.2 microseconds to append a word, 0.3 to 0.5 a
+// repeated token, 1.1 to 2 one of four at random.
 #pragma once
 
 #include <cstddef>
@@ -33,7 +37,7 @@ struct Context {
 
 struct Match {
   size_t length = 0;  // tokens, 0: none
-  Token next = -1;    // the token that followed most often; of several the one that did so last
+  Token next = -1;    // the token that followed most often, of several the one that did so last; -1: no match
 };
 
 class ContextTree {

@@ -48,7 +48,7 @@ void SuffixIndex::append(Token token) {
   const Match past = old_ ? old_->match(young_.context()) : Match{};
   const Match match = longer(young_.append(token), past);
   ++record_[2 * match.length];
-  if (match.length > 0 && match.next == token) ++record_[2 * match.length + 1];
+  if (match.next == token) ++record_[2 * match.length + 1];
 }
 
 Guesses SuffixIndex::guess(int64_t length) const {

@@ -92,7 +92,9 @@ def test_command(folders: tuple[str, str, str], tmp_path: Path) -> None:
     assert (tmp_path / "out" / "calibration.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     details = entry["details"]
     assert details["texts"] == 4 and details["tokens"] == 4 * 23, "two turns of one question, and two of one turn"
-    assert [row["size"] for row in details["sizes"]] == [1, 2, 4] and details["agreeing"] == 1.0
+    sizes = [(row["size"], row["depth"] is None) for row in details["sizes"]]
+    assert sizes == [(1, False), (2, False), (4, False), (2, True), (4, True)] and details["agreeing"] == 1.0
+    assert set(details["promises"]) == {"drafted", "corrected"}
     assert [signal["name"] for signal in details["signals"]][0] == "entropy of softmax(h)"
     for row in details["validation"].values():
         assert row["steps"] == row["predicted_steps"] and row["same_texts"]

@@ -7,6 +7,7 @@ import os
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from memorized import untrained
@@ -15,6 +16,7 @@ from tiny_models import prompt, tiny_model
 from cerberus_ext import decode
 from cerberus_ext.calibration import store
 from cerberus_ext.calibration.store import Calibration, Expected, find, heads_fingerprint, key_of, place, save
+from cerberus_ext.dynamic_tree import DynamicTree
 from cerberus_ext.gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from cerberus_ext.heads import CerberusHeads
 from cerberus_ext.tree import DraftTree
@@ -48,7 +50,9 @@ def saved_heads(folder: Path, seed: int = 0) -> CerberusHeads:
     return CerberusHeads.from_pretrained(folder)
 
 
-def entry(heads: CerberusHeads, threads: int = 2, gate: Gate = GATES["open"], tree: DraftTree = TREE) -> Calibration:
+def entry(
+    heads: CerberusHeads, threads: int = 2, gate: Gate = GATES["open"], tree: DraftTree | DynamicTree = TREE
+) -> Calibration:
     device, dtype, count = key_of(CPU, torch.float32, threads)
     expected = Expected(50.0, 25.0, 1.9, 1.0, 0.25)
     return Calibration(device, dtype, count, heads_fingerprint(heads), "model", tree, gate, expected, {"texts": 3})
@@ -75,6 +79,18 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     assert back.expected.speed_up == 2.0
     logprobs = torch.tensor([[[0.9, 0.02, 0.02], [0.9, 0.02, 0.02]]]).log()
     assert back.gate.choose(TREE, logprobs) == put.gate.choose(TREE, logprobs)
+
+
+@pytest.mark.parametrize("corrections", [None, ((0.9, 0.1), (1.1, 0.0))])
+def test_round_trip_of_a_dynamic_tree(corrections: tuple | None, tmp_path: Path) -> None:
+    """With a gate that chooses how many of its nodes, and has no trees of its own."""
+    heads = saved_heads(tmp_path / "heads")
+    tree, gate = DynamicTree(8, 5, corrections), ConfidenceGate({1: 1.0, 4: 1.2, 8: 3.0}, rate=0.8)
+    save(heads, entry(heads, gate=gate, tree=tree))
+    back = found(CerberusHeads.from_pretrained(tmp_path / "heads"))
+    assert back is not None and same_gate(back.gate, gate) and back.tree == tree
+    expected = np.array([1.0, 1.7, 2.1, 2.4, 2.5, 2.6, 2.7, 2.8])
+    assert back.gate.choose_size(expected) == gate.choose_size(expected) == 4
 
 
 def test_found_for_its_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +218,10 @@ ODD = {
     "deep gate": change(gate={**store.gate_to_json(GATES["confidence"]), "trees": [DEEP]}),
     "wide tree": change(tree="0 100000"),
     "expected": change(expected={"tokens": 3}),
+    "dynamic tree": change(tree={"size": "8"}),
+    "no size": change(tree={"guesses": 8}),
+    "costs that end": change(tree={"size": 16}, gate=store.gate_to_json(ConfidenceGate({1: 1.0, 8: 1.5}))),
+    "a correction": change(tree={"size": 8, "corrections": [[1.0, 0.0]]}),
 }
 
 
