@@ -88,7 +88,7 @@ def check_stats(out: DecodeOutput, size: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", [*HEADS, None])
 def test_equals_generate(heads: str | None, kind: str, device: str) -> None:
-    for size in SIZES if heads in ("oracle", None) else (3, 64):
+    for size in SIZES[KINDS.index(kind) % 2 :: 2] if heads in ("oracle", None) else (8,):
         stats = run("llama", heads, kind, size, device=device).stats
         if heads == "oracle" and kind in ("none", "nothing", "right") and size >= 8:
             assert stats.tokens_per_step > 4
@@ -98,7 +98,7 @@ def test_equals_generate(heads: str | None, kind: str, device: str) -> None:
             assert stats.open_steps == 0 and stats.nodes_per_step == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["none", "suffix", "wrong", "several"])
 @pytest.mark.parametrize("gate", GATES)
 def test_equals_generate_with_gates(gate: str, kind: str, device: str) -> None:
     for heads, size in (("oracle", 70), ("random", 8)):
@@ -181,7 +181,7 @@ def test_text_that_repeats_itself(name: str, tokens: list[int], device: str) -> 
             assert len(out.stats.accepted_histogram) == size, "once, every guess was right"
 
 
-@pytest.mark.parametrize("new", [0, 1, 2, 3, 5, 6, 7])
+@pytest.mark.parametrize("new", [0, 1, 2, 3, 6])
 @pytest.mark.parametrize("heads", [OracleHeads, LastGuessHeads, None])
 def test_stops_at_max_new_tokens(new: int, heads: Any, llama: PreTrainedModel) -> None:
     """No source is asked for more than may be taken."""
