@@ -71,7 +71,6 @@ def decode(
     """
     # Here, and not above: they import transformers, which takes seconds and is not needed to look at a tree.
     from . import checks
-    from .compiled_step import compiled_steps
     from .graphs import open_stepper
     from .plan import make_plan
 
@@ -88,7 +87,11 @@ def decode(
     stopping = checks.stopping_criteria_list(stopping_criteria)
     text = GeneratedText(ids, max_new_tokens, checks.eos_token_ids(eos_token_id, model), stopping, streamer)
     stats = DecodeStats()
-    steps = compiled_steps(model, plan.sizes, stats) if compile else None
+    steps = None
+    if compile:
+        from .compiled_step import compiled_steps
+
+        steps = compiled_steps(model, plan.sizes, stats)
     if not text.ended:
         batch, capacity = ids.shape[0], ids.shape[1] + max_new_tokens + plan.most_nodes
         with (
