@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 from .attention import MaskAttention, Topology, UnsupportedAttention, find_attention, layer_windows
 from .cache import TreeCache
 from .row_invariant import prompt_forward, step_forward
+
+if TYPE_CHECKING:
+    from .compiled_step import CompiledSteps
 
 _CAPACITY_STEP = 64
 
@@ -27,8 +30,18 @@ class BaseModel:
     of its LM head, from where the hidden states are read.
     """
 
-    def __init__(self, model: PreTrainedModel, capacity: int, batch: int, cache: TreeCache | None = None) -> None:
-        """capacity: tokens that the cache has to hold, nodes of the last step included. cache: one to use again."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        capacity: int,
+        batch: int,
+        cache: TreeCache | None = None,
+        compiled: CompiledSteps | None = None,
+    ) -> None:
+        """capacity: tokens that the cache has to hold, nodes of the last step included. cache: one to use again.
+
+        compiled: does the steps in the model's place.
+        """
         self.model = model
         self.windows = layer_windows(model.config)
         if cache is None:
@@ -39,6 +52,7 @@ class BaseModel:
         self._attention = find_attention(model, self.windows)
         self._step_forward = step_forward(model)
         self._prompt_forward = prompt_forward(model, self._step_forward)
+        self._compiled = compiled
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._switch = ExitStack()
         self._hidden: Tensor | None = None
@@ -61,7 +75,7 @@ class BaseModel:
         """
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         only_last = {"logits_to_keep": 1} if self._keeps_logits else {}
-        hidden, logits = self._run(self._prompt_forward, ids, positions, only_last)
+        hidden, logits = self.run(self._prompt_forward, ids, positions, only_last)
         self.cache.extend(ids.shape[1])
         self._use(self._attention)
         return hidden[:, -1], logits[:, -1]
@@ -71,9 +85,16 @@ class BaseModel:
         """Whether a step over as many nodes does the same with the same memory, whatever the cache's length is."""
         return self._attention.whole_cache
 
+    def prepare(self, nodes: int) -> None:
+        """Before a step over so many nodes: what it needs is compiled, where that has not been done."""
+        if self._compiled is not None:
+            self._compiled.prepare(self, nodes)
+
     def step(self, tokens: Tensor, tree: Topology) -> tuple[Tensor, Tensor]:
         """tokens (B, N) of the tree's nodes -> hidden (B, N, D), logits (B, N, V). Nothing is committed."""
         positions = self.cache.length[:, None] + tree.depths  # (B, N)
+        if self._compiled is not None:
+            return self._compiled.step(self, tokens, positions, tree.ancestors)
         try:
             return self._attend(tokens, positions, tree)
         except UnsupportedAttention:  # found out at the first step; nothing of it is committed
@@ -99,13 +120,16 @@ class BaseModel:
         self._use(MaskAttention(self.model, self.windows))
 
     def _attend(self, tokens: Tensor, positions: Tensor, tree: Topology) -> tuple[Tensor, Tensor]:
-        return self._run(self._step_forward, tokens, positions, self._attention.arguments(tree, self.cache))
+        return self.run(self._step_forward, tokens, positions, self._attention.arguments(tree, self.cache))
 
-    def _run(self, forward: Any, tokens: Tensor, positions: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def run(
+        self, forward: Any, tokens: Tensor, positions: Tensor, arguments: dict[str, Any], cache: TreeCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """forward: the model, or what stands in for it -> hidden (B, N, D), logits (B, N, V)."""
         output = forward(
             input_ids=tokens,
             position_ids=positions,
-            past_key_values=self.cache,
+            past_key_values=self.cache if cache is None else cache,
             use_cache=True,
             return_dict=True,
             **arguments,

@@ -41,6 +41,11 @@ class TreeCache(Cache):
         self.tensor = torch.zeros((planes, batch, heads, self.capacity, size), dtype=like.dtype, device=like.device)
         return self.tensor
 
+    def planes(self) -> list[Tensor]:
+        """Keys and values (B, Hkv, S, E) of every layer in turn, once a forward has filled it."""
+        assert self.tensor is not None
+        return list(self.tensor.unbind())
+
     def reset(self) -> None:
         """Forgets everything, so that another prompt can be put in."""
         self.length.zero_()
@@ -51,6 +56,13 @@ class TreeCache(Cache):
         """Keeps the `tokens` first tokens of the last forward."""
         self.length += tokens
         self.committed += tokens
+
+    def check_room(self, tokens: int) -> None:
+        """Raises ValueError where a forward over so many tokens does not fit."""
+        if self.committed + tokens > self.capacity:
+            raise ValueError(
+                f"TreeCache: {self.committed + tokens} tokens do not fit into a capacity of {self.capacity}"
+            )
 
     def commit(self, path: Tensor, accepted: Tensor) -> None:
         """Keeps the accepted path of the last forward, see `ops.commit_cache`. Follow with `committed += ...`."""
@@ -91,9 +103,8 @@ class TreeCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
+        self.cache.check_room(key_states.shape[2])
         begin, end = self.cache.committed, self.cache.committed + key_states.shape[2]
-        if end > self.cache.capacity:
-            raise ValueError(f"TreeCache: {end} tokens do not fit into a capacity of {self.cache.capacity}")
         if self.cache.whole:
             # Models hold keys as (B, Hkv, N, E) views of (B, N, Hkv, E): this rarely copies.
             new_keys, new_values = key_states.transpose(1, 2).contiguous(), value_states.transpose(1, 2).contiguous()

@@ -40,6 +40,7 @@ def decode(
     stopping_criteria: list[Any] | None = None,
     streamer: Any = None,
     graphs: bool | None = None,
+    compile: bool = False,
 ) -> DecodeOutput:
     """Generates what `model` alone would, in fewer forwards.
 
@@ -61,6 +62,8 @@ def decode(
     eos_token_id: token or tokens that end the text, included in it; None: those of model.generation_config.
     stopping_criteria, streamer: transformers' own, see `generate`.
     graphs: steps as CUDA graphs, see graphs.py. None: where possible; True: or an error; False: not.
+    compile: on a CPU, the base model's steps go through torch.compile, see compiled_step.py. The first decode of a
+        process waits until they are compiled.
 
     Returns sequences (1, S + new) and stats. Raises TypeError or ValueError, naming the argument, where one is wrong,
     and RuntimeError while the same model is already decoding.
@@ -78,17 +81,23 @@ def decode(
     checks.check_sampling(temperature, top_k, top_p, seed)
     checks.check_streamer(streamer)
     checks.check_graphs(graphs)
+    checks.check_compile(compile, graphs)
     sampling = Sampling(seed, float(temperature), top_k, float(top_p)) if temperature else Sampling()
     plan = make_plan(model, heads, tree, gate, sources)
     stopping = checks.stopping_criteria_list(stopping_criteria)
     text = GeneratedText(ids, max_new_tokens, checks.eos_token_ids(eos_token_id, model), stopping, streamer)
     stats = DecodeStats()
+    steps = None
+    if compile:
+        from .compiled_step import compiled_steps
+
+        steps = compiled_steps(model, plan.sizes, stats)
     if not text.ended:
-        capacity = ids.shape[1] + max_new_tokens + plan.most_nodes
+        batch, capacity = ids.shape[0], ids.shape[1] + max_new_tokens + plan.most_nodes
         with (
             torch.inference_mode(),
             open_stepper(
-                model, plan.heads, capacity, ids.shape[0], plan.guesses, plan.looks_ahead, sampling, stats, graphs
+                model, plan.heads, capacity, batch, plan.guesses, plan.looks_ahead, sampling, stats, graphs, steps
             ) as stepper,
         ):
             with stats.phase("prefill"):

@@ -38,12 +38,14 @@ from .tree import DraftTree
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .compiled_step import CompiledSteps
+
 _LEAST_CAPACITY = 512
 # Libraries choose algorithms and take workspaces when they first see a shape, which a recording must not contain.
 _WARM_UPS = 2
 _PLAIN = (int, float, str)
 _MOST_HEADS = 4  # of one model, kept with their recordings
-_MASKED = "the model's attention needs a mask, which grows with the text"
+MASKED = "the model's attention needs a mask, which grows with the text"
 
 
 class Unrecordable(Exception):
@@ -205,7 +207,7 @@ class ModelGraphs:
                 self.recorder.warm_up(run)
                 torch._foreach_copy_(changed, saved)
                 if not base.static:
-                    raise Unrecordable(_MASKED)
+                    raise Unrecordable(MASKED)
             return result, self.recorder.record(run)
         except Unrecordable:
             raise
@@ -325,12 +327,12 @@ def release_graphs(model: PreTrainedModel) -> None:
 @contextmanager
 def open_stepper(
     model: PreTrainedModel, heads: HeadsLike, capacity: int, batch: int, guesses: int, ahead: bool,
-    sampling: Sampling, stats: DecodeStats, graphs: bool | None,
+    sampling: Sampling, stats: DecodeStats, graphs: bool | None, compiled: CompiledSteps | None = None,
 ) -> Iterator[Stepper]:  # fmt: skip
     """Steps of one decode, with the model prepared for them while inside.
 
     capacity: tokens that the cache has to hold. guesses: per head, 0 where no tree has any. ahead: the gate wants to
-    see the guesses. graphs: as in `decode`.
+    see the guesses. graphs: as in `decode`. compiled: does the base model's steps, which are not recorded then.
     """
 
     def fall_back(error: Unrecordable) -> None:
@@ -348,7 +350,7 @@ def open_stepper(
 
     with sole_decode(model):
         kept = None
-        if graphs is not False:
+        if graphs is not False and compiled is None:
             try:
                 kept = _graphs_of(model, capacity, batch)
                 drafter, static = kept.bind(model, heads, guesses) if guesses else (heads.bind(model), None)
@@ -357,7 +359,7 @@ def open_stepper(
                 fall_back(error)
         if kept is None:
             drafter = heads.bind(model)
-            with BaseModel(model, capacity, batch) as base:
+            with BaseModel(model, capacity, batch, compiled=compiled) as base:
                 yield Stepper(base, drafter, guesses, sampling, stats)
         else:
             with BaseModel(model, capacity, batch, kept.cache) as base:
@@ -370,10 +372,10 @@ def _graphs_of(model: PreTrainedModel, capacity: int, batch: int) -> ModelGraphs
         raise Unrecordable(f"the model is on {model.device}, not on a CUDA device")
     if torch.is_autocast_enabled(model.device.type):
         raise Unrecordable("autocast is on, whose copies of the weights do not outlive it")
-    if name := _hooked(model):
+    if name := hooked(model):
         raise Unrecordable(f"the model has hooks ({name}), which a replay would not call")
     if not isinstance(find_attention(model, layer_windows(model.config)), TreeAttention):
-        raise Unrecordable(_MASKED)
+        raise Unrecordable(MASKED)
     memory, failure = _failed.get(model, (None, ""))
     if failure and memory == memory_of(model):
         raise Unrecordable(failure)
@@ -385,7 +387,7 @@ def _graphs_of(model: PreTrainedModel, capacity: int, batch: int) -> ModelGraphs
     return kept
 
 
-def _hooked(model: PreTrainedModel) -> str | None:
+def hooked(model: PreTrainedModel) -> str | None:
     """A module with hooks on its forward, those of accelerate's offloading included."""
     for name, module in model.named_modules():
         hooks = chain(module._forward_hooks.values(), module._forward_pre_hooks.values())

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LEAST_DYNAMIC = 8  # nodes; a CPU that computes each of them is still fastest with so many, where they are chosen well
+# Of a DynamicTree that has not found as many nodes as it may have. Each of them takes seconds to compile.
+_FILLED_SIZES = (4, 8, 16, 32, 64)
 
 
 class NoHeads:
@@ -58,6 +60,13 @@ class Plan:
         if isinstance(self.tree, DynamicTree):
             return padded_size(self.tree.size)
         return max(one.size for one in self.gate.trees(self.tree))
+
+    @property
+    def sizes(self) -> set[int]:
+        """Numbers of nodes that steps are compiled for; a step with another one is filled up to the next of them."""
+        if isinstance(self.tree, DynamicTree):
+            return {1, self.tree.size, *(size for size in _FILLED_SIZES if size < self.tree.size)}
+        return {1, *(one.size for one in self.gate.trees(self.tree))}
 
     @property
     def looks_ahead(self) -> bool:

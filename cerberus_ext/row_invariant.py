@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from . import ops
 
@@ -28,18 +29,23 @@ def step_forward(model: nn.Module) -> Callable[..., Any]:
 
     `torch.func.functional_call` swaps the weights for the time of each call, for tensors that share their memory.
     """
-    linears = {name: module for name, module in model.named_modules() if _is_plain_linear(module)}
-    own = [module.weight for module in linears.values()]
-    if not linears or all(map(_is_native, own)) and linears_row_invariant(own):
+    own = replaced_weights(model)
+    if not own:
         return model
-    weights: dict[str, Tensor] = {
-        f"{name}.weight": InvariantWeight.of(linear.weight) for name, linear in linears.items()
-    }
+    weights: dict[str, Tensor] = {name: InvariantWeight.of(weight) for name, weight in own.items()}
 
     def forward(**arguments: Any) -> Any:
         return torch.func.functional_call(model, weights, (), arguments, tie_weights=False)
 
     return forward
+
+
+def replaced_weights(model: nn.Module) -> dict[str, Tensor]:
+    """By name, the weights that are to be multiplied by `ops.linear`: those of all plain linears, or none."""
+    own: dict[str, Any] = {
+        f"{name}.weight": module.weight for name, module in model.named_modules() if _is_plain_linear(module)
+    }
+    return {} if all(map(_is_native, own.values())) and linears_row_invariant(own.values()) else own
 
 
 def prompt_forward(model: nn.Module, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,11 +76,38 @@ class InvariantWeight(Tensor):
     ) -> Any:
         if func is F.linear and not kwargs and type(args[0]) is Tensor:
             input, weight, *bias = args
-            rows = input.reshape(-1, input.shape[-1])  # (M, I)
-            if rows.dtype == weight.plain.dtype:
-                output = ops.linear(rows.contiguous(), weight.plain, bias[0] if bias else None)
-                return output.view(*input.shape[:-1], output.shape[-1])
+            if input.dtype == weight.plain.dtype:
+                return _linear(input, weight.plain, *bias)
         return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class InvariantLinears(TorchFunctionMode):
+    """While active, `F.linear` is `ops.linear`, for tracing a step: tensors that are traced cannot be InvariantWeights.
+
+    plain_weights: the traced tensors of the linears that `step_forward` would change.
+    """
+
+    def __init__(self, plain_weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._plain = {id(weight) for weight in plain_weights}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is F.linear and not kwargs and id(args[1]) in self._plain and args[0].dtype == args[1].dtype:
+            return _linear(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` by `ops.linear`."""
+    rows = input.reshape(-1, input.shape[-1])  # (M, I)
+    output = ops.linear(rows.contiguous(), weight, bias)
+    return output.view(*input.shape[:-1], output.shape[-1])
 
 
 def linears_row_invariant(weights: Iterable[Tensor]) -> bool:

@@ -54,6 +54,10 @@ class DecodeStats(StepCounts):
     graphed_steps      steps that were replayed from CUDA graphs
     captures           graphs that had to be recorded; none where an earlier decode left those that are needed
     capture_seconds    what recording them took; not part of `seconds`
+    compilations       numbers of nodes for which a step had to be compiled
+    compile_seconds    what that took; not part of `seconds`
+    row_invariant      whether compiled steps were found to give a node the same bits whatever their number of nodes is;
+                       None: steps of one size only were compiled, or none
     fallback           why steps were not replayed though graphs were not switched off; None: they were
     """
 
@@ -66,6 +70,9 @@ class DecodeStats(StepCounts):
     graphed_steps: int = 0
     captures: int = 0
     capture_seconds: float = 0.0
+    compilations: int = 0
+    compile_seconds: float = 0.0
+    row_invariant: bool | None = None
     fallback: str | None = None
 
     @property

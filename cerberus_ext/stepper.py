@@ -170,6 +170,7 @@ class Stepper:
     def step(self, tree: DraftTree | StepTree, deepest: int) -> list[int]:
         """One forward over `tree` without the nodes deeper than `deepest` -> the tokens gained, at least one."""
         tree = tree.cut(deepest)
+        self.base.prepare(tree.size)
         tensors = tree.on(self.root.device)
         with self.stats.phase("draft"):
             tokens = self._tokens(tree, tensors)  # (B, N)

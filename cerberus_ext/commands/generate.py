@@ -46,6 +46,10 @@ def generate(
     ] = None,
     suffix: Annotated[bool, typer.Option(help="Guess from the text's own past, too, not from the heads alone.")] = True,
     compare: Annotated[bool, typer.Option(help="Measure plain decoding, too, and print the speed-up.")] = False,
+    compile: Annotated[
+        bool,
+        typer.Option(help="On a CPU: compile the base model's steps, which takes a while, less the second time."),
+    ] = False,
     raw: Annotated[bool, typer.Option(help="Give the prompt as it is, without the chat template.")] = False,
     dtype: DTypeName = None,
     device: Device = None,
@@ -58,6 +62,7 @@ def generate(
 
     import cerberus_ext
 
+    from ..compiled_step import CompileError
     from ..dynamic_tree import DynamicTree
 
     begin(threads)
@@ -66,9 +71,14 @@ def generate(
     ids = encode(tokenizer, text, raw).to(base.device)
     tree = None if tree_size is None else DynamicTree(tree_size)
     sources: list[Any] | None = None if suffix else []
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tree": tree, "sources": sources}
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "tree": tree, "sources": sources, "compile": compile
+    }  # fmt: skip
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    output = cerberus_ext.decode(base, trained, ids, streamer=streamer, **options)
+    try:
+        output = cerberus_ext.decode(base, trained, ids, streamer=streamer, **options)
+    except CompileError as error:
+        fail(f"--compile: {error}")
     comparison = None
     if compare:
         from ..compare import compare_with_plain
@@ -78,7 +88,10 @@ def generate(
 
 
 def summary(output: DecodeOutput, comparison: Comparison | None) -> str:
-    """One line: tokens/s, tokens a step and, where it was measured, the speed-up over plain decoding."""
+    """One line: tokens/s, tokens a step and, where it was measured, the speed-up over plain decoding.
+
+    What the first answer waited for a compiler is said, too; it is in none of the speeds.
+    """
     stats = output.stats
     speed = stats.tokens_per_second if comparison is None else comparison.tokens_per_second
     line = f"[{stats.new_tokens} tokens, {speed:.1f} tokens/s, {stats.tokens_per_step:.2f} tokens a step"
@@ -88,6 +101,8 @@ def summary(output: DecodeOutput, comparison: Comparison | None) -> str:
             f"; plain decoding {comparison.plain_tokens_per_second:.1f} tokens/s: "
             f"speed-up {comparison.speed_up:.2f}x, {same}"
         )
+    if stats.compilations:
+        line += f"; compiled in {stats.compile_seconds:.1f} s"
     return line + "]"
 
 
