@@ -4,8 +4,9 @@
 
 The model writes its greedy answers once, both turns, into `--answers`. One pass over an answer tells what heads guess
 at every place, and a walk through it takes the steps that `decode` would take (calibration/walk.py), so the numbers are
-those of `cerberus bench --tree-size N` without a calibration, in a fraction of the time. One row is added to `--out`
-for each heads, way and size; the ways are those of that command, see evaluation/ways.py.
+those of `cerberus bench --tree-size N`, in a fraction of the time. One row is added to `--out` for each heads, way and
+size; the ways are those of that command, see evaluation/ways.py. Where a calibration is stored with the heads, it says
+how their probabilities are corrected, as there.
 
     tokens_per_step   the last step of a text counts as far as the text goes
     nodes_per_step    that a forward checks, the root included; at most the size
@@ -34,10 +35,9 @@ from cerberus_ext.calibration.walk import Tally, walk
 from cerberus_ext.draft_sources import SourceMaker
 from cerberus_ext.dynamic_tree import DynamicTree
 from cerberus_ext.evaluation.machine import commit
-from cerberus_ext.evaluation.ways import BOTH, DYNAMIC, STATIC, SUFFIX
+from cerberus_ext.evaluation.ways import BOTH, DYNAMIC, STATIC, SUFFIX, Context
 from cerberus_ext.json_lines import read_json_lines
 from cerberus_ext.prompts import Question, read_questions
-from cerberus_ext.tree import default_tree
 
 UNIT = StepCosts((1, 1 << 20), (1,), ((1.0,), (1.0,)), ((1.0,), (1.0,)))  # every step takes one second
 WAYS = (STATIC, DYNAMIC, SUFFIX, BOTH)
@@ -73,14 +73,18 @@ def rates(tally: Tally) -> dict[str, float]:
     return {name: round(value, 4) for name, value in found.items()}
 
 
-def by_category(
-    texts: Sequence[TracedText], questions: Sequence[Question], heads: CerberusHeads, way: str, size: int
-) -> dict[str, dict[str, float]]:
-    """What `way` comes to with trees of `size` nodes. texts: traced with `heads`."""
-    tree: DraftTree | DynamicTree = DynamicTree(size)
-    sources: list[SourceMaker] | None = [] if way == DYNAMIC else None
+def tree_of(way: str, context: Context) -> DraftTree | DynamicTree:
+    """The one that `cerberus bench` runs the way with."""
     if way == STATIC:
-        tree = default_tree(heads, torch.device("cpu"), size)
+        return context.tree(context.heads)
+    return context.suffix_tree() if way == SUFFIX else context.dynamic_tree()
+
+
+def by_category(
+    texts: Sequence[TracedText], questions: Sequence[Question], way: str, tree: DraftTree | DynamicTree
+) -> dict[str, dict[str, float]]:
+    """What `way` comes to with a tree. texts: traced with its heads."""
+    sources: list[SourceMaker] | None = [] if way == DYNAMIC else None
     tallies = defaultdict[str, Tally](Tally)
     for text in texts:
         one = walk([text.without_heads() if way == SUFFIX else text], tree, AlwaysOpen(), UNIT, sources)
@@ -116,9 +120,11 @@ def main() -> None:
             if way == SUFFIX and number:
                 continue  # the same, whatever the heads are
             about = {"heads": None} if way == SUFFIX else {"heads": Path(name).name, **shape}
-            found = by_category(texts, questions, heads, way, size)
+            tree = tree_of(way, Context(model, tokenizer, heads, size))
+            found = by_category(texts, questions, way, tree)
             row = {
                 "questions": arguments.questions.name, "way": way, "tree_size": size, **about, "texts": len(texts),
+                "corrections": getattr(tree, "corrections", None),
                 "dtype": arguments.dtype, "device": "cpu", "date": datetime.date.today().isoformat(),
                 "commit": commit(), "by_category": found,
             }  # fmt: skip

@@ -9,6 +9,7 @@ def depths(parents: ArrayLike) -> NDArray[np.int64]: ...
 def best_drafts(
     tokens: ArrayLike,
     chances: ArrayLike,
+    sources: ArrayLike,
     paths: Sequence[tuple[ArrayLike, ArrayLike, int]],
     vocabulary: int,
     size: int,

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from .dynamic_tree import DynamicTree
-from .gate import Gate, answers
+from .gate import Gate, wants_draft_trees
 from .tree import DraftTree
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -88,8 +88,11 @@ def check_tree(tree: Any, num_heads: int) -> DraftTree | DynamicTree:
 def check_gate(gate: Any, tree: DraftTree | DynamicTree) -> Gate:
     if not isinstance(gate, Gate):
         raise TypeError(f"decode: gate must be a Gate or None, got {type(gate).__name__}")
-    if isinstance(tree, DynamicTree) and answers(gate, "choose") and not answers(gate, "choose_size"):
-        raise ValueError(f"decode: gate must have choose_size for a DynamicTree, {type(gate).__name__} has only choose")
+    if isinstance(tree, DynamicTree) and wants_draft_trees(gate):
+        raise ValueError(
+            "decode: gate must have choose_size, and no trees of its own, for a DynamicTree,"
+            f" this {type(gate).__name__} chooses among DraftTrees"
+        )
     return gate
 
 

@@ -52,7 +52,7 @@ def decode(
     tree: which guesses a step checks: a DynamicTree those that are most likely right at this step, a DraftTree always
         the same of the heads' alone. None: the one that `calibrate` found for these heads on this device, with this
         dtype and, on a CPU, torch.get_num_threads(); where there is none, a DynamicTree, or, for other heads than
-        CerberusHeads, `default_tree`.
+        CerberusHeads and for a gate that chooses among DraftTrees, `default_tree`.
     gate: when, and with which tree. None: the calibrated one where the tree is, too; otherwise at every step.
     sources: who guesses besides the heads, see draft_sources.py; None: the text's own past, `[SuffixSource()]`, with a
         DynamicTree; a DraftTree has none.
@@ -71,7 +71,6 @@ def decode(
     """
     # Here, and not above: they import transformers, which takes seconds and is not needed to look at a tree.
     from . import checks
-    from .compiled_step import compiled_steps
     from .graphs import open_stepper
     from .plan import make_plan
 
@@ -88,7 +87,11 @@ def decode(
     stopping = checks.stopping_criteria_list(stopping_criteria)
     text = GeneratedText(ids, max_new_tokens, checks.eos_token_ids(eos_token_id, model), stopping, streamer)
     stats = DecodeStats()
-    steps = compiled_steps(model, plan.sizes, stats) if compile else None
+    steps = None
+    if compile:
+        from .compiled_step import compiled_steps
+
+        steps = compiled_steps(model, plan.sizes, stats)
     if not text.ended:
         batch, capacity = ids.shape[0], ids.shape[1] + max_new_tokens + plan.most_nodes
         with (
@@ -107,9 +110,9 @@ def decode(
                 deepest = min(text.remaining - 1, stepper.deepest())
                 tokens = take_step(stepper, plan.gate, trees, deepest if plan.most_nodes > 1 else 0)
                 with stats.phase("commit"):
-                    text.add(tokens)
+                    taken = text.add(tokens)
                     if isinstance(trees, TreeGrower):
-                        trees.extend(tokens)
+                        trees.extend(taken)
     stats.new_tokens = len(text.tokens)
     return DecodeOutput(text.finish(), stats)
 

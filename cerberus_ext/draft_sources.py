@@ -67,7 +67,7 @@ class HeadsSource:
 
     def __init__(self, step: HeadsSignals, corrections: Sequence[tuple[float, float]] | None = None) -> None:
         self._step = step
-        self._lines = None if corrections is None else np.array(corrections, dtype=np.float64).T[:, :, None]
+        self._lines = None if corrections is None else np.reshape(corrections, (-1, 2)).T[:, :, None]
 
     def extend(self, tokens: list[int]) -> None:
         pass
@@ -80,13 +80,35 @@ class HeadsSource:
         return ids[:most], np.minimum.accumulate(chances, axis=1)[:most]
 
 
+class Places(NamedTuple):
+    """The (n, P) guesses of several sources as one table. All (n, P); sources: who makes each guess."""
+
+    tokens: NDArray[np.int64]
+    chances: NDArray[np.float64]
+    sources: NDArray[np.int64]
+
+
+def make_source(maker: SourceMaker, number: int, text: list[int]) -> DraftSource:
+    """A source for `text`. number: the maker's place in decode's `sources`. Raises TypeError where it is none."""
+    source: Any = maker(text)
+    if not all(callable(getattr(source, name, None)) for name in ("extend", "guess")):
+        raise TypeError(
+            f"decode: sources[{number}] must make what has extend and guess, see DraftSource,"
+            f" got {type(source).__name__}"
+        )
+    return source
+
+
 def ask_source(source: DraftSource, most: int) -> Guesses:
-    """Its guesses, checked for what the types say; their values are checked where they are used. Raises ValueError."""
+    """Its guesses, checked for their form; `check_values` is for where they turn out wrong. Raises ValueError."""
     name = type(source).__name__
     found: Any = source.guess(most)
     if not isinstance(found, tuple) or len(found) != 2:
         raise ValueError(f"decode: sources: {name}.guess must return (tokens, chances), got {type(found).__name__}")
-    tokens, chances = np.asarray(found[0]), np.asarray(found[1])
+    try:
+        tokens, chances = np.asarray(found[0]), np.asarray(found[1])
+    except ValueError as error:  # nested lists of several lengths
+        raise ValueError(f"decode: sources: {name}.guess must return two arrays: {error}") from error
     if tokens.size == 0:
         return Guesses(np.empty(0, np.int64), np.empty(0, np.float64))
     if tokens.dtype.kind not in "iu" or chances.dtype.kind not in "fiu":
@@ -98,20 +120,38 @@ def ask_source(source: DraftSource, most: int) -> Guesses:
             f"decode: sources: {name}.guess must return tokens and chances of one shape, (n,) or (n, P),"
             f" got {tokens.shape} and {chances.shape}"
         )
+    if tokens.ndim == 2 and (chances[:, 1:] > chances[:, :-1]).any():
+        raise ValueError(f"decode: sources: {name}.guess must return the guesses of each place best first, got others")
     return Guesses(tokens[:most].astype(np.int64), chances[:most].astype(np.float64))
 
 
-def join_places(tables: Sequence[Guesses]) -> Guesses:
-    """Several (n, P) guesses as one: of each place all guesses, best first."""
+def check_values(source: DraftSource, guesses: Guesses, vocabulary: int) -> None:
+    """Raises ValueError where it has guessed what is no token of the model, or with a chance that is none."""
+    name, (tokens, chances) = type(source).__name__, guesses
+    if (wrong := (tokens < 0) | (tokens >= vocabulary)).any():
+        raise ValueError(
+            f"decode: sources: {name}.guess must return tokens in 0..{vocabulary - 1}, got {tokens[wrong][0]}"
+        )
+    if (wrong := ~((chances >= 0) & (chances <= 1))).any():  # NaN, too
+        raise ValueError(f"decode: sources: {name}.guess must return chances in 0..1, got {chances[wrong][0]}")
+
+
+def join_places(tables: Sequence[tuple[Guesses, int]]) -> Places:
+    """(n, P) guesses and who makes them, as one table: of each place all guesses, best first.
+
+    Where a source guesses fewer places than others do, its chances are 0 at the rest.
+    """
     if len(tables) == 1:
-        return tables[0]
-    shape = (max((len(one.tokens) for one in tables), default=0), sum(one.tokens.shape[1] for one in tables))
-    tokens, chances = np.zeros(shape, np.int64), np.zeros(shape)
+        (one, number), *_ = tables
+        return Places(*one, np.full(one.tokens.shape, number, np.int64))
+    shape = (max((len(one.tokens) for one, _ in tables), default=0), sum(one.tokens.shape[1] for one, _ in tables))
+    tokens, chances, sources = np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape, np.int64)
     begin = 0
-    for one in tables:
+    for one, number in tables:
         places, guesses = one.tokens.shape
         tokens[:places, begin : begin + guesses] = one.tokens
         chances[:places, begin : begin + guesses] = one.chances
+        sources[:, begin : begin + guesses] = number
         begin += guesses
     order = np.argsort(-chances, axis=1, kind="stable")
-    return Guesses(np.take_along_axis(tokens, order, 1), np.take_along_axis(chances, order, 1))
+    return Places(*(np.take_along_axis(part, order, 1) for part in (tokens, chances, sources)))

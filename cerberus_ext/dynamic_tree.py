@@ -10,6 +10,7 @@ after the other (csrc/host/draft_search.h), so that the first n nodes of a tree 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,10 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import _host
-from .draft_sources import DraftSource, Guesses, HeadsSignals, HeadsSource, ask_source, join_places
+from .draft_sources import DraftSource, HeadsSignals, HeadsSource, ask_source, check_values, join_places
 
 _MOST_GUESSES = 32  # that `ops.draft_topk` gives
-_NO_PLACES = Guesses(np.empty((0, 0), np.int64), np.empty((0, 0)))
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,13 @@ class DynamicTree:
                 bounds = f">= {least}" if most is None else f"in {least}..{most}"
                 raise ValueError(f"DynamicTree: {name} must be {bounds}, got {value}")
         if self.corrections is not None:
-            lines = tuple((float(slope), float(shift)) for slope, shift in self.corrections)
+            message = f"DynamicTree: corrections must be (slope, shift) of every head, got {self.corrections!r}"
+            try:
+                lines = tuple((float(slope), float(shift)) for slope, shift in self.corrections)
+            except (TypeError, ValueError) as error:
+                raise TypeError(message) from error
+            if not all(math.isfinite(number) for line in lines for number in line):
+                raise ValueError(message)
             object.__setattr__(self, "corrections", lines)
 
 
@@ -126,13 +132,14 @@ class TreeGrower:
         most = min(deepest, self.tree.size - 1)
         asked = [HeadsSource(heads, self.tree.corrections), *self._sources]
         guesses = [ask_source(source, most) for source in asked]
-        places = join_places([one for one in guesses if one.tokens.ndim == 2] or [_NO_PLACES])
+        places = join_places([(one, number) for number, one in enumerate(guesses) if one.tokens.ndim == 2])
         paths = [(*one, number) for number, one in enumerate(guesses) if one.tokens.ndim == 1 and one.tokens.size]
         try:
             return StepTree(*_host.best_drafts(*places, paths, self._vocabulary, self.tree.size, most))
-        except ValueError as error:
-            names = ", ".join(type(source).__name__ for source in self._sources) or "none"
-            raise ValueError(f"decode: sources ({names}) must guess tokens of the model: {error}") from error
+        except ValueError:
+            for source, one in zip(asked, guesses, strict=True):
+                check_values(source, one, self._vocabulary)  # says whose they are
+            raise
 
 
 def padded_size(nodes: int) -> int:

@@ -49,7 +49,7 @@ class BenchOptions:
     rounds             how often everything is run; of each text the round with the median time counts
     ways               names of those to run; None: all that there is everything for. The autoregressive way always runs
     way_files          files with more ways, FILE.py or FILE.py:ARGUMENT, see evaluation/ways.py
-    tree_size          nodes of the heads' trees, but for those that calibration chose; None: calibrated, or the default
+    tree_size          nodes of all trees, but for the calibrated way's; None: calibrated, or the default
     entropy_threshold  of the entropy gate, in nats; None: the one that calibration stored, where it chose that gate;
                        else the median over the first answers to these questions
     seed               of the bootstrap intervals

@@ -62,6 +62,13 @@ def answers(gate: Gate, question: str) -> bool:
     return getattr(getattr(gate, question), "__func__", None) is not getattr(Gate, question)
 
 
+def wants_draft_trees(gate: Gate) -> bool:
+    """Whether a gate chooses among DraftTrees, and cannot choose the size of a DynamicTree's tree."""
+    if isinstance(gate, ConfidenceGate):
+        return gate.own_trees is not None
+    return answers(gate, "choose") and not answers(gate, "choose_size")
+
+
 class AlwaysOpen(Gate):
     """Guesses at every step."""
 
@@ -89,7 +96,7 @@ class ConfidenceGate(Gate):
     """Takes the tree that promises the most tokens for its time, or none where no tree beats a plain step.
 
     costs: tree size -> time of a step with it, size 1 being a plain step; any unit; sizes between are interpolated.
-    trees: what to choose from; None: decode's own tree only.
+    trees: what to choose from; None: decode's own tree, or, of a DynamicTree's tree, how many nodes.
     margin: a tree must promise this much more than a plain step, 0.05 is 5 %; with `rate`: this many tokens more.
     rate: tokens that decoding gains per unit of time on the whole; None: not known.
     corrections: (slope, shift) of every head, where its probabilities p are to be read as

@@ -11,9 +11,9 @@ import torch
 
 from . import checks
 from .calibration.store import find
-from .draft_sources import SourceMaker
+from .draft_sources import SourceMaker, make_source
 from .dynamic_tree import DynamicTree, TreeGrower, padded_size
-from .gate import AlwaysClosed, AlwaysOpen, Gate, answers
+from .gate import AlwaysClosed, AlwaysOpen, Gate, answers, wants_draft_trees
 from .heads import CerberusHeads, input_matrix
 from .stepper import HeadsLike
 from .suffix import SuffixSource
@@ -50,7 +50,8 @@ class Plan:
     def guesses(self) -> int:
         """P: how many guesses of each head any step looks at; 0: the heads are not asked."""
         if isinstance(self.tree, DynamicTree):
-            return min(self.tree.guesses, self.vocabulary) if self.heads.config.num_heads else 0
+            known = getattr(self.heads.config, "draft_vocab", None) or self.vocabulary
+            return min(self.tree.guesses, known) if self.heads.config.num_heads else 0
         return max(one.guesses for one in self.gate.trees(self.tree))
 
     @property
@@ -76,7 +77,8 @@ class Plan:
         """text: the prompt and the first token behind it -> what makes the trees of this text."""
         if isinstance(self.tree, DraftTree):
             return self.tree
-        return TreeGrower(self.tree, [make(list(text)) for make in self.makers], self.vocabulary)
+        sources = [make_source(maker, number, list(text)) for number, maker in enumerate(self.makers)]
+        return TreeGrower(self.tree, sources, self.vocabulary)
 
 
 def default_dynamic_tree(device: torch.device) -> DynamicTree:
@@ -102,9 +104,10 @@ def make_plan(
         tree = DraftTree.root()  # nothing is to be drafted
     if tree is None:
         calibrated = find(heads, model.device, model.dtype, torch.get_num_threads())
-        if calibrated and (sources is None or isinstance(calibrated.tree, DynamicTree)):
+        static = isinstance(gate, Gate) and wants_draft_trees(gate)
+        if calibrated and (not static if isinstance(calibrated.tree, DynamicTree) else sources is None):
             tree, gate = calibrated.tree, calibrated.gate if gate is None else gate
-        elif sources is None and not isinstance(heads, CerberusHeads | NoHeads):
+        elif sources is None and not isinstance(heads, NoHeads) and (static or not isinstance(heads, CerberusHeads)):
             tree = default_tree(heads, model.device)  # other heads may guess along the paths of a given tree
         else:
             tree = default_dynamic_tree(model.device)

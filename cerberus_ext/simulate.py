@@ -55,9 +55,7 @@ def tokens_per_step(texts: Iterable[Sequence[Sequence[int]]], paths: Iterable[Ra
     return tokens / max(1, steps)
 
 
-def conditional_accuracy(
-    ranks: Sequence[Sequence[int]], paths: Iterable[RankPath], guesses: int
-) -> list[list[float]]:
+def conditional_accuracy(ranks: Sequence[Sequence[int]], paths: Iterable[RankPath], guesses: int) -> list[list[float]]:
     """Entry [k][r]: how often guess r of head k + 1 is right, given a right path of `paths` before it."""
     tree = set(paths) | {()}
     heads = len(ranks[0]) if ranks else 0

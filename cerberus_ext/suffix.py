@@ -6,7 +6,7 @@ does not. So every text keeps its own record of matches that were right, and beg
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,14 +66,18 @@ class DocumentSource:
     """For `decode(sources=...)`: as SuffixSource, but matches are looked for in documents that were read before.
 
     documents: token ids of each, as the model's tokenizer gives them. They are indexed here, once; texts share the
-    index. max_match: tokens that a match is followed back, >= 1.
+    index. max_match: tokens that a match is followed back, >= 1. Raises ValueError for what are no token ids.
     """
 
     def __init__(self, documents: Iterable[Sequence[int]], max_match: int = 24) -> None:
-        read = [np.asarray(one, dtype=np.int64) for one in documents]
-        self._index = _host.SuffixIndex(max_match, max(2, 2 * sum(map(len, read))))  # nothing is forgotten
-        for document in read:
-            self._index.extend(document)
+        documents = list(documents)
+        tokens = sum(len(one) for one in documents if isinstance(one, Sized))
+        self._index = _host.SuffixIndex(max_match, max(2, 2 * tokens))  # nothing is forgotten
+        for number, document in enumerate(documents):
+            try:
+                self._index.extend(document)
+            except ValueError as error:
+                raise ValueError(f"DocumentSource: documents[{number}] must be token ids: {error}") from error
             self._index.end_document()
 
     def __call__(self, prompt: list[int]) -> DocumentDrafts:

@@ -37,17 +37,18 @@ class GeneratedText:
     def ended(self) -> bool:
         return self.remaining == 0
 
-    def add(self, tokens: list[int]) -> None:
-        """Takes the next tokens; those after the end are dropped."""
-        for token in tokens:
+    def add(self, tokens: list[int]) -> list[int]:
+        """Takes the next tokens -> those it has taken; the ones after the end are dropped."""
+        for taken, token in enumerate(tokens):
             if self.ended:
-                return
+                return tokens[:taken]
             self.tokens.append(token)
             self.remaining -= 1
             if self._streamer is not None:
                 self._streamer.put(torch.tensor([token]))
             if token in self._eos_token_ids or self._is_stopped():
                 self.remaining = 0
+        return tokens
 
     def finish(self) -> Tensor:
         """The prompt and the new tokens, (1, S)."""

@@ -113,9 +113,7 @@ def test_files_that_contradict_each_other(tmp_path: Path) -> None:
     random_heads().save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**settings, "num_heads": 4}))
-    with pytest.raises(
-        ValueError, match=r"weight must be \(2, 4, 32, 64\) by config.json, got \(2, 3, 32, 64\)"
-    ):
+    with pytest.raises(ValueError, match=r"weight must be \(2, 4, 32, 64\) by config.json, got \(2, 3, 32, 64\)"):
         CerberusHeads.from_pretrained(tmp_path)
 
     (tmp_path / "config.json").write_text(json.dumps(settings))
@@ -135,9 +133,7 @@ def test_packaged_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     heads.save_pretrained(tmp_path / "some-model")
     monkeypatch.setattr(heads_module, "PRETRAINED", tmp_path)
     assert torch.equal(CerberusHeads.from_pretrained("some-model").weight, heads.weight)
-    with pytest.raises(
-        ValueError, match="'some-modle' is no folder, no Hub id .* packaged heads: some-model"
-    ):
+    with pytest.raises(ValueError, match="'some-modle' is no folder, no Hub id .* packaged heads: some-model"):
         CerberusHeads.from_pretrained("some-modle")
 
 
@@ -176,9 +172,7 @@ def test_bind_names_the_number_that_differs(changes: dict, message: str) -> None
 def test_bind_checks_the_lm_head(llama: LlamaForCausalLM) -> None:
     heads = random_heads(lm_head_fingerprint=fingerprint([llama.lm_head.weight]))
     heads.bind(llama)
-    with pytest.raises(
-        ValueError, match="CerberusHeads.bind: the heads were trained on the LM head [0-9a-f]{16} "
-    ):
+    with pytest.raises(ValueError, match="CerberusHeads.bind: the heads were trained on the LM head [0-9a-f]{16} "):
         heads.bind(make_llama(seed=2))
     heads.bind(make_llama(seed=2), check_fingerprint=False)
 

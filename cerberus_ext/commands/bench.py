@@ -46,7 +46,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     rounds: Annotated[int, typer.Option(min=1, help="How often everything is run; the median counts.")] = 1,
     tree_size: Annotated[
-        int | None, typer.Option(min=2, help="Nodes of the heads' trees. Default: calibrated, or the device's default.")
+        int | None, typer.Option(min=2, help="Nodes of all trees. Default: calibrated, or the device's default.")
     ] = None,
     entropy_threshold: Annotated[
         float | None, typer.Option(help="Of the entropy gate. Default: calibrated, or the median of the first answers.")

@@ -91,6 +91,10 @@ class Context:
         tree = stored if isinstance(stored, DynamicTree) else default_dynamic_tree(self.model.device)
         return tree if self.tree_size is None else replace(tree, size=self.tree_size)
 
+    def suffix_tree(self) -> DynamicTree:
+        """The same without heads, and so without what is known of theirs."""
+        return replace(self.dynamic_tree(), corrections=None)
+
     def _stored_tree(self, heads: Any) -> DraftTree | DynamicTree | None:
         stored = self.calibration(heads)
         return None if stored is None else stored.tree
@@ -163,9 +167,8 @@ def dynamic_ways(context: Context) -> list[Way]:
     """Those whose tree is made anew at every step: of the text's own past, of the heads, and of both."""
     model, heads, tree = context.model, context.heads, context.dynamic_tree()
     about, always = f"{describe(tree)}, guesses at every step", AlwaysOpen()
-    alone = replace(tree, corrections=None)  # they are the heads'
     return [
-        DecodeWay(SUFFIX, model, None, alone, always, f"the text's own past, {about}"),
+        DecodeWay(SUFFIX, model, None, context.suffix_tree(), always, f"the text's own past, {about}"),
         DecodeWay(DYNAMIC, model, heads, tree, always, f"heads, {about}", sources=()),
         DecodeWay(BOTH, model, heads, tree, always, f"heads and the text's own past, {about}"),
     ]

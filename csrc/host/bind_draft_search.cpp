@@ -28,10 +28,16 @@ struct Guessed {
   }
 };
 
-py::tuple best_drafts_numpy(const py::object& tokens, const py::object& chances,
+py::tuple best_drafts_numpy(const py::object& tokens, const py::object& chances, const py::object& sources,
                             const std::vector<std::tuple<py::object, py::object, int64_t>>& paths,
                             int64_t vocabulary, int64_t size, int64_t deepest) {
   const Guessed places(tokens, chances, 2);
+  const Int64s place_sources(checked_array("best_drafts", "sources", sources, 2, "iu"));
+  for (int axis = 0; axis < 2; ++axis) {
+    if (place_sources.shape(axis) != places.tokens.shape(axis)) {
+      throw std::invalid_argument("best_drafts: sources must have the shape of tokens");
+    }
+  }
   std::vector<Guessed> kept;
   std::vector<PathGuess> path_guesses;
   kept.reserve(paths.size());
@@ -41,7 +47,7 @@ py::tuple best_drafts_numpy(const py::object& tokens, const py::object& chances,
     path_guesses.push_back(
         {path.tokens.data(), path.chances.data(), static_cast<size_t>(path.tokens.size()), source});
   }
-  const PlaceGuesses place_guesses{places.tokens.data(), places.chances.data(),
+  const PlaceGuesses place_guesses{places.tokens.data(), places.chances.data(), place_sources.data(),
                                    static_cast<size_t>(places.tokens.shape(0)),
                                    static_cast<size_t>(places.tokens.shape(1))};
   Drafts drafts = best_drafts(place_guesses, path_guesses, vocabulary, size, deepest);
@@ -56,22 +62,22 @@ py::tuple best_drafts_numpy(const py::object& tokens, const py::object& chances,
 
 void bind_draft_search(py::module_& m) {
   m.def(
-      "best_drafts", &best_drafts_numpy, py::arg("tokens"), py::arg("chances"), py::arg("paths"),
-      py::arg("vocabulary"), py::arg("size"), py::arg("deepest"),
+      "best_drafts", &best_drafts_numpy, py::arg("tokens"), py::arg("chances"), py::arg("sources"),
+      py::arg("paths"), py::arg("vocabulary"), py::arg("size"), py::arg("deepest"),
       "The nodes most likely to be accepted, of all that several sources guess.\n\n"
-      "tokens, chances: (K, P), the guesses for each of the next K places, best first; chances in 0 .. 1.\n"
-      "paths: list of (tokens (n,), chances (n,), source): guesses of how the text goes on; chances are "
-      "those of\n"
-      "a token where the ones before it are right. vocabulary: tokens are in 0 .. vocabulary - 1.\n"
-      "size: nodes, the root included, >= 1; fewer come back where there are no more guesses.\n"
+      "tokens, chances, sources: (K, P), the guesses for each of the next K places, best first; chances in\n"
+      "0 .. 1; sources: who makes each of them, any integers.\n"
+      "paths: list of (tokens (n,), chances (n,), source): guesses of how the text goes on; chances are\n"
+      "those of a token where the ones before it are right. vocabulary: tokens are in 0 .. vocabulary - 1.\n"
+      "size: nodes, the root included, >= 1; fewer come back where there are no more guesses, of which one\n"
+      "of chance 0 is none.\n"
       "deepest: of any node, >= 0.\n"
       "Returns (parents, tokens, sources, chances), (N,) each, best first, int64 but for the last, float64:\n"
-      "parents[0] = -1, parents[i] < i; sources: 0 for place guesses, else the path's; chances: that the "
-      "node\n"
-      "is accepted, 1 for the root. The first n nodes are the best tree of n nodes.\n"
-      "A token that both kinds guess after a node is one node, with the larger chance; the other guesses "
-      "after\n"
-      "that node share what this chance leaves them. Raises ValueError on anything else.");
+      "parents[0] = -1, parents[i] < i; sources: who guessed the node, 0 for the root; chances: that it is\n"
+      "accepted, 1 for the root. The first n nodes are the best tree of n nodes.\n"
+      "A token that both kinds guess after a node is one node, with the larger chance and its source; the\n"
+      "other guesses after that node share what this chance leaves them. Raises ValueError on anything "
+      "else.");
 }
 
 }  // namespace cerberus::host

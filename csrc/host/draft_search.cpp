@@ -103,8 +103,8 @@ class Search {
         const size_t rank = rank_of(places_[node].depth, path.token);
         const double guessed = rank == kNone ? 0.0 : chance(places_[node].depth, rank);
         const bool path_likelier = path.chance >= guessed;
-        offer(node, path_likelier ? path.chance : guessed, path.token, path_likelier ? path.source : 0, child,
-              kNone);
+        offer(node, path_likelier ? path.chance : guessed, path.token,
+              path_likelier ? path.source : source(places_[node].depth, rank), child, kNone);
         by_path += std::max(path.chance, guessed);
         by_place += guessed;
       }
@@ -121,13 +121,14 @@ class Search {
     for (; rank < guesses_.guesses; ++rank) {
       const int64_t token = guesses_.tokens[depth * guesses_.guesses + rank];
       if (rank_of(depth, token) != rank || follows(trie, token)) continue;
-      offer(node, chance(depth, rank) * others, token, 0, kNone, rank);
+      offer(node, chance(depth, rank) * others, token, source(depth, rank), kNone, rank);
       return;
     }
   }
 
   void offer(size_t parent, double chance, int64_t token, int64_t source, size_t trie, size_t rank) {
-    candidates_.push({drafts_.chances[parent] * chance, order_++, parent, token, source, trie, rank});
+    const double accepted = drafts_.chances[parent] * chance;
+    if (accepted > 0) candidates_.push({accepted, order_++, parent, token, source, trie, rank});
   }
 
   bool follows(size_t trie, int64_t token) const {
@@ -145,6 +146,10 @@ class Search {
   }
 
   double chance(size_t depth, size_t rank) const { return guesses_.chances[depth * guesses_.guesses + rank]; }
+
+  int64_t source(size_t depth, size_t rank) const {
+    return guesses_.sources[depth * guesses_.guesses + rank];
+  }
 
   const PlaceGuesses& guesses_;
   const Trie trie_;

@@ -7,10 +7,12 @@
 
 namespace cerberus::host {
 
-// Guesses for each of the next places, whatever stands before them: the heads'. Row-major (places, guesses).
+// Guesses for each of the next places, whatever stands before them: the heads', and others of this kind.
+// Row-major (places, guesses), best first; sources: who makes each of them.
 struct PlaceGuesses {
   const int64_t* tokens = nullptr;
   const double* chances = nullptr;
+  const int64_t* sources = nullptr;
   size_t places = 0;
   size_t guesses = 0;
 };
@@ -27,12 +29,12 @@ struct PathGuess {
 struct Drafts {
   std::vector<int64_t> parents;
   std::vector<int64_t> tokens;   // 0 for the root
-  std::vector<int64_t> sources;  // 0: the place guesses, else the path's; 0 for the root
+  std::vector<int64_t> sources;  // who guessed it; 0 for the root
   std::vector<double> chances;   // that the node is accepted, its whole path being right; 1 for the root
 };
 
 // The `size` nodes, root included and none deeper than `deepest`, that are most likely to be accepted; fewer
-// where there are no more guesses.
+// where there are no more guesses; one of chance 0 is none.
 //
 // A token that both kinds of guesses offer after a node is one node, as likely as the likelier of the two
 // says. After a node of a path, the other guesses share what chance the path leaves them. Throws

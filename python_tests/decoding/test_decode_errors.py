@@ -12,13 +12,20 @@ from tiny_models import VOCAB, prompt, tiny_model
 from transformers import T5Config, T5ForConditionalGeneration
 
 from cerberus_ext.decode import decode
+from cerberus_ext.dynamic_tree import DynamicTree
 from cerberus_ext.gate import ConfidenceGate, Gate
+from cerberus_ext.suffix import SuffixSource
 from cerberus_ext.tree import DraftTree
 
 
 class DeepGate(Gate):
     def trees(self, tree: DraftTree) -> list[DraftTree]:
         return [DraftTree.chain(7)]
+
+
+class ChoosingGate(Gate):
+    def choose(self, tree: DraftTree, logprobs: torch.Tensor) -> None:
+        return None
 
 
 def encoder_decoder() -> T5ForConditionalGeneration:
@@ -41,7 +48,7 @@ def call(**changes: Any) -> None:
 IDS = prompt()
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"model": torch.nn.Linear(2, 2)}, TypeError, "model must be a transformers PreTrainedModel, got Linear"),
-    ({"heads": None}, TypeError, "heads must be CerberusHeads, got NoneType"),
+    ({"heads": 4}, TypeError, "heads must be CerberusHeads, got int"),
     ({"heads": SimpleNamespace(bind=1)}, TypeError, "heads must be CerberusHeads, got SimpleNamespace"),
     ({"ids": [[1, 2]]}, TypeError, "ids must be a tensor, got list"),
     ({"ids": IDS[0]}, ValueError, r"ids must be \(1, S\) with S >= 1, got shape \(9,\)"),
@@ -61,11 +68,28 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_new_tokens": -1}, ValueError, "max_new_tokens must be >= 0, got -1"),
     ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens must be an integer, got 2.0"),
     ({"max_new_tokens": True}, TypeError, "max_new_tokens must be an integer, got True"),
-    ({"tree": [[0]]}, TypeError, "tree must be a DraftTree or None, got list"),
+    ({"tree": [[0]]}, TypeError, "tree must be a DraftTree, a DynamicTree or None, got list"),
     ({"tree": DraftTree.chain(5)}, ValueError, "tree must not be deeper than the heads, 4, got a depth of 5"),
     ({"gate": 0.5}, TypeError, "gate must be a Gate or None, got float"),
     ({"gate": DeepGate()}, ValueError, "tree must not be deeper than the heads, 4, got a depth of 7"),
     ({"gate": ConfidenceGate({1: 1.0}), "tree": DraftTree.chain(2)}, ValueError, "a tree has 3 nodes"),
+    (
+        {"heads": None, "tree": DraftTree.chain(1)},
+        ValueError,
+        "tree must not be deeper than the heads, 0, got a depth of",
+    ),
+    ({"tree": DynamicTree(8, corrections=((1, 0),))}, ValueError, "a correction for each of the 4 heads, .* got 1"),
+    (
+        {"gate": ChoosingGate(), "tree": DynamicTree(8)},
+        ValueError,
+        "gate must have choose_size, .* this ChoosingGate chooses",
+    ),
+    ({"gate": ConfidenceGate({1: 1.0, 8: 2.0}), "tree": DynamicTree(9)}, ValueError, "a tree has 9 nodes, .* is 8"),
+    ({"sources": SuffixSource()}, TypeError, "sources must be None or a sequence of callables .* got SuffixSource"),
+    ({"sources": [SuffixSource(), 3]}, TypeError, "sources must be None or a sequence of callables .* got list"),
+    ({"sources": iter([])}, TypeError, "sources must be None or a sequence of callables .* got list_iterator"),
+    ({"sources": [SuffixSource], "tree": DynamicTree(8)}, TypeError, r"sources\[0\] must make .* got SuffixSource"),
+    ({"sources": [SuffixSource()], "tree": DraftTree.chain(1)}, ValueError, "sources must be None .* with a DraftTree"),
     ({"temperature": -0.5}, ValueError, "temperature must be >= 0 and finite, got -0.5"),
     ({"temperature": float("inf")}, ValueError, "temperature must be >= 0 and finite, got inf"),
     ({"temperature": float("nan")}, ValueError, "temperature must be >= 0 and finite, got nan"),

@@ -44,7 +44,8 @@ def test_it_counts_what_the_way_itself_counts(
     way: str, size: int, known: dict[str, Any], texts: list[TracedText]
 ) -> None:
     questions: list[Question] = known["questions"]
-    ways, _ = built_in_ways(Context(known["model"], known["tokenizer"], known["heads"], size))
+    context = Context(known["model"], known["tokenizer"], known["heads"], size)
+    ways, _ = built_in_ways(context)
     run = next(one for one in ways if one.name == way).run
     steps, tokens, nodes, nothing = (defaultdict[str, int](int) for _ in range(4))
     for answer in acceptance.read_answers(known["file"]):
@@ -55,7 +56,7 @@ def test_it_counts_what_the_way_itself_counts(
             tokens[category] += len(generated) - 1
             nodes[category] += sum(count for count, _ in stats.trace)
             nothing[category] += stats.accepted_histogram[0]
-    found = acceptance.by_category(texts, questions, known["heads"], way, size)
+    found = acceptance.by_category(texts, questions, way, acceptance.tree_of(way, context))
     assert set(found) == {"all", "first", "second"}
     for category, rates in found.items():
         assert rates == {

@@ -28,7 +28,7 @@ def stats(histogram: list[int], open_steps: int, prefill: float = 0.25) -> dict[
         "wasted_steps": histogram[0] - (steps - open_steps),
         "step_tokens": sum((accepted + 1) * count for accepted, count in enumerate(histogram)),
         "accepted_histogram": histogram,
-        "trace": [],
+        "trace": [[8 if step < open_steps else 1, []] for step in range(steps)],
         "seconds": {"prefill": prefill, "draft": 0.125, "verify": 0.5, "commit": 0.125},
         "graphed_steps": 0,
         "capture_seconds": 0.0,
@@ -91,6 +91,7 @@ def test_steps(tmp_path: Path) -> None:
     assert found["accepted_histogram"] == [7, 6, 6] and found["steps"] == 19
     assert found["tokens_per_step"] == pytest.approx((7 + 12 + 18) / 19)
     assert found["gate_open_rate"] == pytest.approx(16 / 19)
+    assert found["nodes_per_step"] == pytest.approx((16 * 8 + 3) / 19)
     assert found["accepts_nothing"] == pytest.approx((1 + 3) / 16)  # three of the steps were closed
     assert found["seconds"] == {"prefill": 0.5, "draft": 0.25, "verify": 1.0, "rest": pytest.approx(3 - 1.75)}
     assert found["tokens_per_second"] == pytest.approx((40 - 2) / (2 * 0.75))
@@ -112,10 +113,12 @@ def test_foreseen(tmp_path: Path) -> None:
 
 def test_markdown(tmp_path: Path) -> None:
     text = markdown(summarize(results(tmp_path / "r", expected={"cerberus": 38.0})))
-    assert "| cerberus | 13.3 | 2.67x (2.00 - 3.00) [2.50x] | 2.33x (1.50 - 4.00) [2.75x] | 1.95 |" in text
-    assert "| cerberus | 25.3 | 1.95 | 25% | 84% | 0.5 | 0.2 | 1.0 | 1.2 |" in text
+    assert "| cerberus | 13.3 | 2.67x (2.00 - 3.00) [2.50x] | 2.33x (1.50 - 4.00) [2.75x] | 1.95 | 6.9 |" in text
+    assert "| cerberus | 25.3 | 1.95 | 6.9 | 25% | 84% | 0.5 | 0.2 | 1.0 | 1.2 |" in text
     assert "| cerberus | 38.0 | 25.3 | +50.0 % |" in text
     assert "| cerberus | 36.8% | 31.6% | 31.6% |" in text
+    nodes = text.partition("## Nodes a step, by category\n\n")[2].partition("\n\n")[0]
+    assert nodes.splitlines()[-1] == "| cerberus | 6.9 | 8.0 | 6.6 |"
 
 
 def test_rounds_with_the_median_time() -> None:

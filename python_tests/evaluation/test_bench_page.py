@@ -1,9 +1,11 @@
-"""The page: well-formed, self-contained, and right about which head guessed what."""
+"""The page: well-formed, self-contained, and right about who guessed what."""
 
 from __future__ import annotations
 
 import base64
+import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from tiny_chat import save_model
 
 from cerberus_ext import CerberusHeads
 from cerberus_ext.default_model import load_model
-from cerberus_ext.evaluate import BenchOptions, evaluate
+from cerberus_ext.evaluate import BenchOptions, evaluate, report
 from cerberus_ext.evaluation.page import code, span
 from cerberus_ext.evaluation.tokens import Guess, guesses_of, pieces_of
 from cerberus_ext.prompts import Question
@@ -50,18 +52,18 @@ class Reader(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def page(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
-    """A page, and its summary."""
+def page(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A page, and its folder."""
     out = tmp_path_factory.mktemp("page")
     model, tokenizer = load_model(folder / "model", torch.float32, "cpu")
     heads = CerberusHeads.from_pretrained(folder / "heads")
     questions = [Question("1", "a<b>&", ("<script>alert(1)</script> w1",)), Question("2", "c", ("w3 <b>&",))]
-    options = BenchOptions(turns=(1,), new_tokens=24, tree_size=9, ways=("cerberus", "generate"))
-    summary = evaluate(model, tokenizer, heads, questions, out, options, names={"model": "<i>model</i>"})
-    return (out / "index.html").read_text(), summary
+    options = BenchOptions(turns=(1,), new_tokens=48, tree_size=9, ways=("cerberus", "generate"))
+    evaluate(model, tokenizer, heads, questions, out, options, names={"model": "<i>model</i>"})
+    return (out / "index.html").read_text(), out
 
 
-def test_it_is_well_formed_and_small(page: tuple[str, dict]) -> None:
+def test_it_is_well_formed_and_small(page: tuple[str, Path]) -> None:
     reader = Reader()
     reader.feed(page[0])
     reader.close()
@@ -69,7 +71,7 @@ def test_it_is_well_formed_and_small(page: tuple[str, dict]) -> None:
     assert len(page[0]) < 500_000
 
 
-def test_it_needs_nothing_else(page: tuple[str, dict]) -> None:
+def test_it_needs_nothing_else(page: tuple[str, Path]) -> None:
     reader = Reader()
     reader.feed(page[0])
     sources = [value for _, name, value in reader.attributes if name in ("src", "srcset", "data", "poster")]
@@ -82,7 +84,7 @@ def test_it_needs_nothing_else(page: tuple[str, dict]) -> None:
     assert "prefers-color-scheme: dark" in page[0]
 
 
-def test_texts_are_escaped(page: tuple[str, dict]) -> None:
+def test_texts_are_escaped(page: tuple[str, Path]) -> None:
     reader = Reader()
     reader.feed(page[0])
     assert "<script>alert(1)</script> w1" in reader.text and "a<b>&" in reader.text and "<i>model</i>" in reader.text
@@ -91,31 +93,68 @@ def test_texts_are_escaped(page: tuple[str, dict]) -> None:
     assert code("a `b<c` d") == "a <code>b&lt;c</code> d"
 
 
-def test_every_token_has_its_head(page: tuple[str, dict]) -> None:
+WHO = re.compile(r"step \d+: (?:(head|source) (\d), node \d of \d|base model)|from the prompt's forward")
+
+
+def shown_tokens(page: str) -> list[tuple[str, int]]:
+    """Of each token ("head", k), ("source", k) or ("", 0); its colour is that of who guessed it."""
     reader = Reader()
-    reader.feed(page[0])
-    tokens = [(attributes, text) for attributes, text in reader.spans if "title" in attributes]
-    histogram = page[1]["ways"]["cerberus"]["all"]["decode"]["accepted_histogram"]
-    heads = [re.search(r"head (\d)", attributes["title"] or "") for attributes, _ in tokens]
-    shown = [int(found.group(1)) for found in heads if found]
-    # A step that accepts a guesses shows heads 1 .. a; the last step may be cut.
-    counted = [sum(histogram[head:]) for head in range(1, len(histogram))]
-    assert len(tokens) == page[1]["ways"]["cerberus"]["all"]["tokens"] and sum(counted) > 3
-    for head, count in enumerate(counted, start=1):
-        assert count - 2 <= shown.count(head) <= count
-    for attributes, _ in tokens:
-        head = re.search(r"head (\d), node \d of \d", attributes["title"] or "")
-        classes = (attributes.get("class") or "").split()
-        assert (f"h{head.group(1)}" in classes) if head else not [name for name in classes if name.startswith("h")]
+    reader.feed(page)
+    found = []
+    for attributes, _ in reader.spans:
+        if "title" in attributes:
+            match = WHO.fullmatch(attributes["title"] or "")
+            assert match
+            kind, number = match.group(1) or "", int(match.group(2) or 0)
+            colours = [name for name in (attributes.get("class") or "").split() if name != "first"]
+            assert colours == ([kind[0] + str(number)] if kind else [])
+            found.append((kind, number))
+    return found
+
+
+def test_every_token_has_who_guessed_it(page: tuple[str, Path]) -> None:
+    shown, expected = shown_tokens(page[0]), []
+    for line in (page[1] / "results.jsonl").read_text().splitlines()[1:]:
+        row = json.loads(line)
+        if row.get("way") == "cerberus":
+            tokens: list[tuple[str, int]] = [("", 0)]
+            for sources in row["stats"]["trace_sources"]:
+                tokens += [("source", who) if who else ("head", depth) for depth, who in enumerate(sources, start=1)]
+                tokens.append(("", 0))
+            expected += tokens[: len(row["tokens"])]
+    assert shown == expected
+    assert ("head", 1) in shown and ("source", 1) in shown, "else little is tested"
+    key = page[0].partition('<p class="key">')[2].partition("</p>")[0]
+    for name in {kind[0] + str(number) for kind, number in shown if kind}:
+        assert f'<span class="{name}">' in key and f".{name} {{ background: hsl(" in page[0]
+    colours = re.findall(r"background: (hsl\([^)]*\))", page[0])
+    assert len(set(colours)) == len(colours) >= 2
+
+
+def test_results_without_sources_are_those_of_heads(page: tuple[str, Path], tmp_path: Path) -> None:
+    """As they were written before there were other sources."""
+    lines = [json.loads(line) for line in (page[1] / "results.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line.get("stats"):
+            del line["stats"]["trace_sources"]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report(tmp_path)
+    shown = shown_tokens((tmp_path / "index.html").read_text())
+    assert {kind for kind, _ in shown} == {"", "head"} and len(shown) == len(shown_tokens(page[0]))
+    shutil.copy(page[1] / "results.jsonl", tmp_path)
+    report(tmp_path)
+    assert (tmp_path / "index.html").read_text() == page[0]
 
 
 def test_guesses_of_a_trace() -> None:
     trace = [(4, [1, 3]), (1, []), (4, [2])]
     first = [Guess(1, 1, 1, 4), Guess(1, 2, 3, 4), Guess(1, nodes=4)]
     expected = [Guess(0), *first, Guess(2), Guess(3, 1, 2, 4), Guess(3, nodes=4)]
-    assert guesses_of(trace, 7) == expected
-    assert guesses_of(trace, 6) == expected[:6]  # the text ended within the last step
-    assert guesses_of([], 1) == [Guess(0)]
+    assert guesses_of(trace, None, 7) == expected
+    assert guesses_of(trace, [[0, 0], [], [0]], 6) == expected[:6]  # the text ended within the last step
+    assert guesses_of([], [], 1) == [Guess(0)]
+    mixed = guesses_of(trace, [[2, 0], [], [1]], 7)
+    assert mixed[1:3] == [Guess(1, 0, 1, 4, 2), Guess(1, 2, 3, 4)] and mixed[5] == Guess(3, 0, 2, 4, 1)
 
 
 def test_pieces_are_the_text(tmp_path: Path) -> None:

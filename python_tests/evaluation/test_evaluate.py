@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from cerberus_ext import CerberusHeads, ConfidenceGate, DraftTree, EntropyGate
 from cerberus_ext.calibration.store import Calibration, Expected, heads_fingerprint, key_of, save
 from cerberus_ext.cli import app
 from cerberus_ext.default_model import load_model
-from cerberus_ext.evaluate import BenchOptions, evaluate
+from cerberus_ext.dynamic_tree import DynamicTree
+from cerberus_ext.evaluate import BenchOptions, Context, evaluate
 from cerberus_ext.prompts import encode_chat, read_questions
 
 BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
@@ -69,8 +71,11 @@ def everything(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 ALL_WAYS = [
-    "autoregressive", "generate", "prompt-lookup", "assisted", "medusa", "cerberus", "cerberus-entropy", "hydra",
+    "autoregressive", "generate", "prompt-lookup", "assisted", "medusa", "suffix", "cerberus-static",
+    "cerberus-dynamic", "cerberus", "cerberus-entropy", "hydra",
 ]  # fmt: skip
+DYNAMIC_WAYS = ("suffix", "cerberus-dynamic", "cerberus")
+OF_DECODE = [name for name in ALL_WAYS if name not in ("autoregressive", "generate", "prompt-lookup", "assisted")]
 
 
 def test_all_ways_run_and_say_the_same(everything: tuple[Path, Any]) -> None:
@@ -103,13 +108,15 @@ def test_numbers_of_a_run(everything: tuple[Path, Any]) -> None:
     out, _ = everything
     summary = json.loads((out / "bench.json").read_text())
     assert summary["categories"] == ["all", "first", "second"] and summary["texts"] == 7 and summary["questions"] == 4
-    for name in ("medusa", "cerberus", "cerberus-entropy", "hydra"):
+    for name in OF_DECODE:
         decode = summary["ways"][name]["all"]["decode"]
         assert decode["steps"] == sum(decode["accepted_histogram"])
         assert decode["tokens_per_step"] > 1 and 0 < decode["gate_open_rate"] <= 1
         assert summary["settings"]["ways"][name].count("tree of 9 nodes") == 1
+        assert 1 < decode["nodes_per_step"] <= 9
+        assert ("dynamic tree" in summary["settings"]["ways"][name]) == (name in DYNAMIC_WAYS)
     assert 0.1 < summary["ways"]["cerberus-entropy"]["all"]["decode"]["gate_open_rate"] < 0.9  # the median threshold
-    assert set(summary["over_medusa"]) == {"cerberus", "cerberus-entropy", "hydra"}
+    assert set(summary["over_medusa"]) == set(OF_DECODE) - {"medusa"}
     assert summary["settings"]["machine"]["threads"] == str(torch.get_num_threads())
     text = (out / "bench.md").read_text()
     for category in summary["categories"]:
@@ -253,12 +260,12 @@ def test_what_was_foreseen_is_compared(folder: Path, tmp_path: Path) -> None:
     assert re.search(r"\| mine \| 123.0 \| [\d.]+ \| [+-][\d.]+ % \|", (out / "bench.md").read_text())
 
 
-def calibrated(folder: Path, target: Path, gate: Any) -> Path:
-    """A copy of the heads, with a calibration for this machine."""
+def calibrated(folder: Path, target: Path, gate: Any, tree: DraftTree | DynamicTree | None = None) -> Path:
+    """A copy of the heads, with a calibration for this machine. tree: None: a static one of 5 nodes."""
     shutil.copytree(folder / "heads", target, dirs_exist_ok=True)
     heads = CerberusHeads.from_pretrained(target)
     device, dtype, threads = key_of(torch.device("cpu"), torch.float32, torch.get_num_threads())
-    tree = DraftTree.from_paths([(0, 0), (1,), (2,)])
+    tree = DraftTree.from_paths([(0, 0), (1,), (2,)]) if tree is None else tree
     expected = Expected(50.0, 25.0, 2.0, 1.0, 0.1)
     save(heads, Calibration(device, dtype, threads, heads_fingerprint(heads), "model", tree, gate, expected))
     return target
@@ -271,7 +278,7 @@ def test_what_calibration_stored_is_used(gate: Any, folder: Path, tmp_path: Path
     assert done.exit_code == 0, done.output
     summary = json.loads((tmp_path / "out" / "bench.json").read_text())
     ways = summary["settings"]["ways"]
-    assert ways["cerberus"] == "heads, tree of 5 nodes, guesses at every step"
+    assert ways["cerberus-static"] == "heads, tree of 5 nodes, guesses at every step"
     assert ways["cerberus-calibrated"].endswith(type(gate).__name__)
     assert ("< 1.25" in ways["cerberus-entropy"]) == isinstance(gate, EntropyGate)
     assert {name: found["expected"] for name, found in summary["expected"].items()} == {
@@ -282,6 +289,25 @@ def test_what_calibration_stored_is_used(gate: Any, folder: Path, tmp_path: Path
     calibrated(folder, tmp_path / "heads", EntropyGate(1.5))  # with another gate
     again = bench(folder, tmp_path / "out", "--turns", "1", "--limit", "2", "--heads", str(heads))
     assert again.exit_code == 2 and "calibration must be" in again.output
+
+
+@pytest.mark.parametrize("size", [None, 9])
+def test_a_calibrated_tree_that_is_made_anew(size: int | None, folder: Path, tmp_path: Path) -> None:
+    """It says how probabilities are corrected; its size is for all such ways, unless the user wants another."""
+    stored = DynamicTree(6, guesses=4, corrections=((0.5, 0.1),) * 3)
+    heads = calibrated(folder, tmp_path / "heads", ConfidenceGate({1: 1.0, 8: 1.2}), stored)
+    options = ["--turns", "1", "--limit", "1", "--heads", str(heads), "--entropy-threshold", "1"]
+    done = bench(folder, tmp_path / "out", *options, *(["--tree-size", str(size)] if size else []))
+    assert done.exit_code == 0, done.output
+    ways = json.loads((tmp_path / "out" / "bench.json").read_text())["settings"]["ways"]
+    for name in DYNAMIC_WAYS:
+        assert f", dynamic tree of {size or 6} nodes, guesses at every step" in ways[name]
+    assert ways["cerberus-calibrated"] == "as calibrated, dynamic tree of 6 nodes, ConfidenceGate"
+    model, tokenizer = load_model(folder / "model", torch.float32, "cpu")
+    context = Context(model, tokenizer, CerberusHeads.from_pretrained(heads), size)
+    assert context.dynamic_tree() == replace(stored, size=size or 6)
+    assert context.suffix_tree() == DynamicTree(size or 6, guesses=4)
+    assert isinstance(context.tree(context.heads), DraftTree)
 
 
 def test_rounds(folder: Path, tmp_path: Path) -> None:
@@ -305,7 +331,7 @@ def test_the_report_is_made_anew(everything: tuple[Path, Any], tmp_path: Path) -
 
 def test_an_unfinished_text_is_left_out(everything: tuple[Path, Any], tmp_path: Path) -> None:
     lines = (everything[0] / "results.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "results.jsonl").write_bytes(b"".join(lines[: 1 + 2 * 9 + 3]))  # two texts of eight ways, then three
+    (tmp_path / "results.jsonl").write_bytes(b"".join(lines[: 1 + 2 * 12 + 3]))  # two texts of eleven ways, then three
     done = runner.invoke(app, ["bench", "--report", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "bench.json").read_text())["texts"] == 2
@@ -332,7 +358,7 @@ def test_no_report_without_results(content: bytes | None, message: str, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ways", "nonsense"], "ways must be of autoregressive, generate, prompt-lookup, cerberus"),
+        (["--ways", "nonsense"], "ways must be of autoregressive, generate, prompt-lookup, suffix, cerberus-static"),
         (["--ways", "medusa"], "ways must not name medusa here: no heads of that kind were given"),
         (["--ways", "cerberus-calibrated"], "no calibration is stored"),
         (["--way", "missing.py"], "there is no file missing.py"),

@@ -102,14 +102,18 @@ def test_result_on_the_host() -> None:
     result = StaticResult(1, 4, guesses, CPU)
     result.target.copy_(torch.tensor([[5, 6, 7, 2**40]]))
     result.entropy.fill_(1.5)
-    assert result.logprobs is not None
+    assert result.ids is not None and result.logprobs is not None
+    result.ids.copy_(2**40 + torch.arange(6).view(1, 2, 3))
     result.logprobs.copy_(-torch.arange(6.0).view(1, 2, 3))
     result.host.copy_(result.buffer)
-    target, path, entropy, logprobs = result.read()
+    target, path, entropy, found = result.read()
     assert (target, path, entropy) == ([5, 6, 7, 2**40], [0, -1, -1, -1], 1.5)
-    assert logprobs is not None and logprobs.tolist() == [[[0, -1, -2], [-3, -4, -5]]]
+    assert found is not None
+    ids, logprobs = found
+    assert (ids - 2**40).tolist() == [[[0, 1, 2], [3, 4, 5]]] and ids.dtype == torch.int64
+    assert logprobs.tolist() == [[[0, -1, -2], [-3, -4, -5]]] and logprobs.dtype == torch.float32
     result.host.fill_(0)
-    assert logprobs[0, 1, 2] == -5, "it does not change with the next step"
+    assert ids[0, 1, 2] == 2**40 + 5 and logprobs[0, 1, 2] == -5, "they do not change with the next step"
     assert StaticResult(1, 1, None, CPU).read()[3] is None
 
 
@@ -174,6 +178,18 @@ def test_a_step_never_leaves_the_device(name: str, drafts: str, nodes: int) -> N
     expected = {f"cerberus_ext::{op}" for op in ("tree_attention", "write_cache", "head_stack", "draft_topk")}
     assert expected | {"cerberus_ext::hidden_entropy", "cerberus_ext::choose_tokens"} <= seen.operations
     assert ("cerberus_ext::verify_tree" in seen.operations) == (nodes > 1)
+
+
+@pytest.mark.parametrize("nodes", [1, 5])
+def test_a_step_without_heads_never_leaves_the_device(nodes: int) -> None:
+    """Its tokens are all given."""
+    device = torch.device("meta")
+    with torch.inference_mode(), BaseModel(tiny_model("llama", device="meta"), 64, 1) as base:
+        hidden, logits = base.prefill(torch.zeros(1, 9, dtype=torch.int64, device=device))
+        state = StaticState(hidden.clone(), logits.argmax(-1))
+        result, static = StaticResult(1, nodes, None, device), StaticNodes(1, nodes, device)
+        with OneDevice("meta"):
+            run_step(base, StepKind(nodes, Sampling()), state, static, result)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,476 @@
+"""With trees made anew at every step, of whatever sources guess, `decode` gives what the model alone gives."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from source_stand_ins import KINDS, KnowingMaker, nothing, right, sources_of, table, wrong
+from stand_ins import AdversarialHeads, LastGuessHeads, OracleHeads, RandomGate, RandomHeads
+from tiny_models import VOCAB, generate, generated, prompt, tiny_model
+from torch import Tensor
+from transformers import MaxLengthCriteria, PreTrainedModel
+
+from cerberus_ext import CerberusConfig, CerberusHeads
+from cerberus_ext.decode import decode
+from cerberus_ext.dynamic_tree import DynamicTree, StepTree, padded_size
+from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from cerberus_ext.stats import DecodeOutput
+from cerberus_ext.suffix import DocumentSource, SuffixSource
+from cerberus_ext.tree import DraftTree
+
+NEW = 24
+SIZES = [2, 3, 8, 33, 64, 70]
+HEADS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": OracleHeads, "last guess": LastGuessHeads}
+CORRECTIONS = ((1.5, 0.0), (0.5, -1.0), (-1.0, 0.5), (1.0, 3.0))
+
+
+class RandomSizeGate(Gate):
+    """Any size: none, one that is there, and more."""
+
+    def __init__(self) -> None:
+        self.random = random.Random(0)
+
+    def choose_size(self, expected: NDArray[np.float64]) -> int:
+        assert expected[0] == 1 and (np.diff(expected) >= 0).all()
+        assert (np.diff(expected, n=2) <= 1e-12).all(), "best first"
+        return self.random.randrange(len(expected) + 3)
+
+
+GATES = {
+    "open": AlwaysOpen,
+    "closed": AlwaysClosed,
+    "random": RandomGate,
+    "entropy": lambda: EntropyGate(3.04),
+    "confidence": lambda: ConfidenceGate({1: 1.0, 4: 1.1, 70: 2.0}),
+    "rate": lambda: ConfidenceGate({1: 1.0, 4: 1.1, 70: 2.0}, rate=1.5),
+    "margin": lambda: ConfidenceGate({1: 1.0, 70: 1.2}, margin=0.3),
+    "sizes": RandomSizeGate,
+}
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+def run(
+    name: str, heads: str | None, kind: str, size: int, gate: str = "open", device: str = "cpu", **options: Any
+) -> DecodeOutput:
+    """A decode that has to give what the model alone gives."""
+    model, text = tiny_model(name, device), generated(name, device, NEW)
+    stand_in = HEADS[heads](text, 4, VOCAB) if heads else None
+    tree = DynamicTree(size, guesses=6, corrections=options.pop("corrections", None))
+    out = decode(
+        model, stand_in, prompt(device), max_new_tokens=NEW, tree=tree, gate=GATES[gate](), streamer=stand_in,
+        sources=sources_of(kind, text, VOCAB), **options,
+    )  # fmt: skip
+    assert out.sequences.tolist() == text.tolist(), (name, heads, kind, size, gate)
+    check_stats(out, size)
+    return out
+
+
+def check_stats(out: DecodeOutput, size: int) -> None:
+    stats = out.stats
+    assert stats.steps == sum(stats.accepted_histogram) == len(stats.trace) == len(stats.trace_sources)
+    assert stats.step_tokens == sum((1 + accepted) * n for accepted, n in enumerate(stats.accepted_histogram))
+    assert stats.nodes_per_step == pytest.approx(sum(nodes for nodes, _ in stats.trace) / stats.steps)
+    for (nodes, path), sources in zip(stats.trace, stats.trace_sources, strict=True):
+        assert 1 <= nodes <= size and len(path) == len(sources)
+        assert all(0 < node < nodes for node in path) and path == sorted(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("heads", [*HEADS, None])
+def test_equals_generate(heads: str | None, kind: str, device: str) -> None:
+    for size in SIZES[KINDS.index(kind) % 2 :: 2] if heads in ("oracle", None) else (8,):
+        stats = run("llama", heads, kind, size, device=device).stats
+        if heads == "oracle" and kind in ("none", "nothing", "right") and size >= 8:
+            assert stats.tokens_per_step > 4
+        if heads in ("adversarial", None) and kind in ("none", "wrong", "nothing"):
+            assert stats.tokens_per_step == 1
+        if heads is None and kind in ("none", "nothing"):
+            assert stats.open_steps == 0 and stats.nodes_per_step == 1
+
+
+@pytest.mark.parametrize("kind", ["none", "suffix", "wrong", "several"])
+@pytest.mark.parametrize("gate", GATES)
+def test_equals_generate_with_gates(gate: str, kind: str, device: str) -> None:
+    for heads, size in (("oracle", 70), ("random", 8)):
+        stats = run("llama", heads, kind, size, gate, device).stats
+        if gate == "closed":
+            assert stats.open_steps == 0 and stats.nodes_per_step == 1
+        if gate in ("random", "entropy", "sizes") and (heads, kind) == ("random", "none"):
+            assert 0 < stats.open_steps < stats.steps - 1
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2-window", "mistral", "gpt2", "gemma2"])
+def test_equals_generate_on_other_models(name: str, device: str) -> None:
+    """Sliding windows, learned positions, attention that needs a mask."""
+    for heads, kind, size in itertools.product(["last guess", "random", None], ["right", "several"], [33]):
+        run(name, heads, kind, size, device=device)
+
+
+def test_equals_generate_with_corrections(device: str) -> None:
+    """Also one that turns a head's order round, and those of no heads."""
+    for kind in ("none", "several"):
+        run("llama", "last guess", kind, 33, device=device, corrections=CORRECTIONS)
+        run("llama", None, kind, 33, device=device, corrections=())
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.8}, {"temperature": 1.3, "top_k": 7}, {"temperature": 1.0, "top_p": 0.6}]
+)
+def test_sampling_depends_on_the_seed_only(options: dict[str, Any], device: str) -> None:
+    model, ids = tiny_model("llama", device), prompt(device)
+    plain = decode(model, None, ids, max_new_tokens=NEW, gate=AlwaysClosed(), seed=1, **options).sequences
+    assert plain.tolist() != generated("llama", device, NEW).tolist()
+    for heads, kind in itertools.product([LastGuessHeads, None], ["suffix", "table", "several"]):
+        stand_in = heads(plain, 4, VOCAB) if heads else None
+        out = decode(
+            model, stand_in, ids, max_new_tokens=NEW, tree=DynamicTree(16), seed=1, streamer=stand_in,
+            sources=sources_of(kind, plain, VOCAB), **options,
+        )  # fmt: skip
+        assert out.sequences.tolist() == plain.tolist()
+
+
+def test_default_is_a_dynamic_tree_with_the_texts_own_past(llama: PreTrainedModel) -> None:
+    """For heads of this package, and for none; a vocabulary of the heads smaller than the guesses is no error."""
+    text = generated("llama", "cpu", NEW)
+    torch.manual_seed(0)
+    for draft_vocab in (None, 5):
+        heads = CerberusHeads(CerberusConfig("tiny", 32, VOCAB, draft_vocab=draft_vocab))
+        if draft_vocab:
+            heads.draft_vocab.copy_(torch.arange(5) * 20)
+        for options in ({}, {"sources": []}, {"sources": [SuffixSource(2)], "tree": DynamicTree(70)}):
+            out = decode(llama, heads, prompt(), max_new_tokens=NEW, **options)
+            assert out.sequences.tolist() == text.tolist() and out.stats.open_steps > 0
+    stats = decode(llama, None, prompt(), max_new_tokens=NEW).stats
+    assert max(map(len, stats.trace_sources)) > 2 and {1} == set(itertools.chain(*stats.trace_sources))
+
+
+# ---------------------------------------------------------------- how far a step gets
+
+
+def test_paths_are_deeper_than_the_heads(llama: PreTrainedModel) -> None:
+    """A document that holds the text gives 15 tokens a step, with 4 heads that are always wrong, or none."""
+    text = generate(llama, prompt(), max_new_tokens=1 + 3 * 16)
+    for heads in (AdversarialHeads(text, 4, VOCAB), None):
+        options = {"max_new_tokens": 49, "tree": DynamicTree(16), "sources": [KnowingMaker(text, right(0.995))]}
+        out = decode(llama, heads, prompt(), streamer=heads, **options)
+        assert out.sequences.tolist() == text.tolist()
+        assert out.stats.accepted_histogram == [0] * 15 + [3]
+        assert out.stats.trace == [(16, list(range(1, 16)))] * 3 and out.stats.trace_sources == [[1] * 15] * 3
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("gpt2", [3, 4, 5] * 4), ("gpt2", [7] * 30), ("qwen2", [5])])
+def test_text_that_repeats_itself(name: str, tokens: list[int], device: str) -> None:
+    """The text's own past knows it, beyond the heads' depth."""
+    model, ids = tiny_model(name, device), torch.tensor([tokens], device=device)
+    want = generate(model, ids, max_new_tokens=60)
+    for heads, size in itertools.product([LastGuessHeads, RandomHeads, None], [4, 16]):
+        stand_in = heads(want, 2, VOCAB) if heads else None
+        out = decode(model, stand_in, ids, max_new_tokens=60, tree=DynamicTree(size), streamer=stand_in)
+        assert out.sequences.tolist() == want.tolist()
+        if heads is None:
+            assert len(out.stats.accepted_histogram) == size, "once, every guess was right"
+
+
+@pytest.mark.parametrize("new", [0, 1, 2, 3, 6])
+@pytest.mark.parametrize("heads", [OracleHeads, LastGuessHeads, None])
+def test_stops_at_max_new_tokens(new: int, heads: Any, llama: PreTrainedModel) -> None:
+    """No source is asked for more than may be taken."""
+    text = generated("llama", "cpu", NEW)
+    want = text[:, : prompt().shape[1] + new]
+    for size in (2, 16):
+        stand_in = heads(text, 4, VOCAB) if heads else None
+        maker = KnowingMaker(text, right(0.5))
+        out = decode(
+            llama, stand_in, prompt(), max_new_tokens=new, tree=DynamicTree(size), sources=[maker], streamer=stand_in
+        )
+        assert out.sequences.tolist() == want.tolist() and out.stats.new_tokens == new
+        asked = [most for source in maker.made for most in source.asked]
+        assert asked == sorted(asked, reverse=True) and all(1 <= most <= min(size - 1, new - 2) for most in asked)
+        assert len(maker.made) == (new > 0)
+
+
+@pytest.mark.parametrize("place", range(7))
+@pytest.mark.parametrize("heads", [OracleHeads, None])
+def test_stops_at_eos(heads: Any, place: int, llama: PreTrainedModel) -> None:
+    """Sources are told the text up to its end, and nothing of what the step found behind it."""
+    text = generated("llama", "cpu", NEW)
+    eos = int(text[0, prompt().shape[1] + place])
+    want = generate(llama, prompt(), max_new_tokens=NEW, eos_token_id=eos)
+    stand_in, maker = heads(text, 4, VOCAB) if heads else None, KnowingMaker(text, right())
+    options = {"tree": DynamicTree(16), "sources": [maker, SuffixSource()], "eos_token_id": eos}
+    out = decode(llama, stand_in, prompt(), max_new_tokens=NEW, streamer=stand_in, **options)
+    assert out.sequences.tolist() == want.tolist()
+    assert [source.known for source in maker.made] == [want.shape[1]]
+
+
+@pytest.mark.parametrize("length", range(10, 16))
+def test_stopping_criteria_cut_exactly(length: int, llama: PreTrainedModel) -> None:
+    text = generated("llama", "cpu", NEW)
+    oracle, maker = OracleHeads(text, 4, VOCAB), KnowingMaker(text, right())
+    out = decode(
+        llama, oracle, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), sources=[maker], streamer=oracle,
+        stopping_criteria=[MaxLengthCriteria(length)],
+    )  # fmt: skip
+    assert out.sequences.tolist() == text[:, :length].tolist()
+    assert [source.known for source in maker.made] == [length]
+
+
+def test_up_to_the_last_position(device: str) -> None:
+    """gpt2 has no position after the 96th: no draft may ask for one."""
+    model, ids = tiny_model("gpt2", device), prompt(device, 80)
+    want = generate(model, ids, max_new_tokens=17)  # the 17th is never put in
+    for kind, size in itertools.product(["anything", "documents", "several", "tables"], [2, 33, 70]):
+        out = decode(model, None, ids, max_new_tokens=17, tree=DynamicTree(size), sources=sources_of(kind, want, VOCAB))
+        assert out.sequences.tolist() == want.tolist()
+    out = decode(model, None, ids, max_new_tokens=17, tree=DynamicTree(64), sources=[KnowingMaker(want, right())])
+    assert out.stats.accepted_histogram == [0] * 15 + [1]
+
+
+def test_beyond_the_last_position(llama: PreTrainedModel) -> None:
+    ids = prompt(length=250)
+    want = generate(llama, ids, max_new_tokens=20)
+    out = decode(llama, None, ids, max_new_tokens=20, tree=DynamicTree(33), sources=[KnowingMaker(want, right())])
+    assert out.sequences.tolist() == want.tolist()
+    assert out.stats.open_steps == 1 and out.stats.accepted_histogram == [13, 0, 0, 0, 0, 1]
+
+
+# ---------------------------------------------------------------- who guessed what was accepted
+
+
+def test_trace_sources_of_paths_and_places(llama: PreTrainedModel) -> None:
+    """The second source is the one that is right. Tables are a source's, too, not the heads'."""
+    text = generated("llama", "cpu", NEW)
+    steps = {
+        "path": (nothing, right()),
+        "table": (nothing, table(VOCAB, 4, 3, 1)),
+        "two tables": (table(VOCAB, 4, 3, 9), table(VOCAB, 4, 3, 1)),
+        "wrong path": (wrong(VOCAB, 0.5), table(VOCAB, 4, 3, 1)),
+    }
+    for what, answers in steps.items():
+        makers = [KnowingMaker(text, answer) for answer in answers]
+        for heads in (AdversarialHeads(text, 4, VOCAB), None):
+            out = decode(
+                llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(64), sources=makers, streamer=heads
+            )
+            assert out.sequences.tolist() == text.tolist()
+            found = list(itertools.chain(*out.stats.trace_sources))
+            assert set(found) == {2} and len(found) >= (12 if heads is None else 1), (what, heads)
+            assert [len(path) for _, path in out.stats.trace] == list(map(len, out.stats.trace_sources))
+
+
+def test_trace_sources_name_the_likelier(llama: PreTrainedModel) -> None:
+    """Heads and source guess the same: the heads' best guesses are at exp(-0.1) = 0.905."""
+    text = generated("llama", "cpu", NEW)
+    for chance, source in ((0.95, 1), (0.85, 0)):
+        for answer in (
+            right(chance),
+            lambda follows, most, c=chance: ([[t] for t in follows[:4]], [[c]] * len(follows[:4])),
+        ):
+            oracle = OracleHeads(text, 4, VOCAB)
+            stats = decode(
+                llama, oracle, prompt(), max_new_tokens=NEW, tree=DynamicTree(5), streamer=oracle,
+                sources=[KnowingMaker(text, answer)],
+            ).stats  # fmt: skip
+            assert {*itertools.chain(*(each[:4] for each in stats.trace_sources))} == {source}
+
+
+def test_nodes_that_nobody_guessed_are_not_checked(llama: PreTrainedModel) -> None:
+    """A table of fewer places than another, and guesses of chance 0, do not fill the tree up."""
+    text = generated("llama", "cpu", NEW)
+
+    def impossible(follows: list[int], most: int) -> tuple[list[list[int]], list[list[float]]]:
+        return [[1, 2]] * 5, [[0.5, 0.0]] * 5
+
+    makers = [KnowingMaker(text, table(VOCAB, 1, 1, 0)), KnowingMaker(text, impossible)]
+    stats = decode(llama, None, prompt(), max_new_tokens=NEW, tree=DynamicTree(64), sources=makers).stats
+    # After the root: what follows and 1, or, where that is 1, only it; then 1, at most 4 times.
+    assert all(nodes <= 1 + 2 * 5 for nodes, _ in stats.trace) and stats.tokens_per_step > 1.9
+
+
+# ---------------------------------------------------------------- the parts
+
+
+@pytest.mark.parametrize(("nodes", "padded"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (64, 64), (65, 128)])
+def test_padded_size(nodes: int, padded: int) -> None:
+    assert padded_size(nodes) == padded
+
+
+def test_step_tree() -> None:
+    parents, chances = np.array([-1, 0, 1, 0, 2]), np.array([1.0, 0.5, 0.25, 0.25, 0.125])
+    tree = StepTree(parents, np.array([0, 7, 8, 9, 7]), np.array([0, 0, 1, 0, 1]), chances)
+    assert (tree.size, tree.depth, tree.depths.tolist()) == (5, 3, [0, 1, 2, 1, 3])
+    assert tree.expected.tolist() == [1, 1.5, 1.75, 2, 2.125]
+    assert tree.first(5) is tree and tree.first(9) is tree and tree.cut(3) is tree
+    small = tree.first(3)
+    assert small.parents.tolist() == [-1, 0, 1] and small.depth == 2 and small.expected.tolist() == [1, 1.5, 1.75]
+    tensors = tree.on(torch.device("cpu"))
+    assert tensors.tokens.tolist() == [7, 8, 9, 7] and tensors.parents.tolist() == parents.tolist()
+    assert tensors.ancestors.tolist() == [[0b1], [0b11], [0b111], [0b1001], [0b10111]]
+
+
+WRONG_TREES: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"size": 1}, ValueError, "size must be >= 2, got 1"),
+    ({"size": 4.0}, TypeError, "size must be an integer, got 4.0"),
+    ({"size": True}, TypeError, "size must be an integer, got True"),
+    ({"size": 4, "guesses": 0}, ValueError, "guesses must be in 1..32, got 0"),
+    ({"size": 4, "guesses": 33}, ValueError, "guesses must be in 1..32, got 33"),
+    ({"size": 4, "corrections": ((1, 2, 3),)}, TypeError, r"corrections must be \(slope, shift\) of every head, got"),
+    ({"size": 4, "corrections": 3}, TypeError, r"corrections must be \(slope, shift\) of every head, got 3"),
+    ({"size": 4, "corrections": (("a", 1),)}, TypeError, r"corrections must be \(slope, shift\) of every head, got"),
+    ({"size": 4, "corrections": ((float("nan"), 1),)}, ValueError, r"corrections must be \(slope, shift\) .*nan"),
+]
+
+
+@pytest.mark.parametrize(("values", "error", "message"), WRONG_TREES, ids=[message for *_, message in WRONG_TREES])
+def test_wrong_tree(values: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^DynamicTree: {message}"):
+        DynamicTree(**values)
+    assert DynamicTree(4, corrections=[[1, 2]]).corrections == ((1.0, 2.0),)  # type: ignore[arg-type]
+
+
+class PathHeads(OracleHeads):
+    """Guesses along the paths of a tree that has been chosen."""
+
+    draft = None
+    draft_tree = None
+
+
+def test_heads_that_guess_along_paths_need_a_draft_tree(llama: PreTrainedModel) -> None:
+    heads = PathHeads(generated("llama", "cpu", NEW), 4, VOCAB)
+    with pytest.raises(ValueError, match="decode: tree must be a DraftTree with these heads, which guess along"):
+        decode(llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(8))
+    check_usable(llama)
+
+
+def check_usable(model: PreTrainedModel) -> None:
+    """After an error, the model is as it was, and decodes again."""
+    assert model.config._attn_implementation == "sdpa" and not model.lm_head._forward_pre_hooks
+    want = generated("llama", "cpu", NEW)
+    assert decode(model, None, prompt(), max_new_tokens=NEW).sequences.tolist() == want.tolist()
+
+
+# ---------------------------------------------------------------- sources that are none
+
+
+class Broken:
+    """Gives the answer at its second question; before, and in between, all is well."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer, self.asked = answer, 0
+
+    def extend(self, tokens: list[int]) -> None:
+        pass
+
+    def guess(self, most: int) -> Any:
+        self.asked += 1
+        return self.answer if self.asked == 2 else ([3], [0.1])
+
+
+BROKEN: list[tuple[Any, str]] = [
+    (None, r"Broken.guess must return \(tokens, chances\), got NoneType"),
+    (([1], [0.5], [0.5]), r"Broken.guess must return \(tokens, chances\), got tuple"),
+    ([[1], [0.5]], r"Broken.guess must return \(tokens, chances\), got list"),
+    (([1.0], [0.5]), "Broken.guess must return integers and numbers, got float64 and float64"),
+    ((["a"], [0.5]), "Broken.guess must return integers and numbers, got <U1 and float64"),
+    (([1], [True]), "Broken.guess must return integers and numbers, got int64 and bool"),
+    (([2**70], [0.5]), "Broken.guess must return integers and numbers, got object and float64"),
+    (([1, 2], [0.5]), r"Broken.guess must return tokens and chances of one shape, .* got \(2,\) and \(1,\)"),
+    ((1, 0.5), r"Broken.guess must return tokens and chances of one shape, .* got \(\) and \(\)"),
+    (([[[1]]], [[[0.5]]]), r"Broken.guess must return tokens and chances of one shape, .* got \(1, 1, 1\)"),
+    (([[1], [2, 3]], [[0.5], [0.5, 0.1]]), "Broken.guess must return two arrays: "),
+    (([[1, 2]], [[0.25, 0.5]]), "Broken.guess must return the guesses of each place best first"),
+    (([VOCAB], [0.5]), "Broken.guess must return tokens in 0..100, got 101"),
+    (([4, -1], [0.5, 0.5]), "Broken.guess must return tokens in 0..100, got -1"),
+    (([[4, VOCAB]], [[0.5, 0.5]]), "Broken.guess must return tokens in 0..100, got 101"),
+    ((np.array([2**64 - 1], np.uint64), [0.5]), "Broken.guess must return tokens in 0..100, got -1"),
+    (([4], [1.5]), "Broken.guess must return chances in 0..1, got 1.5"),
+    (([4], [-0.5]), "Broken.guess must return chances in 0..1, got -0.5"),
+    (([4], [float("nan")]), "Broken.guess must return chances in 0..1, got nan"),
+    (([[4, 5]], [[float("nan"), 0.5]]), "Broken.guess must return chances in 0..1, got nan"),
+]
+
+
+@pytest.mark.parametrize(("answer", "message"), BROKEN, ids=[message for _, message in BROKEN])
+def test_a_broken_source_is_named(answer: Any, message: str, llama: PreTrainedModel) -> None:
+    text = generated("llama", "cpu", NEW)
+    for heads in (OracleHeads(text, 4, VOCAB), None):
+        sources = [SuffixSource(), lambda prompt: Broken(answer), KnowingMaker(text, table(VOCAB, 3, 2, 5))]
+        with pytest.raises(ValueError, match=f"^decode: sources: {message}"):
+            decode(llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(32), sources=sources, streamer=heads)
+        check_usable(llama)
+
+
+@pytest.mark.parametrize("error", [ValueError, ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["maker", "guess", "extend"])
+def test_what_a_source_raises_comes_through(where: str, error: type[BaseException], llama: PreTrainedModel) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise error("of its own")
+
+    source = Broken(None)
+    if where != "maker":
+        setattr(source, where, fail)
+    with pytest.raises(error, match="^of its own$"):
+        maker = fail if where == "maker" else lambda prompt: source
+        decode(llama, None, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), sources=[maker])
+    check_usable(llama)
+
+
+def test_heads_that_guess_no_tokens(llama: PreTrainedModel) -> None:
+    heads = OracleHeads(generated("llama", "cpu", NEW), 4, VOCAB)
+    heads.guess = lambda guesses: torch.full((4, guesses), VOCAB)
+    with pytest.raises(ValueError, match=r"HeadsSource.guess must return tokens in 0..100, got 101"):
+        decode(llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), streamer=heads)
+    check_usable(llama)
+
+
+def test_documents_of_another_model(llama: PreTrainedModel) -> None:
+    text = generated("llama", "cpu", NEW)
+    document = [*text[0, :12].tolist(), VOCAB + 7]
+    with pytest.raises(ValueError, match="DocumentDrafts.guess must return tokens in 0..100, got 108"):
+        decode(llama, None, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), sources=[DocumentSource([document])])
+
+
+@pytest.mark.parametrize("made", [None, 3, SuffixSource()])
+def test_a_maker_of_something_else(made: Any, llama: PreTrainedModel) -> None:
+    with pytest.raises(
+        TypeError, match=rf"^decode: sources\[1\] must make what has extend .* got {type(made).__name__}"
+    ):
+        decode(llama, None, prompt(), max_new_tokens=NEW, sources=[SuffixSource(), lambda prompt: made])
+    check_usable(llama)
+
+
+class Choosing(Gate):
+    """Written before there were other trees than DraftTrees."""
+
+    def __init__(self) -> None:
+        self.chosen: list[DraftTree] = []
+
+    def choose(self, tree: DraftTree, logprobs: Tensor) -> DraftTree:
+        self.chosen.append(tree)
+        return tree
+
+
+def test_gates_that_choose_among_draft_trees_get_one(llama: PreTrainedModel) -> None:
+    """By themselves, and not where they are told otherwise."""
+    heads = CerberusHeads(CerberusConfig("tiny", 32, VOCAB))
+    choosing = Choosing()
+    confident = ConfidenceGate({1: 1.0, 8: 1.01}, [DraftTree.chain(1), DraftTree.chain(3)])
+    for gate in (choosing, confident):
+        for other, tree in ((heads, DynamicTree(4)), (None, None)):
+            with pytest.raises(ValueError, match="decode: gate must have choose_size, and no trees of its own, for a"):
+                decode(llama, other, prompt(), max_new_tokens=NEW, tree=tree, gate=gate)
+        out = decode(llama, heads, prompt(), max_new_tokens=NEW, gate=gate)
+        assert out.sequences.tolist() == generated("llama", "cpu", NEW).tolist()
+        if gate is confident:
+            assert {4} < {nodes for nodes, _ in out.stats.trace} <= {1, 2, 3, 4}
+    assert choosing.chosen and all(isinstance(tree, DraftTree) for tree in choosing.chosen)

@@ -1,0 +1,116 @@
+"""Draft sources that know, guess or contradict what comes next; all check that they are told how the text goes on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from cerberus_ext.draft_sources import SourceMaker
+from cerberus_ext.suffix import DocumentSource, SuffixSource
+
+Answer = Callable[[list[int], int], tuple[Any, Any]]  # (what follows in the text, most) -> tokens, chances
+
+
+class KnowingSource:
+    """Answers with what `answer` makes of what really follows."""
+
+    def __init__(self, text: list[int], prompt: list[int], answer: Answer) -> None:
+        assert prompt == text[: len(prompt)] and prompt
+        self.text, self.answer, self.known = text, answer, len(prompt)
+        self.asked: list[int] = []  # the most that each guess was to have
+
+    def extend(self, tokens: list[int]) -> None:
+        assert tokens and tokens == self.text[self.known : self.known + len(tokens)]
+        self.known += len(tokens)
+
+    def guess(self, most: int) -> tuple[Any, Any]:
+        assert most >= 1
+        self.asked.append(most)
+        return self.answer(self.text[self.known :], most)
+
+
+class KnowingMaker:
+    """text: the ids (1, S) that `decode` is expected to return. made: the sources."""
+
+    def __init__(self, text: Tensor, answer: Answer) -> None:
+        self.text, self.answer = text[0].tolist(), answer
+        self.made: list[KnowingSource] = []
+
+    def __call__(self, prompt: list[int]) -> KnowingSource:
+        self.made.append(KnowingSource(self.text, prompt, self.answer))
+        return self.made[-1]
+
+
+def right(chance: float = 0.9) -> Answer:
+    """What follows, as far as the text is known."""
+    return lambda follows, most: (follows[:most], [chance] * len(follows[:most]))
+
+
+def wrong(vocab: int, chance: float = 1.0) -> Answer:
+    """As many tokens as it may, none of which is right."""
+
+    def answer(follows: list[int], most: int) -> tuple[list[int], list[float]]:
+        tokens = [(token + 1) % vocab for token in (follows + [0] * most)[:most]]
+        return tokens, [chance] * most
+
+    return answer
+
+
+def anything(vocab: int, seed: int = 0) -> Answer:
+    """Random tokens, of which it is certain; sometimes none, sometimes more than it may."""
+    numbers = random.Random(seed)
+
+    def answer(follows: list[int], most: int) -> tuple[list[int], list[float]]:
+        count = numbers.randrange(most + 3)
+        return [numbers.randrange(vocab) for _ in range(count)], [1.0] * count
+
+    return answer
+
+
+def table(vocab: int, places: int, guesses: int, rank: int) -> Answer:
+    """(places, guesses), of which those of `rank` are right; one that is not there: none is."""
+
+    def answer(follows: list[int], most: int) -> tuple[np.ndarray, np.ndarray]:
+        first = np.array((follows + [0] * places)[:places]) - rank
+        tokens = (first[:, None] + np.arange(guesses)) % vocab
+        return tokens, np.broadcast_to(0.5 ** np.arange(1, 1 + guesses), tokens.shape)
+
+    return answer
+
+
+def nothing(follows: list[int], most: int) -> tuple[list[int], list[float]]:
+    return [], []
+
+
+def sources_of(kind: str, text: Tensor, vocab: int) -> list[SourceMaker]:
+    """text: what `decode` is expected to return."""
+
+    def knowing(answer: Answer) -> KnowingMaker:
+        return KnowingMaker(text, answer)
+
+    kinds: dict[str, Callable[[], list[SourceMaker]]] = {
+        "none": list,
+        "suffix": lambda: [SuffixSource(max_match=4)],
+        "documents": lambda: [DocumentSource([[1, 2, 3], text[0, 3:].tolist(), []])],
+        "right": lambda: [knowing(right())],
+        "wrong": lambda: [knowing(wrong(vocab))],
+        "anything": lambda: [knowing(anything(vocab))],
+        "table": lambda: [knowing(table(vocab, 6, 3, 1))],
+        "tables": lambda: [knowing(table(vocab, 2, 4, 3)), knowing(table(vocab, 7, 1, -1))],
+        "nothing": lambda: [knowing(nothing)],
+        "several": lambda: [
+            SuffixSource(),
+            knowing(anything(vocab)),
+            knowing(table(vocab, 3, 2, 0)),
+            knowing(nothing),
+            knowing(right(0.3)),
+        ],
+    }
+    return kinds[kind]()
+
+
+KINDS = ["none", "suffix", "documents", "right", "wrong", "anything", "table", "tables", "nothing", "several"]

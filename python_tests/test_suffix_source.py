@@ -1,0 +1,225 @@
+"""What the text's own past, other documents and the heads guess, and how far each of them trusts itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cerberus_ext.draft_sources import Guesses, HeadsSource, ask_source, join_places
+from cerberus_ext.suffix import DocumentSource, SuffixSource, chances_by_match
+
+LIST = [7, 1, 2, 3, 9, 7, 1, 2, 4, 9, 7, 1]  # after 7 1: twice 2
+
+
+def pairs(guesses: tuple[Any, Any]) -> list[tuple[int, float]]:
+    tokens, chances = guesses
+    assert len(tokens) == len(chances)
+    return [(int(token), float(chance)) for token, chance in zip(tokens, chances, strict=True)]
+
+
+# ---------------------------------------------------------------- how far a match is trusted
+
+
+def test_longer_matches_are_trusted_more() -> None:
+    chances = chances_by_match(np.zeros((25, 2), np.int64))
+    assert chances.shape == (25,) and chances[0] == 0
+    assert (np.diff(chances) >= 0).all() and 0.1 < chances[1] < chances[4] < chances[24] < 1
+
+
+@pytest.mark.parametrize("longest", [1, 3, 24, 25, 100])
+def test_every_length_has_a_chance(longest: int) -> None:
+    """Beyond those that were measured, the last one's."""
+    usual = chances_by_match(np.zeros((25, 2), np.int64))
+    chances = chances_by_match(np.zeros((longest + 1, 2), np.int64))
+    assert chances.tolist() == [usual[min(m, 24)] for m in range(longest + 1)]
+
+
+def test_a_texts_own_record_counts_more_and_more() -> None:
+    usual = chances_by_match(np.zeros((4, 2), np.int64))[3]
+    for tries in (1, 10, 100, 10**6):
+        record = np.zeros((4, 2), np.int64)
+        record[3] = tries, 0
+        never = chances_by_match(record)
+        record[3] = tries, tries
+        always = chances_by_match(record)
+        weight = tries / (tries + 10)
+        assert never[3] == pytest.approx((1 - weight) * usual)
+        assert always[3] == pytest.approx(min((1 - weight) * usual + weight, 0.995))
+        assert never[:3].tolist() == always[:3].tolist(), "other lengths stay as they are"
+
+
+# ---------------------------------------------------------------- the text's own past
+
+
+def test_suffix_source_guesses_what_followed() -> None:
+    drafts = SuffixSource()(LIST)
+    guessed = pairs(drafts.guess(4))
+    assert [token for token, _ in guessed] == [2, 4, 9, 7]
+    drafts.extend([2])
+    assert [token for token, _ in pairs(drafts.guess(2))] == [4, 9]
+    assert pairs(SuffixSource()([1, 2, 3]).guess(5)) == []
+
+
+def test_suffix_source_learns_to_trust_a_list_and_to_distrust_a_story() -> None:
+    period = SuffixSource()([1, 2, 3, 4] * 2)
+    first = pairs(period.guess(6))
+    for _ in range(30):
+        period.extend([1, 2, 3, 4])
+    later = pairs(period.guess(6))
+    assert [token for token, _ in first] == [token for token, _ in later] == [1, 2, 3, 4, 1, 2]
+    assert later[0][1] > first[0][1] and later[0][1] <= 0.995
+    # 5 is followed by another token every time: matches of one token are never right.
+    story = SuffixSource()([5, 10, 5, 11, 5])
+    (_, before), *_ = pairs(story.guess(1))
+    for token in range(12, 60):
+        story.extend([token, 5])
+    (_, after), *_ = pairs(story.guess(1))
+    assert after < before / 3
+
+
+def test_suffix_source_settings() -> None:
+    assert SuffixSource() == SuffixSource(max_match=24, max_tokens=1 << 20)
+    short = SuffixSource(max_match=1)([1, 2, 3, 4, 2, 5, 1, 2])
+    assert pairs(short.guess(1))[0][0] == 5, "of what followed 2, the last; with more context it would be 3"
+    assert pairs(SuffixSource()([1, 2, 3, 4, 2, 5, 1, 2]).guess(1))[0][0] == 3
+    forgetful = SuffixSource(max_tokens=4)([1, 2, 3, 4, 5, 6, 7, 8, 1])
+    assert pairs(forgetful.guess(1)) == []
+    with pytest.raises(ValueError, match="max_match must be in 1 .. 1024, got 0"):
+        SuffixSource(max_match=0)([1])
+
+
+def test_texts_do_not_share_a_past() -> None:
+    source = SuffixSource()
+    first, second = source([1, 2, 1]), source([1, 3, 1])
+    first.extend([2, 1])
+    assert pairs(first.guess(1))[0][0] == 2 and pairs(second.guess(1))[0][0] == 3
+
+
+# ---------------------------------------------------------------- documents
+
+
+def test_document_source_guesses_from_documents_only() -> None:
+    source = DocumentSource([[1, 2, 3, 4], [9, 8, 7], []])
+    drafts = source([5, 6, 5, 6, 1, 2])
+    assert [token for token, _ in pairs(drafts.guess(4))] == [3, 4], "and not over the end into the next document"
+    drafts.extend([9])
+    assert [token for token, _ in pairs(drafts.guess(4))] == [8, 7]
+    assert pairs(source([5, 6, 5]).guess(4)) == [], "the prompt is none of the documents"
+    assert pairs(DocumentSource([])([1, 2]).guess(4)) == []
+
+
+def test_documents_stay_as_they_are() -> None:
+    """Whatever the texts say; and each text keeps its own record."""
+    source = DocumentSource([[1, 2, 3, 1, 2, 3, 1, 2, 3]])
+    good, bad = source([1, 2]), source([1, 2])
+    before = pairs(source([1, 2]).guess(5))
+    for _ in range(20):
+        good.extend([3, 1, 2])
+        bad.extend([4, 1, 2])
+    (token, high), *_ = pairs(good.guess(1))
+    (other, low), *_ = pairs(bad.guess(1))
+    assert token == other == 3 and high > before[0][1] > low
+    assert pairs(source([1, 2]).guess(5)) == before
+
+
+def test_document_record_by_hand() -> None:
+    """Of a match of one token: right, wrong, right; the usual chance counts as ten tries."""
+    source = DocumentSource([[1, 2, 9, 1, 2, 9]], max_match=1)
+    drafts = source([1])
+    usual = pairs(drafts.guess(1))[0][1]
+    drafts.extend([2])
+    drafts.extend([1, 2])  # after 2 comes 9, not 1; after 1 comes 2
+    assert pairs(drafts.guess(1)) == [(9, pytest.approx((2 + 10 * usual) / 13))]
+
+
+def test_long_documents_are_not_forgotten() -> None:
+    numbers = np.random.default_rng(0).integers(0, 1000, 5000)
+    drafts = DocumentSource([numbers[:2500], numbers[2500:].tolist()])(numbers[:30].tolist())
+    assert [token for token, _ in pairs(drafts.guess(8))] == numbers[30:38].tolist()
+
+
+@pytest.mark.parametrize(
+    "documents", [["not tokenized"], [1, 2, 3], [[1.5, 2.5]], [[[1, 2]]], [[1, -2]], [[True, False]], [[[1], [2, 3]]]]
+)
+def test_documents_that_are_no_tokens(documents: Any) -> None:
+    with pytest.raises(ValueError, match=r"^DocumentSource: documents\[0\] must be token ids"):
+        DocumentSource(documents)
+
+
+# ---------------------------------------------------------------- heads
+
+
+class Step:
+    """A stepper's part that a HeadsSource sees."""
+
+    def __init__(self, ids: Any, probabilities: Any) -> None:
+        self.found = np.array(ids, np.int64), np.log(np.array(probabilities, np.float32))
+
+    def guesses(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.found
+
+
+STEP = Step([[5, 6], [7, 8], [9, 1]], [[0.5, 0.2], [0.5, 0.25], [0.9, 0.1]])
+
+
+def test_heads_source_takes_probabilities_as_they_are() -> None:
+    tokens, chances = HeadsSource(STEP).guess(2)
+    assert np.asarray(tokens).tolist() == [[5, 6], [7, 8]]
+    assert np.asarray(chances) == pytest.approx(np.array([[0.5, 0.2], [0.5, 0.25]]), rel=1e-6)
+    assert np.asarray(HeadsSource(STEP).guess(9)[0]).shape == (3, 2)
+    certain = Step([[5, 6]], [[1.0, 1e-30]])
+    certain.found[1][0, 0] = 1e-7  # rounding may give a little more than certainty
+    assert np.asarray(HeadsSource(certain).guess(1)[1])[0, 0] == 1.0
+
+
+def test_heads_source_corrects_each_head() -> None:
+    # logit 0.2 = log 1/4, doubled log 1/16; logit 0.25 = log 1/3, and log 3 more is 0
+    chances = np.asarray(HeadsSource(STEP, [(2.0, 0.0), (1.0, math.log(3)), (-1.0, 0.0)]).guess(3)[1])
+    assert chances[0] == pytest.approx([0.5, 1 / 17], rel=1e-5)
+    assert chances[1] == pytest.approx([0.75, 0.5], rel=1e-5)
+    assert chances[2] == pytest.approx([0.1, 0.1], rel=1e-5), "turned round, all guesses are alike"
+
+
+@pytest.mark.parametrize("corrections", [None, ()])
+def test_no_heads_guess_nothing(corrections: Any) -> None:
+    step = Step(np.empty((0, 0)), np.empty((0, 0)))
+    guessed = ask_source(HeadsSource(step, corrections), 5)
+    assert guessed.tokens.size == guessed.chances.size == 0
+
+
+# ---------------------------------------------------------------- several tables as one
+
+
+def table(tokens: Any, chances: Any) -> Guesses:
+    return Guesses(np.array(tokens, np.int64), np.array(chances, np.float64))
+
+
+def test_joined_tables_are_best_first() -> None:
+    heads = table([[1, 2], [3, 4], [5, 6]], [[0.5, 0.25], [0.5, 0.25], [0.5, 0.25]])
+    other = table([[7], [8]], [[0.375], [0.5]])
+    joined = join_places([(heads, 0), (other, 3)])
+    assert joined.tokens[:2].tolist() == [[1, 7, 2], [3, 8, 4]], "of equals, the earlier source's"
+    assert joined.chances.tolist() == [[0.5, 0.375, 0.25], [0.5, 0.5, 0.25], [0.5, 0.25, 0.0]]
+    assert joined.sources[:2].tolist() == [[0, 3, 0], [0, 3, 0]] and joined.tokens[2, :2].tolist() == [5, 6]
+
+
+def test_one_table_and_none() -> None:
+    joined = join_places([(table([[1, 2]], [[0.5, 0.25]]), 4)])
+    assert [part.tolist() for part in joined] == [[[1, 2]], [[0.5, 0.25]], [[4, 4]]]
+    assert [part.shape for part in join_places([])] == [(0, 0)] * 3
+
+
+def test_more_guesses_than_asked_for_are_cut() -> None:
+    class Talkative:
+        def extend(self, tokens: list[int]) -> None:
+            pass
+
+        def guess(self, most: int) -> tuple[list[int], list[float]]:
+            return [1, 2, 3, 4], [1, 0, 1, 0]
+
+    guessed = ask_source(Talkative(), 2)
+    assert guessed.tokens.tolist() == [1, 2] and guessed.chances.tolist() == [1.0, 0.0]
+    assert (guessed.tokens.dtype, guessed.chances.dtype) == (np.int64, np.float64)
