@@ -263,15 +263,6 @@ class TestErrors:
         assert model.config._attn_implementation == attention and not model.get_output_embeddings()._forward_pre_hooks
         assert run(model, compile=False).stats.compilations == 0
 
-    @pytest.mark.parametrize("value", [None, 1, "yes"])
-    def test_no_bool(self, value: object) -> None:
-        with pytest.raises(TypeError, match=f"decode: compile must be True or False, got {value!r}"):
-            run(tiny_model("llama"), compile=value)
-
-    def test_with_graphs(self) -> None:
-        with pytest.raises(ValueError, match="graphs must be None or False where compile is True, got True"):
-            run(tiny_model("llama"), graphs=True)
-
     def test_model_whose_attention_needs_a_mask(self) -> None:
         model = copy.deepcopy(tiny_model("gemma2"))  # found out at its first step
         with pytest.raises(CompileError, match=REFUSED + "the model's attention needs a mask"):
