@@ -100,7 +100,8 @@ class ConfidenceGate(Gate):
     margin: a tree must promise this much more than a plain step, 0.05 is 5 %; with `rate`: this many tokens more.
     rate: tokens that decoding gains per unit of time on the whole; None: not known.
     corrections: (slope, shift) of every head, where its probabilities p are to be read as
-        sigmoid(slope * logit(p) + shift); None: as they are.
+        sigmoid(slope * logit(p) + shift); None: as they are. For a DynamicTree its own corrections
+        count.
 
     A tree of expected accepted length a (from the heads' probabilities) and cost c gains (1 + a) / c tokens per unit
     of time, a plain step 1 / costs[1]; the largest quotient wins. That is best for the step, but not for the text:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import check_sources
 from ..decode import ask
-from ..draft_sources import SourceMaker
+from ..draft_sources import SourceMaker, make_source
 from ..dynamic_tree import DynamicTree, StepTree, TreeGrower
 from ..gate import Gate
 from ..stats import StepCounts
@@ -121,7 +121,11 @@ def walk(
         if isinstance(tree, DraftTree):
             trees = tree
         else:
-            trees = TreeGrower(tree, [make(text.tokens[:known]) for make in sources], text.vocabulary)
+            trees = TreeGrower(
+                tree,
+                [make_source(make, number, text.tokens[:known]) for number, make in enumerate(sources)],
+                text.vocabulary,
+            )
         _walk_text(tally, text, _Place(text, guesses), trees, gate, costs)
     return tally
 
