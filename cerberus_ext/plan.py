@@ -22,7 +22,7 @@ from .tree import DraftTree, default_size, default_tree
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LEAST_DYNAMIC = 8  # nodes; a CPU that computes each of them is still fastest with so many, where they are chosen well
+_LEAST_DYNAMIC = 6  # nodes; a CPU without AMX computes each of them, and was fastest with so many (calibrated, AVX2)
 # Of a DynamicTree that has not found as many nodes as it may have. Each of them takes seconds to compile.
 _FILLED_SIZES = (4, 8, 16, 32, 64)
 

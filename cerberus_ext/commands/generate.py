@@ -41,7 +41,7 @@ def generate(
         typer.Option(
             min=2,
             help="Nodes of a step's draft tree, root included, without a gate."
-            " Default: what `cerberus calibrate` chose, else 8 to 32 nodes, by the device.",
+            " Default: what `cerberus calibrate` chose, else 6 to 32 nodes, by the device.",
         ),
     ] = None,
     suffix: Annotated[bool, typer.Option(help="Guess from the text's own past, too, not from the heads alone.")] = True,
