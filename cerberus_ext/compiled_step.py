@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from .attention import TreeAttention, UnsupportedAttention, find_attention, layer_windows
-from .graphs import MASKED, hooked, memory_of
+from .attention import UnsupportedAttention
+from .replayable import MASKED, memory_of, obstacle
 from .step_pieces import StepProgram, Untraceable, build_program
 
 if TYPE_CHECKING:
@@ -174,12 +174,8 @@ def compiled_steps(model: PreTrainedModel, sizes: Collection[int], stats: Decode
     """
     if model.device.type != "cpu":
         raise CompileError(f"the model is on {model.device}, where steps are CUDA graphs")
-    if torch.is_autocast_enabled(model.device.type):
-        raise CompileError("autocast is on, whose copies of the weights do not outlive it")
-    if name := hooked(model):
-        raise CompileError(f"the model has hooks ({name}), which a compiled step would not call")
-    if not isinstance(find_attention(model, layer_windows(model.config)), TreeAttention):
-        raise CompileError(MASKED)
+    if reason := obstacle(model, "a compiled step"):
+        raise CompileError(reason)
     programs = _kept.get(model)
     if programs is None or programs.memory != memory_of(model):
         programs = _kept[model] = ModelPrograms(model)

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
+from numpy.typing import NDArray
+
+Reading = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+
+def reading(corrections: Sequence[tuple[float, float]] | None) -> Reading:
+    """-> what turns log-probabilities (..., K, P) into probabilities.
+
+    corrections: (slope, shift) of every head, see `corrected`; None: they are taken as they are.
+    """
+    if corrections is None:
+        return np.exp
+    slope, shift = np.reshape(corrections, (-1, 2)).T[:, :, None]
+    return lambda logprobs: corrected(logprobs, slope, shift)
 
 
 def corrected(logprobs: np.ndarray, slope: np.ndarray, shift: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .corrections import corrected
+from .corrections import reading
 
 
 class DraftSource(Protocol):
@@ -67,15 +67,14 @@ class HeadsSource:
 
     def __init__(self, step: HeadsSignals, corrections: Sequence[tuple[float, float]] | None = None) -> None:
         self._step = step
-        self._lines = None if corrections is None else np.reshape(corrections, (-1, 2)).T[:, :, None]
+        self._read = reading(corrections)
 
     def extend(self, tokens: list[int]) -> None:
         pass
 
     def guess(self, most: int) -> tuple[ArrayLike, ArrayLike]:
         ids, logprobs = self._step.guesses()
-        logs = logprobs.astype(np.float64)
-        chances = np.exp(np.minimum(logs, 0.0)) if self._lines is None else corrected(logs, *self._lines)
+        chances = self._read(np.minimum(logprobs.astype(np.float64), 0.0))
         # A correction that turns the order round would say that a head knows nothing: then all its guesses are alike.
         return ids[:most], np.minimum.accumulate(chances, axis=1)[:most]
 

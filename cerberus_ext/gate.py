@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import ops
-from .corrections import corrected
+from .corrections import reading
 from .tree import DraftTree
 
 
@@ -136,8 +136,7 @@ class ConfidenceGate(Gate):
         self.rate = rate
         self.corrections = None if corrections is None else tuple((float(a), float(b)) for a, b in corrections)
         self.own_trees = None if trees is None else tuple(trees)
-        # Slopes and shifts (K, 1).
-        self._lines = None if corrections is None else np.array(self.corrections).T[:, :, None]
+        self._read = reading(self.corrections)
         self._prospect: _Prospect | None = None  # of the trees that were last asked for
         self._sizes: dict[int, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}  # by nodes: sizes, their costs
 
@@ -187,8 +186,7 @@ class ConfidenceGate(Gate):
 
     def _probabilities(self, logprobs: Tensor) -> np.ndarray:
         """logprobs (K, P) -> (K, P) float64: how likely every guess is right, where those before it are."""
-        logs = logprobs.cpu().numpy().astype(np.float64)
-        return np.exp(logs) if self._lines is None else corrected(logs, *self._lines)
+        return self._read(logprobs.cpu().numpy().astype(np.float64))
 
 
 class _Prospect:

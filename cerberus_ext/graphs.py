@@ -17,19 +17,18 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.utils import output_capturing
 
-from .attention import TreeAttention, find_attention, layer_windows
+from .attention import layer_windows
 from .base_model import BaseModel, position_limit, round_capacity, sole_decode
 from .cache import TreeCache
 from .dynamic_tree import StepTree, padded_size
+from .replayable import MASKED, memory_of, obstacle
 from .static_step import StaticGuesses, StaticNodes, StaticResult, StaticState, StepKind, run_step
 from .stats import DecodeStats
 from .stepper import Drafter, HeadsLike, Sampling, Stepper, accepted_path, guesses_along_paths
@@ -43,9 +42,7 @@ if TYPE_CHECKING:
 _LEAST_CAPACITY = 512
 # Libraries choose algorithms and take workspaces when they first see a shape, which a recording must not contain.
 _WARM_UPS = 2
-_PLAIN = (int, float, str)
 _MOST_HEADS = 4  # of one model, kept with their recordings
-MASKED = "the model's attention needs a mask, which grows with the text"
 
 
 class Unrecordable(Exception):
@@ -370,12 +367,8 @@ def _graphs_of(model: PreTrainedModel, capacity: int, batch: int) -> ModelGraphs
     """Those that are kept, or new ones. Raises Unrecordable."""
     if model.device.type not in RECORDERS:
         raise Unrecordable(f"the model is on {model.device}, not on a CUDA device")
-    if torch.is_autocast_enabled(model.device.type):
-        raise Unrecordable("autocast is on, whose copies of the weights do not outlive it")
-    if name := hooked(model):
-        raise Unrecordable(f"the model has hooks ({name}), which a replay would not call")
-    if not isinstance(find_attention(model, layer_windows(model.config)), TreeAttention):
-        raise Unrecordable(MASKED)
+    if reason := obstacle(model, "a replay"):
+        raise Unrecordable(reason)
     memory, failure = _failed.get(model, (None, ""))
     if failure and memory == memory_of(model):
         raise Unrecordable(failure)
@@ -385,32 +378,3 @@ def _graphs_of(model: PreTrainedModel, capacity: int, batch: int) -> ModelGraphs
         kept = None
         kept = _kept[model] = ModelGraphs(model, capacity, batch)
     return kept
-
-
-def hooked(model: PreTrainedModel) -> str | None:
-    """A module with hooks on its forward, those of accelerate's offloading included."""
-    for name, module in model.named_modules():
-        hooks = chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
-        if hasattr(module, "_hf_hook") or not all(map(_is_idle, hooks)):
-            return name or type(module).__name__
-    return None
-
-
-def _is_idle(hook: Any) -> bool:
-    """transformers leaves its own where somebody once asked for hidden states; while nobody asks, they do nothing."""
-    return getattr(hook, "__module__", None) == output_capturing.__name__
-
-
-def memory_of(model: PreTrainedModel) -> tuple[Any, ...]:
-    """Changes when recordings of the model are of no use any more, but not when its weights change in place.
-
-    Where its tensors lie; and the types, switches and names in its modules, with which adapters are turned on and off.
-    """
-    tensors = tuple(tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers()))
-    modules = tuple((type(module), *filter(_is_plain, vars(module).values())) for module in model.modules())
-    products = (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled())
-    return tensors, modules, products
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, _PLAIN)

@@ -75,10 +75,24 @@ class Plan:
 
     def begin(self, text: list[int]) -> DraftTree | TreeGrower:
         """text: the prompt and the first token behind it -> what makes the trees of this text."""
-        if isinstance(self.tree, DraftTree):
-            return self.tree
-        sources = [make_source(maker, number, list(text)) for number, maker in enumerate(self.makers)]
-        return TreeGrower(self.tree, sources, self.vocabulary)
+        return begin_trees(self.tree, self.makers, text, self.vocabulary)
+
+
+def begin_trees(
+    tree: DraftTree | DynamicTree, makers: Sequence[SourceMaker], text: list[int], vocabulary: int
+) -> DraftTree | TreeGrower:
+    """What makes the trees of a text: a DraftTree itself, else a grower with sources of its own."""
+    if isinstance(tree, DraftTree):
+        return tree
+    sources = [make_source(maker, number, list(text)) for number, maker in enumerate(makers)]
+    return TreeGrower(tree, sources, vocabulary)
+
+
+def makers_for(tree: DraftTree | DynamicTree, sources: Sequence[SourceMaker] | None) -> tuple[SourceMaker, ...]:
+    """decode's `sources`; None: the text's own past for a DynamicTree, nobody for a DraftTree."""
+    if sources is not None:
+        return tuple(sources)
+    return (SuffixSource(),) if isinstance(tree, DynamicTree) else ()
 
 
 def default_dynamic_tree(device: torch.device) -> DynamicTree:
@@ -114,9 +128,8 @@ def make_plan(
     gate = AlwaysOpen() if gate is None else checks.check_gate(gate, tree)
     if isinstance(tree, DynamicTree):
         gate.check_size(tree.size)
-        sources = (SuffixSource(),) if sources is None else sources
     else:
         for one in gate.trees(tree):
             checks.check_tree(one, heads.config.num_heads)
     vocabulary = input_matrix(model).shape[0]
-    return Plan(heads, tree, gate, tuple(sources or ()), vocabulary)
+    return Plan(heads, tree, gate, makers_for(tree, sources), vocabulary)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..corrections import corrected
+from ..corrections import reading
 
 _BINS = 10
 _NEWTON_STEPS = 30
@@ -89,8 +89,7 @@ def head_reliability(
 ) -> list[tuple[list[float], list[float], float]]:
     """`reliability` of every head's best guess, at the places where the heads before it have the right token."""
     right = np.asarray(ranks)
-    logs = logprobs.astype(np.float64)
-    p = np.exp(logs) if corrections is None else corrected(logs, *np.array(corrections).T[:, :, None])
+    p = reading(corrections)(logprobs.astype(np.float64))
     results = []
     for head in range(logprobs.shape[1]):
         rows = (right[:, :head] < logprobs.shape[2]).all(axis=1)

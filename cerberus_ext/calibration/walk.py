@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..checks import check_sources
 from ..decode import ask
-from ..draft_sources import SourceMaker, make_source
+from ..draft_sources import SourceMaker
 from ..dynamic_tree import DynamicTree, StepTree, TreeGrower
 from ..gate import Gate
+from ..plan import begin_trees, makers_for
 from ..stats import StepCounts
-from ..suffix import SuffixSource
 from ..tree import DraftTree
 from .cost import StepCosts
 from .trace import MOST_GUESSES, TracedText
@@ -109,23 +109,15 @@ def walk(
     if sources is not None:
         check_sources(sources, tree)
     if isinstance(tree, DraftTree):
-        guesses, sources = max(one.guesses for one in gate.trees(tree)), ()
+        guesses = max(one.guesses for one in gate.trees(tree))
     elif tree.guesses > MOST_GUESSES:
         raise ValueError(f"walk: tree must have guesses in 1..{MOST_GUESSES}, as many are traced, got {tree.guesses}")
     else:
-        guesses, sources = tree.guesses, (SuffixSource(),) if sources is None else sources
-    tally = Tally()
+        guesses = tree.guesses
+    tally, makers = Tally(), makers_for(tree, sources)
     for text in texts:
         known = text.prompt + 1  # the prompt's forward has brought the first token
-        trees: DraftTree | TreeGrower
-        if isinstance(tree, DraftTree):
-            trees = tree
-        else:
-            trees = TreeGrower(
-                tree,
-                [make_source(make, number, text.tokens[:known]) for number, make in enumerate(sources)],
-                text.vocabulary,
-            )
+        trees = begin_trees(tree, makers, text.tokens[:known], text.vocabulary)
         _walk_text(tally, text, _Place(text, guesses), trees, gate, costs)
     return tally
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cerberus_ext.calibration.signals import auc, by_quantile, fit_corrections, head_reliability, reliability
-from cerberus_ext.gate import corrected
+from cerberus_ext.corrections import corrected
 from cerberus_ext.simulate import ABSENT
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate, answers, corrected
+from cerberus_ext.corrections import corrected
+from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate, answers
 from cerberus_ext.tree import DraftTree
 
 HIDDEN = torch.zeros(1, 8)  # uniform: entropy log 8
