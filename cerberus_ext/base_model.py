@@ -37,15 +37,16 @@ class BaseModel:
         batch: int,
         cache: TreeCache | None = None,
         compiled: CompiledSteps | None = None,
+        context: bool = False,
     ) -> None:
         """capacity: tokens that the cache has to hold, nodes of the last step included. cache: one to use again.
 
-        compiled: does the steps in the model's place.
+        compiled: does the steps in the model's place. context: whether the cache needs room for a context layer.
         """
         self.model = model
         self.windows = layer_windows(model.config)
         if cache is None:
-            cache = TreeCache(len(self.windows), round_capacity(capacity), batch, model.device)
+            cache = TreeCache(len(self.windows), round_capacity(capacity), batch, model.device, context)
         self.cache = cache
         self.cache.reset()
         self.max_positions = position_limit(model)
@@ -73,12 +74,35 @@ class BaseModel:
 
         The model runs with its own attention, as in `generate`.
         """
+        hidden, logits = self._run_prompt(ids)
+        return hidden[:, -1], logits
+
+    def prefill_all(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As `prefill`, with the hidden states of all positions, (B, T, D).
+
+        Raises ValueError where the model does not show them.
+        """
+        found: list[Any] = []
+        body: Any = self.model.base_model
+        with body.register_forward_hook(lambda module, inputs, output: found.append(output)):
+            last, logits = self._run_prompt(ids)
+        hidden = getattr(found[-1], "last_hidden_state", None) if found else None
+        # What the LM head gets has to be what the heads were trained on: some models change it on the way.
+        if hidden is None or hidden.shape[:2] != ids.shape or not torch.equal(hidden[:, -1], last[:, -1]):
+            raise ValueError(
+                "decode: heads must have no context layer with this model, whose LM head does not read what"
+                f" {type(body).__name__} returns"
+            )
+        return hidden, logits
+
+    def _run_prompt(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """-> hidden (B, at least 1, D), the last position's at the end, and its logits (B, V)."""
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         only_last = {"logits_to_keep": 1} if self._keeps_logits else {}
         hidden, logits = self.run(self._prompt_forward, ids, positions, only_last)
         self.cache.extend(ids.shape[1])
         self._use(self._attention)
-        return hidden[:, -1], logits[:, -1]
+        return hidden, logits[:, -1]
 
     @property
     def static(self) -> bool:

@@ -20,15 +20,19 @@ class TreeCache(Cache):
 
     tensor    (2 * layers, B, Hkv, S, E): keys of layer l at 2 l, values at 2 l + 1; None until layer 0 is
               first used, since only then its sizes are known for certain
+    context   whether there is a layer more, behind the model's, for the context layer of heads
     length    (B,) int64 on the model's device: committed tokens
     committed the same number on the host, where the rows agree (B = 1)
     whole     what a layer hands to attention: the whole (B, Hkv, S, E) buffers (True: for `ops.tree_attention`) or a
               view of the slots in use (False: for the model's own attention)
     """
 
-    def __init__(self, num_layers: int, capacity: int, batch: int, device: torch.device) -> None:
+    def __init__(
+        self, num_layers: int, capacity: int, batch: int, device: torch.device, context: bool = False
+    ) -> None:
         super().__init__(layers=[TreeCacheLayer(self, index) for index in range(num_layers)])
         self.capacity = capacity
+        self.context = context
         self.tensor: Tensor | None = None
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
         self.committed = 0
@@ -37,14 +41,19 @@ class TreeCache(Cache):
     def allocate(self, shape: torch.Size, like: Tensor) -> Tensor:
         """shape (B, Hkv, N, E) of the first keys that a model hands over -> the cache's tensor."""
         batch, heads, _, size = shape
-        planes = 2 * len(self.layers)
+        planes = 2 * (len(self.layers) + self.context)
         self.tensor = torch.zeros((planes, batch, heads, self.capacity, size), dtype=like.dtype, device=like.device)
         return self.tensor
 
     def planes(self) -> list[Tensor]:
-        """Keys and values (B, Hkv, S, E) of every layer in turn, once a forward has filled it."""
+        """Keys and values (B, Hkv, S, E) of the model's layers in turn, once a forward has filled it."""
         assert self.tensor is not None
-        return list(self.tensor.unbind())
+        return list(self.tensor[: 2 * len(self.layers)].unbind())
+
+    def context_planes(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, Hkv, S, E) of the context layer, once a forward has made them."""
+        assert self.tensor is not None and self.context
+        return self.tensor[-2], self.tensor[-1]
 
     def reset(self) -> None:
         """Forgets everything, so that another prompt can be put in."""

@@ -31,7 +31,7 @@ from .dynamic_tree import StepTree, padded_size
 from .replayable import MASKED, memory_of, obstacle
 from .static_step import StaticGuesses, StaticNodes, StaticResult, StaticState, StepKind, run_step
 from .stats import DecodeStats
-from .stepper import Drafter, HeadsLike, Sampling, Stepper, accepted_path, guesses_along_paths
+from .stepper import Drafter, HeadsLike, Sampling, Stepper, accepted_path, context_of, guesses_along_paths
 from .tree import DraftTree
 
 if TYPE_CHECKING:
@@ -117,14 +117,15 @@ class KeptHeads:
 class ModelGraphs:
     """What is kept for a model: cache, static tensors, recordings. It does not keep the model itself."""
 
-    def __init__(self, model: PreTrainedModel, capacity: int, batch: int) -> None:
+    def __init__(self, model: PreTrainedModel, capacity: int, batch: int, context: bool) -> None:
+        """context: whether there is room for heads with a context layer."""
         limit = min(position_limit(model), 1 << 40)
         bucket = max(_LEAST_CAPACITY, 1 << (capacity - 1).bit_length())  # the next power of two
         capacity = min(bucket, round_capacity(max(capacity, limit)))
         self.recorder = RECORDERS[model.device.type](model.device)
         self.batch = batch
         self.device = model.device
-        self.cache = TreeCache(len(layer_windows(model.config)), capacity, batch, model.device)
+        self.cache = TreeCache(len(layer_windows(model.config)), capacity, batch, model.device, context)
         self.memory = memory_of(model)
         self.state: StaticState | None = None
         self._nodes: dict[int, StaticNodes] = {}
@@ -132,9 +133,10 @@ class ModelGraphs:
         self._host_guesses: dict[tuple[int, int], StaticGuesses] = {}  # (K, P) -> those of heads that cannot be kept
         self._recordings: dict[StepKind, tuple[StaticResult, Callable[[], None]]] = {}
 
-    def fits(self, model: PreTrainedModel, capacity: int, batch: int) -> bool:
+    def fits(self, model: PreTrainedModel, capacity: int, batch: int, context: bool) -> bool:
         """Whether the recordings still do what the model does, for so many tokens."""
-        return self.cache.capacity >= capacity and self.batch == batch and self.memory == memory_of(model)
+        roomy = self.cache.capacity >= capacity and self.cache.context >= context
+        return roomy and self.batch == batch and self.memory == memory_of(model)
 
     def begin(self, hidden: Tensor, root: Tensor) -> StaticState:
         """hidden (B, D), root (B,) after the prompt -> the state, with them in it."""
@@ -217,8 +219,13 @@ class ModelGraphs:
         """Makes room for others: `outdated`, those that are gone, and the oldest of too many."""
         serving = [one for one in self._heads if one is not outdated and one.heads() is not None]
         self._heads = serving[-(_MOST_HEADS - 1) :]
-        kept = {None, *self._host_guesses.values()}.union(*(one.guesses.values() for one in self._heads))
-        self._recordings = {kind: step for kind, step in self._recordings.items() if kind.guesses in kept}
+        guesses = {None, *self._host_guesses.values()}.union(*(one.guesses.values() for one in self._heads))
+        contexts = {None, *(context_of(one.drafter) for one in self._heads)}
+        self._recordings = {
+            kind: step
+            for kind, step in self._recordings.items()
+            if kind.guesses in guesses and kind.context in contexts
+        }
 
 
 class GraphedStepper(Stepper):
@@ -286,6 +293,7 @@ class GraphedStepper(Stepper):
                 self._static_guesses if reads_guesses or self._drafts_after else None,
                 self._drafts_before and is_open,
                 self._drafts_after,
+                self.context,
             )
             if reads_guesses and not self._drafts_before and self._ahead is None:
                 assert self._static_guesses is not None
@@ -345,25 +353,26 @@ def open_stepper(
         _failed[model] = (memory_of(model), str(error))
         fall_back(error)
 
+    context = guesses > 0 and getattr(heads.config, "context_layer", False)
     with sole_decode(model):
         kept = None
         if graphs is not False and compiled is None:
             try:
-                kept = _graphs_of(model, capacity, batch)
+                kept = _graphs_of(model, capacity, batch, context)
                 drafter, static = kept.bind(model, heads, guesses) if guesses else (heads.bind(model), None)
             except Unrecordable as error:
                 kept = None
                 fall_back(error)
         if kept is None:
             drafter = heads.bind(model)
-            with BaseModel(model, capacity, batch, compiled=compiled) as base:
+            with BaseModel(model, capacity, batch, compiled=compiled, context=context) as base:
                 yield Stepper(base, drafter, guesses, sampling, stats)
         else:
             with BaseModel(model, capacity, batch, kept.cache) as base:
                 yield GraphedStepper(base, kept, drafter, static, ahead, sampling, stats, give_up)
 
 
-def _graphs_of(model: PreTrainedModel, capacity: int, batch: int) -> ModelGraphs:
+def _graphs_of(model: PreTrainedModel, capacity: int, batch: int, context: bool) -> ModelGraphs:
     """Those that are kept, or new ones. Raises Unrecordable."""
     if model.device.type not in RECORDERS:
         raise Unrecordable(f"the model is on {model.device}, not on a CUDA device")
@@ -373,8 +382,8 @@ def _graphs_of(model: PreTrainedModel, capacity: int, batch: int) -> ModelGraphs
     if failure and memory == memory_of(model):
         raise Unrecordable(failure)
     kept = _kept.get(model)
-    if kept is None or not kept.fits(model, capacity, batch):
+    if kept is None or not kept.fits(model, capacity, batch, context):
         release_graphs(model)  # first, so that there is memory for the new ones
         kept = None
-        kept = _kept[model] = ModelGraphs(model, capacity, batch)
+        kept = _kept[model] = ModelGraphs(model, capacity, batch, context)
     return kept

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import ops
+from .context_layer import BoundContext, ContextLayer, attention_sizes
 
 FORMAT_VERSION = 1
 ANCHORS = ("root", "hidden")
@@ -38,6 +39,9 @@ class CerberusConfig:
     anchor: "root" (embedding of the root token) or "hidden" (the paper's heads): what starts the chain.
     chained: False drops the neighbour: Medusa's heads.
     draft_vocab: how many rows of the LM head the heads project to, or None for all of them.
+    context_layer: whether a context layer (context_layer.py) stands in front of the heads; it reads the root's
+    embedding, too, so it needs chained heads with anchor="root". context_heads: its query heads, key heads and head
+    size, which are those of the base model's attention, whose cache it shares.
     lm_head_fingerprint: of the LM head the heads were trained on, see `fingerprint`; None is never checked.
     accuracy: (K, P), measured by the trainer: entry [k][r] is the probability that guess r of head k + 1 is
     the token that the base model chooses, given that the guesses on the path before it are right.
@@ -53,6 +57,8 @@ class CerberusConfig:
     anchor: str = "root"
     chained: bool = True
     draft_vocab: int | None = None
+    context_layer: bool = False
+    context_heads: list[int] | None = None
     lm_head_fingerprint: str | None = None
     accuracy: list[list[float]] | None = None
     paths: list[list[int]] | None = None
@@ -70,9 +76,22 @@ class CerberusConfig:
                 f"CerberusConfig: draft_vocab must be None or in 1..vocab_size ({self.vocab_size}),"
                 f" got {self.draft_vocab}"
             )
+        self._check_context()
         if self.accuracy is not None and len(self.accuracy) != self.num_heads:
             raise ValueError(
                 f"CerberusConfig: accuracy must have one row per head ({self.num_heads}), got {len(self.accuracy)}"
+            )
+
+    def _check_context(self) -> None:
+        if not self.context_layer:
+            return
+        if self.anchor != "root" or not self.chained:
+            raise ValueError('CerberusConfig: context_layer must be False without chained heads and anchor "root"')
+        sizes = self.context_heads
+        if not sizes or len(sizes) != 3 or min(sizes) < 1 or sizes[0] % sizes[1] or sizes[2] % 2:
+            raise ValueError(
+                "CerberusConfig: context_heads must be query heads, a divisor of them as key heads, and an even head"
+                f" size, got {sizes!r}"
             )
 
     @classmethod
@@ -101,12 +120,14 @@ class CerberusHeads(
     bias          (L, K, D)
     anchor_scale  ()    what the root's embedding is multiplied by; only with anchor="root" and chained
     draft_vocab   (Vd,) int64, ascending token ids; only when config.draft_vocab is set
+    context       ContextLayer; only when config.context_layer is set
 
     folder: where they were loaded from, None where that is no folder.
     """
 
     anchor_scale: nn.Parameter | None
     draft_vocab: Tensor | None
+    context: ContextLayer | None
     folder: Path | None = None
 
     def __init__(self, config: CerberusConfig) -> None:
@@ -119,6 +140,8 @@ class CerberusHeads(
         self.register_parameter("anchor_scale", nn.Parameter(torch.ones(())) if scaled else None)
         ids = None if config.draft_vocab is None else torch.arange(config.draft_vocab)
         self.register_buffer("draft_vocab", ids)
+        query_heads, kv_heads, head_size = config.context_heads or (0, 0, 0)
+        self.context = ContextLayer(size, (query_heads, kv_heads, head_size)) if config.context_layer else None
 
     def forward(self, hidden: Tensor, anchor: Tensor) -> Tensor:
         """hidden, anchor (B, D) of the heads' dtype -> states (B, K, D), without a gradient.
@@ -149,6 +172,11 @@ class CerberusHeads(
             raise ValueError(
                 f'CerberusHeads.bind: anchor="root" needs embeddings of size {config.hidden_size},'
                 f" the model has {embeddings.shape[1]}"
+            )
+        if self.context is not None and attention_sizes(model) != self.context.sizes:
+            raise ValueError(
+                "CerberusHeads.bind: the heads' context layer is for query heads, key heads and head size"
+                f" {self.context.sizes}, the model has {attention_sizes(model)}"
             )
         if check_fingerprint and config.lm_head_fingerprint is not None:
             got_print = fingerprint([lm_head])
@@ -217,9 +245,8 @@ class Drafter:
     """Heads bound to one model. Holds references and, where needed, copies; changes neither.
 
     config: the heads'. dtype, device: of every tensor here. projection (Vd, D): the rows of the LM head.
+    context: what the hidden states go through before they are drafted from; None: nothing.
     """
-
-    _TENSORS = ("weight", "bias", "embeddings", "anchor_scale", "draft_vocab", "projection")
 
     def __init__(self, heads: CerberusHeads, lm_head: Tensor, embeddings: Tensor) -> None:
         self.config = heads.config
@@ -229,6 +256,11 @@ class Drafter:
         self.embeddings = embeddings.detach()
         self.anchor_scale = None if heads.anchor_scale is None else heads.anchor_scale.detach().to(self.device)
         self.draft_vocab = None if heads.draft_vocab is None else heads.draft_vocab.to(self.device)
+        self.context = None
+        if heads.context is not None:
+            assert self.anchor_scale is not None  # of such heads
+            layer = {name: tensor.detach().to(self.device) for name, tensor in heads.context.named_parameters()}
+            self.context = BoundContext(heads.context.sizes, layer, self.embeddings, self.anchor_scale)
         rows = lm_head.detach() if self.draft_vocab is None else lm_head.detach()[self.draft_vocab]
         self.projection = rows.to(self.dtype).contiguous()
         self._shared = {
@@ -242,9 +274,8 @@ class Drafter:
         did, and nothing was changed; graphs of this drafter are of no use any more.
         """
         new = heads.bind(model)
-        pairs = [(getattr(self, name), getattr(new, name)) for name in self._TENSORS]
         copies = []
-        for mine, fresh in pairs:
+        for mine, fresh in zip(self._tensors(), new._tensors(), strict=True):
             if mine is None or fresh is None:
                 if mine is not fresh:
                     return False
@@ -258,6 +289,12 @@ class Drafter:
             mine.copy_(fresh)
         return True
 
+    def _tensors(self) -> list[Tensor | None]:
+        """All that drafting reads."""
+        context = self.context
+        layer = [] if context is None else [context.qkv, context.output, context.mixer, context.bias]
+        return [self.weight, self.bias, self.embeddings, self.anchor_scale, self.draft_vocab, self.projection, *layer]
+
     def states(self, hidden: Tensor, root: Tensor) -> Tensor:
         """hidden (B, D): what produced root (B,) int64 -> the heads' final states (B, K, D)."""
         hidden = hidden.to(self.dtype).contiguous()
@@ -269,7 +306,7 @@ class Drafter:
     def draft(self, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
         """The `guesses` best tokens of every head, best first.
 
-        hidden (B, D), root (B,) int64 -> token ids of the model's vocabulary (B, K, guesses) int64, and their
+        hidden (B, D): what produced root (B,) int64, as it has come through `context` -> token ids of the model's vocabulary (B, K, guesses) int64, and their
         log-probabilities within the draft vocabulary (B, K, guesses) float32.
         """
         if not 1 <= guesses <= self.projection.shape[0]:

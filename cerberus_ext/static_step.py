@@ -25,11 +25,13 @@ from torch import Tensor
 
 from . import _host, ops
 from .dynamic_tree import StepTree
-from .stepper import Drafter, Sampling, settle
+from .stepper import Drafter, Sampling, draft, settle
 from .tree import DraftTree
 
 if TYPE_CHECKING:
     from .base_model import BaseModel
+    from .cache import TreeCache
+    from .context_layer import BoundContext
 
 
 @dataclass
@@ -49,9 +51,9 @@ class StaticGuesses:
         self.ids = torch.zeros((batch, heads, guesses), dtype=torch.int64, device=device)
         self.logprobs = torch.zeros((batch, heads, guesses), dtype=torch.float32, device=device)
 
-    def draft(self, state: StaticState) -> None:
+    def draft(self, cache: TreeCache, state: StaticState) -> None:
         assert self.drafter is not None
-        self.put(*self.drafter.draft(state.hidden, state.root, self.guesses))
+        self.put(*draft(self.drafter, cache, state.hidden, state.root, self.guesses))
 
     def put(self, ids: Tensor, logprobs: Tensor) -> None:
         """ids, logprobs (B, K, P)"""
@@ -150,6 +152,7 @@ class StepKind:
     guesses: the heads', where they are looked at: by the nodes, or by the host before the next step.
     drafts_before: the heads guess at the beginning of the step, for gates that decide without the guesses.
     drafts_after: they guess at the end, for the next step, whose gate wants to see the log-probabilities.
+    context: of the heads, which is told of every step's tokens; None: they have none.
     """
 
     nodes: int
@@ -157,6 +160,7 @@ class StepKind:
     guesses: StaticGuesses | None = None
     drafts_before: bool = False
     drafts_after: bool = False
+    context: BoundContext | None = None
 
 
 def run_step(base: BaseModel, kind: StepKind, state: StaticState, nodes: StaticNodes, result: StaticResult) -> None:
@@ -164,11 +168,13 @@ def run_step(base: BaseModel, kind: StepKind, state: StaticState, nodes: StaticN
     guesses = kind.guesses
     if kind.drafts_before:
         assert guesses is not None
-        guesses.draft(state)
+        guesses.draft(base.cache, state)
     tokens = state.root[:, None]  # (B, 1)
     if kind.nodes > 1:
         tokens = nodes.tokens(state.root, None if guesses is None else guesses.ids)  # (B, N)
     hidden, logits = base.step(tokens, nodes)  # (B, N, D), (B, N, V)
+    if kind.context is not None:
+        kind.context.keep_nodes(base.cache, state.hidden, hidden, tokens, nodes)
     # However deep the tree is, its longest path has no more than N nodes.
     settled = settle(base.cache, tokens, hidden, logits, nodes, kind.nodes - 1, kind.sampling)
     state.hidden.copy_(settled.hidden)
@@ -179,6 +185,6 @@ def run_step(base: BaseModel, kind: StepKind, state: StaticState, nodes: StaticN
     result.entropy.copy_(ops.hidden_entropy(state.hidden))
     if kind.drafts_after:
         assert guesses is not None and result.ids is not None and result.logprobs is not None
-        guesses.draft(state)
+        guesses.draft(base.cache, state)
         result.ids.copy_(guesses.ids)
         result.logprobs.copy_(guesses.logprobs)

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from .attention import Topology
     from .base_model import BaseModel
     from .cache import TreeCache
+    from .context_layer import BoundContext
+
+
+_ALONE = DraftTree.root()
 
 
 class Drafter(Protocol):
@@ -42,6 +46,9 @@ class Drafter(Protocol):
         draft_tree(hidden (B, D), root (B,), tree) -> the tokens (B, N) of the tree's nodes, the root's first
 
     and is called at every step: such steps run op by op, and no gate can choose by the guesses' probabilities.
+
+    A drafter may have `context`, as `heads.Drafter` does: see context_layer.py. It is told of every token of the text,
+    and `draft` then gets what it makes of the hidden state.
     """
 
     def draft(self, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
@@ -107,6 +114,19 @@ def accepted_path(path: list[int]) -> list[int]:
     return [node for node in path if node >= 0]
 
 
+def context_of(drafter: Drafter) -> BoundContext | None:
+    """What its hidden states go through before they are drafted from."""
+    return getattr(drafter, "context", None)
+
+
+def draft(drafter: Drafter, cache: TreeCache, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
+    """The guesses ids, logprobs (B, K, guesses) behind the root (B,), which hidden (B, D) led to. On the device only."""
+    context = context_of(drafter)
+    if context is not None:
+        hidden = context.read(cache, hidden[:, None], root[:, None], _ALONE.on(root.device))[:, 0]
+    return drafter.draft(hidden, root, guesses)
+
+
 def guesses_along_paths(drafter: Drafter) -> bool:
     """Whether it has `draft_tree` in the place of `draft`."""
     return hasattr(drafter, "draft_tree")
@@ -126,6 +146,7 @@ class Stepper:
         """guesses: how many of each head any tree uses, 0: none."""
         self.base = base
         self.drafter = drafter
+        self.context = context_of(drafter) if guesses else None
         self.most_guesses = guesses
         self.sampling = sampling
         self.stats = stats
@@ -133,7 +154,12 @@ class Stepper:
 
     def prefill(self, ids: Tensor) -> list[int]:
         """ids (1, S): the prompt -> the first new token."""
-        hidden, logits = self.base.prefill(ids)  # (B, D), (B, V)
+        if self.context is None:
+            hidden, logits = self.base.prefill(ids)  # (B, D), (B, V)
+        else:
+            states, logits = self.base.prefill_all(ids)  # (B, S, D), (B, V)
+            self.context.keep_prompt(self.base.cache, states, ids)
+            hidden = states[:, -1]
         root = self.sampling.choose(logits, self.base.cache.length)  # (B,); the cache's length is the root's position
         self._start(hidden, root)
         return root.tolist()
@@ -177,6 +203,8 @@ class Stepper:
         with self.stats.phase("verify"):
             hidden, logits = self.base.step(tokens, tensors)  # (B, N, D), (B, N, V)
         with self.stats.phase("commit"):
+            if self.context is not None:
+                self.context.keep_nodes(self.base.cache, self.hidden, hidden, tokens, tensors)
             settled = settle(self.base.cache, tokens, hidden, logits, tensors, tree.depth, self.sampling)
             self._start(settled.hidden, settled.root)
             # The one place where the host waits.
@@ -205,7 +233,7 @@ class Stepper:
     def _draft(self) -> tuple[Tensor, Tensor]:
         """The heads' guesses and their log-probabilities, (B, K, P) each; made once a step."""
         if self._drafted is None:
-            self._drafted = self.drafter.draft(self.hidden, self.root, self.most_guesses)
+            self._drafted = draft(self.drafter, self.base.cache, self.hidden, self.root, self.most_guesses)
         return self._drafted
 
     def _start(self, hidden: Tensor, root: Tensor) -> None:

@@ -26,6 +26,8 @@ from ..tree import DraftTree, default_tree
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..cache import TreeCache
+    from ..context_layer import BoundContext
     from ..heads import CerberusHeads, Drafter
 
 MOST_GUESSES = 16  # per head, of which trees are made
@@ -122,11 +124,11 @@ def trace(model: PreTrainedModel, heads: CerberusHeads, answer: Answer) -> Trace
     on each other, everything here has the bits that `decode` sees.
     """
     with torch.inference_mode():
-        hidden, chosen, next_entropy = _forward(model, answer)  # (n, D), (n,), (n,)
         tokens = answer.ids[0, answer.prompt :]
         drafter = heads.bind(model)
+        hidden, read, chosen, next_entropy = _forward(model, answer, drafter.context)  # (n, D) twice, (n,) twice
         guesses = min(MOST_GUESSES, drafter.projection.shape[0])
-        ids, logprobs = _draft(drafter, hidden, tokens[:-1], guesses)  # (n, K, P) each
+        ids, logprobs = _draft(drafter, read, tokens[:-1], guesses)  # (n, K, P) each
         entropy = ops.hidden_entropy(hidden)
     places = answer.new - 1
     limit = position_limit(model) - 1 - answer.prompt
@@ -146,8 +148,11 @@ def trace(model: PreTrainedModel, heads: CerberusHeads, answer: Answer) -> Trace
     )
 
 
-def _forward(model: PreTrainedModel, answer: Answer) -> tuple[Tensor, Tensor, Tensor]:
-    """At every place: hidden (n, D), the token chosen from it (n,) and the entropy of what it was chosen from (n,)."""
+def _forward(
+    model: PreTrainedModel, answer: Answer, context: BoundContext | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """At every place: hidden (n, D), what the heads read of it (n, D), the token chosen from it (n,) and the entropy of
+    what it was chosen from (n,)."""
     prompt, rest = answer.ids[:, : answer.prompt], answer.ids[:, answer.prompt : -2]
     hidden: list[Tensor] = []
     chosen: list[Tensor] = []
@@ -160,14 +165,34 @@ def _forward(model: PreTrainedModel, answer: Answer) -> tuple[Tensor, Tensor, Te
         chosen.append(logits.argmax(-1))
         entropy.append(-(logs.exp() * logs).nan_to_num(0.0).sum(-1))
 
-    with sole_decode(model), BaseModel(model, answer.ids.shape[1], 1) as base:
-        keep(*base.prefill(prompt))
+    with sole_decode(model), BaseModel(model, answer.ids.shape[1], 1, context=context is not None) as base:
+        if context is None:
+            keep(*base.prefill(prompt))
+        else:
+            states, logits = base.prefill_all(prompt)
+            context.keep_prompt(base.cache, states, prompt)
+            keep(states[:, -1], logits)
         for piece in rest.split(_PIECE, dim=1) if rest.shape[1] else ():
             count = piece.shape[1]
             states, logits = base.step(piece, DraftTree.chain(count - 1).on(piece.device))
             base.cache.extend(count)
             keep(states[0], logits[0])
-    return torch.cat(hidden), torch.cat(chosen), torch.cat(entropy)
+        read = found = torch.cat(hidden)
+        if context is not None:
+            read = _read(context, base.cache, found, answer)
+    return found, read, torch.cat(chosen), torch.cat(entropy)
+
+
+def _read(context: BoundContext, cache: TreeCache, hidden: Tensor, answer: Answer) -> Tensor:
+    """hidden (n, D) -> what the context layer makes of it, (n, D), behind the prompt whose pairs are in the cache."""
+    read: list[Tensor] = []
+    begin = torch.full_like(cache.length, answer.prompt)
+    tokens = answer.ids[:, answer.prompt : -1]
+    for states, roots in zip(hidden[None].split(_PIECE, 1), tokens.split(_PIECE, 1), strict=True):
+        count = roots.shape[1]
+        read.append(context.read(cache, states, roots, DraftTree.chain(count - 1).on(roots.device), begin)[0])
+        begin = begin + count
+    return torch.cat(read)
 
 
 def _draft(drafter: Drafter, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:

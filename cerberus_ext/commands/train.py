@@ -34,6 +34,9 @@ def train(
     layers: Annotated[int, typer.Option(min=1, help="L: layers of every head.")] = 2,
     anchor: Annotated[str, typer.Option(help="What starts the chain: root or hidden.")] = "root",
     chained: Annotated[bool, typer.Option(help="--no-chained gives Medusa's heads.")] = True,
+    context_layer: Annotated[
+        bool, typer.Option(help="A transformer layer over the text so far, in front of the heads.")
+    ] = False,
     draft_vocab: Annotated[
         int | None,
         typer.Option(min=0, help="Most frequent tokens that heads can guess; 0: all. Default: 8192, or all."),
@@ -79,7 +82,7 @@ def train(
         options = training.TrainOptions(
             output=output, base_model=name_of(model) if model else HUB_ID, seed=seed, data=data, prompts=prompts,
             tokens=tokens, max_new_tokens=max_new_tokens, rows=rows, heads=heads, layers=layers, anchor=anchor,
-            chained=chained, draft_vocab=draft_vocab, init=init, steps=steps, batch=batch, lr=lr, warmup=warmup,
+            chained=chained, context_layer=context_layer, draft_vocab=draft_vocab, init=init, steps=steps, batch=batch, lr=lr, warmup=warmup,
             held_out=held_out, eval_every=eval_every, patience=patience, memory=memory, cache=cache,
             cache_size=cache_size,
         )  # fmt: skip

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .batch import Batch
 from .distill import counted
 from .options import SEGMENT
 
@@ -30,11 +29,13 @@ def state_estimate(trainer: Trainer) -> None:
             f" answers and {shares['held_out']:.2%} of the held-out ones"
         )
     steps = options.steps - trainer.step
-    rows = sum(piece.rows for piece in trainer.training)
-    window = max(sum(piece.rows for piece in part) for part in trainer.windows.epoch(0))
+    tokens = sum(piece.tokens for piece in trainer.training)
+    windows = trainer.windows.epoch(0)
+    window = max(sum(piece.rows for piece in part) for part in windows)
+    at_a_time = max(sum(piece.tokens for piece in part) for part in windows)
     say(
-        f"training: {steps} steps of {options.batch} positions, {steps * options.batch / rows:.1f} times the {rows}"
-        f" there are, {window} of them in memory at a time"
+        f"training: {steps} steps of {options.batch} positions, {steps * options.batch / tokens:.1f} times the"
+        f" {tokens} there are, {at_a_time} of them in memory at a time"
     )
     parts = memory(trainer, window)
     say(f"  memory about {size(sum(parts.values()))}: " + ", ".join(f"{name} {size(n)}" for name, n in parts.items()))
@@ -77,12 +78,11 @@ def model_bytes(model: nn.Module) -> int:
 
 def step_seconds(trainer: Trainer) -> float:
     """Of one step of this process, the gradients' exchange left out. Changes nothing that the training depends on."""
-    held, device = trainer.held, trainer.device
+    held = trainer.held
     assert held is not None  # the main process has it
-    shape = (trainer.options.batch // SEGMENT // trainer.processes.count, SEGMENT + trainer.options.heads)
-    rows = (torch.arange(shape[0] * shape[1]) % len(held.tokens)).view(shape)
-    near = rows[:, :SEGMENT]
-    batch = Batch(*(tensor.to(device) for tensor in (held.hidden[rows], held.tokens[near], held.left[near])))
+    segments = trainer.options.batch // SEGMENT // trainer.processes.count
+    starts = torch.arange(segments) * SEGMENT % max(1, len(held.answers) - SEGMENT)
+    batch = trainer.cut(held, starts)
     counts = counted(batch.left, trainer.options.heads)
     for step in range(WARM_STEPS + TIMED_STEPS):
         if step == WARM_STEPS:
@@ -93,7 +93,7 @@ def step_seconds(trainer: Trainer) -> float:
 
 
 def missing_states(trainer: Trainer) -> int:
-    """Tokens whose hidden states have to be computed until the last step."""
+    """Rows of hidden states that have to be computed until the last step."""
     windows, source = trainer.windows, trainer.source
     allowed = source.cache.allowed if source.cache else 0
     stored = {chunk.chunk for chunk in source.chunks if source.cached(chunk.chunk)}

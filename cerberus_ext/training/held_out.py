@@ -46,17 +46,19 @@ class HeldOut:
     def __init__(
         self, data: Positions, greedy: list[bool], lm_head: Tensor, projection: Tensor, draft_index: Tensor
     ) -> None:
-        self.data, self.greedy = data, greedy
+        self.greedy = greedy
+        self.tokens, self.left, self.lines = (part[data.answers] for part in (data.tokens, data.left, data.lines))
         self.projection, self.draft_index = projection, draft_index
-        rows = data.hidden.split(ROWS)
+        rows = data.hidden[data.answers].split(ROWS)
         chosen = [(part.to(lm_head.device, lm_head.dtype) @ lm_head.T).argmax(-1).cpu() for part in rows]
         self.chosen = torch.cat(chosen)  # the base model's greedy token at every position
 
     @torch.no_grad()
-    def measure(self, states: Callable[[Tensor, Tensor], Tensor], heads: int) -> Measurement:
-        """states: hidden (N, D) and the tokens (N,) they produced -> final states (K, N, D) of `heads` heads."""
-        chosen, text = self.ranks(states, heads)
-        left = self.data.left
+    def measure(self, read: Tensor, states: Callable[[Tensor, Tensor], Tensor], heads: int) -> Measurement:
+        """read (A, D): what the heads read at the answers' tokens. states: N such rows and the tokens (N,) there ->
+        final states (K, N, D) of `heads` heads."""
+        chosen, text = self.ranks(read, states, heads)
+        left = self.left
         top1, top3 = ([share(chosen[left > k, k] < top) for k in range(heads)] for top in (1, 3))
         texts = self.texts(text)
         tried = best_paths((row for rows in texts[::2] for row in rows), STORED_PATHS, GUESSES)
@@ -67,20 +69,22 @@ class HeldOut:
         accuracy = conditional_accuracy(rows, paths[: TREE_SIZES[-1] - 1], GUESSES)
         return Measurement(top1, top3, per_step, paths, accuracy)
 
-    def ranks(self, states: Callable[[Tensor, Tensor], Tensor], heads: int) -> tuple[Tensor, Tensor]:
-        """(T, K) each: at every position the rank, among head k's guesses, of the base model's greedy token k
+    def ranks(
+        self, read: Tensor, states: Callable[[Tensor, Tensor], Tensor], heads: int
+    ) -> tuple[Tensor, Tensor]:
+        """(A, K) each: at every position the rank, among head k's guesses, of the base model's greedy token k
         places on, and of the token that the text has there; ABSENT where the text ends before or the draft
         vocabulary lacks it."""
         chosen: list[Tensor] = []
         text: list[Tensor] = []
-        end = len(self.data.tokens)
+        end = len(self.tokens)
         ahead = torch.arange(1, heads + 1)
         for rows in torch.arange(end).split(ROWS):
-            final = states(self.data.hidden[rows], self.data.tokens[rows])
+            final = states(read[rows], self.tokens[rows])
             logits = (final.to(self.projection.dtype) @ self.projection.T).transpose(0, 1)  # (N, K, Vd)
             later = (rows[:, None] + ahead).clamp(max=end - 1)
-            inside = self.data.left[rows][:, None] >= ahead
-            choices = self.chosen[later], self.data.tokens[later]
+            inside = self.left[rows][:, None] >= ahead
+            choices = self.chosen[later], self.tokens[later]
             for tokens, results in zip(choices, (chosen, text), strict=True):
                 index = self.draft_index[tokens]
                 found = logits.gather(-1, index.clamp(min=0)[..., None].to(logits.device))
@@ -90,7 +94,7 @@ class HeldOut:
     def texts(self, ranks: Tensor) -> list[list[list[int]]]:
         """Ranks by line: of the lines sampled at temperature 0 where the data names at least two such, since
         another text is not what the base model would have chosen; else of all lines."""
-        parts = {int(line): ranks[self.data.lines == line].tolist() for line in self.data.lines.unique()}
+        parts = {int(line): ranks[self.lines == line].tolist() for line in self.lines.unique()}
         greedy = [rows for line, rows in parts.items() if self.greedy[line]]
         return greedy if len(greedy) > 1 else list(parts.values())
 

@@ -1,7 +1,8 @@
 """The hidden states that produced an answer's tokens, by a forward of the base model over prompt and answer.
 
 Row j of a line's states produced its answer token r[j]; the row j + k is therefore also the teacher of head k at
-position j.
+position j. With `prompts`, the tokens of the prompt have rows, too, in front of them; nothing has produced the first
+one, and its row is zero.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ FORWARD_TOKENS = 2048  # tokens, padding included, in one forward: enough rows f
 
 
 @torch.inference_mode()
-def hidden_states(model: nn.Module, lines: Sequence[Answer]) -> Iterator[Tensor]:
-    """The states (len(answer), D) bfloat16, on the CPU, of every line, in order; like lengths share a forward."""
+def hidden_states(model: nn.Module, lines: Sequence[Answer], prompts: bool = False) -> Iterator[Tensor]:
+    """The states (len(answer), D) or, with `prompts`, (len(prompt) + len(answer), D) bfloat16, on the CPU, of every line, in order; like lengths share a forward."""
     device = output_matrix(model).device
     results: list[Tensor | None] = [None] * len(lines)
     ready = 0
@@ -32,8 +33,10 @@ def hidden_states(model: nn.Module, lines: Sequence[Answer]) -> Iterator[Tensor]
         # Padding stands on the right of a causal model, so nothing sees it and no mask is needed.
         states = model.base_model(ids.to(device), use_cache=False).last_hidden_state  # type: ignore[operator]
         for row, index in enumerate(batch):
-            first = len(lines[index].prompt) - 1
-            rows = states[row, first : first + len(lines[index].answer)]
+            first = 0 if prompts else len(lines[index].prompt) - 1
+            rows = states[row, first : len(lines[index]) - 1]
+            if prompts:
+                rows = torch.cat([torch.zeros_like(rows[:1]), rows])
             results[index] = rows.to("cpu", torch.bfloat16, copy=True)
         while ready < len(lines) and (found := results[ready]) is not None:
             yield found

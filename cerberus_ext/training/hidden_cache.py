@@ -14,7 +14,7 @@ from ..heads import fingerprint, output_matrix
 from .answers import Answers
 from .files import write_json, write_tensors
 from .hidden import hidden_states
-from .positions import CHUNK_LINES, Piece, answer_tokens, pieces
+from .positions import CHUNK_LINES, Piece, pieces, stored_rows
 
 RECORD = "cache.json"
 STORED_BYTES = 2  # bfloat16
@@ -23,14 +23,16 @@ STORED_BYTES = 2  # bfloat16
 class HiddenCache:
     """The folder of one model's states of one set of answers.
 
-    size: D of the model. limit: most bytes of the folder, None: no bound. The first chunks that fit are kept, so
+    size: D of the model. prompts: whether the tokens of the prompts have states, too. limit: most bytes of the folder, None: no bound. The first chunks that fit are kept, so
     nothing is ever removed to make room for something else. Files that an earlier run with a higher limit left are
     read all the same.
     """
 
-    def __init__(self, folder: Path, limit: float | None, size: int, answers: Answers) -> None:
-        self.folder, self.answers, self.size = folder, answers, size
-        self.chunks = pieces(answers.lines, 0, len(answers.lines))
+    def __init__(
+        self, folder: Path, limit: float | None, size: int, answers: Answers, prompts: bool = False
+    ) -> None:
+        self.folder, self.answers, self.size, self.prompts = folder, answers, size, prompts
+        self.chunks = pieces(answers.lines, 0, len(answers.lines), prompts)
         self.allowed = len(self.chunks)
         if limit is not None:
             ends = [sum(chunk.rows for chunk in self.chunks[: n + 1]) for n in range(len(self.chunks))]
@@ -62,21 +64,24 @@ class HiddenCache:
         the same. Raises ValueError where the folder holds something else.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        identity = {
+        identity: dict[str, Any] = {
             "data_sha256": self.answers.sha256,
             "model_fingerprint": fingerprint(model.parameters(), rows=16),
             "model_dtype": str(output_matrix(model).dtype).removeprefix("torch."),
             "stored_dtype": "bfloat16",
             "shard_lines": CHUNK_LINES,
         }
+        if self.prompts:
+            identity["prompts"] = True
         record = self.folder / RECORD
         if record.exists():
             try:
                 found: Any = json.loads(record.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(f"train: {RECORD} of the cache must be JSON ({error})") from None
-            for key, expected in identity.items():
-                got = found.get(key) if isinstance(found, dict) else None
+            found = found if isinstance(found, dict) else {}
+            for key, expected in {"prompts": None, **identity}.items():
+                got = found.get(key)
                 if got != expected:
                     raise ValueError(
                         f"train: {key} of the cached hidden states must be {expected}, got {got};"
@@ -94,12 +99,12 @@ class HiddenCache:
     def spot_check(self, model: nn.Module, chunk: Piece) -> bool:
         lines = self.answers.lines[chunk.first : chunk.end]
         shortest = min(range(len(lines)), key=lambda index: len(lines[index]))
-        start, count = answer_tokens(lines[:shortest]), len(lines[shortest].answer)
+        start, count = (stored_rows(part, self.prompts) for part in (lines[:shortest], [lines[shortest]]))
         with safe_open(self.file(chunk.chunk), "pt") as tensors:
             stored = tensors.get_slice("hidden")
             if tuple(stored.get_shape()) != (chunk.rows, self.size):
                 return False
             rows = stored[start : start + count].float()
-        fresh = next(hidden_states(model, [lines[shortest]])).float()
+        fresh = next(hidden_states(model, [lines[shortest]], self.prompts)).float()
         # Both were rounded to bfloat16, by up to 2^-8, from float32 sums taken in different orders.
         return bool((rows - fresh).norm() <= 0.02 * fresh.norm())

@@ -28,7 +28,7 @@ class TrainOptions:
     rows         answers that are written at once
 
     The heads.
-    heads, layers, anchor, chained    see CerberusConfig
+    heads, layers, anchor, chained, context_layer    see CerberusConfig
     draft_vocab  rows of the LM head to project to, those of the most frequent tokens; 0: all; None: DRAFT_VOCAB, or
                  all where there are no more
     init         trained heads to start from: a folder, a packaged name or a Hub id
@@ -61,6 +61,7 @@ class TrainOptions:
     layers: int = 2
     anchor: str = "root"
     chained: bool = True
+    context_layer: bool = False
     draft_vocab: int | None = None
     init: str | None = None
 
@@ -88,6 +89,8 @@ class TrainOptions:
         for name in ("lr", "clip", "head_decay", "memory"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train: {name} must be > 0, got {getattr(self, name)}")
+        if self.context_layer and (self.anchor != "root" or not self.chained):
+            raise ValueError('train: context_layer must be False without chained heads and anchor "root"')
         if not 0 < self.held_out < 1:
             raise ValueError(f"train: held_out must be between 0 and 1, got {self.held_out}")
         if self.cache_size is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..context_layer import attention_sizes
 from ..heads import CerberusConfig, CerberusHeads, fingerprint, input_matrix, output_matrix
 from .distill import frequent_tokens
 from .options import DRAFT_VOCAB, TrainOptions
@@ -22,6 +23,8 @@ def start_heads(model: nn.Module, options: TrainOptions, tokens: Tensor, hidden_
         heads.draft_vocab.copy_(frequent_tokens(tokens, len(heads.draft_vocab), config.vocab_size))
     if heads.anchor_scale is not None:
         heads.anchor_scale.data.fill_(hidden_rms / embeddings.detach().float().square().mean().sqrt().item())
+    if heads.context is not None:
+        heads.context.draw(hidden_rms, options.seed)
     if options.init is not None:
         copy_trained(trained_heads(options.init, config), heads)
     return heads.to(output_matrix(model).device)
@@ -45,6 +48,8 @@ def heads_config(model: nn.Module, options: TrainOptions) -> CerberusConfig:
         anchor=options.anchor,
         chained=options.chained,
         draft_vocab=None if draft_vocab in (0, vocab_size) else draft_vocab,
+        context_layer=options.context_layer,
+        context_heads=list(attention_sizes(model)) if options.context_layer else None,
         lm_head_fingerprint=fingerprint([lm_head]),
     )
 
@@ -62,6 +67,10 @@ def trained_heads(name: str, config: CerberusConfig) -> CerberusHeads:
         expected, got = getattr(config, field), getattr(trained.config, field)
         if got != expected:
             raise ValueError(f"train: {field} of init must be {expected}, got {got}")
+    if trained.config.context_layer and trained.config.context_heads != config.context_heads:
+        raise ValueError(
+            f"train: context_heads of init must be {config.context_heads}, got {trained.config.context_heads}"
+        )
     if trained.config.num_layers > config.num_layers:
         raise ValueError(
             f"train: num_layers of init must be at most {config.num_layers}, got {trained.config.num_layers}"
@@ -70,9 +79,10 @@ def trained_heads(name: str, config: CerberusConfig) -> CerberusHeads:
 
 
 def copy_trained(trained: CerberusHeads, heads: CerberusHeads) -> None:
-    """Puts the weights of `trained` into `heads`, which may have more layers and another draft vocabulary.
+    """Puts the weights of `trained` into `heads`, which may have more layers, a context layer and another vocabulary.
 
-    A layer of zeros adds silu(0) = 0 to a state, so heads with more layers guess what the trained ones do.
+    A layer of zeros adds silu(0) = 0 to a state, so heads with more layers guess what the trained ones do. A new
+    context layer adds nothing, either.
     """
     layers = trained.config.num_layers
     with torch.no_grad():
@@ -80,3 +90,5 @@ def copy_trained(trained: CerberusHeads, heads: CerberusHeads) -> None:
         heads.bias[:layers] = trained.bias
         if heads.anchor_scale is not None and trained.anchor_scale is not None:
             heads.anchor_scale.copy_(trained.anchor_scale)
+        if heads.context is not None and trained.context is not None:
+            heads.context.load_state_dict(trained.context.state_dict())

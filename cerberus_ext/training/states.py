@@ -18,26 +18,32 @@ from .processes import Processes
 
 
 class StateSource:
-    """Hidden states of `answers`. computed, seconds: tokens whose states were computed so far, and how long it took."""
+    """Hidden states of `answers`, at the tokens of the prompts only with `prompts`.
 
-    def __init__(self, model: nn.Module, answers: Answers, cache: HiddenCache | None, processes: Processes) -> None:
+    computed, seconds: rows that were computed so far, and how long it took.
+    """
+
+    def __init__(
+        self, model: nn.Module, answers: Answers, cache: HiddenCache | None, processes: Processes, prompts: bool = False
+    ) -> None:
         self.model, self.answers, self.cache, self.processes = model, answers, cache, processes
+        self.prompts = prompts
         self.size = output_matrix(model).shape[1]
-        self.chunks = pieces(answers.lines, 0, len(answers.lines))
+        self.chunks = pieces(answers.lines, 0, len(answers.lines), prompts)
         self.computed, self.seconds = 0, 0.0
 
     def together(self, parts: list[Piece]) -> Positions:
         """The positions of the pieces, in every process: each computes a share of the chunks for all. Collective."""
-        return positions(self.answers.lines, parts, self.size, self.shared(parts))
+        return positions(self.answers.lines, parts, self.size, self.shared(parts), self.prompts)
 
     def alone(self, parts: list[Piece]) -> Positions:
         """The positions of the pieces, in the main process only."""
         with self.bar(parts) as bar:
             found = (self.kept(piece.chunk, self.find(piece.chunk, bar)) for piece in parts)
-            return positions(self.answers.lines, parts, self.size, found)
+            return positions(self.answers.lines, parts, self.size, found, self.prompts)
 
     def missing(self, parts: list[Piece]) -> int:
-        """Answer tokens in those chunks of the pieces that are not in the cache."""
+        """Rows in those chunks of the pieces that are not in the cache."""
         return sum(self.chunks[piece.chunk].rows for piece in parts if not self.cached(piece.chunk))
 
     def shared(self, parts: list[Piece]) -> Iterator[Tensor]:
@@ -60,7 +66,7 @@ class StateSource:
             return states
         chunk = self.chunks[number]
         started, rows = time.perf_counter(), []
-        for line in hidden_states(self.model, self.answers.lines[chunk.first : chunk.end]):
+        for line in hidden_states(self.model, self.answers.lines[chunk.first : chunk.end], self.prompts):
             rows.append(line)
             bar.update(len(line))
         self.computed += chunk.rows

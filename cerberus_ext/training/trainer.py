@@ -14,6 +14,7 @@ from ..heads import CONFIG_FILE, WEIGHTS_FILE, CerberusHeads, input_matrix, outp
 from .answers import Answers
 from .batch import Batch, cut
 from .checkpoint import digest, load_checkpoint, save_checkpoint
+from .context import Reach, context_states, reach_of
 from .distill import counted, distillation, head_states, learning_rate
 from .estimate import state_estimate
 from .files import write_tensors
@@ -28,7 +29,7 @@ from .states import StateSource
 from .windows import Windows
 
 PARTIAL_HEADS = "heads.partial"
-INDEX_BYTES = 3 * 8  # of a position, for its token, its line and how many follow
+INDEX_BYTES = 5 * 8  # of a row, for its token, its line, its place in it, how many follow, and that it is an answer's
 
 
 class Trainer:
@@ -51,14 +52,16 @@ class Trainer:
 
         lines = len(answers.lines)
         first_held = lines - min(max(1, round(lines * options.held_out)), MOST_LINES)
-        self.training, held = pieces(answers.lines, 0, first_held), pieces(answers.lines, first_held, lines)
+        context = options.context_layer
+        self.training = pieces(answers.lines, 0, first_held, context)
+        held = pieces(answers.lines, first_held, lines, context)
         per_step, row_bytes = options.batch // SEGMENT, size * STORED_BYTES + INDEX_BYTES
         self.windows = Windows(self.training, options.memory * 1e9, row_bytes, per_step, options.seed)
         limit = None if options.cache_size is None else options.cache_size * 1e9
-        cache = HiddenCache(options.cache, limit, size, answers) if options.cache else None
+        cache = HiddenCache(options.cache, limit, size, answers, context) if options.cache else None
         if cache:
             processes.from_main(lambda: cache.check(model))
-        self.source = StateSource(model, answers, cache, processes)
+        self.source = StateSource(model, answers, cache, processes, context)
         self.held = self.source.alone(held) if processes.main else None
 
         self.tokens, self.held_tokens = answer_ids(answers.lines[:first_held]), answer_ids(answers.lines[first_held:])
@@ -131,14 +134,15 @@ class Trainer:
         data = self.positions(epoch, number)
         starts = self.windows.starts(epoch, number, index)
         # Every process knows the whole batch's positions, so that its share is weighed as in the whole.
-        counts = counted(data.left[starts[:, None] + torch.arange(SEGMENT)], options.heads)
-        loss = self.backward(cut(data, starts[self.processes.index :: count], options.heads, self.device), counts)
+        drawn = data.answers[starts[:, None] + torch.arange(SEGMENT)]
+        counts = counted(data.left[drawn], options.heads)
+        loss = self.backward(self.cut(data, starts[self.processes.index :: count]), counts)
         if count > 1:
             self.sum_over_processes(loss)
         norm = nn.utils.clip_grad_norm_(self.heads.parameters(), options.clip)
         value = loss.item()
         if not torch.isfinite(loss + norm):
-            self.abort(value, norm.item(), cut(data, starts, options.heads, self.device))
+            self.abort(value, norm.item(), self.cut(data, starts))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, options.steps, options.warmup, options.lr)
         self.optimizer.step()
@@ -149,6 +153,8 @@ class Trainer:
         """Sets the gradient of the heads' parameters, and returns the loss (). counts: see `distillation`."""
         options = self.options
         hidden = batch.hidden[:, :SEGMENT].flatten(0, 1).float()
+        if batch.reach is not None:
+            hidden = self.read(batch.reach)
         states = self.states(hidden, batch.tokens.flatten())
         teacher = (batch.hidden[:, 1:].to(self.dtype) @ self.projection.T).float()
         loss, gradient = distillation(
@@ -159,12 +165,34 @@ class Trainer:
         return loss
 
     def states(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Final states (K, N, D) float32 where the states `hidden` (N, D) produced `tokens` (N,)."""
+        """Final states (K, N, D) float32 where the states `hidden` (N, D) produced `tokens` (N,).
+
+        hidden: as they have come through the context layer, if there is one.
+        """
         hidden = hidden.to(self.device, torch.float32)
-        anchor = hidden
-        if self.heads.anchor_scale is not None:
-            anchor = self.embeddings[tokens.to(self.device)].float() * self.heads.anchor_scale
+        anchor = hidden if self.heads.anchor_scale is None else self.anchor(tokens)
         return head_states(hidden, anchor, self.heads.weight, self.heads.bias, self.dtype)
+
+    def anchor(self, tokens: Tensor) -> Tensor:
+        """(N, D) float32"""
+        return self.embeddings[tokens.to(self.device)].float() * self.heads.anchor_scale
+
+    def read(self, reach: Reach) -> Tensor:
+        """What the heads read at the positions of the reach, (N, D) float32."""
+        assert self.heads.context is not None
+        return context_states(self.heads.context, reach, self.anchor(reach.tokens), self.dtype)
+
+    @torch.no_grad()
+    def read_all(self, data: Positions) -> Tensor:
+        """What the heads read at the answers' tokens, (A, D): the hidden states, through the context layer if any."""
+        if self.heads.context is None:
+            return data.hidden[data.answers]
+        lines = data.lines[data.answers].unique_consecutive(return_counts=True)[1].tolist()
+        rows = data.answers.split(lines)
+        return torch.cat([self.read(reach_of(data, line[None], self.device)).cpu() for line in rows])
+
+    def cut(self, data: Positions, starts: Tensor) -> Batch:
+        return cut(data, starts, self.options.heads, self.device, self.options.context_layer)
 
     def positions(self, epoch: int, number: int) -> Positions:
         """A window of the data, from memory if it is the one that is there. Collective where it is not."""
@@ -197,8 +225,8 @@ class Trainer:
 
     def measure(self, loss: float) -> None:
         """Adds a point to the curve, saves the heads if they are the best so far, writes checkpoint and record."""
-        assert self.held_out is not None  # the main process has it
-        result = self.held_out.measure(self.states, self.options.heads)
+        assert self.held is not None and self.held_out is not None  # the main process has them
+        result = self.held_out.measure(self.read_all(self.held), self.states, self.options.heads)
         point = {
             "step": self.step,
             "loss": round(loss, 4),

@@ -21,17 +21,17 @@ from .positions import Piece
 class Windows:
     """The plan of all steps.
 
-    parts: the training pieces. memory: bytes that a window may have, row_bytes of them for each position.
+    parts: the training pieces. memory: bytes that a window may have, row_bytes of them for each row.
     per_step: segments of a step.
     Raises ValueError where a piece alone is too large, or where there are not enough positions for a step.
     """
 
     def __init__(self, parts: list[Piece], memory: float, row_bytes: int, per_step: int, seed: int) -> None:
-        rows = [piece.rows for piece in parts]
+        rows, tokens = [piece.rows for piece in parts], sum(piece.tokens for piece in parts)
         needed = (per_step + 2) * SEGMENT
-        if sum(rows) < needed:
+        if tokens < needed:
             raise ValueError(
-                f"train: data must have at least {needed} answer tokens before the held-out lines, got {sum(rows)}"
+                f"train: data must have at least {needed} answer tokens before the held-out lines, got {tokens}"
             )
         self.parts, self.per_step, self.seed = parts, per_step, seed
         self.row_bytes, self.capacity = row_bytes, int(memory) // row_bytes
@@ -57,7 +57,10 @@ class Windows:
             self._epoch = self._first = 0
         while True:
             left = step - self._first
-            for number, window in enumerate(self.epoch(self._epoch)):
+            windows = self.epoch(self._epoch)
+            if not any(map(self.steps, windows)):  # full of prompts
+                raise ValueError("train: memory must be larger, no part of the data that fits is enough for a step")
+            for number, window in enumerate(windows):
                 if left < self.steps(window):
                     return self._epoch, number, left
                 left -= self.steps(window)
@@ -65,14 +68,14 @@ class Windows:
             self._epoch += 1
 
     def starts(self, epoch: int, number: int, index: int) -> Tensor:
-        """First rows, within the window, of the segments of its step `index`, (per_step,)."""
+        """First answer tokens, within the window, of the segments of its step `index`, (per_step,)."""
         order = _order(segments(self.epoch(epoch)[number]), self.seed, epoch, number)
         return order[index * self.per_step : (index + 1) * self.per_step]
 
 
 def segments(window: list[Piece]) -> int:
     """Segments of a window: one less than fit, which leaves room for the offset."""
-    return max(0, sum(piece.rows for piece in window) // SEGMENT - 1)
+    return max(0, sum(piece.tokens for piece in window) // SEGMENT - 1)
 
 
 @lru_cache(maxsize=2)

@@ -175,7 +175,7 @@ def test_a_cached_chunk_of_another_shape_is_refused(tmp_path: Path, data: Answer
 
 
 # Ten pieces of 100 to 190 rows, 1450 in all.
-PARTS = [Piece(chunk, chunk, chunk + 1, 100 + 10 * chunk, 0) for chunk in range(10)]
+PARTS = [Piece(chunk, chunk, chunk + 1, 100 + 10 * chunk, 100 + 10 * chunk, 0) for chunk in range(10)]
 
 
 def plan(memory: float = 1e9, per_step: int = 4, seed: int = 0) -> Windows:
