@@ -73,9 +73,7 @@ class HydraTrainer(Trainer):
 
 
 class HydraHeldOut(HeldOut):
-    def ranks(
-        self, read: Tensor, states: Callable[[Tensor, Tensor], Tensor], heads: int
-    ) -> tuple[Tensor, Tensor]:
+    def ranks(self, read: Tensor, states: Callable[[Tensor, Tensor], Tensor], heads: int) -> tuple[Tensor, Tensor]:
         """As of HeldOut, which asks for the states of ROWS positions after the other."""
         paths = iter(following(self.tokens, heads).split(ROWS))
         return super().ranks(read, lambda hidden, tokens: states(hidden, next(paths)), heads)

@@ -27,9 +27,7 @@ class TreeCache(Cache):
               view of the slots in use (False: for the model's own attention)
     """
 
-    def __init__(
-        self, num_layers: int, capacity: int, batch: int, device: torch.device, context: bool = False
-    ) -> None:
+    def __init__(self, num_layers: int, capacity: int, batch: int, device: torch.device, context: bool = False) -> None:
         super().__init__(layers=[TreeCacheLayer(self, index) for index in range(num_layers)])
         self.capacity = capacity
         self.context = context

@@ -70,9 +70,7 @@ class BoundContext:
     ) -> None:
         """parameters: of a ContextLayer, by name."""
         self.sizes = sizes
-        self.qkv, self.output, self.mixer, self.bias = (
-            parameters[name] for name in ("qkv", "output", "mixer", "bias")
-        )
+        self.qkv, self.output, self.mixer, self.bias = (parameters[name] for name in ("qkv", "output", "mixer", "bias"))
         self.embeddings, self.anchor_scale = embeddings, anchor_scale
 
     def keep_prompt(self, cache: TreeCache, hidden: Tensor, tokens: Tensor) -> None:

@@ -306,8 +306,9 @@ class Drafter:
     def draft(self, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
         """The `guesses` best tokens of every head, best first.
 
-        hidden (B, D): what produced root (B,) int64, as it has come through `context` -> token ids of the model's vocabulary (B, K, guesses) int64, and their
-        log-probabilities within the draft vocabulary (B, K, guesses) float32.
+        hidden (B, D): what produced root (B,) int64, after `context` if there is one -> token ids of the model's
+        vocabulary (B, K, guesses) int64, and their log-probabilities within the draft vocabulary (B, K, guesses)
+        float32.
         """
         if not 1 <= guesses <= self.projection.shape[0]:
             raise ValueError(f"Drafter.draft: guesses must be in 1..{self.projection.shape[0]}, got {guesses}")

@@ -120,7 +120,7 @@ def context_of(drafter: Drafter) -> BoundContext | None:
 
 
 def draft(drafter: Drafter, cache: TreeCache, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
-    """The guesses ids, logprobs (B, K, guesses) behind the root (B,), which hidden (B, D) led to. On the device only."""
+    """hidden (B, D): what led to root (B,) -> ids, logprobs (B, K, guesses) of the guesses behind it, on the device."""
     context = context_of(drafter)
     if context is not None:
         hidden = context.read(cache, hidden[:, None], root[:, None], _ALONE.on(root.device))[:, 0]

@@ -52,6 +52,11 @@ def random_heads(**changes: object) -> CerberusHeads:
             rf"draft_vocab must be None or in 1..vocab_size \({VOCAB}\), got {VOCAB + 1}",
         ),
         ({"draft_vocab": 0}, r"draft_vocab must be None or in 1..vocab_size \(101\), got 0"),
+        ({"context_layer": True, "anchor": "hidden"}, 'context_layer must be False without .* anchor "root"'),
+        ({"context_layer": True, "context_heads": [4, 2, 8], "chained": False}, "context_layer must be False without"),
+        ({"context_layer": True}, "context_heads must be query heads, .* got None"),
+        ({"context_layer": True, "context_heads": [4, 3, 8]}, r"context_heads must be .* got \[4, 3, 8\]"),
+        ({"context_layer": True, "context_heads": [4, 2, 7]}, r"context_heads must be .* an even head size, got"),
         ({"accuracy": [[0.5], [0.4]]}, r"accuracy must have one row per head \(3\), got 2"),
     ],
 )
@@ -87,7 +92,15 @@ def test_parameters(changes: dict, weight: tuple, scaled: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, {"draft_vocab": 40, "paths": [[0], [0, 1]]}, {"chained": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"draft_vocab": 40, "paths": [[0], [0, 1]]},
+        {"chained": False},
+        {"context_layer": True, "context_heads": [4, 2, 8]},
+    ],
+)
 def test_saved_heads_come_back(tmp_path: Path, dtype: torch.dtype, changes: dict) -> None:
     heads = random_heads(**changes).to(dtype)
     heads.save_pretrained(tmp_path)

@@ -82,9 +82,9 @@ def train(
         options = training.TrainOptions(
             output=output, base_model=name_of(model) if model else HUB_ID, seed=seed, data=data, prompts=prompts,
             tokens=tokens, max_new_tokens=max_new_tokens, rows=rows, heads=heads, layers=layers, anchor=anchor,
-            chained=chained, context_layer=context_layer, draft_vocab=draft_vocab, init=init, steps=steps, batch=batch, lr=lr, warmup=warmup,
-            held_out=held_out, eval_every=eval_every, patience=patience, memory=memory, cache=cache,
-            cache_size=cache_size,
+            chained=chained, context_layer=context_layer, draft_vocab=draft_vocab, init=init, steps=steps,
+            batch=batch, lr=lr, warmup=warmup, held_out=held_out, eval_every=eval_every, patience=patience,
+            memory=memory, cache=cache, cache_size=cache_size,
         )  # fmt: skip
         if device is None:
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"

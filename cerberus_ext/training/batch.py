@@ -33,5 +33,5 @@ def cut(data: Positions, starts: Tensor, heads: int, device: torch.device, conte
     ahead = starts[:, None] + torch.arange(SEGMENT + heads)
     ahead = data.answers[ahead.clamp(max=len(data.answers) - 1)]
     rows = ahead[:, :SEGMENT]
-    tensors = (data.hidden[ahead], data.tokens[rows], data.left[rows])
-    return Batch(*(tensor.to(device) for tensor in tensors), reach_of(data, rows, device) if context else None)
+    hidden, tokens, left = (part.to(device) for part in (data.hidden[ahead], data.tokens[rows], data.left[rows]))
+    return Batch(hidden, tokens, left, reach_of(data, rows, device) if context else None)

@@ -69,9 +69,7 @@ class HeldOut:
         accuracy = conditional_accuracy(rows, paths[: TREE_SIZES[-1] - 1], GUESSES)
         return Measurement(top1, top3, per_step, paths, accuracy)
 
-    def ranks(
-        self, read: Tensor, states: Callable[[Tensor, Tensor], Tensor], heads: int
-    ) -> tuple[Tensor, Tensor]:
+    def ranks(self, read: Tensor, states: Callable[[Tensor, Tensor], Tensor], heads: int) -> tuple[Tensor, Tensor]:
         """(A, K) each: at every position the rank, among head k's guesses, of the base model's greedy token k
         places on, and of the token that the text has there; ABSENT where the text ends before or the draft
         vocabulary lacks it."""

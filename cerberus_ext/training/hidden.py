@@ -20,7 +20,10 @@ FORWARD_TOKENS = 2048  # tokens, padding included, in one forward: enough rows f
 
 @torch.inference_mode()
 def hidden_states(model: nn.Module, lines: Sequence[Answer], prompts: bool = False) -> Iterator[Tensor]:
-    """The states (len(answer), D) or, with `prompts`, (len(prompt) + len(answer), D) bfloat16, on the CPU, of every line, in order; like lengths share a forward."""
+    """The states (len(answer), D) bfloat16, on the CPU, of every line, in order; like lengths share a forward.
+
+    With `prompts`: (len(prompt) + len(answer), D).
+    """
     device = output_matrix(model).device
     results: list[Tensor | None] = [None] * len(lines)
     ready = 0

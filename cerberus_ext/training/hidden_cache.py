@@ -23,14 +23,12 @@ STORED_BYTES = 2  # bfloat16
 class HiddenCache:
     """The folder of one model's states of one set of answers.
 
-    size: D of the model. prompts: whether the tokens of the prompts have states, too. limit: most bytes of the folder, None: no bound. The first chunks that fit are kept, so
-    nothing is ever removed to make room for something else. Files that an earlier run with a higher limit left are
-    read all the same.
+    size: D of the model. prompts: whether the tokens of the prompts have states, too. limit: most bytes of the folder,
+    None: no bound. The first chunks that fit are kept, so nothing is ever removed to make room for something else.
+    Files that an earlier run with a higher limit left are read all the same.
     """
 
-    def __init__(
-        self, folder: Path, limit: float | None, size: int, answers: Answers, prompts: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, limit: float | None, size: int, answers: Answers, prompts: bool = False) -> None:
         self.folder, self.answers, self.size, self.prompts = folder, answers, size, prompts
         self.chunks = pieces(answers.lines, 0, len(answers.lines), prompts)
         self.allowed = len(self.chunks)

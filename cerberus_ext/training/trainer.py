@@ -175,6 +175,7 @@ class Trainer:
 
     def anchor(self, tokens: Tensor) -> Tensor:
         """(N, D) float32"""
+        assert self.heads.anchor_scale is not None
         return self.embeddings[tokens.to(self.device)].float() * self.heads.anchor_scale
 
     def read(self, reach: Reach) -> Tensor:

@@ -294,13 +294,16 @@ def trained(**changes: Any) -> CerberusHeads:
     config = CerberusConfig("tiny", 32, VOCAB, num_heads=3, num_layers=2, **changes)
     heads = CerberusHeads(config).eval().requires_grad_(False)
     heads.weight.normal_(std=0.1)
+    for parameter in heads.context.parameters() if heads.context is not None else ():
+        parameter.normal_(std=0.1)
     if heads.draft_vocab is not None:
         heads.draft_vocab.mul_(2)
     return heads
 
 
 CONFIGS: list[dict[str, Any]] = [
-    {}, {"draft_vocab": 40}, {"anchor": "hidden"}, {"chained": False, "draft_vocab": 50}
+    {}, {"draft_vocab": 40}, {"anchor": "hidden"}, {"chained": False, "draft_vocab": 50},
+    {"context_layer": True, "context_heads": [4, 2, 8]},
 ]  # fmt: skip
 
 
