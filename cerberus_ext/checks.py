@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 
 from .dynamic_tree import DynamicTree
 from .gate import Gate, wants_draft_trees
+from .stepper import Drafter, guesses_along_paths
 from .tree import DraftTree
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,6 +40,14 @@ def check_heads(heads: Any) -> None:
     """Something like CerberusHeads."""
     if not callable(getattr(heads, "bind", None)) or not hasattr(getattr(heads, "config", None), "num_heads"):
         raise TypeError(f"decode: heads must be CerberusHeads, got {type(heads).__name__}")
+
+
+def check_looking_ahead(drafter: Drafter, tree: DraftTree | DynamicTree) -> None:
+    """Heads that guess without a tree, where the tree or the gate wants to see what they guess before it decides."""
+    if guesses_along_paths(drafter):
+        dynamic = isinstance(tree, DynamicTree)
+        must = "tree must be a DraftTree" if dynamic else "gate must not choose by the guesses' probabilities"
+        raise ValueError(f"decode: {must} with these heads, which guess along the paths of a tree that has been chosen")
 
 
 def check_ids(ids: Any, model: PreTrainedModel) -> None:

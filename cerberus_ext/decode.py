@@ -100,6 +100,8 @@ def decode(
                 model, plan.heads, capacity, batch, plan.guesses, plan.looks_ahead, sampling, stats, graphs, steps
             ) as stepper,
         ):
+            if plan.looks_ahead and plan.guesses:
+                checks.check_looking_ahead(stepper.drafter, plan.tree)
             with stats.phase("prefill"):
                 first = stepper.prefill(ids)
                 text.add(first)

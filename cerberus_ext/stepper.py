@@ -174,22 +174,12 @@ class Stepper:
 
     def logprobs(self) -> Tensor:
         """(B, K, P) of the heads' guesses, on the host."""
-        if guesses_along_paths(self.drafter):
-            raise ValueError(
-                "decode: gate must not choose by the guesses' probabilities with these heads, which guess along the"
-                " paths of a tree that has been chosen"
-            )
         return self._draft()[1].cpu()
 
     def guesses(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """ids, logprobs (K, P) of the heads' guesses for row 0, on the host; (0, 0) where no tree has any."""
         if not self.most_guesses:
             return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
-        if guesses_along_paths(self.drafter):
-            raise ValueError(
-                "decode: tree must be a DraftTree with these heads, which guess along the paths of a tree that has"
-                " been chosen"
-            )
         ids, logprobs = self._draft()
         return ids[0].numpy(force=True), logprobs[0].numpy(force=True)
 

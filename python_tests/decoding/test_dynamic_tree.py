@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import MaxLengthCriteria, PreTrainedModel
 
 from cerberus_ext import CerberusConfig, CerberusHeads
+from cerberus_ext.base_model import BaseModel
 from cerberus_ext.decode import decode
 from cerberus_ext.dynamic_tree import DynamicTree, StepTree, padded_size
 from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
@@ -345,10 +346,13 @@ class PathHeads(OracleHeads):
     draft_tree = None
 
 
-def test_heads_that_guess_along_paths_need_a_draft_tree(llama: PreTrainedModel) -> None:
+def test_heads_that_guess_along_paths_need_a_draft_tree(llama: PreTrainedModel, monkeypatch: Any) -> None:
+    """They are refused before the prompt's forward, which may be long."""
     heads = PathHeads(generated("llama", "cpu", NEW), 4, VOCAB)
+    monkeypatch.setattr(BaseModel, "prefill", None)
     with pytest.raises(ValueError, match="decode: tree must be a DraftTree with these heads, which guess along"):
         decode(llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(8))
+    monkeypatch.undo()
     check_usable(llama)
 
 
