@@ -186,7 +186,7 @@ class Trainer:
     @torch.no_grad()
     def read_all(self, data: Positions) -> Tensor:
         """What the heads read at the answers' tokens, (A, D): the hidden states, through the context layer if any."""
-        if self.heads.context is None:
+        if not self.options.context_layer:
             return data.hidden[data.answers]
         lines = data.lines[data.answers].unique_consecutive(return_counts=True)[1].tolist()
         rows = data.answers.split(lines)
