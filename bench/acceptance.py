@@ -40,6 +40,7 @@ from cerberus_ext.json_lines import read_json_lines
 from cerberus_ext.prompts import Question, read_questions
 
 UNIT = StepCosts((1, 1 << 20), (1,), ((1.0,), (1.0,)), ((1.0,), (1.0,)))  # every step takes one second
+SHAPE = ("num_heads", "num_layers", "anchor", "chained", "context_layer", "draft_vocab")
 WAYS = (STATIC, DYNAMIC, SUFFIX, BOTH)
 
 
@@ -115,7 +116,7 @@ def main() -> None:
         heads = CerberusHeads.from_pretrained(name).to(model.dtype)
         texts = [trace(model, heads, answer) for answer in tqdm(answers, desc=Path(name).name, unit="answer")]
         config = heads.config
-        shape = {key: getattr(config, key) for key in ("num_heads", "num_layers", "anchor", "chained", "draft_vocab")}
+        shape = {key: getattr(config, key) for key in SHAPE}
         for way, size in product(arguments.ways, arguments.tree_size):
             if way == SUFFIX and number:
                 continue  # the same, whatever the heads are

@@ -23,6 +23,7 @@ def model_card(record: dict[str, Any], config: CerberusConfig) -> str:
     ]
     if HUB_ID.fullmatch(config.base_model):
         front.insert(0, f"base_model: {config.base_model}")
+    behind = ", behind a context layer" if config.context_layer else ""
     kind = "Cerberus heads" if config.chained else "Medusa-style heads"
     among = "all tokens" if config.draft_vocab is None else f"the {config.draft_vocab} most frequent tokens"
     source = f"{data['source']}, " if "source" in data else ""
@@ -35,7 +36,7 @@ def model_card(record: dict[str, Any], config: CerberusConfig) -> str:
 
 # {kind} for {config.base_model}
 
-{config.num_heads} decoding heads of {config.num_layers} layers, {record["parameters"]:,} parameters.
+{config.num_heads} decoding heads of {config.num_layers} layers{behind}, {record["parameters"]:,} parameters.
 They guess the tokens after the next one, among {among}. With `cerberus_ext`, an implementation of
 [Cerberus](https://arxiv.org/abs/2410.13344), they make the model generate faster and change nothing of what it
 generates: every token is one that the model itself chose.
