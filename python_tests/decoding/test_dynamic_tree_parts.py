@@ -1,0 +1,208 @@
+"""The parts of trees made anew at every step, and what is said of those, and of sources, that are wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from source_stand_ins import KnowingMaker, table
+from stand_ins import OracleHeads
+from tiny_models import VOCAB, generated, prompt, tiny_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cerberus_ext import CerberusConfig, CerberusHeads
+from cerberus_ext.base_model import BaseModel
+from cerberus_ext.decode import decode
+from cerberus_ext.dynamic_tree import DynamicTree, StepTree, padded_size
+from cerberus_ext.gate import ConfidenceGate, Gate
+from cerberus_ext.suffix import DocumentSource, SuffixSource
+from cerberus_ext.tree import DraftTree
+
+NEW = 24
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+@pytest.mark.parametrize(("nodes", "padded"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (64, 64), (65, 128)])
+def test_padded_size(nodes: int, padded: int) -> None:
+    assert padded_size(nodes) == padded
+
+
+def test_step_tree() -> None:
+    parents, chances = np.array([-1, 0, 1, 0, 2]), np.array([1.0, 0.5, 0.25, 0.25, 0.125])
+    tree = StepTree(parents, np.array([0, 7, 8, 9, 7]), np.array([0, 0, 1, 0, 1]), chances)
+    assert (tree.size, tree.depth, tree.depths.tolist()) == (5, 3, [0, 1, 2, 1, 3])
+    assert tree.expected.tolist() == [1, 1.5, 1.75, 2, 2.125]
+    assert tree.first(5) is tree and tree.first(9) is tree and tree.cut(3) is tree
+    small = tree.first(3)
+    assert small.parents.tolist() == [-1, 0, 1] and small.depth == 2 and small.expected.tolist() == [1, 1.5, 1.75]
+    tensors = tree.on(torch.device("cpu"))
+    assert tensors.tokens.tolist() == [7, 8, 9, 7] and tensors.parents.tolist() == parents.tolist()
+    assert tensors.ancestors.tolist() == [[0b1], [0b11], [0b111], [0b1001], [0b10111]]
+
+
+WRONG_TREES: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"size": 1}, ValueError, "size must be >= 2, got 1"),
+    ({"size": 4.0}, TypeError, "size must be an integer, got 4.0"),
+    ({"size": True}, TypeError, "size must be an integer, got True"),
+    ({"size": 4, "guesses": 0}, ValueError, "guesses must be in 1..32, got 0"),
+    ({"size": 4, "guesses": 33}, ValueError, "guesses must be in 1..32, got 33"),
+    ({"size": 4, "corrections": ((1, 2, 3),)}, TypeError, r"corrections must be \(slope, shift\) of every head, got"),
+    ({"size": 4, "corrections": 3}, TypeError, r"corrections must be \(slope, shift\) of every head, got 3"),
+    ({"size": 4, "corrections": (("a", 1),)}, TypeError, r"corrections must be \(slope, shift\) of every head, got"),
+    ({"size": 4, "corrections": ((float("nan"), 1),)}, ValueError, r"corrections must be \(slope, shift\) .*nan"),
+]
+
+
+@pytest.mark.parametrize(("values", "error", "message"), WRONG_TREES, ids=[message for *_, message in WRONG_TREES])
+def test_wrong_tree(values: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^DynamicTree: {message}"):
+        DynamicTree(**values)
+    assert DynamicTree(4, corrections=[[1, 2]]).corrections == ((1.0, 2.0),)  # type: ignore[arg-type]
+
+
+class PathHeads(OracleHeads):
+    """Guesses along the paths of a tree that has been chosen."""
+
+    draft = None
+    draft_tree = None
+
+
+def test_heads_that_guess_along_paths_need_a_draft_tree(llama: PreTrainedModel, monkeypatch: Any) -> None:
+    """They are refused before the prompt's forward, which may be long."""
+    heads = PathHeads(generated("llama", "cpu", NEW), 4, VOCAB)
+    monkeypatch.setattr(BaseModel, "prefill", None)
+    with pytest.raises(ValueError, match="decode: tree must be a DraftTree with these heads, which guess along"):
+        decode(llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(8))
+    monkeypatch.undo()
+    check_usable(llama)
+
+
+def check_usable(model: PreTrainedModel) -> None:
+    """After an error, the model is as it was, and decodes again."""
+    assert model.config._attn_implementation == "sdpa" and not model.lm_head._forward_pre_hooks
+    want = generated("llama", "cpu", NEW)
+    assert decode(model, None, prompt(), max_new_tokens=NEW).sequences.tolist() == want.tolist()
+
+
+# ---------------------------------------------------------------- sources that are none
+
+
+class Broken:
+    """Gives the answer at its second question; before, and in between, all is well."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer, self.asked = answer, 0
+
+    def extend(self, tokens: list[int]) -> None:
+        pass
+
+    def guess(self, most: int) -> Any:
+        self.asked += 1
+        return self.answer if self.asked == 2 else ([3], [0.1])
+
+
+BROKEN: list[tuple[Any, str]] = [
+    (None, r"Broken.guess must return \(tokens, chances\), got NoneType"),
+    (([1], [0.5], [0.5]), r"Broken.guess must return \(tokens, chances\), got tuple"),
+    ([[1], [0.5]], r"Broken.guess must return \(tokens, chances\), got list"),
+    (([1.0], [0.5]), "Broken.guess must return integers and numbers, got float64 and float64"),
+    ((["a"], [0.5]), "Broken.guess must return integers and numbers, got <U1 and float64"),
+    (([1], [True]), "Broken.guess must return integers and numbers, got int64 and bool"),
+    (([2**70], [0.5]), "Broken.guess must return integers and numbers, got object and float64"),
+    (([1, 2], [0.5]), r"Broken.guess must return tokens and chances of one shape, .* got \(2,\) and \(1,\)"),
+    ((1, 0.5), r"Broken.guess must return tokens and chances of one shape, .* got \(\) and \(\)"),
+    (([[[1]]], [[[0.5]]]), r"Broken.guess must return tokens and chances of one shape, .* got \(1, 1, 1\)"),
+    (([[1], [2, 3]], [[0.5], [0.5, 0.1]]), "Broken.guess must return two arrays: "),
+    (([[1, 2]], [[0.25, 0.5]]), "Broken.guess must return the guesses of each place best first"),
+    (([VOCAB], [0.5]), "Broken.guess must return tokens in 0..100, got 101"),
+    (([4, -1], [0.5, 0.5]), "Broken.guess must return tokens in 0..100, got -1"),
+    (([[4, VOCAB]], [[0.5, 0.5]]), "Broken.guess must return tokens in 0..100, got 101"),
+    ((np.array([2**64 - 1], np.uint64), [0.5]), "Broken.guess must return tokens in 0..100, got -1"),
+    (([4], [1.5]), "Broken.guess must return chances in 0..1, got 1.5"),
+    (([4], [-0.5]), "Broken.guess must return chances in 0..1, got -0.5"),
+    (([4], [float("nan")]), "Broken.guess must return chances in 0..1, got nan"),
+    (([[4, 5]], [[float("nan"), 0.5]]), "Broken.guess must return chances in 0..1, got nan"),
+]
+
+
+@pytest.mark.parametrize(("answer", "message"), BROKEN, ids=[message for _, message in BROKEN])
+def test_a_broken_source_is_named(answer: Any, message: str, llama: PreTrainedModel) -> None:
+    text = generated("llama", "cpu", NEW)
+    for heads in (OracleHeads(text, 4, VOCAB), None):
+        sources = [SuffixSource(), lambda prompt: Broken(answer), KnowingMaker(text, table(VOCAB, 3, 2, 5))]
+        with pytest.raises(ValueError, match=f"^decode: sources: {message}"):
+            decode(llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(32), sources=sources, streamer=heads)
+        check_usable(llama)
+
+
+@pytest.mark.parametrize("error", [ValueError, ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["maker", "guess", "extend"])
+def test_what_a_source_raises_comes_through(where: str, error: type[BaseException], llama: PreTrainedModel) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise error("of its own")
+
+    source = Broken(None)
+    if where != "maker":
+        setattr(source, where, fail)
+    with pytest.raises(error, match="^of its own$"):
+        maker = fail if where == "maker" else lambda prompt: source
+        decode(llama, None, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), sources=[maker])
+    check_usable(llama)
+
+
+def test_heads_that_guess_no_tokens(llama: PreTrainedModel) -> None:
+    heads = OracleHeads(generated("llama", "cpu", NEW), 4, VOCAB)
+    heads.guess = lambda guesses: torch.full((4, guesses), VOCAB)
+    with pytest.raises(ValueError, match=r"HeadsSource.guess must return tokens in 0..100, got 101"):
+        decode(llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), streamer=heads)
+    check_usable(llama)
+
+
+def test_documents_of_another_model(llama: PreTrainedModel) -> None:
+    text = generated("llama", "cpu", NEW)
+    document = [*text[0, :12].tolist(), VOCAB + 7]
+    with pytest.raises(ValueError, match="DocumentDrafts.guess must return tokens in 0..100, got 108"):
+        decode(llama, None, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), sources=[DocumentSource([document])])
+
+
+@pytest.mark.parametrize("made", [None, 3, SuffixSource()])
+def test_a_maker_of_something_else(made: Any, llama: PreTrainedModel) -> None:
+    with pytest.raises(
+        TypeError, match=rf"^decode: sources\[1\] must make what has extend .* got {type(made).__name__}"
+    ):
+        decode(llama, None, prompt(), max_new_tokens=NEW, sources=[SuffixSource(), lambda prompt: made])
+    check_usable(llama)
+
+
+class Choosing(Gate):
+    """Written before there were other trees than DraftTrees."""
+
+    def __init__(self) -> None:
+        self.chosen: list[DraftTree] = []
+
+    def choose(self, tree: DraftTree, logprobs: Tensor) -> DraftTree:
+        self.chosen.append(tree)
+        return tree
+
+
+def test_gates_that_choose_among_draft_trees_get_one(llama: PreTrainedModel) -> None:
+    """By themselves, and not where they are told otherwise."""
+    heads = CerberusHeads(CerberusConfig("tiny", 32, VOCAB))
+    choosing = Choosing()
+    confident = ConfidenceGate({1: 1.0, 8: 1.01}, [DraftTree.chain(1), DraftTree.chain(3)])
+    for gate in (choosing, confident):
+        for other, tree in ((heads, DynamicTree(4)), (None, None)):
+            with pytest.raises(ValueError, match="decode: gate must have choose_size, and no trees of its own, for a"):
+                decode(llama, other, prompt(), max_new_tokens=NEW, tree=tree, gate=gate)
+        out = decode(llama, heads, prompt(), max_new_tokens=NEW, gate=gate)
+        assert out.sequences.tolist() == generated("llama", "cpu", NEW).tolist()
+        if gate is confident:
+            assert {4} < {nodes for nodes, _ in out.stats.trace} <= {1, 2, 3, 4}
+    assert choosing.chosen and all(isinstance(tree, DraftTree) for tree in choosing.chosen)
