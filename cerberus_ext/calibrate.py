@@ -121,7 +121,7 @@ def calibrate(
         choice = after_validation(choice, measured)
 
     setting, tally = choice.settings[choice.chosen], choice.tallies[choice.chosen]
-    device, dtype, threads = key_of(model.device, model.dtype, torch.get_num_threads())
+    device, dtype, threads, _ = key_of(model.device, model.dtype, torch.get_num_threads())
     found = Calibration(
         device=device,
         dtype=dtype,

@@ -106,8 +106,9 @@ def make_plan(
     tree: DraftTree | DynamicTree | None,
     gate: Gate | None,
     sources: Sequence[SourceMaker] | None,
+    compiled: bool = False,
 ) -> Plan:
-    """The arguments of `decode`, checked and completed as described there."""
+    """The arguments of `decode`, checked and completed as described there. compiled: its `compile`."""
     heads = NoHeads() if heads is None else heads
     checks.check_heads(heads)
     if tree is not None:
@@ -117,7 +118,7 @@ def make_plan(
     if isinstance(gate, AlwaysClosed):
         tree = DraftTree.root()  # nothing is to be drafted
     if tree is None:
-        calibrated = find(heads, model.device, model.dtype, torch.get_num_threads())
+        calibrated = find(heads, model.device, model.dtype, torch.get_num_threads(), compiled)
         static = isinstance(gate, Gate) and wants_draft_trees(gate)
         if calibrated and (not static if isinstance(calibrated.tree, DynamicTree) else sources is None):
             tree, gate = calibrated.tree, calibrated.gate if gate is None else gate

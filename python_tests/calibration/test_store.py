@@ -53,7 +53,7 @@ def saved_heads(folder: Path, seed: int = 0) -> CerberusHeads:
 def entry(
     heads: CerberusHeads, threads: int = 2, gate: Gate = GATES["open"], tree: DraftTree | DynamicTree = TREE
 ) -> Calibration:
-    device, dtype, count = key_of(CPU, torch.float32, threads)
+    device, dtype, count, _ = key_of(CPU, torch.float32, threads)
     expected = Expected(50.0, 25.0, 1.9, 1.0, 0.25)
     return Calibration(device, dtype, count, heads_fingerprint(heads), "model", tree, gate, expected, {"texts": 3})
 
