@@ -40,8 +40,10 @@ from .calibration.store import (
 )
 from .calibration.trace import Answer, TracedText, trace, write_answers
 from .calibration.validate import Measured, validate
+from .compiled_step import compiled_steps
 from .heads import CerberusHeads, fingerprint, output_matrix
 from .prompts import Question
+from .stats import DecodeStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "CalibrateOptions", "Expected", "calibrate", "find"]
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+COMPILED_SIZES = (1, 4, 8, 16, 24, 32, 48, 64)  # each takes half a minute to compile, and costs little more than 1
 CONTEXTS = (64, 512, 1024)
 
 
@@ -59,20 +62,22 @@ class CalibrateOptions:
     questions   what the model answers; several turns are a conversation
     tokens      at most so many tokens are answered in all: fewer questions, evenly spread, where they would be more
     new_tokens  longest answer
-    sizes       nodes of the trees that are tried; 1, plain decoding, always is
+    sizes       nodes of the trees that are tried; 1, plain decoding, always is. None: SIZES or COMPILED_SIZES
     contexts    tokens of text at which a step is timed; None: those of CONTEXTS that the model has positions for
     rounds      of timing, in each of three passes
     validate    texts that are decoded once more at the end; 0: none
+    compile     of compiled steps: what `decode(..., compile=True)` then uses
     output      folder for calibration.png and calibration-report.json; None: only the picture, beside the calibration
     """
 
     questions: Sequence[Question] = OWN_QUESTIONS
     tokens: int = 6144
     new_tokens: int = 256
-    sizes: Sequence[int] = SIZES
+    sizes: Sequence[int] | None = None
     contexts: Sequence[int] | None = None
     rounds: int = 2
     validate: int = 4
+    compile: bool = False
     output: Path | None = None
 
     def __post_init__(self) -> None:
@@ -92,12 +97,13 @@ def calibrate(
     model: PreTrainedModel, heads: CerberusHeads, tokenizer: Any, options: CalibrateOptions | None = None
 ) -> Calibration:
     """Measures, chooses and stores what `decode(model, heads, ids)` then uses on this device, dtype and, on a CPU,
-    number of threads.
+    number of threads, with or without compiled steps.
 
     model: a transformers causal LM in evaluation mode; its dtype and device are those that are measured. It is left as
     it was. It takes about as long as decoding twice as many tokens as options.tokens, and a minute or two more.
     Returns what was stored. Raises TypeError on other heads than CerberusHeads, ValueError on options, heads, answers
-    or an existing file that do not fit, and OSError where the result cannot be written.
+    or an existing file that do not fit, and where steps cannot be compiled, and OSError where the result cannot be
+    written.
     """
     options = options or CalibrateOptions()
     checks.check_model(model)
@@ -106,13 +112,15 @@ def calibrate(
     heads.bind(model)
     read_entries(place(heads))  # a damaged file is better found before minutes of measuring
     contexts = _contexts(model, heads, options.contexts)
+    if options.compile:
+        compiled_steps(model, (), DecodeStats())  # raises where there are none
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
 
     texts = _texts(model, heads, tokenizer, options)
     traced = [text for _, text in texts]
-    sizes = sorted({1, *options.sizes})
-    costs = measure_costs(model, heads, Fit(traced, sizes).trees, contexts, options.rounds)
+    sizes = sorted({1, *(options.sizes or (COMPILED_SIZES if options.compile else SIZES))})
+    costs = measure_costs(model, heads, Fit(traced, sizes).trees, contexts, options.rounds, options.compile)
     choice = choose(traced, sizes, costs)
     measured: dict[str, Measured] = {}
     if options.validate:
@@ -121,7 +129,7 @@ def calibrate(
         choice = after_validation(choice, measured)
 
     setting, tally = choice.settings[choice.chosen], choice.tallies[choice.chosen]
-    device, dtype, threads, _ = key_of(model.device, model.dtype, torch.get_num_threads())
+    device, dtype, threads, _ = key_of(model.device, model.dtype, torch.get_num_threads(), options.compile)
     found = Calibration(
         device=device,
         dtype=dtype,
@@ -138,6 +146,7 @@ def calibrate(
             wasted_step_rate=tally.wasted_step_rate,
         ),
         details=report.details(traced, choice, costs, measured),
+        compiled=options.compile,
     )
     file = save(heads, found)
     if options.output is None:

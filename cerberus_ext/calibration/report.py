@@ -117,6 +117,7 @@ def details(
             "asked": costs.asked,
             "entropy": costs.entropy,
             "spread": costs.spread,
+            "compile_seconds": costs.compile_seconds,
         },
         "sizes": size_rows(choice, costs, context),
         "gates": {
@@ -144,6 +145,7 @@ def text(calibration: Calibration) -> str:
     lines = [
         f"{calibration.device}, {calibration.dtype}"
         + (f", {calibration.threads} threads" if calibration.threads else "")
+        + (f", steps compiled in {found['costs']['compile_seconds']:.0f} s" if calibration.compiled else "")
         + f"; {found['texts']} texts, {found['tokens']} tokens, mean context {found['mean_context']:.0f}",
         "",
         "nodes  depth  ms a step  tokens a step  tokens/s",

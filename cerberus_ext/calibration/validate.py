@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ..compile_ahead import compile_ahead
 from ..decode import decode
 from .choice import Setting
 from .cost import StepCosts
@@ -41,7 +42,11 @@ def validate(
     settings: Mapping[str, Setting],
     costs: StepCosts,
 ) -> dict[str, Measured]:
-    """settings: by name, run in turns on every text. The first text is decoded once before, to warm up."""
+    """settings: by name, run in turns on every text, compiled where the costs are of compiled steps. The first text is
+    decoded once before, to warm up."""
+    if costs.compiled:
+        for setting in settings.values():
+            compile_ahead(model, heads, tree=setting.tree, gate=setting.gate)
     seconds, steps = dict.fromkeys(settings, 0.0), dict.fromkeys(settings, 0)
     same = dict.fromkeys(settings, True)
     with tqdm(total=len(settings) * (len(texts) + 1), desc="validation", unit="text") as bar:
@@ -49,7 +54,15 @@ def validate(
             for name, setting in settings.items():
                 ids = answer.ids[:, : answer.prompt]
                 new = answer.most if number else min(answer.most, _WARM_UP)
-                out = decode(model, heads, ids, max_new_tokens=new, tree=setting.tree, gate=setting.gate)
+                out = decode(
+                    model,
+                    heads,
+                    ids,
+                    max_new_tokens=new,
+                    tree=setting.tree,
+                    gate=setting.gate,
+                    compile=costs.compiled,
+                )
                 if number:
                     seconds[name] += out.stats.total_seconds - out.stats.seconds["prefill"]
                     steps[name] += out.stats.steps

@@ -40,6 +40,10 @@ def calibrate(
     ] = None,
     rounds: Annotated[int, typer.Option(help="Rounds of timing, in each of three passes.")] = 2,
     validate: Annotated[int, typer.Option(help="Texts that check the prediction at the end; 0: none.")] = 4,
+    compile: Annotated[
+        bool,
+        typer.Option(help="On a CPU: of compiled steps, each size of which takes half a minute to compile at first."),
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for calibration.png and calibration-report.json.")] = None,
     dtype: DTypeName = None,
     device: Device = None,
@@ -48,7 +52,7 @@ def calibrate(
     """Finds the draft tree and the gate that are fastest on this machine, and stores them with the heads.
 
     About five minutes for the default model on two cores. `cerberus generate` and `decode` use the result for the same
-    device, dtype and number of threads.
+    device, dtype and number of threads; with --compile where steps are compiled, too.
     """
     check_heads_named(model, heads)
     changes: dict[str, Any] = {}
@@ -67,7 +71,13 @@ def calibrate(
         if prompts is not None:
             changes["questions"] = read_questions(prompts)
         options = calibration.CalibrateOptions(
-            tokens=tokens, new_tokens=new_tokens, rounds=rounds, validate=validate, output=output, **changes
+            tokens=tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            validate=validate,
+            compile=compile,
+            output=output,
+            **changes,
         )
         base, tokenizer = load_base(model, dtype_of(dtype), device)
         trained = load_heads(heads or PACKAGED_HEADS, base)

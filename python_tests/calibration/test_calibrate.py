@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from cerberus_ext import CerberusHeads, decode, graphs
+from cerberus_ext import CerberusHeads, compiled_step, decode, graphs
 from cerberus_ext.calibrate import CalibrateOptions, after_validation, calibrate, find, spread
 from cerberus_ext.calibration import cost, questions
 from cerberus_ext.calibration import trace as trace_module
@@ -26,6 +27,8 @@ from cerberus_ext.calibration.cost import measure_costs
 from cerberus_ext.calibration.store import place, read_entries
 from cerberus_ext.calibration.validate import Measured
 from cerberus_ext.cli import app
+from cerberus_ext.compiled_step import CompileError
+from cerberus_ext.decode import take_step
 from cerberus_ext.prompts import Question
 from cerberus_ext.tree import DraftTree
 
@@ -110,6 +113,44 @@ def test_command(folders: tuple[str, str, str], tmp_path: Path) -> None:
     )
     assert again.exit_code == 0, again.output
     file.unlink()
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of compiled steps are run op by op: what inductor makes of them takes seconds, and is not the matter."""
+    monkeypatch.setattr(compiled_step, "_compile_piece", lambda piece, examples, nodes: piece)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_compiled_steps(folders: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed, chosen and decoded is compiled; it is stored beside the other calibration."""
+    file = Path(folders[1]) / "calibration.json"
+    assert command(folders, "--dtype", "float32").exit_code == 0
+    timed = []
+
+    def watch(stepper: Any, *rest: Any) -> list[int]:
+        timed.append(stepper.base._compiled is not None)
+        return take_step(stepper, *rest)
+
+    monkeypatch.setattr(cost, "take_step", watch)
+    result = command(folders, "--dtype", "float32", "--compile")
+    assert result.exit_code == 0, result.output
+    assert timed and all(timed) and "steps compiled in" in result.stdout
+    plain, compiled = json.loads(file.read_text())["entries"]
+    assert (plain["compiled"], compiled["compiled"]) == (False, True)
+    assert plain["details"]["costs"]["compile_seconds"] == 0 < compiled["details"]["costs"]["compile_seconds"]
+    for row in compiled["details"]["validation"].values():
+        assert row["steps"] == row["predicted_steps"] and row["same_texts"]
+    file.unlink()
+
+
+def test_steps_that_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found before anything is measured."""
+    monkeypatch.setattr(trace_module, "decode", None)
+    model = copy.deepcopy(tiny_model("llama"))
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(CompileError, match="the model has hooks"):
+        calibrate(model, untrained(model), make_tokenizer(), CalibrateOptions(compile=True, **QUICK))
 
 
 def test_picture_beside_the_calibration() -> None:
