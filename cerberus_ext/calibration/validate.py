@@ -86,8 +86,8 @@ def validate(
     costs: StepCosts,
 ) -> dict[str, Measured]:
     """settings: by name, run in turns on every text, each time another one first; compiled where the costs are of
-    compiled steps. Plain decoding, which takes longest and is compared with nothing, has every other text only. The
-    first text is decoded once before, to warm up."""
+    compiled steps. Plain decoding, which takes longest and is mostly compared with nothing, has every other text only.
+    The first text is decoded once before, to warm up."""
     names = list(settings)
     if costs.compiled:
         for setting in settings.values():
@@ -141,13 +141,9 @@ def gate_gain(choice: Choice, measured: Mapping[str, Measured]) -> GateGain | No
     gated, alone = measured[choice.chosen], measured[choice.best_ungated]
     tallies = (choice.tallies[name] for name in (choice.chosen, choice.best_ungated))
     foreseen = next(tallies).tokens_per_second / next(tallies).tokens_per_second
-    rows = np.array(
-        [
-            (alone.seconds[number], gated.seconds[number], alone.predicted_seconds[number],
-             gated.predicted_seconds[number])
-            for number in gated.seconds
-        ]
-    )  # fmt: skip
+    both = [number for number in gated.seconds if number in alone.seconds]  # plain decoding has fewer
+    parts = (alone.seconds, gated.seconds, alone.predicted_seconds, gated.predicted_seconds)
+    rows = np.array([[part[number] for part in parts] for number in both])  # (texts, 4)
     interval = bootstrap_interval(ratio_of_totals, rows)
     return GateGain(
         foreseen,

@@ -335,6 +335,14 @@ def test_texts_on_which_a_gate_was_not_expected_to_help() -> None:
     assert gain is not None and not gain.slower and gain.measured == pytest.approx(1.05)
 
 
+def test_a_gate_over_plain_decoding() -> None:
+    """Which has fewer texts."""
+    alone = Measured({0: 1.0, 2: 1.0}, {0: 1.0, 2: 1.0})
+    gated = Measured({0: 1.0, 1: 9.0, 2: 1.0}, dict.fromkeys(range(3), 1 / 1.05))
+    gain = gate_gain(CHOICE, {"tree": alone, "gate": gated})
+    assert gain is not None and gain.measured == pytest.approx(1.0)
+
+
 def test_no_gate_no_gain() -> None:
     assert gate_gain(replace(CHOICE, chosen="tree"), {"tree": Measured({0: 1.0}, {0: 1.0})}) is None
     assert gate_gain(CHOICE, {}) is None, "nothing was validated"
