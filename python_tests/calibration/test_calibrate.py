@@ -400,6 +400,26 @@ def test_validated_ways_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         assert row["texts"] == len(one.seconds) and (name != PLAIN or one.tokens == 2 * 11)
 
 
+def test_what_is_foreseen_is_of_the_text_that_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which other steps may make another one at a near tie."""
+    model = tiny_model("llama")
+    one = answer(model, prompt(), 24)
+    heads = memorize(model, [one])
+    parted = replace(one, ids=torch.cat([one.ids[:, :-12], one.ids[:, one.prompt : one.prompt + 12]], 1))
+    text = trace_module.trace(model, heads, parted)
+    traced: list[Any] = []
+    watched = lambda *args: traced.append(trace_module.trace(*args)) or traced[-1]  # noqa: E731
+    monkeypatch.setattr(validate_module, "trace", watched)
+    settings = {"open 4": Setting("open", DraftTree.chain(3), AlwaysOpen()),
+                "dynamic 4": Setting("dynamic", DynamicTree(4), AlwaysOpen())}  # fmt: skip
+    flat = StepCosts((1, 4), (10,), ((1.0,), (1.0,)), ((1.0,), (1.0,)))
+    found = validate_module.validate(model, heads, [(parted, text)], settings, flat)
+    assert [each.tokens for each in traced] == [one.ids[0].tolist()], "once for all that have this text"
+    for measured in found.values():
+        assert not measured.same_texts and measured.steps == measured.predicted_steps
+        assert measured.tokens == measured.predicted_tokens == 23
+
+
 def test_first_turns_before_second_ones() -> None:
     pairs: list[Any] = [(Answer(question, prompt(), 1, 1), None) for question in (0, 0, 1, 2, 2, 2)]
     assert [pair[0].question for pair in by_turn(pairs)] == [0, 1, 2, 0, 2, 2]
