@@ -12,6 +12,7 @@ The walk asks the gates themselves, with the numbers that they get from `decode`
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,9 +40,11 @@ from .calibration.store import (
     write_json,
 )
 from .calibration.trace import Answer, TracedText, trace, write_answers
-from .calibration.validate import Measured, validate
+from .calibration.validate import Measured, gate_gain, validate
+from .compiled_step import compiled_steps
 from .heads import CerberusHeads, fingerprint, output_matrix
 from .prompts import Question
+from .stats import DecodeStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "CalibrateOptions", "Expected", "calibrate", "find"]
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+COMPILED_SIZES = (1, 4, 8, 16, 24, 32, 48, 64)  # each takes half a minute to compile, and costs little more than 1
 CONTEXTS = (64, 512, 1024)
 
 
@@ -59,20 +63,23 @@ class CalibrateOptions:
     questions   what the model answers; several turns are a conversation
     tokens      at most so many tokens are answered in all: fewer questions, evenly spread, where they would be more
     new_tokens  longest answer
-    sizes       nodes of the trees that are tried; 1, plain decoding, always is
+    sizes       nodes of the trees that are tried; 1, plain decoding, always is. None: SIZES or COMPILED_SIZES
     contexts    tokens of text at which a step is timed; None: those of CONTEXTS that the model has positions for
     rounds      of timing, in each of three passes
-    validate    texts that are decoded once more at the end; 0: none
+    validate    texts that are decoded once more at the end, to check the prediction, and whether a gate is slower than
+                its absence after all; 0: none
+    compile     of compiled steps: what `decode(..., compile=True)` then uses
     output      folder for calibration.png and calibration-report.json; None: only the picture, beside the calibration
     """
 
     questions: Sequence[Question] = OWN_QUESTIONS
-    tokens: int = 6144
+    tokens: int = 8192
     new_tokens: int = 256
-    sizes: Sequence[int] = SIZES
+    sizes: Sequence[int] | None = None
     contexts: Sequence[int] | None = None
     rounds: int = 2
-    validate: int = 4
+    validate: int = 8
+    compile: bool = False
     output: Path | None = None
 
     def __post_init__(self) -> None:
@@ -92,12 +99,13 @@ def calibrate(
     model: PreTrainedModel, heads: CerberusHeads, tokenizer: Any, options: CalibrateOptions | None = None
 ) -> Calibration:
     """Measures, chooses and stores what `decode(model, heads, ids)` then uses on this device, dtype and, on a CPU,
-    number of threads.
+    number of threads, with or without compiled steps.
 
     model: a transformers causal LM in evaluation mode; its dtype and device are those that are measured. It is left as
-    it was. It takes about as long as decoding twice as many tokens as options.tokens, and a minute or two more.
+    it was. It takes about as long as decoding twice as many tokens as options.tokens, and a few minutes more.
     Returns what was stored. Raises TypeError on other heads than CerberusHeads, ValueError on options, heads, answers
-    or an existing file that do not fit, and OSError where the result cannot be written.
+    or an existing file that do not fit, and where steps cannot be compiled, and OSError where the result cannot be
+    written.
     """
     options = options or CalibrateOptions()
     checks.check_model(model)
@@ -106,22 +114,25 @@ def calibrate(
     heads.bind(model)
     read_entries(place(heads))  # a damaged file is better found before minutes of measuring
     contexts = _contexts(model, heads, options.contexts)
+    if options.compile:
+        compiled_steps(model, (), DecodeStats())  # raises where there are none
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
 
     texts = _texts(model, heads, tokenizer, options)
     traced = [text for _, text in texts]
-    sizes = sorted({1, *options.sizes})
-    costs = measure_costs(model, heads, Fit(traced, sizes).trees, contexts, options.rounds)
+    sizes = sorted({1, *(options.sizes or (COMPILED_SIZES if options.compile else SIZES))})
+    costs = measure_costs(model, heads, Fit(traced, sizes).trees, contexts, options.rounds, options.compile)
     choice = choose(traced, sizes, costs)
     measured: dict[str, Measured] = {}
     if options.validate:
-        chosen_texts = spread(texts, options.validate)
-        measured = validate(model, heads, chosen_texts, _compared(choice), costs)
-        choice = after_validation(choice, measured)
+        measured = validate(model, heads, spread(by_turn(texts), options.validate), _compared(choice), costs)
+    gain = gate_gain(choice, measured)
+    if gain is not None and gain.slower:
+        choice = replace(choice, chosen=choice.best_ungated)
 
     setting, tally = choice.settings[choice.chosen], choice.tallies[choice.chosen]
-    device, dtype, threads = key_of(model.device, model.dtype, torch.get_num_threads())
+    device, dtype, threads, _ = key_of(model.device, model.dtype, torch.get_num_threads(), options.compile)
     found = Calibration(
         device=device,
         dtype=dtype,
@@ -137,7 +148,8 @@ def calibrate(
             gate_open_rate=tally.gate_open_rate,
             wasted_step_rate=tally.wasted_step_rate,
         ),
-        details=report.details(traced, choice, costs, measured),
+        details=report.details(traced, choice, costs, measured, gain),
+        compiled=options.compile,
     )
     file = save(heads, found)
     if options.output is None:
@@ -185,14 +197,15 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
+def by_turn(texts: Sequence[tuple[Answer, TracedText]]) -> list[tuple[Answer, TracedText]]:
+    """First turns before second ones: then some of each are among those that are spread over all."""
+    turns, found = Counter[int](), []
+    for pair in texts:
+        found.append((turns[pair[0].question], pair))
+        turns[pair[0].question] += 1
+    return [pair for _, pair in sorted(found, key=lambda one: one[0])]
+
+
 def _compared(choice: Choice) -> dict[str, Setting]:
     """What the clock is asked about: plain decoding, the best tree alone and the winner."""
     return {name: choice.settings[name] for name in (PLAIN, choice.best_ungated, choice.chosen)}
-
-
-def after_validation(choice: Choice, measured: dict[str, Measured]) -> Choice:
-    """A gate that turns out slower than its absence is given up."""
-    gated, alone = measured[choice.chosen], measured[choice.best_ungated]
-    if gated.tokens_per_second < alone.tokens_per_second:
-        return replace(choice, chosen=choice.best_ungated)
-    return choice

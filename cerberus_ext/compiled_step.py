@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, fx
 
 from .attention import UnsupportedAttention
+from .dynamic_tree import filled_size
 from .replayable import MASKED, memory_of, obstacle
 from .step_pieces import StepProgram, Untraceable, build_program
 
@@ -116,7 +117,7 @@ class CompiledSteps:
     def __init__(self, programs: ModelPrograms, sizes: Collection[int], stats: DecodeStats) -> None:
         """sizes: numbers of nodes that steps are compiled for; others are filled up to the next of them."""
         self._programs = programs
-        self._sizes = sorted(sizes)
+        self._sizes = frozenset(sizes)
         self._stats = stats
 
     def prepare(self, base: BaseModel, nodes: int) -> tuple[StepProgram, int]:
@@ -124,7 +125,7 @@ class CompiledSteps:
 
         Raises CompileError.
         """
-        size = next((size for size in self._sizes if size >= nodes), nodes)
+        size = filled_size(nodes, self._sizes)
         program = self._programs.get(size)
         if program is None:
             begin = time.perf_counter()

@@ -51,8 +51,9 @@ def decode(
     max_new_tokens: at most so many tokens are generated, >= 0.
     tree: which guesses a step checks: a DynamicTree those that are most likely right at this step, a DraftTree always
         the same of the heads' alone. None: the one that `calibrate` found for these heads on this device, with this
-        dtype and, on a CPU, torch.get_num_threads(); where there is none, a DynamicTree, or, for other heads than
-        CerberusHeads and for a gate that chooses among DraftTrees, `default_tree`.
+        dtype and, on a CPU, torch.get_num_threads(), with `compile` of compiled steps, if that was calibrated; where
+        there is none, a DynamicTree, or, for other heads than CerberusHeads and for a gate that chooses among
+        DraftTrees, `default_tree`.
     gate: when, and with which tree. None: the calibrated one where the tree is, too; otherwise at every step.
     sources: who guesses besides the heads, see draft_sources.py; None: the text's own past, `[SuffixSource()]`, with a
         DynamicTree; a DraftTree has none.
@@ -83,7 +84,7 @@ def decode(
     checks.check_graphs(graphs)
     checks.check_compile(compile, graphs)
     sampling = Sampling(seed, float(temperature), top_k, float(top_p)) if temperature else Sampling()
-    plan = make_plan(model, heads, tree, gate, sources)
+    plan = make_plan(model, heads, tree, gate, sources, compile)
     stopping = checks.stopping_criteria_list(stopping_criteria)
     text = GeneratedText(ids, max_new_tokens, checks.eos_token_ids(eos_token_id, model), stopping, streamer)
     stats = DecodeStats()

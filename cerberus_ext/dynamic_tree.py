@@ -11,7 +11,7 @@ after the other (csrc/host/draft_search.h), so that the first n nodes of a tree 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -140,6 +140,12 @@ class TreeGrower:
             for source, one in zip(asked, guesses, strict=True):
                 check_values(source, one, self._vocabulary)  # says whose they are
             raise
+
+
+def filled_size(nodes: int, sizes: Collection[int]) -> int:
+    """The number of nodes of the compiled step that serves a tree of so many: the next of `sizes`, the compiled ones;
+    its own, where there is none."""
+    return min((size for size in sizes if size >= nodes), default=nodes)
 
 
 def padded_size(nodes: int) -> int:

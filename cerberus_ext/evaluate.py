@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .calibration.store import gate_to_json, tree_to_json
+from .compiled_step import compiled_steps
 from .evaluation.machine import commit, describe_machine, describe_versions
 from .evaluation.measuring import Measuring, make_tasks, median_entropy
 from .evaluation.numbers import summarize
@@ -30,6 +31,7 @@ from .evaluation.ways import Context, Way, built_in_ways, model_name, select, wa
 from .gate import EntropyGate
 from .heads import CerberusHeads, fingerprint
 from .prompts import Question
+from .stats import DecodeStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,6 +55,7 @@ class BenchOptions:
     entropy_threshold  of the entropy gate, in nats; None: the one that calibration stored, where it chose that gate;
                        else the median over the first answers to these questions
     seed               of the bootstrap intervals
+    compile            on a CPU, the ways with compiled steps, too
     """
 
     turns: tuple[int, ...] = (1, 2)
@@ -63,6 +66,7 @@ class BenchOptions:
     tree_size: int | None = None
     entropy_threshold: float | None = None
     seed: int = 0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("new_tokens", 1), ("rounds", 1), ("seed", 0), ("tree_size", 2)):
@@ -102,11 +106,13 @@ def evaluate(
         if medusa.config.chained:
             raise ValueError("bench: medusa must be heads with chained=False, got chained ones")
         medusa.bind(model)  # raises where they do not fit
+    if options.compile:
+        compiled_steps(model, (), DecodeStats())  # raises where there are none
     results = Results(out / RESULTS_FILE)
     threshold = options.entropy_threshold
     if threshold is None and (options.ways is None or ENTROPY_WAY in options.ways):
         threshold = find_threshold(context, questions, results)
-    ways, missing = built_in_ways(context, medusa, draft, threshold)
+    ways, missing = built_in_ways(context, medusa, draft, threshold, options.compile)
     for file in options.way_files:
         ways += ways_of_file(file, context)
     ways = select(ways, missing, options.ways)
@@ -122,7 +128,11 @@ def evaluate(
             },
             "calibration": {
                 name: None if stored is None else [tree_to_json(stored.tree), gate_to_json(stored.gate)]
-                for name, stored in (("heads", context.calibration(heads)), ("medusa", context.calibration(medusa)))
+                for name, stored in (
+                    ("heads", context.calibration(heads)),
+                    ("medusa", context.calibration(medusa)),
+                    *([("compiled", context.calibration(heads, compiled=True))] if options.compile else []),
+                )
             },
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": model.device.type,
@@ -168,6 +178,8 @@ def command_of(names: dict[str, str], options: BenchOptions, model: PreTrainedMo
     words += ["--way " + ":".join(Path(part).name for part in file.split(":")) for file in options.way_files]
     words.append(f"--turns {'both' if len(options.turns) > 1 else options.turns[0]}")
     words.append(f"--new-tokens {options.new_tokens} --rounds {options.rounds} --seed {options.seed}")
+    if options.compile:
+        words.append("--compile")
     if options.ways is not None:
         words.append(f"--ways {','.join(options.ways)}")
     for name in ("tree_size", "entropy_threshold"):

@@ -63,10 +63,8 @@ class Plan:
 
     @property
     def sizes(self) -> set[int]:
-        """Numbers of nodes that steps are compiled for; a step with another one is filled up to the next of them."""
-        if isinstance(self.tree, DynamicTree):
-            return {1, self.tree.size, *(size for size in _FILLED_SIZES if size < self.tree.size)}
-        return {1, *(one.size for one in self.gate.trees(self.tree))}
+        """Numbers of nodes that steps are compiled for."""
+        return compiled_sizes(self.tree, self.gate)
 
     @property
     def looks_ahead(self) -> bool:
@@ -76,6 +74,13 @@ class Plan:
     def begin(self, text: list[int]) -> DraftTree | TreeGrower:
         """text: the prompt and the first token behind it -> what makes the trees of this text."""
         return begin_trees(self.tree, self.makers, text, self.vocabulary)
+
+
+def compiled_sizes(tree: DraftTree | DynamicTree, gate: Gate) -> set[int]:
+    """Numbers of nodes that steps are compiled for; a step with another one is filled up to the next of them."""
+    if isinstance(tree, DynamicTree):
+        return {1, tree.size, *(size for size in _FILLED_SIZES if size < tree.size)}
+    return {1, *(one.size for one in gate.trees(tree))}
 
 
 def begin_trees(
@@ -106,8 +111,9 @@ def make_plan(
     tree: DraftTree | DynamicTree | None,
     gate: Gate | None,
     sources: Sequence[SourceMaker] | None,
+    compiled: bool = False,
 ) -> Plan:
-    """The arguments of `decode`, checked and completed as described there."""
+    """The arguments of `decode`, checked and completed as described there. compiled: its `compile`."""
     heads = NoHeads() if heads is None else heads
     checks.check_heads(heads)
     if tree is not None:
@@ -117,7 +123,7 @@ def make_plan(
     if isinstance(gate, AlwaysClosed):
         tree = DraftTree.root()  # nothing is to be drafted
     if tree is None:
-        calibrated = find(heads, model.device, model.dtype, torch.get_num_threads())
+        calibrated = find(heads, model.device, model.dtype, torch.get_num_threads(), compiled)
         static = isinstance(gate, Gate) and wants_draft_trees(gate)
         if calibrated and (not static if isinstance(calibrated.tree, DynamicTree) else sources is None):
             tree, gate = calibrated.tree, calibrated.gate if gate is None else gate

@@ -18,6 +18,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..dynamic_tree import DynamicTree
 from ..gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from ..plan import compiled_sizes
 from ..simulate import best_paths
 from ..tree import DraftTree
 from .cost import StepCosts
@@ -125,7 +126,10 @@ class Fit:
             return {}
         found = {f"dynamic {tree.size}": Setting("dynamic", tree, AlwaysOpen()) for tree in trees}
         rate = max(walk(self.texts, tree, AlwaysOpen(), costs).tokens_per_second for tree in trees)
-        common: dict[str, Any] = {"costs": costs.by_size(self._context, asked=True)}
+        by_size = costs.by_size(self._context, asked=True)
+        if costs.compiled:  # a step of another size would be filled up to the next of these
+            by_size = {size: by_size[size] for size in sorted(compiled_sizes(trees[-1], AlwaysOpen()) & set(by_size))}
+        common: dict[str, Any] = {"costs": by_size}
         gates = {f"margin {margin}": ConfidenceGate(margin=margin, **common) for margin in _MARGINS}
         gates["rate"] = self._rated(trees[-1], rate, costs, common)
         return found | {

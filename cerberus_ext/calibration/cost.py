@@ -2,6 +2,7 @@
 
 Timed are the steps of `decode` itself, on a cache that is set to the wanted length before each of them. All sizes and
 lengths take turns, in rounds, so that a machine that slows down for a while does so for all of them; medians count.
+Compiled steps are timed of exactly these sizes: what fills a tree up to one of them is for `walk` to know.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ..compiled_step import compiled_steps
 from ..decode import ask, take_step
 from ..gate import ConfidenceGate, EntropyGate, Gate, answers
 from ..graphs import open_stepper
@@ -45,6 +47,7 @@ class StepCosts:
     asked (S, C): where it does, for a ConfidenceGate or a DynamicTree; size 1 is a plain step after having looked
     entropy   asking an EntropyGate, at every step
     spread    the distance of the quartiles, as a share of the median; the median over all that was measured
+    compiled  whether it is of compiled steps; compile_seconds: what was waited for them, in none of the times
     """
 
     sizes: tuple[int, ...]
@@ -53,6 +56,8 @@ class StepCosts:
     asked: tuple[tuple[float, ...], ...]
     entropy: float = 0.0
     spread: float = 0.0
+    compiled: bool = False
+    compile_seconds: float = 0.0
     _lines: dict[tuple[int, bool], list[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def seconds(self, size: int, context: int, looked: bool, entropy: bool = False) -> float:
@@ -96,9 +101,17 @@ class _Answering(ConfidenceGate):
 
 
 def measure_costs(
-    model: PreTrainedModel, heads: CerberusHeads, trees: Mapping[int, DraftTree], contexts: Sequence[int], rounds: int
+    model: PreTrainedModel,
+    heads: CerberusHeads,
+    trees: Mapping[int, DraftTree],
+    contexts: Sequence[int],
+    rounds: int,
+    compiled: bool = False,
 ) -> StepCosts:
-    """trees: by size, those that are to be timed, size 1 among them. rounds: in each of PASSES passes."""
+    """trees: by size, those that are to be timed, size 1 among them. rounds: in each of PASSES passes.
+
+    compiled: of compiled steps. Raises CompileError where there are none.
+    """
     sizes, contexts = sorted(trees), sorted(contexts)
     samples: dict[tuple[bool, int, int], list[float]] = {
         (asked, size, context): [] for asked in (False, True) for size in sizes for context in contexts
@@ -110,17 +123,19 @@ def measure_costs(
     capacity = max(contexts) + 1 + max(sizes)
     guesses = max(tree.guesses for tree in trees.values())
     kinds = (False, True) if grown else (False,)
+    compile_seconds = 0.0
     with tqdm(total=PASSES * len(kinds) * (rounds + 1), desc="step costs", unit="round") as bar:
         for _ in range(PASSES):
             for asked in kinds:
                 gate: Gate = choosing if asked else Gate()
                 sampling, stats = Sampling(), DecodeStats()
+                steps = compiled_steps(model, trees, stats) if compiled else None
                 with (
                     torch.inference_mode(),
-                    open_stepper(model, heads, capacity, 1, guesses, asked, sampling, stats, None) as stepper,
+                    open_stepper(model, heads, capacity, 1, guesses, asked, sampling, stats, None, steps) as stepper,
                 ):
                     _fill(stepper, model)
-                    for number in range(rounds + 1):  # the first one warms up
+                    for number in range(rounds + 1):  # the first one warms up, and compiles
                         for (kind, size, context), times in samples.items():
                             if kind is not asked:
                                 continue
@@ -131,6 +146,7 @@ def measure_costs(
                         bar.update()
                     if not asked:
                         entropy += _time_entropy(stepper)
+                compile_seconds += stats.compile_seconds
 
     def typical(asked: bool, size: int, context: int) -> float:
         found = median(samples[False, size, context])
@@ -141,7 +157,9 @@ def measure_costs(
         return tuple(tuple(typical(asked, size, context) for context in contexts) for size in sizes)
 
     spread = median(_spread(times) for times in samples.values() if times)
-    return StepCosts(tuple(sizes), tuple(contexts), table(False), table(True), median(entropy), spread)
+    return StepCosts(
+        tuple(sizes), tuple(contexts), table(False), table(True), median(entropy), spread, compiled, compile_seconds
+    )
 
 
 def _fill(stepper: Stepper, model: PreTrainedModel) -> None:

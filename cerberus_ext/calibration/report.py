@@ -19,7 +19,7 @@ from .cost import StepCosts
 from .signals import auc, by_quantile, head_reliability
 from .store import Calibration
 from .trace import TracedText
-from .validate import Measured
+from .validate import GateGain, Measured
 from .walk import walk
 
 
@@ -48,25 +48,26 @@ def signal_rows(texts: Sequence[TracedText], tree: DraftTree) -> list[dict[str, 
     return rows
 
 
-def reliability_rows(texts: Sequence[TracedText], sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """Per head: its best guess' probability as drafted, and corrected by what the other half of the texts taught."""
-    fitted, judged = halves(texts)[0]
+Corrections = Sequence[tuple[float, float]]
+
+
+def reliability_rows(judged: Sequence[TracedText], taught: Corrections) -> list[dict[str, Any]]:
+    """Per head: its best guess' probability as drafted, and corrected by what other texts taught."""
     logprobs = torch.cat([text.logprobs for text in judged]).numpy()
     ranks = [row for text in judged for row in text.ranks]
     rows: list[dict[str, Any]] = [{} for _ in ranks[0]]
-    for name, corrections in (("drafted", None), ("corrected", Fit(fitted, sizes).corrections)):
+    for name, corrections in (("drafted", None), ("corrected", taught)):
         for row, (mean, share, error) in zip(rows, head_reliability(logprobs, ranks, corrections), strict=True):
             row[name] = {"probability": mean, "share": share, "error": error}
     return rows
 
 
-def promise_rows(texts: Sequence[TracedText], sizes: Sequence[int], costs: StepCosts) -> dict[str, dict[str, Any]]:
-    """What steps with trees of their own promise to gain against what they gain, as drafted, and corrected by what the
-    other half of the texts taught: means over all steps, and over tenths of them. Empty where there are no trees."""
-    fitted, judged = halves(texts)[0]
+def promise_rows(judged: Sequence[TracedText], taught: Corrections, costs: StepCosts) -> dict[str, dict[str, Any]]:
+    """What steps with trees of their own promise to gain against what they gain, as drafted, and corrected by what
+    other texts taught: means over all steps, and over tenths of them. Empty where there are no trees."""
     rows: dict[str, dict[str, Any]] = {}
-    for name, corrections in (("drafted", None), ("corrected", tuple(Fit(fitted, sizes).corrections))):
-        tree = DynamicTree(max(2, *sizes), corrections=corrections)
+    for name, corrections in (("drafted", None), ("corrected", tuple(taught))):
+        tree = DynamicTree(max(2, *costs.sizes), corrections=corrections)
         steps = np.array(walk(judged, tree, AlwaysOpen(), costs).promises, dtype=np.float64).reshape(-1, 2)
         if len(steps):
             promised, gained = by_quantile(steps[:, 0], steps[:, 1])
@@ -98,8 +99,15 @@ def size_rows(choice: Choice, costs: StepCosts, context: float) -> list[dict[str
 
 
 def details(
-    texts: Sequence[TracedText], choice: Choice, costs: StepCosts, measured: Mapping[str, Measured]
+    texts: Sequence[TracedText],
+    choice: Choice,
+    costs: StepCosts,
+    measured: Mapping[str, Measured],
+    gain: GateGain | None,
 ) -> dict[str, Any]:
+    """measured: by the clock, by name of the setting; gain: of the gate that was expected to be the fastest."""
+    fitted, judged = halves(texts)[0]
+    taught = Fit(fitted, costs.sizes).corrections
     context = fmean(text.prompt + place for text in texts for place in range(len(text)))
     rates = {kind: choice.best(kind) for kind in KINDS}
     trees = {name: one.tree for name, one in choice.settings.items() if isinstance(one.tree, DraftTree)}
@@ -117,6 +125,7 @@ def details(
             "asked": costs.asked,
             "entropy": costs.entropy,
             "spread": costs.spread,
+            "compile_seconds": costs.compile_seconds,
         },
         "sizes": size_rows(choice, costs, context),
         "gates": {
@@ -132,9 +141,10 @@ def details(
         "chosen": choice.chosen,
         "signals_of_tree": tree.size,
         "signals": signal_rows(texts, tree),
-        "reliability": reliability_rows(texts, [tree.size]),
-        "promises": promise_rows(texts, costs.sizes, costs),
-        "validation": {name: asdict(one) for name, one in measured.items()},
+        "reliability": reliability_rows(judged, taught),
+        "promises": promise_rows(judged, taught, costs),
+        "validation": {name: one.row() for name, one in measured.items()},
+        "gate_gain": None if gain is None else asdict(gain),
     }
 
 
@@ -144,6 +154,7 @@ def text(calibration: Calibration) -> str:
     lines = [
         f"{calibration.device}, {calibration.dtype}"
         + (f", {calibration.threads} threads" if calibration.threads else "")
+        + (f", steps compiled in {found['costs']['compile_seconds']:.0f} s" if calibration.compiled else "")
         + f"; {found['texts']} texts, {found['tokens']} tokens, mean context {found['mean_context']:.0f}",
         "",
         "nodes  depth  ms a step  tokens a step  tokens/s",
@@ -182,6 +193,10 @@ def text(calibration: Calibration) -> str:
                 f"  {row['predicted_steps']:15}  {row['steps']:8}"
                 + ("" if row["same_texts"] else "  (other texts: near ties)")
             )
+    if gain := found["gate_gain"]:
+        between = "" if gain["interval"] is None else " ({:.3f} - {:.3f})".format(*gain["interval"])
+        clock = f"by the clock {gain['measured']:.3f}x{between}"
+        lines.append(f"gate over the best tree without one: foreseen {gain['foreseen']:.3f}x, {clock}")
     lines += [
         "",
         f"chosen: {found['chosen']}; expected: {expected.tokens_per_second:.1f} tokens/s,"

@@ -4,8 +4,8 @@
     cache folder        calibration/<fingerprint of the heads>.json, for heads of this package and of the Hub, and for
                         folders that cannot be written
 
-An entry belongs to a device, a dtype and, on a CPU, a number of threads. Heads that were trained on have another
-fingerprint: what was measured with the old ones is not used for them.
+An entry belongs to a device, a dtype, on a CPU a number of threads, and to steps that are compiled or not. Heads that
+were trained on have another fingerprint: what was measured with the old ones is not used for them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from ..tree import DraftTree
 
 FILE = "calibration.json"
 FORMAT_VERSION = 1
+
+Key = tuple[str, str, int, bool]  # device, dtype, threads, compiled: what an entry belongs to
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Calibration:
     device: its name; dtype: the model's; threads: of torch on a CPU, 0 on other devices
     heads, model: fingerprints, see `heads.fingerprint`; the model's is that of its LM head
     details: everything that was measured, as plain numbers
+    compiled: whether it is of compiled steps, see `decode`'s `compile`
     """
 
     device: str
@@ -68,16 +71,18 @@ class Calibration:
     gate: Gate
     expected: Expected
     details: dict[str, Any] = field(default_factory=dict)
+    compiled: bool = False
 
     @property
-    def key(self) -> tuple[str, str, int]:
-        return self.device, self.dtype, self.threads
+    def key(self) -> Key:
+        return self.device, self.dtype, self.threads, self.compiled
 
     def to_json(self) -> dict[str, Any]:
         return {
             "device": self.device,
             "dtype": self.dtype,
             "threads": self.threads,
+            "compiled": self.compiled,
             "heads": self.heads,
             "model": self.model,
             "tree": tree_to_json(self.tree),
@@ -96,9 +101,15 @@ class Calibration:
                 gate=gate_from_json(entry["gate"]),
                 expected=Expected(**{name: float(value) for name, value in entry["expected"].items()}),
                 details=entry["details"],
+                compiled=is_compiled(entry),
             )
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"an entry is not complete: {type(error).__name__}: {error}") from error
+
+
+def is_compiled(entry: dict[str, Any]) -> bool:
+    """Entries from before there were compiled steps do not say it."""
+    return bool(entry.get("compiled", False))
 
 
 def tree_to_json(tree: DraftTree | DynamicTree) -> str | dict[str, Any]:
@@ -155,9 +166,13 @@ def heads_fingerprint(heads: CerberusHeads) -> str:
     return fingerprint([parameter.flatten() for _, parameter in sorted(heads.named_parameters())], rows=1 << 20)
 
 
-def key_of(device: torch.device, dtype: torch.dtype, threads: int) -> tuple[str, str, int]:
+def key_of(device: torch.device, dtype: torch.dtype, threads: int, compiled: bool = False) -> Key:
     """What an entry belongs to. Threads count on a CPU only."""
-    return _device_name(device), str(dtype).removeprefix("torch."), threads if device.type == "cpu" else 0
+    return _device_name(device), str(dtype).removeprefix("torch."), threads if device.type == "cpu" else 0, compiled
+
+
+def _key_of_entry(entry: dict[str, Any]) -> Key:
+    return entry["device"], entry["dtype"], entry["threads"], is_compiled(entry)
 
 
 _device_name = cache(device_name)  # asked at every decode, and reads a file
@@ -192,7 +207,7 @@ def read_entries(file: Path) -> list[dict[str, Any]]:
         if version != FORMAT_VERSION:
             raise ValueError(f"format_version must be {FORMAT_VERSION}, got {version!r}")
         for entry in content["entries"]:
-            entry["device"], entry["dtype"], entry["threads"], entry["heads"]
+            _key_of_entry(entry), entry["heads"]
         return list(content["entries"])
     except FileNotFoundError:
         return []
@@ -202,7 +217,7 @@ def read_entries(file: Path) -> list[dict[str, Any]]:
 
 
 def save(heads: CerberusHeads, calibration: Calibration) -> Path:
-    """Puts an entry into its file, in the place of an older one for the same machine; returns the file.
+    """Puts an entry into its file, in the place of an older one with the same key; returns the file.
 
     Entries of other machines stay, those of other heads do not. Raises ValueError where the file is damaged.
     """
@@ -210,8 +225,7 @@ def save(heads: CerberusHeads, calibration: Calibration) -> Path:
     kept = [
         entry
         for entry in read_entries(file)
-        if entry["heads"] == calibration.heads
-        and (entry["device"], entry["dtype"], entry["threads"]) != calibration.key
+        if entry["heads"] == calibration.heads and _key_of_entry(entry) != calibration.key
     ]
     content = {"format_version": FORMAT_VERSION, "entries": [*kept, calibration.to_json()]}
     write_json(file, content)
@@ -231,13 +245,17 @@ def write_json(file: Path, content: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
-_found: weakref.WeakKeyDictionary[CerberusHeads, dict[tuple[str, str, int], Calibration | None]]
+_found: weakref.WeakKeyDictionary[CerberusHeads, dict[Key, Calibration | None]]
 _found = weakref.WeakKeyDictionary()
 _said: set[str] = set()
 
 
-def find(heads: Any, device: torch.device, dtype: torch.dtype, threads: int) -> Calibration | None:
+def find(
+    heads: Any, device: torch.device, dtype: torch.dtype, threads: int, compiled: bool = False
+) -> Calibration | None:
     """What was calibrated for the heads, or None. Looked for once for each object.
+
+    compiled: preferably of compiled steps; where there is no such calibration, that of the others serves, too.
 
     Other heads than CerberusHeads have none. What is damaged, or was made with other heads, is warned of, once, and
     not used.
@@ -245,19 +263,21 @@ def find(heads: Any, device: torch.device, dtype: torch.dtype, threads: int) -> 
     if not isinstance(heads, CerberusHeads):
         return None
     known = _found.setdefault(heads, {})
-    key = key_of(device, dtype, threads)
+    key = key_of(device, dtype, threads, compiled)
     if key not in known:
         known[key] = _read(heads, key)
+    if known[key] is None and compiled:
+        return find(heads, device, dtype, threads)
     return known[key]
 
 
-def _read(heads: CerberusHeads, key: tuple[str, str, int]) -> Calibration | None:
+def _read(heads: CerberusHeads, key: Key) -> Calibration | None:
     own = heads_fingerprint(heads)
     for file in places(heads, own):
         try:
             entries = read_entries(file)
             for entry in entries:
-                if (entry["device"], entry["dtype"], entry["threads"]) != key:
+                if _key_of_entry(entry) != key:
                     continue
                 if entry["heads"] != own:
                     _warn(f"{file} was made with other heads, such as these before more training; calibrate again")

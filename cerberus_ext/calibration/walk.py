@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,9 +13,9 @@ from torch import Tensor
 from ..checks import check_sources
 from ..decode import ask
 from ..draft_sources import SourceMaker
-from ..dynamic_tree import DynamicTree, StepTree, TreeGrower
+from ..dynamic_tree import DynamicTree, StepTree, TreeGrower, filled_size
 from ..gate import Gate
-from ..plan import begin_trees, makers_for
+from ..plan import begin_trees, compiled_sizes, makers_for
 from ..stats import StepCounts
 from ..tree import DraftTree
 from .cost import StepCosts
@@ -103,7 +103,8 @@ def walk(
 ) -> Tally:
     """The steps of `decode(..., tree=tree, gate=gate, sources=sources)` through the texts.
 
-    The gate itself is asked, at every step, and the sources guess from the text as far as it is known by then.
+    The gate itself is asked, at every step, and the sources guess from the text as far as it is known by then. Where
+    the costs are of compiled steps, a step costs what the compiled one does that its tree is filled up to.
     Raises ValueError where there are sources for a DraftTree, or a DynamicTree wants more guesses than were traced.
     """
     if sources is not None:
@@ -115,17 +116,24 @@ def walk(
     else:
         guesses = tree.guesses
     tally, makers = Tally(), makers_for(tree, sources)
+    sizes = compiled_sizes(tree, gate) if costs.compiled else set()
     for text in texts:
         known = text.prompt + 1  # the prompt's forward has brought the first token
         trees = begin_trees(tree, makers, text.tokens[:known], text.vocabulary)
-        _walk_text(tally, text, _Place(text, guesses), trees, gate, costs)
+        _walk_text(tally, text, _Place(text, guesses), trees, gate, costs, sizes)
     return tally
 
 
 def _walk_text(
-    tally: Tally, text: TracedText, place: _Place, trees: DraftTree | TreeGrower, gate: Gate, costs: StepCosts
+    tally: Tally,
+    text: TracedText,
+    place: _Place,
+    trees: DraftTree | TreeGrower,
+    gate: Gate,
+    costs: StepCosts,
+    sizes: Collection[int],
 ) -> None:
-    """Adds the steps through one text. trees: as `decode` has them at its beginning."""
+    """Adds the steps through one text. trees: as `decode` has them at its beginning. sizes: of compiled steps."""
     plain = DraftTree.root()
     while place.index < len(text):
         index = place.index
@@ -137,7 +145,8 @@ def _walk_text(
             tally.promises.append((float(chosen.expected[-1]), accepted + 1))
         else:
             accepted = text.accepted(chosen)[index] if chosen.size > 1 else 0
-        tally.seconds += costs.seconds(chosen.size, context, place.looked, place.asked_entropy)
+        size = filled_size(chosen.size, sizes)
+        tally.seconds += costs.seconds(size, context, place.looked, place.asked_entropy)
         tally.steps += 1
         tally.nodes += chosen.size
         tally.open_steps += chosen.size > 1

@@ -51,6 +51,9 @@ def bench(
     entropy_threshold: Annotated[
         float | None, typer.Option(help="Of the entropy gate. Default: calibrated, or the median of the first answers.")
     ] = None,
+    compile: Annotated[
+        bool, typer.Option(help="On a CPU: also the ways with compiled steps, compiled before anything is timed.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap intervals.")] = 0,
     dtype: DTypeName = None,
     device: Device = None,
@@ -86,7 +89,7 @@ def bench(
         options = BenchOptions(
             turns=TURNS[turns], new_tokens=new_tokens, rounds=rounds, way_files=tuple(way or ()), tree_size=tree_size,
             ways=None if ways is None else tuple(name.strip() for name in ways.split(",")),
-            entropy_threshold=entropy_threshold, seed=seed,
+            entropy_threshold=entropy_threshold, seed=seed, compile=compile,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         fail(str(error))

@@ -28,9 +28,11 @@ def calibrate(
     heads: Heads = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help='JSON lines, {"turns": [...]} as in MT-Bench or {"prompt": ...}. Default: 24 own questions.'),
+        typer.Option(
+            help='JSON lines, {"turns": [...]} as in MT-Bench or {"prompt": ...}. Default: 16 own ones of two turns.'
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="The model answers with at most so many tokens in all.")] = 6144,
+    tokens: Annotated[int, typer.Option(help="The model answers with at most so many tokens in all.")] = 8192,
     new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     sizes: Annotated[
         str | None, typer.Option(help="Nodes of the trees to try, such as 1,4,16. Default: 1 to 64.")
@@ -39,7 +41,11 @@ def calibrate(
         str | None, typer.Option(help="Lengths of text at which a step is timed. Default: 64,512,1024.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Rounds of timing, in each of three passes.")] = 2,
-    validate: Annotated[int, typer.Option(help="Texts that check the prediction at the end; 0: none.")] = 4,
+    validate: Annotated[int, typer.Option(help="Texts that check the prediction at the end; 0: none.")] = 8,
+    compile: Annotated[
+        bool,
+        typer.Option(help="On a CPU: of compiled steps, each size of which takes half a minute to compile at first."),
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for calibration.png and calibration-report.json.")] = None,
     dtype: DTypeName = None,
     device: Device = None,
@@ -47,8 +53,8 @@ def calibrate(
 ) -> None:
     """Finds the draft tree and the gate that are fastest on this machine, and stores them with the heads.
 
-    About five minutes for the default model on two cores. `cerberus generate` and `decode` use the result for the same
-    device, dtype and number of threads.
+    About eight minutes for the default model on two cores. `cerberus generate` and `decode` use the result for the same
+    device, dtype and number of threads; with --compile where steps are compiled, too.
     """
     check_heads_named(model, heads)
     changes: dict[str, Any] = {}
@@ -67,7 +73,13 @@ def calibrate(
         if prompts is not None:
             changes["questions"] = read_questions(prompts)
         options = calibration.CalibrateOptions(
-            tokens=tokens, new_tokens=new_tokens, rounds=rounds, validate=validate, output=output, **changes
+            tokens=tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            validate=validate,
+            compile=compile,
+            output=output,
+            **changes,
         )
         base, tokenizer = load_base(model, dtype_of(dtype), device)
         trained = load_heads(heads or PACKAGED_HEADS, base)

@@ -18,7 +18,7 @@ from ..stats import DecodeStats
 from .results import Results
 from .texts import difference
 from .tokens import pieces_of
-from .ways import AUTOREGRESSIVE, Context, DecodeWay, Way
+from .ways import AUTOREGRESSIVE, AUTOREGRESSIVE_COMPILED, Context, DecodeWay, Way, is_compiled
 
 WARM_UP_TOKENS = 16
 ENTROPY_QUESTIONS, ENTROPY_TOKENS = 4, 64
@@ -104,11 +104,17 @@ class Measuring:
         return [*self.ways[first:], *self.ways[:first]]
 
     def warm_up(self, tasks: Sequence[Task]) -> None:
-        """The first call of a way sets up kernels, and CUDA graphs for texts of this length: nobody times it."""
+        """The first call of a way sets up kernels, and CUDA graphs for texts of this length, and before it everything
+        is compiled that the way may need: nobody times it. The results keep how long compiling took at first."""
         longest = max((encode_chat(self.context.tokenizer, task.question.turns[:1]) for task in tasks), key=torch.numel)
         ids = longest.to(self.context.model.device)
         new_tokens = min(self.new_tokens, WARM_UP_TOKENS) if ids.device.type == "cpu" else self.new_tokens
         for way in tqdm(self.ways, desc="warm-up", unit="way", leave=False):
+            compiling = getattr(way, "compile_ahead", None)
+            stats = None if compiling is None else compiling()
+            key = f"compiled/{way.name}"
+            if stats is not None and key not in self.results:
+                self.results.add(key, compilations=stats.compilations, compile_seconds=stats.compile_seconds)
             way.run(ids, new_tokens)
 
     def prompt(self, task: Task) -> Tensor:
@@ -148,17 +154,30 @@ class Measuring:
         )
 
     def compare(self, task: Task, round: int, ids: Tensor) -> None:
-        """Where the ways' texts part from the autoregressive one; and the pieces of those that are shown."""
+        """Where the ways' texts part from the autoregressive one; and the pieces of those that are shown.
+
+        Ways with compiled steps, which round differently, are compared with the autoregressive way with such steps,
+        and only that one with the other.
+        """
         key = task.key(task.turn, round)
         if key in self.results:
             return
         rows = {way.name: self.results[f"{key}/{way.name}"] for way in self.ways}
         texts = {name: torch.cat([ids, ids.new_tensor([row["tokens"]])], 1) for name, row in rows.items()}
         parts: dict[str, Any] = {}
-        for name, text in texts.items():
-            found = difference(self.context.model, text, texts[AUTOREGRESSIVE], ids.shape[1])
+        for way in self.ways:
+            other = self.compared_with(way)
+            found = difference(self.context.model, texts[way.name], texts[other.name], ids.shape[1])
             if found is not None:
-                parts[name] = found
+                # On a CPU, `decode` gives every node the same bits, unless compiled steps were found not to.
+                stats = rows[way.name]["stats"]
+                exact = (
+                    ids.device.type == "cpu"
+                    and stats is not None
+                    and stats.get("row_invariant") is not False
+                    and is_compiled(way) == is_compiled(other)
+                )
+                parts[way.name] = {**found, "other": other.name, "exact": exact}
         shown = task.view and round == 0
         self.results.add(
             key,
@@ -171,6 +190,11 @@ class Measuring:
             if shown
             else None,
         )
+
+    def compared_with(self, way: Way) -> Way:
+        """The way whose text `way` has to have."""
+        name = AUTOREGRESSIVE_COMPILED if is_compiled(way) and way.name != AUTOREGRESSIVE_COMPILED else AUTOREGRESSIVE
+        return next((other for other in self.ways if other.name == name), self.plain)
 
 
 def row_of(stats: DecodeStats) -> dict[str, Any]:

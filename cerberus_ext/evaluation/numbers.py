@@ -11,10 +11,11 @@ import torch
 from .bootstrap import bootstrap_interval, median_of_ratios, ratio_of_totals
 from .results import Results
 from .texts import NEAR_TIE_UNITS, is_near_tie
-from .ways import AUTOREGRESSIVE, BOTH, GENERATE, MEDUSA, STATIC
+from .ways import AUTOREGRESSIVE, AUTOREGRESSIVE_COMPILED, BOTH, GENERATE, MEDUSA, STATIC
 
 ALL = "all"
-REFERENCES = (AUTOREGRESSIVE, GENERATE, STATIC, BOTH)  # what speed-ups are over
+BASELINES = (AUTOREGRESSIVE, AUTOREGRESSIVE_COMPILED, GENERATE)  # what does not guess
+REFERENCES = (*BASELINES, STATIC, BOTH)  # what speed-ups are over
 Row = dict[str, Any]
 
 
@@ -51,6 +52,7 @@ def summarize(results: Results) -> dict[str, Any]:
         "ways": ways,
         "over_medusa": over_medusa(rows, [ALL, *categories], seed),
         "expected": expected(ways, about["expected"]),
+        "compiled": compiled(results, ways),
         "equality": equality(results, keys, names),
     }
 
@@ -107,6 +109,8 @@ def decode_numbers(rows: Sequence[Row], tokens: int) -> dict[str, Any]:
         "seconds": {**parts, "rest": total - sum(parts.values())},
         "graphed_steps": sum(one["graphed_steps"] for one in stats),
         "capture_seconds": sum(one["capture_seconds"] for one in stats),
+        # Before there were compiled steps, nothing was counted.
+        "compile_seconds": sum(one.get("compile_seconds", 0.0) for one in stats),
     }
 
 
@@ -180,11 +184,25 @@ def expected(ways: dict[str, Any], promised: dict[str, float]) -> dict[str, Any]
     return found
 
 
+def compiled(results: Results, ways: dict[str, Any]) -> dict[str, Any]:
+    """What was compiled before anything was timed, by way, and the seconds of compiling in timed texts. What a way
+    needs and an earlier one has compiled is counted there."""
+    return {
+        name: {
+            "compilations": row["compilations"],
+            "compile_seconds": row["compile_seconds"],
+            "timed_compile_seconds": ways[name][ALL]["decode"]["compile_seconds"],
+        }
+        for name in ways
+        if (row := results.get(f"compiled/{name}")) is not None and "decode" in ways[name][ALL]
+    }
+
+
 def equality(results: Results, keys: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
     """Which texts part from the autoregressive way's, and which of them should not.
 
     A violation is: in float32, any difference; else, one of a way that ran in `decode` on a CPU, where not a bit may
-    differ, and one that rounding does not explain.
+    differ, and one that rounding does not explain. Ways with compiled steps: see `Measuring.compare`.
     """
     assert results.identity is not None
     dtype = getattr(torch, results.identity["dtype"])
@@ -193,10 +211,13 @@ def equality(results: Results, keys: Sequence[str], names: Sequence[str]) -> dic
     violations = []
     for key in keys:
         for name, found in results[key]["parts"].items():
-            exact = on_cpu and results[f"{key}/{name}"]["stats"] is not None
-            entry = {"text": key, "way": name, **found}
+            entry = {
+                "text": key, "way": name, "other": AUTOREGRESSIVE,
+                "exact": on_cpu and results[f"{key}/{name}"]["stats"] is not None,  # results that do not say it
+                **found,
+            }  # fmt: skip
             parted[name].append(entry)
-            if exact or not is_near_tie(found, dtype):
+            if entry["exact"] or not is_near_tie(found, dtype):
                 violations.append(entry)
     gaps = {name: [one["gap"] for one in found if one["gap"] is not None] for name, found in parted.items()}
     return {

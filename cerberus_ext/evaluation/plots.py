@@ -27,6 +27,9 @@ COLOURS = (
     "#88a61b",
     "#7f3c1d",
     "#5ad1c8",
+    "#a6761d",
+    "#b3b3ff",
+    "#404080",
 )
 PHASES = {"prefill": "#b8b8b8", "draft": "#d55e00", "verify": "#0072b2", "rest": "#f0b000"}
 TITLES = {

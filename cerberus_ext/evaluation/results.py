@@ -2,6 +2,7 @@
 
     {"identity": {...}, "about": {...}}    the first line: what must be the same for a run to go on; more about it
     {"key": "81/1/0/generate", ...}        a measurement each
+    {"key": "compiled/cerberus-compiled"}  what was compiled for a way before anything was timed
 
 A key is question/turn/round/way, or question/turn/round for what a comparison of the ways' texts found.
 """
@@ -48,6 +49,9 @@ class Results:
 
     def __getitem__(self, key: str) -> dict[str, Any]:
         return self._rows[key]
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        return self._rows.get(key)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self._rows.values())

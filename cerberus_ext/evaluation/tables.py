@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .numbers import ALL, REFERENCES
-from .ways import AUTOREGRESSIVE, BOTH, STATIC
+from .numbers import ALL, BASELINES, REFERENCES
+from .ways import AUTOREGRESSIVE, AUTOREGRESSIVE_COMPILED, BOTH, STATIC
 
 NOTHING = "–"
 GAINS = {
@@ -74,13 +74,16 @@ def tables(summary: dict[str, Any]) -> list[tuple[str, str, list[list[str]]]]:
     found.append(("Accepted guesses, share of the steps", "", histograms(summary)))
     if summary["over_medusa"]:
         found.append(("Tokens a step over Medusa's heads", "", medusa_rows(summary)))
+    if summary["compiled"]:
+        note = "Before anything was timed; what an earlier way in the table needs, too, is counted there."
+        found.append(("Compiling", note, compiled_rows(summary)))
     if summary["expected"]:
         found.append(("Foreseen by calibration", "Tokens a second behind the prompt.", expected_rows(summary)))
     return found
 
 
 def overall(summary: dict[str, Any]) -> list[list[str]]:
-    references = [name for name in REFERENCES[:2] if name in summary["ways"]]
+    references = [name for name in BASELINES if name in summary["ways"]]
     rows = [["way", "tokens/s", *(f"over {name}" for name in references), "tokens a step", "nodes a step"]]
     for name, categories in summary["ways"].items():
         numbers = categories[ALL]
@@ -171,9 +174,19 @@ def expected_rows(summary: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def compiled_rows(summary: dict[str, Any]) -> list[list[str]]:
+    rows = [["way", "sizes of steps", "seconds", "seconds in timed texts"]]
+    for name, found in summary["compiled"].items():
+        seconds = (f"{found[key]:.1f}" for key in ("compile_seconds", "timed_compile_seconds"))
+        rows.append([name, str(found["compilations"]), *seconds])
+    return rows
+
+
 def equality_lines(equality: dict[str, Any]) -> list[str]:
     different = {name: count for name, count in equality["different"].items() if count}
     lines = [f"{equality['texts']} texts of each way were compared with the autoregressive way's, token for token."]
+    if AUTOREGRESSIVE_COMPILED in equality["different"]:
+        lines.append(f"Those of ways with compiled steps with those of {AUTOREGRESSIVE_COMPILED}.")
     if not different:
         lines.append("All are the same.")
     for name, count in different.items():
@@ -188,8 +201,8 @@ def equality_lines(equality: dict[str, Any]) -> list[str]:
         )
     for one in equality["violations"]:
         lines.append(
-            f"**VIOLATION**: {one['way']}, text {one['text']}: new token {one['new_token']} is {one['got']}, the"
-            f" autoregressive way has {one['want']} (gap {number(one['gap'], '{:.3f}')})"
+            f"**VIOLATION**: {one['way']}, text {one['text']}: new token {one['new_token']} is {one['got']},"
+            f" {one['other']} has {one['want']} (gap {number(one['gap'], '{:.3f}')})"
         )
     return lines
 
@@ -227,3 +240,5 @@ def lines_of(summary: dict[str, Any]) -> Iterable[str]:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     for name, foreseen, measured, deviation in expected_rows(summary)[1:]:
         yield f"{name}: calibration foresaw {foreseen} tokens/s behind the prompt, measured {measured} ({deviation})"
+    for name, sizes, seconds, timed in compiled_rows(summary)[1:]:
+        yield f"{name}: compiled {sizes} sizes of steps in {seconds} s beforehand, {timed} s in timed texts"

@@ -5,7 +5,9 @@ A way is anything with a `name` and a `run`. To add some, write a file with a fu
     def ways(context: Context) -> list[Way]
 
 and give it to `cerberus bench --way FILE.py`, or `--way FILE.py:ARGUMENT`, which `context.argument` then is. Next to
-`name` a way may have `description`, one line for the report, and `expected`, tokens a second that somebody foresees.
+`name` a way may have `description`, one line for the report, `expected`, tokens a second that somebody foresees,
+`compiled`, whether its steps are compiled and so round differently, and `compile_ahead()`, which is called before
+anything is timed and returns a DecodeStats that tells what was compiled.
 
 Those that are built in:
 
@@ -18,6 +20,9 @@ Those that are built in:
     cerberus              the heads and the text's own past, a tree made anew at every step
     cerberus-entropy      as cerberus-static, where the entropy of the hidden state is low (the paper's gate)
     cerberus-calibrated   what `decode` does by itself with what `cerberus calibrate` has stored
+
+and where compiled steps were asked for, autoregressive-compiled, cerberus-compiled and cerberus-calibrated-compiled,
+the same with the base model's steps through torch.compile, as calibrated for such steps where that was done.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.store import Calibration, find
+from ..compile_ahead import compile_ahead
 from ..decode import decode
 from ..draft_sources import SourceMaker
 from ..dynamic_tree import DynamicTree
@@ -46,13 +52,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 AUTOREGRESSIVE = "autoregressive"  # what every other way has to be faster than, and must have the same text as
+AUTOREGRESSIVE_COMPILED = "autoregressive-compiled"  # the same for the ways with compiled steps
 GENERATE = "generate"
 MEDUSA = "medusa"
 SUFFIX = "suffix"
 STATIC = "cerberus-static"
 DYNAMIC = "cerberus-dynamic"
 BOTH = "cerberus"
+BOTH_COMPILED = "cerberus-compiled"
+CALIBRATED = "cerberus-calibrated"
+CALIBRATED_COMPILED = "cerberus-calibrated-compiled"
+COMPILED = (AUTOREGRESSIVE_COMPILED, BOTH_COMPILED, CALIBRATED_COMPILED)
 LOOKUP = {"prompt_lookup_num_tokens": 10}  # transformers' usual number
+NO_CALIBRATION = "no calibration is stored for this machine, see cerberus calibrate"
 
 
 class Way(Protocol):
@@ -85,9 +97,9 @@ class Context:
             return stored
         return default_tree(heads, self.model.device, self.tree_size)
 
-    def dynamic_tree(self) -> DynamicTree:
+    def dynamic_tree(self, compiled: bool = False) -> DynamicTree:
         """How trees are made anew at every step: as calibration stored, else the default; of the user's size."""
-        stored = self._stored_tree(self.heads)
+        stored = self._stored_tree(self.heads, compiled)
         tree = stored if isinstance(stored, DynamicTree) else default_dynamic_tree(self.model.device)
         return tree if self.tree_size is None else replace(tree, size=self.tree_size)
 
@@ -95,13 +107,16 @@ class Context:
         """The same without heads, and so without what is known of theirs."""
         return replace(self.dynamic_tree(), corrections=None)
 
-    def _stored_tree(self, heads: Any) -> DraftTree | DynamicTree | None:
-        stored = self.calibration(heads)
+    def _stored_tree(self, heads: Any, compiled: bool = False) -> DraftTree | DynamicTree | None:
+        stored = self.calibration(heads, compiled)
         return None if stored is None else stored.tree
 
-    def calibration(self, heads: Any) -> Calibration | None:
-        """What `cerberus calibrate` stored with the heads for this device, dtype and number of threads."""
-        return find(heads, self.model.device, self.model.dtype, torch.get_num_threads())
+    def calibration(self, heads: Any, compiled: bool = False) -> Calibration | None:
+        """What `cerberus calibrate` stored with the heads for this device, dtype and number of threads.
+
+        compiled: preferably of compiled steps.
+        """
+        return find(heads, self.model.device, self.model.dtype, torch.get_num_threads(), compiled)
 
 
 @dataclass
@@ -116,6 +131,12 @@ class DecodeWay:
     description: str = ""
     expected: float | None = None
     sources: Sequence[SourceMaker] | None = None
+    compiled: bool = False
+
+    def compile_ahead(self) -> DecodeStats | None:
+        if not self.compiled:
+            return None
+        return compile_ahead(self.model, self.heads, tree=self.tree, gate=self.gate, sources=self.sources)
 
     def run(self, ids: Tensor, new_tokens: int) -> tuple[list[int], DecodeStats | None]:
         out = decode(
@@ -126,6 +147,7 @@ class DecodeWay:
             tree=self.tree,
             gate=self.gate,
             sources=self.sources,
+            compile=self.compiled,
         )
         return out.sequences[0, ids.shape[1] :].tolist(), out.stats
 
@@ -179,10 +201,11 @@ def built_in_ways(
     medusa: CerberusHeads | None = None,
     draft: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
     entropy_threshold: float | None = None,
+    compile: bool = False,
 ) -> tuple[list[Way], dict[str, str]]:
     """Those that there is everything for, and the others: name -> what is missing.
 
-    entropy_threshold: of the entropy gate, in nats; None: there is none.
+    entropy_threshold: of the entropy gate, in nats; None: there is none. compile: those with compiled steps, too.
     """
     model, heads = context.model, context.heads
     calibration = context.calibration(heads)
@@ -215,18 +238,47 @@ def built_in_ways(
         about = f"heads, {describe(tree)} where the hidden state's entropy is < {entropy_threshold:.4g}"
         ways.append(DecodeWay("cerberus-entropy", model, heads, tree, EntropyGate(entropy_threshold), about))
     if calibration is None:
-        missing["cerberus-calibrated"] = "no calibration is stored for this machine, see cerberus calibrate"
+        missing[CALIBRATED] = NO_CALIBRATION
     else:
-        always_open = isinstance(calibration.gate, AlwaysOpen)
-        gate = "guesses at every step" if always_open else type(calibration.gate).__name__
-        ways.append(
-            DecodeWay(
-                "cerberus-calibrated", model, heads,
-                description=f"as calibrated, {describe(calibration.tree)}, {gate}",
-                expected=calibration.expected.tokens_per_second,
-            )
-        )  # fmt: skip
-    return ways, missing
+        ways.append(calibrated_way(context, CALIBRATED, calibration))
+    if compile:
+        more, lacking = compiled_ways(context)
+        return [*ways, *more], missing | lacking
+    return ways, missing | dict.fromkeys(COMPILED, "compiled steps were not asked for")
+
+
+def calibrated_way(context: Context, name: str, calibration: Calibration) -> DecodeWay:
+    """What `decode` does by itself."""
+    always_open = isinstance(calibration.gate, AlwaysOpen)
+    gate = "guesses at every step" if always_open else type(calibration.gate).__name__
+    about, expected = f"as calibrated, {describe(calibration.tree)}, {gate}", calibration.expected.tokens_per_second
+    return DecodeWay(name, context.model, context.heads, description=about, expected=expected)
+
+
+def compiled_ways(context: Context) -> tuple[list[Way], dict[str, str]]:
+    """As `built_in_ways`, those with compiled steps."""
+    model, heads = context.model, context.heads
+    calibration = context.calibration(heads, compiled=True)
+    tree = context.dynamic_tree(compiled=True)
+    about = f"heads and the text's own past, {describe(tree)}, guesses at every step, compiled"
+    ways = [
+        DecodeWay(AUTOREGRESSIVE_COMPILED, model, heads, DraftTree.root(), description="this loop, compiled"),
+        DecodeWay(BOTH_COMPILED, model, heads, tree, AlwaysOpen(), about),
+    ]
+    missing: dict[str, str] = {}
+    if calibration is None:
+        missing[CALIBRATED_COMPILED] = NO_CALIBRATION
+    else:
+        way = calibrated_way(context, CALIBRATED_COMPILED, calibration)
+        way.description += ", compiled"
+        if calibration.compiled:
+            ways[0].expected = calibration.expected.plain_tokens_per_second
+        else:
+            way.description, way.expected = f"{way.description} (calibrated for steps that are not)", None
+        ways.append(way)
+    for way in ways:
+        way.compiled = True
+    return list(ways), missing
 
 
 def model_name(model: PreTrainedModel) -> str:
@@ -263,6 +315,8 @@ def ways_of_file(argument: str, context: Context) -> list[Way]:
 def select(ways: Sequence[Way], missing: dict[str, str], names: Sequence[str] | None) -> list[Way]:
     """The ways of these names, in their own order, and always the autoregressive one; None: all.
 
+    With one whose steps are compiled comes the autoregressive one with such steps, where it is there.
+
     Raises ValueError on a name twice, and on one that is not there, with the reason.
     """
     known = [way.name for way in ways]
@@ -274,4 +328,13 @@ def select(ways: Sequence[Way], missing: dict[str, str], names: Sequence[str] | 
             raise ValueError(f"bench: ways must not name {name} here: {missing[name]}")
         if name not in known:
             raise ValueError(f"bench: ways must be of {', '.join(known)}, got {name}")
-    return [way for way in ways if names is None or way.name in (*names, AUTOREGRESSIVE)]
+    if names is None:
+        return list(ways)
+    wanted = {*names, AUTOREGRESSIVE}
+    if any(way.name in wanted and is_compiled(way) for way in ways):
+        wanted.add(AUTOREGRESSIVE_COMPILED)
+    return [way for way in ways if way.name in wanted]
+
+
+def is_compiled(way: Way) -> bool:
+    return getattr(way, "compiled", False)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +20,23 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from cerberus_ext import CerberusHeads, decode, graphs
-from cerberus_ext.calibrate import CalibrateOptions, after_validation, calibrate, find, spread
-from cerberus_ext.calibration import cost, questions
+from cerberus_ext import CerberusHeads, compiled_step, decode, graphs
+from cerberus_ext import calibrate as calibrate_module
+from cerberus_ext.calibrate import CalibrateOptions, by_turn, calibrate, find, spread
+from cerberus_ext.calibration import cost, questions, report
 from cerberus_ext.calibration import trace as trace_module
-from cerberus_ext.calibration.choice import Choice
-from cerberus_ext.calibration.cost import measure_costs
+from cerberus_ext.calibration import validate as validate_module
+from cerberus_ext.calibration.choice import PLAIN, Choice, Setting, choose
+from cerberus_ext.calibration.cost import StepCosts, measure_costs
 from cerberus_ext.calibration.store import place, read_entries
-from cerberus_ext.calibration.validate import Measured
+from cerberus_ext.calibration.trace import Answer
+from cerberus_ext.calibration.validate import GateGain, Measured, gate_gain
+from cerberus_ext.calibration.walk import Tally
 from cerberus_ext.cli import app
+from cerberus_ext.compiled_step import CompileError
+from cerberus_ext.decode import take_step
+from cerberus_ext.dynamic_tree import DynamicTree
+from cerberus_ext.gate import AlwaysOpen, ConfidenceGate
 from cerberus_ext.prompts import Question
 from cerberus_ext.tree import DraftTree
 
@@ -110,6 +121,44 @@ def test_command(folders: tuple[str, str, str], tmp_path: Path) -> None:
     )
     assert again.exit_code == 0, again.output
     file.unlink()
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of compiled steps are run op by op: what inductor makes of them takes seconds, and is not the matter."""
+    monkeypatch.setattr(compiled_step, "_compile_piece", lambda piece, examples, nodes: piece)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_compiled_steps(folders: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed, chosen and decoded is compiled; it is stored beside the other calibration."""
+    file = Path(folders[1]) / "calibration.json"
+    assert command(folders, "--dtype", "float32").exit_code == 0
+    timed = []
+
+    def watch(stepper: Any, *rest: Any) -> list[int]:
+        timed.append(stepper.base._compiled is not None)
+        return take_step(stepper, *rest)
+
+    monkeypatch.setattr(cost, "take_step", watch)
+    result = command(folders, "--dtype", "float32", "--compile")
+    assert result.exit_code == 0, result.output
+    assert timed and all(timed) and "steps compiled in" in result.stdout
+    plain, compiled = json.loads(file.read_text())["entries"]
+    assert (plain["compiled"], compiled["compiled"]) == (False, True)
+    assert plain["details"]["costs"]["compile_seconds"] == 0 < compiled["details"]["costs"]["compile_seconds"]
+    for row in compiled["details"]["validation"].values():
+        assert row["steps"] == row["predicted_steps"] and row["same_texts"]
+    file.unlink()
+
+
+def test_steps_that_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found before anything is measured."""
+    monkeypatch.setattr(trace_module, "decode", None)
+    model = copy.deepcopy(tiny_model("llama"))
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(CompileError, match="the model has hooks"):
+        calibrate(model, untrained(model), make_tokenizer(), CalibrateOptions(compile=True, **QUICK))
 
 
 def test_picture_beside_the_calibration() -> None:
@@ -254,11 +303,126 @@ def test_costs_of_heads_without_a_right_guess() -> None:
     assert found.sizes == (1,) and found.asked == found.open
 
 
-@pytest.mark.parametrize(("gated", "chosen"), [(11.0, "gate"), (9.0, "tree")])
-def test_a_gate_that_is_slower_by_the_clock_is_given_up(gated: float, chosen: str) -> None:
-    choice = Choice("gate", "tree", {}, {})
-    measured = {"tree": Measured(5, 5, 9.0, 10.0, True), "gate": Measured(5, 5, 12.0, gated, True)}
-    assert after_validation(choice, measured).chosen == chosen
+CHOICE = Choice("gate", "tree", {}, {"gate": Tally(tokens=105, seconds=1.0), "tree": Tally(tokens=100, seconds=1.0)})
+
+
+@pytest.mark.parametrize(
+    ("gated", "slower"),
+    [
+        ([0.95, 0.97, 0.95, 0.94], False),  # as foreseen, here and there
+        ([0.99, 1.20, 0.90, 1.08], False),  # 4 % slower on these texts, but what one says another takes back
+        ([1.06, 1.08, 1.07, 1.09], True),
+        ([1.50], False),  # one text tells nothing of how texts differ
+    ],
+)
+def test_a_gate_that_is_slower_beyond_noise(gated: list[float], slower: bool) -> None:
+    """Over four texts that take a second without it; it was foreseen to need a twentieth less, as on all texts."""
+    numbers = range(len(gated))
+    alone = Measured(dict.fromkeys(numbers, 1.0), dict.fromkeys(numbers, 1.0))
+    gain = gate_gain(
+        CHOICE, {"tree": alone, "gate": Measured(dict(enumerate(gated)), dict.fromkeys(numbers, 1 / 1.05))}
+    )
+    assert gain is not None and gain.slower == slower
+    assert gain.foreseen == 1.05 and gain.measured == pytest.approx(len(gated) / sum(gated))
+    if len(gated) > 1:
+        assert gain.interval is not None and gain.interval[0] <= gain.measured <= gain.interval[1]
+
+
+def test_texts_on_which_a_gate_was_not_expected_to_help() -> None:
+    """Two texts on which the clock agrees that the gate loses 10 %: on all texts it gains what was foreseen."""
+    alone = Measured({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
+    gain = gate_gain(CHOICE, {"tree": alone, "gate": Measured({0: 1.1, 1: 2.2}, {0: 1.1, 1: 2.2})})
+    assert gain is not None and not gain.slower and gain.measured == pytest.approx(1.05)
+
+
+def test_a_gate_over_plain_decoding() -> None:
+    """Which has fewer texts."""
+    alone = Measured({0: 1.0, 2: 1.0}, {0: 1.0, 2: 1.0})
+    gated = Measured({0: 1.0, 1: 9.0, 2: 1.0}, dict.fromkeys(range(3), 1 / 1.05))
+    gain = gate_gain(CHOICE, {"tree": alone, "gate": gated})
+    assert gain is not None and gain.measured == pytest.approx(1.0)
+
+
+def test_no_gate_no_gain() -> None:
+    assert gate_gain(replace(CHOICE, chosen="tree"), {"tree": Measured({0: 1.0}, {0: 1.0})}) is None
+    assert gate_gain(CHOICE, {}) is None, "nothing was validated"
+
+
+@pytest.mark.parametrize("slower", [False, True])
+def test_what_the_clock_decides(slower: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def choosing(texts: Any, sizes: Any, costs: Any) -> Choice:
+        found = choose(texts, sizes, costs)
+        return replace(found, chosen=next(name for name in found.settings if name.startswith("dynamic gate")))
+
+    gain = GateGain(1.05, 0.9, (0.85, 0.95) if slower else (0.8, 1.01))
+    monkeypatch.setattr(calibrate_module, "choose", choosing)
+    monkeypatch.setattr(calibrate_module, "gate_gain", lambda choice, measured: gain)
+    model = tiny_model("llama")
+    options = CalibrateOptions(questions=QUESTIONS, **QUICK)
+    found = calibrate(model, memorize(model, [answer(model, prompt(), 24)]), make_tokenizer(), options)
+    assert isinstance(found.gate, ConfidenceGate) == (not slower)
+    assert found.details["gate_gain"]["measured"] == 0.9 and "by the clock 0.900x (0.8" in report.text(found)
+
+
+def test_validated_ways_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time another one is first; plain decoding has every other text."""
+    model = tiny_model("llama")
+    heads = memorize(model, [answer(model, prompt(), 24)])
+    answers = [answer(model, prompt(length=length), 12) for length in (3, 5, 7)]
+    texts = [(one, trace_module.trace(model, heads, one)) for one in answers]
+    settings = {
+        PLAIN: Setting("open", DraftTree.root(), AlwaysOpen()),
+        "open 4": Setting("open", DraftTree.chain(3), AlwaysOpen()),
+        "dynamic 4": Setting("dynamic", DynamicTree(4), AlwaysOpen()),
+    }
+    ran, real = [], validate_module.decode
+
+    def watch(model: Any, heads: Any, ids: Any, **options: Any) -> Any:
+        name = next(name for name, setting in settings.items() if setting.tree == options["tree"])
+        ran.append((ids.shape[1], name))
+        return real(model, heads, ids, **options)
+
+    monkeypatch.setattr(validate_module, "decode", watch)
+    flat = StepCosts((1, 4), (10,), ((1.0,), (1.0,)), ((1.0,), (1.0,)))
+    found = validate_module.validate(model, heads, texts, settings, flat)
+    lengths = [one.prompt for one in answers]
+    assert ran[:3] == [(lengths[0], name) for name in settings], "to warm up"
+    assert ran[3:] == [
+        *[(lengths[0], name) for name in (PLAIN, "open 4", "dynamic 4")],
+        *[(lengths[1], name) for name in ("open 4", "dynamic 4")],
+        *[(lengths[2], name) for name in ("dynamic 4", PLAIN, "open 4")],
+    ]
+    assert set(found[PLAIN].seconds) == {0, 2} and set(found["open 4"].seconds) == {0, 1, 2}
+    for name, one in found.items():
+        row = one.row()
+        assert row["same_texts"] and row["steps"] == row["predicted_steps"] and one.tokens == one.predicted_tokens
+        assert row["predicted_tokens_per_second"] == pytest.approx(one.tokens / one.steps), "every step takes a second"
+        assert row["texts"] == len(one.seconds) and (name != PLAIN or one.tokens == 2 * 11)
+
+
+def test_what_is_foreseen_is_of_the_text_that_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which other steps may make another one at a near tie."""
+    model = tiny_model("llama")
+    one = answer(model, prompt(), 24)
+    heads = memorize(model, [one])
+    parted = replace(one, ids=torch.cat([one.ids[:, :-12], one.ids[:, one.prompt : one.prompt + 12]], 1))
+    text = trace_module.trace(model, heads, parted)
+    traced: list[Any] = []
+    watched = lambda *args: traced.append(trace_module.trace(*args)) or traced[-1]  # noqa: E731
+    monkeypatch.setattr(validate_module, "trace", watched)
+    settings = {"open 4": Setting("open", DraftTree.chain(3), AlwaysOpen()),
+                "dynamic 4": Setting("dynamic", DynamicTree(4), AlwaysOpen())}  # fmt: skip
+    flat = StepCosts((1, 4), (10,), ((1.0,), (1.0,)), ((1.0,), (1.0,)))
+    found = validate_module.validate(model, heads, [(parted, text)], settings, flat)
+    assert [each.tokens for each in traced] == [one.ids[0].tolist()], "once for all that have this text"
+    for measured in found.values():
+        assert not measured.same_texts and measured.steps == measured.predicted_steps
+        assert measured.tokens == measured.predicted_tokens == 23
+
+
+def test_first_turns_before_second_ones() -> None:
+    pairs: list[Any] = [(Answer(question, prompt(), 1, 1), None) for question in (0, 0, 1, 2, 2, 2)]
+    assert [pair[0].question for pair in by_turn(pairs)] == [0, 1, 2, 0, 2, 2]
 
 
 def test_heads_of_another_kind() -> None:
@@ -279,6 +443,10 @@ def test_evenly_spread() -> None:
 
 
 def test_own_questions() -> None:
-    texts = [one.turns[0] for one in questions.OWN_QUESTIONS]
-    assert len(set(texts)) == 24 and len({one.category for one in questions.OWN_QUESTIONS}) == 8
-    assert len({one.id for one in questions.OWN_QUESTIONS}) == 24
+    """As many of each kind, also where the usual number of tokens is spread over them; all have a second turn."""
+    options, own = CalibrateOptions(), questions.OWN_QUESTIONS
+    assert len({turn for one in own for turn in one.turns}) == 48 and len({one.id for one in own}) == 24
+    assert all(len(one.turns) == 2 for one in own)
+    usual = spread(own, options.tokens // (2 * options.new_tokens))
+    for taken, each in ((own, 3), (usual, 2)):
+        assert set(Counter(one.category for one in taken).values()) == {each}

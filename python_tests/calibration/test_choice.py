@@ -87,6 +87,15 @@ def test_no_gate_for_a_small_gain() -> None:
     assert found.chosen == PLAIN and 1 < best / found.tallies[PLAIN].tokens_per_second < 1 + GATE_GAIN
 
 
+def test_a_gate_of_compiled_steps_chooses_among_compiled_sizes() -> None:
+    sizes, seconds = (1, 2, 4, 6, 8, 12), tuple((float(nodes),) for nodes in range(6, 12))
+    table = StepCosts(sizes, (10,), seconds, seconds)
+    for compiled, among in ((False, sizes), (True, (1, 4, 8, 12))):
+        found = Fit(chains(), sizes).settings(replace(table, compiled=compiled))
+        gates = [setting for setting in found.values() if setting.kind == "dynamic gate"]
+        assert gates and all(tuple(one.gate.costs) == among and one.tree.size == 12 for one in gates)
+
+
 def test_trees_are_judged_on_texts_that_they_were_not_made_of() -> None:
     """Each half is right along paths of its own: trees of one half are worth nothing on the other."""
     texts = [hand_made([[number % 2, ABSENT]] * 30, question=number) for number in range(4)]

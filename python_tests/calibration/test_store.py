@@ -19,6 +19,7 @@ from cerberus_ext.calibration.store import Calibration, Expected, find, heads_fi
 from cerberus_ext.dynamic_tree import DynamicTree
 from cerberus_ext.gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from cerberus_ext.heads import CerberusHeads
+from cerberus_ext.plan import make_plan
 from cerberus_ext.tree import DraftTree
 
 CPU = torch.device("cpu")
@@ -51,11 +52,15 @@ def saved_heads(folder: Path, seed: int = 0) -> CerberusHeads:
 
 
 def entry(
-    heads: CerberusHeads, threads: int = 2, gate: Gate = GATES["open"], tree: DraftTree | DynamicTree = TREE
+    heads: CerberusHeads,
+    threads: int = 2,
+    gate: Gate = GATES["open"],
+    tree: DraftTree | DynamicTree = TREE,
+    compiled: bool = False,
 ) -> Calibration:
-    device, dtype, count = key_of(CPU, torch.float32, threads)
-    expected = Expected(50.0, 25.0, 1.9, 1.0, 0.25)
-    return Calibration(device, dtype, count, heads_fingerprint(heads), "model", tree, gate, expected, {"texts": 3})
+    device, dtype, count, _ = key_of(CPU, torch.float32, threads)
+    expected, own = Expected(50.0, 25.0, 1.9, 1.0, 0.25), heads_fingerprint(heads)
+    return Calibration(device, dtype, count, own, "model", tree, gate, expected, {"texts": 3}, compiled)
 
 
 def found(heads: CerberusHeads, threads: int = 2, dtype: torch.dtype = torch.float32) -> Calibration | None:
@@ -100,6 +105,36 @@ def test_found_for_its_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found(heads, threads=1) is None and found(heads, dtype=torch.bfloat16) is None
     monkeypatch.setattr(store, "_device_name", lambda device: "another processor")
     assert found(heads, threads=2) is None
+
+
+def test_compiled_steps_have_their_own(tmp_path: Path) -> None:
+    """Where there is none, that of the others serves them, but never the other way round."""
+    heads = saved_heads(tmp_path)
+    save(heads, entry(heads, compiled=True, gate=GATES["confidence"]))
+    assert found(heads) is None and find(heads, CPU, torch.float32, 1, compiled=True) is None
+    compiled = find(heads, CPU, torch.float32, 2, compiled=True)
+    assert compiled is not None and compiled.compiled and isinstance(compiled.gate, ConfidenceGate)
+    save(heads, entry(heads, gate=GATES["entropy"]))
+    save(heads, entry(heads, compiled=True))
+    assert len(store.read_entries(tmp_path / "calibration.json")) == 2
+    for anew in (heads, CerberusHeads.from_pretrained(tmp_path)):
+        assert isinstance(found(anew).gate, EntropyGate) and not found(anew).compiled
+        assert isinstance(find(anew, CPU, torch.float32, 2, compiled=True).gate, AlwaysOpen)
+    other = saved_heads(tmp_path / "other")
+    save(other, entry(other))
+    assert find(other, CPU, torch.float32, 2, compiled=True) is found(other) is not None
+
+
+def test_entries_from_before_there_were_compiled_steps(tmp_path: Path) -> None:
+    heads = saved_heads(tmp_path)
+    file = save(heads, entry(heads))
+    content = json.loads(file.read_text())
+    assert content["entries"][0].pop("compiled") is False
+    file.write_text(json.dumps(content))
+    heads = CerberusHeads.from_pretrained(tmp_path)
+    assert found(heads) is not None and not found(heads).compiled
+    save(heads, entry(heads))
+    assert len(store.read_entries(file)) == 1, "the same key"
 
 
 def test_entries_of_other_machines_stay(tmp_path: Path) -> None:
@@ -285,3 +320,13 @@ def test_decode_uses_it(given: dict, nodes: set[int], tmp_path: Path) -> None:
     assert out.sequences.equal(plain.sequences)
     used = {size for size, _ in out.stats.trace[:-3]}  # at the end trees are cut
     assert used == nodes != default
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_which_of_them_decode_uses(compiled: bool, tmp_path: Path) -> None:
+    model, heads = tiny_model("llama"), saved_heads(tmp_path)
+    save(heads, entry(heads, torch.get_num_threads()))
+    save(heads, entry(heads, torch.get_num_threads(), tree=DynamicTree(9), compiled=True))
+    plan = make_plan(model, heads, None, None, None, compiled)
+    assert plan.tree == (DynamicTree(9) if compiled else TREE)
+    assert plan.sizes == ({1, 4, 8, 9} if compiled else {1, TREE.size}), "a calibrated size is compiled itself"

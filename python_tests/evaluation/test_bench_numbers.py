@@ -193,6 +193,14 @@ def test_violations(dtype: str, way: str, gap: float, violations: int, tmp_path:
     assert found["different"] == {**dict.fromkeys(NAMES, 0), way: 2} and found["largest_gap"][way] == gap
 
 
+@pytest.mark.parametrize(("exact", "violations"), [(True, 2), (False, 0)])
+def test_near_ties_of_compiled_steps(exact: bool, violations: int, tmp_path: Path) -> None:
+    """They are right where a way has not to be the same to the bit."""
+    parted = {"cerberus": {**part(0.4), "exact": exact, "other": "autoregressive"}}
+    found = summarize(results(tmp_path / "r", "bfloat16", parted))["equality"]
+    assert len(found["violations"]) == violations and found["different"] == {**dict.fromkeys(NAMES, 0), "cerberus": 2}
+
+
 def test_difference_is_measured_from_the_worse_of_both_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     def last_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
         assert ids.tolist() == [[7, 8, 1]]

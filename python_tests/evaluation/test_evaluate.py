@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from bench_runs import bench, calibrated, rows_of, way_file
 from typer.testing import CliRunner
 
 from cerberus_ext import CerberusHeads, ConfidenceGate, DraftTree, EntropyGate
-from cerberus_ext.calibration.store import Calibration, Expected, heads_fingerprint, key_of, save
 from cerberus_ext.cli import app
 from cerberus_ext.default_model import load_model
 from cerberus_ext.dynamic_tree import DynamicTree
@@ -24,41 +24,6 @@ from cerberus_ext.prompts import encode_chat, read_questions
 BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
 OUTPUTS = {"bench.json", "bench.md", "index.html", "speed_up.png", "accepted.png", "time.png"}
 runner = CliRunner()
-
-
-def bench(folder: Path, out: Path, *arguments: str, dtype: str = "float32") -> Any:
-    command = ["bench", "--questions", str(folder / "questions.jsonl"), "--out", str(out)]
-    command += ["--model", str(folder / "model"), "--heads", str(folder / "heads"), "--dtype", dtype]
-    return runner.invoke(app, [*command, "--device", "cpu", "--new-tokens", "12", *arguments])
-
-
-def rows_of(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-
-
-def way_file(folder: Path, body: str, name: str = "mine") -> Path:
-    """A file with one way, whose `run` is the autoregressive one and then `body`, which may change `tokens`."""
-    file = folder / f"{name}.py"
-    file.write_text(f"""
-from cerberus_ext import AlwaysClosed, decode
-
-class Way:
-    name = "{name}"
-    expected = 123.0
-
-    def __init__(self, context):
-        self.context = context
-
-    def run(self, ids, new_tokens):
-        out = decode(self.context.model, self.context.heads, ids, max_new_tokens=new_tokens, gate=AlwaysClosed())
-        tokens, stats = out.sequences[0, ids.shape[1]:].tolist(), None
-        {body}
-        return tokens, stats
-
-def ways(context):
-    return [Way(context)]
-""")
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -258,17 +223,6 @@ def test_what_was_foreseen_is_compared(folder: Path, tmp_path: Path) -> None:
     found = json.loads((out / "bench.json").read_text())["expected"]["mine"]
     assert found["expected"] == 123 and found["deviation_percent"] == pytest.approx((123 / found["measured"] - 1) * 100)
     assert re.search(r"\| mine \| 123.0 \| [\d.]+ \| [+-][\d.]+ % \|", (out / "bench.md").read_text())
-
-
-def calibrated(folder: Path, target: Path, gate: Any, tree: DraftTree | DynamicTree | None = None) -> Path:
-    """A copy of the heads, with a calibration for this machine. tree: None: a static one of 5 nodes."""
-    shutil.copytree(folder / "heads", target, dirs_exist_ok=True)
-    heads = CerberusHeads.from_pretrained(target)
-    device, dtype, threads = key_of(torch.device("cpu"), torch.float32, torch.get_num_threads())
-    tree = DraftTree.from_paths([(0, 0), (1,), (2,)]) if tree is None else tree
-    expected = Expected(50.0, 25.0, 2.0, 1.0, 0.1)
-    save(heads, Calibration(device, dtype, threads, heads_fingerprint(heads), "model", tree, gate, expected))
-    return target
 
 
 @pytest.mark.parametrize("gate", [EntropyGate(1.25), ConfidenceGate({1: 1.0, 8: 1.2})], ids=["entropy", "confidence"])
