@@ -157,7 +157,8 @@ def test_the_heads_of_the_package() -> None:
     assert sum(file.stat().st_size for file in folder.glob("*.json")) <= 100_000
     heads = CerberusHeads.from_pretrained("smollm2-135m-instruct")
     found = heads.config
-    assert (found.num_heads, found.num_layers, found.anchor, found.chained) == (4, 3, "root", True)
+    assert (found.num_heads, found.num_layers, found.anchor, found.chained) == (4, 2, "root", True)
+    assert (found.context_layer, found.context_heads) == (True, [9, 3, 64])
     assert (found.hidden_size, found.vocab_size, found.draft_vocab) == (576, 49152, 15000)
     assert heads.weight.dtype == torch.bfloat16 and heads.weight.isfinite().all()
     assert heads.draft_vocab is not None and (heads.draft_vocab.diff() > 0).all()
