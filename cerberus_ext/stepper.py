@@ -119,6 +119,15 @@ def context_of(drafter: Drafter) -> BoundContext | None:
     return getattr(drafter, "context", None)
 
 
+def prefill(base: BaseModel, context: BoundContext | None, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """ids (B, S): the prompt, of which `context` is told -> hidden (B, D) and logits (B, V) of its last position."""
+    if context is None:
+        return base.prefill(ids)
+    states, logits = base.prefill_all(ids)  # (B, S, D), (B, V)
+    context.keep_prompt(base.cache, states, ids)
+    return states[:, -1], logits
+
+
 def draft(drafter: Drafter, cache: TreeCache, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
     """hidden (B, D): what led to root (B,) -> ids, logprobs (B, K, guesses) of the guesses behind it, on the device."""
     context = context_of(drafter)
@@ -154,12 +163,7 @@ class Stepper:
 
     def prefill(self, ids: Tensor) -> list[int]:
         """ids (1, S): the prompt -> the first new token."""
-        if self.context is None:
-            hidden, logits = self.base.prefill(ids)  # (B, D), (B, V)
-        else:
-            states, logits = self.base.prefill_all(ids)  # (B, S, D), (B, V)
-            self.context.keep_prompt(self.base.cache, states, ids)
-            hidden = states[:, -1]
+        hidden, logits = prefill(self.base, self.context, ids)  # (B, D), (B, V)
         root = self.sampling.choose(logits, self.base.cache.length)  # (B,); the cache's length is the root's position
         self._start(hidden, root)
         return root.tolist()

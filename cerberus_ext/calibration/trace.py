@@ -21,6 +21,7 @@ from ..decode import decode
 from ..heads import input_matrix
 from ..prompts import Question, encode_chat
 from ..simulate import ABSENT, accepted_length
+from ..stepper import prefill
 from ..tree import DraftTree, default_tree
 
 if TYPE_CHECKING:
@@ -166,12 +167,7 @@ def _forward(
         entropy.append(-(logs.exp() * logs).nan_to_num(0.0).sum(-1))
 
     with sole_decode(model), BaseModel(model, answer.ids.shape[1], 1, context=context is not None) as base:
-        if context is None:
-            keep(*base.prefill(prompt))
-        else:
-            states, logits = base.prefill_all(prompt)
-            context.keep_prompt(base.cache, states, prompt)
-            keep(states[:, -1], logits)
+        keep(*prefill(base, context, prompt))
         for piece in rest.split(_PIECE, dim=1) if rest.shape[1] else ():
             count = piece.shape[1]
             states, logits = base.step(piece, DraftTree.chain(count - 1).on(piece.device))
