@@ -138,6 +138,12 @@ def rotate(rows: Tensor, positions: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(rows.dtype)
 
 
+def check_has_anchor(who: str, anchor: str, chained: bool) -> None:
+    """Raises ValueError, in `who`'s name, for heads without the root's embedding, which a context layer reads, too."""
+    if anchor != "root" or not chained:
+        raise ValueError(f'{who}: context_layer must be False without chained heads and anchor "root"')
+
+
 def attention_sizes(model: Any) -> tuple[int, int, int]:
     """Query heads, key heads and head size of a transformers model's attention: Hq, Hkv, E."""
     config = model.config.get_text_config()

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import ops
-from .context_layer import BoundContext, ContextLayer, attention_sizes
+from .context_layer import BoundContext, ContextLayer, attention_sizes, check_has_anchor
 
 FORMAT_VERSION = 1
 ANCHORS = ("root", "hidden")
@@ -85,8 +85,7 @@ class CerberusConfig:
     def _check_context(self) -> None:
         if not self.context_layer:
             return
-        if self.anchor != "root" or not self.chained:
-            raise ValueError('CerberusConfig: context_layer must be False without chained heads and anchor "root"')
+        check_has_anchor("CerberusConfig", self.anchor, self.chained)
         sizes = self.context_heads
         if not sizes or len(sizes) != 3 or min(sizes) < 1 or sizes[0] % sizes[1] or sizes[2] % 2:
             raise ValueError(

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..context_layer import check_has_anchor
+
 SEGMENT = 8  # consecutive positions drawn together: they share teacher rows, 8 + K - 1 instead of 8 * K
 DRAFT_VOCAB = 8192
 PLACES = ("output", "data", "prompts", "cache", "cache_size", "init")  # where, not what
@@ -89,8 +91,8 @@ class TrainOptions:
         for name in ("lr", "clip", "head_decay", "memory"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train: {name} must be > 0, got {getattr(self, name)}")
-        if self.context_layer and (self.anchor != "root" or not self.chained):
-            raise ValueError('train: context_layer must be False without chained heads and anchor "root"')
+        if self.context_layer:
+            check_has_anchor("train", self.anchor, self.chained)
         if not 0 < self.held_out < 1:
             raise ValueError(f"train: held_out must be between 0 and 1, got {self.held_out}")
         if self.cache_size is not None:
