@@ -17,6 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from ..compile_ahead import compile_ahead
 from ..decode import decode
 from ..evaluation.bootstrap import bootstrap_interval, ratio_of_totals
+from ..evaluation.rotation import rotated
 from .choice import PLAIN, Choice, Setting
 from .cost import StepCosts
 from .trace import Answer, TracedText, trace
@@ -92,7 +93,7 @@ def validate(
     if costs.compiled:
         for setting in settings.values():
             compile_ahead(model, heads, tree=setting.tree, gate=setting.gate)
-    rounds = [(name, number) for number in range(len(texts)) for name in turned(names, number)
+    rounds = [(name, number) for number in range(len(texts)) for name in rotated(names, number)
               if name != PLAIN or number % 2 == 0]  # fmt: skip
     found = {name: Measured() for name in names}
     others: dict[int, tuple[Answer, TracedText]] = {}
@@ -118,12 +119,6 @@ def validate(
             measured.same_texts = measured.same_texts and out.sequences.equal(texts[number][0].ids)
             bar.update()
     return found
-
-
-def turned(names: Sequence[str], number: int) -> list[str]:
-    """The names, another one first for each number."""
-    first = number % len(names)
-    return [*names[first:], *names[:first]]
 
 
 def _decode(

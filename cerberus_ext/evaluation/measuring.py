@@ -16,6 +16,7 @@ from ..gate import Gate
 from ..prompts import Question, encode_chat
 from ..stats import DecodeStats
 from .results import Results
+from .rotation import rotated
 from .texts import difference
 from .tokens import pieces_of
 from .ways import AUTOREGRESSIVE, AUTOREGRESSIVE_COMPILED, Context, DecodeWay, Way, is_compiled
@@ -85,7 +86,7 @@ class Measuring:
         with tqdm(total=total, initial=total - left, desc="bench", unit="text") as bar:
             for task, round in todo:
                 ids = self.prompt(task)
-                for way in self.in_turn(task, round):
+                for way in rotated(self.ways, task.number * self.rounds + round):
                     if f"{task.key(task.turn, round)}/{way.name}" not in self.results:
                         bar.set_postfix_str(f"question {task.question.id}, turn {task.turn}, {way.name}")
                         self.measure(task, task.turn, round, way, ids)
@@ -97,11 +98,6 @@ class Measuring:
         yield key
         for way in self.ways:
             yield f"{key}/{way.name}"
-
-    def in_turn(self, task: Task, round: int) -> list[Way]:
-        """The ways, each time another one first."""
-        first = (task.number * self.rounds + round) % len(self.ways)
-        return [*self.ways[first:], *self.ways[:first]]
 
     def warm_up(self, tasks: Sequence[Task]) -> None:
         """The first call of a way sets up kernels, and CUDA graphs for texts of this length, and before it everything
