@@ -41,10 +41,9 @@ from .calibration.store import (
 )
 from .calibration.trace import Answer, TracedText, trace, write_answers
 from .calibration.validate import Measured, gate_gain, validate
-from .compiled_step import compiled_steps
+from .compiled_step import check_compilable
 from .heads import CerberusHeads, fingerprint, output_matrix
 from .prompts import Question
-from .stats import DecodeStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,7 +114,7 @@ def calibrate(
     read_entries(place(heads))  # a damaged file is better found before minutes of measuring
     contexts = _contexts(model, heads, options.contexts)
     if options.compile:
-        compiled_steps(model, (), DecodeStats())  # raises where there are none
+        check_compilable(model)
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
 

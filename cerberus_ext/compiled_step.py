@@ -168,15 +168,23 @@ class CompiledSteps:
 _kept: weakref.WeakKeyDictionary[PreTrainedModel, ModelPrograms] = weakref.WeakKeyDictionary()
 
 
-def compiled_steps(model: PreTrainedModel, sizes: Collection[int], stats: DecodeStats) -> CompiledSteps:
-    """For one decode of the model, with trees of these sizes; what an earlier decode has compiled serves again.
+def check_compilable(model: PreTrainedModel) -> None:
+    """Raises CompileError where it can be told, before any step, that those of this model are never compiled.
 
-    Raises CompileError.
+    Compiling a step may fail all the same.
     """
     if model.device.type != "cpu":
         raise CompileError(f"the model is on {model.device}, where steps are CUDA graphs")
     if reason := obstacle(model, "a compiled step"):
         raise CompileError(reason)
+
+
+def compiled_steps(model: PreTrainedModel, sizes: Collection[int], stats: DecodeStats) -> CompiledSteps:
+    """For one decode of the model, with trees of these sizes; what an earlier decode has compiled serves again.
+
+    Raises CompileError.
+    """
+    check_compilable(model)
     programs = _kept.get(model)
     if programs is None or programs.memory != memory_of(model):
         programs = _kept[model] = ModelPrograms(model)

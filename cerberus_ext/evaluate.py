@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .calibration.store import gate_to_json, tree_to_json
-from .compiled_step import compiled_steps
+from .compiled_step import check_compilable
 from .evaluation.machine import commit, describe_machine, describe_versions
 from .evaluation.measuring import Measuring, make_tasks, median_entropy
 from .evaluation.numbers import summarize
@@ -31,7 +31,6 @@ from .evaluation.ways import Context, Way, built_in_ways, model_name, select, wa
 from .gate import EntropyGate
 from .heads import CerberusHeads, fingerprint
 from .prompts import Question
-from .stats import DecodeStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,7 +106,7 @@ def evaluate(
             raise ValueError("bench: medusa must be heads with chained=False, got chained ones")
         medusa.bind(model)  # raises where they do not fit
     if options.compile:
-        compiled_steps(model, (), DecodeStats())  # raises where there are none
+        check_compilable(model)
     results = Results(out / RESULTS_FILE)
     threshold = options.entropy_threshold
     if threshold is None and (options.ways is None or ENTROPY_WAY in options.ways):
