@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+Corrections = Sequence[tuple[float, float]]  # (slope, shift) of every head, see `corrected`
 Reading = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
-def reading(corrections: Sequence[tuple[float, float]] | None) -> Reading:
+def reading(corrections: Corrections | None) -> Reading:
     """-> what turns log-probabilities (..., K, P) into probabilities.
 
-    corrections: (slope, shift) of every head, see `corrected`; None: they are taken as they are.
+    corrections: None: they are taken as they are.
     """
     if corrections is None:
         return np.exp

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .corrections import reading
+from .corrections import Corrections, reading
 
 
 class DraftSource(Protocol):
@@ -65,7 +65,7 @@ class HeadsSource:
     corrections: (slope, shift) of every head, see ConfidenceGate; None: probabilities are taken as they are.
     """
 
-    def __init__(self, step: HeadsSignals, corrections: Sequence[tuple[float, float]] | None = None) -> None:
+    def __init__(self, step: HeadsSignals, corrections: Corrections | None = None) -> None:
         self._step = step
         self._read = reading(corrections)
 

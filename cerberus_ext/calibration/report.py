@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..corrections import Corrections
 from ..dynamic_tree import DynamicTree
 from ..gate import AlwaysOpen
 from ..tree import DraftTree
@@ -46,9 +47,6 @@ def signal_rows(texts: Sequence[TracedText], tree: DraftTree) -> list[dict[str, 
             {"name": name, "unit": unit, "auc": None if math.isnan(area) else area, "mean": mean, "accepted": accepted}
         )
     return rows
-
-
-Corrections = Sequence[tuple[float, float]]
 
 
 def reliability_rows(judged: Sequence[TracedText], taught: Corrections) -> list[dict[str, Any]]:

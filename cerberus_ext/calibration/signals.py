@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..corrections import reading
+from ..corrections import Corrections, reading
 
 _BINS = 10
 _NEWTON_STEPS = 30
@@ -85,7 +85,7 @@ def _logistic(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 
 def head_reliability(
-    logprobs: np.ndarray, ranks: Sequence[Sequence[int]], corrections: Sequence[tuple[float, float]] | None
+    logprobs: np.ndarray, ranks: Sequence[Sequence[int]], corrections: Corrections | None
 ) -> list[tuple[list[float], list[float], float]]:
     """`reliability` of every head's best guess, at the places where the heads before it have the right token."""
     right = np.asarray(ranks)
