@@ -14,29 +14,24 @@ import pytest
 import torch
 from memorized import answer, memorize, untrained
 from stand_ins import RandomHeads
-from tape import TapeRecorder
 from tiny_models import VOCAB, prompt, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from cerberus_ext import CerberusHeads, compiled_step, decode, graphs
+from cerberus_ext import CerberusHeads, compiled_step, decode
 from cerberus_ext import calibrate as calibrate_module
 from cerberus_ext.calibrate import CalibrateOptions, by_turn, calibrate, find, spread
 from cerberus_ext.calibration import cost, questions, report
 from cerberus_ext.calibration import trace as trace_module
-from cerberus_ext.calibration import validate as validate_module
-from cerberus_ext.calibration.choice import PLAIN, Choice, Setting, choose
-from cerberus_ext.calibration.cost import StepCosts, measure_costs
+from cerberus_ext.calibration.choice import Choice, choose
 from cerberus_ext.calibration.store import place, read_entries
 from cerberus_ext.calibration.trace import Answer
-from cerberus_ext.calibration.validate import GateGain, Measured, gate_gain
-from cerberus_ext.calibration.walk import Tally
+from cerberus_ext.calibration.validate import GateGain
 from cerberus_ext.cli import app
 from cerberus_ext.compiled_step import CompileError
 from cerberus_ext.decode import take_step
-from cerberus_ext.dynamic_tree import DynamicTree
-from cerberus_ext.gate import AlwaysOpen, ConfidenceGate
+from cerberus_ext.gate import ConfidenceGate
 from cerberus_ext.prompts import Question
 from cerberus_ext.tree import DraftTree
 
@@ -54,11 +49,6 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CERBERUS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -248,106 +238,6 @@ def test_second_turns_follow_the_first_answer(monkeypatch: pytest.MonkeyPatch) -
     assert second.ids[0, : second.prompt].tolist() == expected and second.new == 6
 
 
-@pytest.mark.parametrize("recorded", [False, True])
-def test_costs_are_measured_with_the_steps_of_decode(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where steps are replayed; then a gate that looks at the guesses needs recordings of its own."""
-    if recorded:
-        monkeypatch.setitem(graphs.RECORDERS, "cpu", lambda device: TapeRecorder())
-        graphs._kept.clear()
-    model = tiny_model("llama")
-    heads = memorize(model, [answer(model, prompt(), 24)], steps=1)
-    timed: list[tuple[bool, int, int]] = []
-    real = cost.take_step
-
-    def watch(stepper: Any, gate: Any, tree: DraftTree, deepest: int) -> list[int]:
-        timed.append((type(gate).__name__ == "_Answering", tree.size, stepper.base.cache.committed))
-        graphed = stepper.stats.graphed_steps
-        nodes = len(stepper.stats.trace)
-        gained = real(stepper, gate, tree, deepest)
-        assert stepper.stats.graphed_steps == graphed + recorded
-        assert stepper.stats.trace[nodes][0] == tree.size
-        return gained
-
-    monkeypatch.setattr(cost, "take_step", watch)
-    trees = {1: DraftTree.root(), 3: DraftTree.chain(2), 4: DraftTree.from_widths([3])}
-    before = model.config._attn_implementation
-    found = measure_costs(model, heads, trees, [40, 20], rounds=2)
-    graphs._kept.clear()
-    expected = {(asked, size, context) for asked in (False, True) for size in trees for context in (20, 40)}
-    assert set(timed) == expected and len(timed) == len(expected) * cost.PASSES * 3 * (1 + cost._IN_A_ROW)
-    assert found.sizes == (1, 3, 4) and found.contexts == (20, 40)
-    assert all(seconds > 0 for table in (found.open, found.asked) for row in table for seconds in row)
-    assert 0 < found.entropy < 0.01 and found.spread >= 0
-    assert model.config._attn_implementation == before and not model.lm_head._forward_pre_hooks
-
-
-def test_medians_and_looking_is_never_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = 0
-
-    def time_step(stepper: Any, gate: Any, tree: DraftTree, context: int) -> float:
-        nonlocal calls
-        calls += 1
-        seconds = tree.size + context / 100 - 0.5 * (type(gate).__name__ == "_Answering" and tree.size > 1)
-        return 1000.0 if calls % 7 == 0 else seconds  # now and then the machine does something else
-
-    monkeypatch.setattr(cost, "_time_step", time_step)
-    model = tiny_model("llama")
-    trees = {1: DraftTree.root(), 3: DraftTree.chain(2)}
-    found = measure_costs(model, untrained(model), trees, [20, 40], rounds=3)
-    assert found.open == found.asked == ((1.2, 1.4), (3.2, 3.4))
-
-
-def test_costs_of_heads_without_a_right_guess() -> None:
-    model = tiny_model("llama")
-    found = measure_costs(model, untrained(model), {1: DraftTree.root()}, [16], rounds=1)
-    assert found.sizes == (1,) and found.asked == found.open
-
-
-CHOICE = Choice("gate", "tree", {}, {"gate": Tally(tokens=105, seconds=1.0), "tree": Tally(tokens=100, seconds=1.0)})
-
-
-@pytest.mark.parametrize(
-    ("gated", "slower"),
-    [
-        ([0.95, 0.97, 0.95, 0.94], False),  # as foreseen, here and there
-        ([0.99, 1.20, 0.90, 1.08], False),  # 4 % slower on these texts, but what one says another takes back
-        ([1.06, 1.08, 1.07, 1.09], True),
-        ([1.50], False),  # one text tells nothing of how texts differ
-    ],
-)
-def test_a_gate_that_is_slower_beyond_noise(gated: list[float], slower: bool) -> None:
-    """Over four texts that take a second without it; it was foreseen to need a twentieth less, as on all texts."""
-    numbers = range(len(gated))
-    alone = Measured(dict.fromkeys(numbers, 1.0), dict.fromkeys(numbers, 1.0))
-    gain = gate_gain(
-        CHOICE, {"tree": alone, "gate": Measured(dict(enumerate(gated)), dict.fromkeys(numbers, 1 / 1.05))}
-    )
-    assert gain is not None and gain.slower == slower
-    assert gain.foreseen == 1.05 and gain.measured == pytest.approx(len(gated) / sum(gated))
-    if len(gated) > 1:
-        assert gain.interval is not None and gain.interval[0] <= gain.measured <= gain.interval[1]
-
-
-def test_texts_on_which_a_gate_was_not_expected_to_help() -> None:
-    """Two texts on which the clock agrees that the gate loses 10 %: on all texts it gains what was foreseen."""
-    alone = Measured({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
-    gain = gate_gain(CHOICE, {"tree": alone, "gate": Measured({0: 1.1, 1: 2.2}, {0: 1.1, 1: 2.2})})
-    assert gain is not None and not gain.slower and gain.measured == pytest.approx(1.05)
-
-
-def test_a_gate_over_plain_decoding() -> None:
-    """Which has fewer texts."""
-    alone = Measured({0: 1.0, 2: 1.0}, {0: 1.0, 2: 1.0})
-    gated = Measured({0: 1.0, 1: 9.0, 2: 1.0}, dict.fromkeys(range(3), 1 / 1.05))
-    gain = gate_gain(CHOICE, {"tree": alone, "gate": gated})
-    assert gain is not None and gain.measured == pytest.approx(1.0)
-
-
-def test_no_gate_no_gain() -> None:
-    assert gate_gain(replace(CHOICE, chosen="tree"), {"tree": Measured({0: 1.0}, {0: 1.0})}) is None
-    assert gate_gain(CHOICE, {}) is None, "nothing was validated"
-
-
 @pytest.mark.parametrize("slower", [False, True])
 def test_what_the_clock_decides(slower: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def choosing(texts: Any, sizes: Any, costs: Any) -> Choice:
@@ -362,62 +252,6 @@ def test_what_the_clock_decides(slower: bool, monkeypatch: pytest.MonkeyPatch) -
     found = calibrate(model, memorize(model, [answer(model, prompt(), 24)]), make_tokenizer(), options)
     assert isinstance(found.gate, ConfidenceGate) == (not slower)
     assert found.details["gate_gain"]["measured"] == 0.9 and "by the clock 0.900x (0.8" in report.text(found)
-
-
-def test_validated_ways_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each time another one is first; plain decoding has every other text."""
-    model = tiny_model("llama")
-    heads = memorize(model, [answer(model, prompt(), 24)])
-    answers = [answer(model, prompt(length=length), 12) for length in (3, 5, 7)]
-    texts = [(one, trace_module.trace(model, heads, one)) for one in answers]
-    settings = {
-        PLAIN: Setting("open", DraftTree.root(), AlwaysOpen()),
-        "open 4": Setting("open", DraftTree.chain(3), AlwaysOpen()),
-        "dynamic 4": Setting("dynamic", DynamicTree(4), AlwaysOpen()),
-    }
-    ran, real = [], validate_module.decode
-
-    def watch(model: Any, heads: Any, ids: Any, **options: Any) -> Any:
-        name = next(name for name, setting in settings.items() if setting.tree == options["tree"])
-        ran.append((ids.shape[1], name))
-        return real(model, heads, ids, **options)
-
-    monkeypatch.setattr(validate_module, "decode", watch)
-    flat = StepCosts((1, 4), (10,), ((1.0,), (1.0,)), ((1.0,), (1.0,)))
-    found = validate_module.validate(model, heads, texts, settings, flat)
-    lengths = [one.prompt for one in answers]
-    assert ran[:3] == [(lengths[0], name) for name in settings], "to warm up"
-    assert ran[3:] == [
-        *[(lengths[0], name) for name in (PLAIN, "open 4", "dynamic 4")],
-        *[(lengths[1], name) for name in ("open 4", "dynamic 4")],
-        *[(lengths[2], name) for name in ("dynamic 4", PLAIN, "open 4")],
-    ]
-    assert set(found[PLAIN].seconds) == {0, 2} and set(found["open 4"].seconds) == {0, 1, 2}
-    for name, one in found.items():
-        row = one.row()
-        assert row["same_texts"] and row["steps"] == row["predicted_steps"] and one.tokens == one.predicted_tokens
-        assert row["predicted_tokens_per_second"] == pytest.approx(one.tokens / one.steps), "every step takes a second"
-        assert row["texts"] == len(one.seconds) and (name != PLAIN or one.tokens == 2 * 11)
-
-
-def test_what_is_foreseen_is_of_the_text_that_came(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which other steps may make another one at a near tie."""
-    model = tiny_model("llama")
-    one = answer(model, prompt(), 24)
-    heads = memorize(model, [one])
-    parted = replace(one, ids=torch.cat([one.ids[:, :-12], one.ids[:, one.prompt : one.prompt + 12]], 1))
-    text = trace_module.trace(model, heads, parted)
-    traced: list[Any] = []
-    watched = lambda *args: traced.append(trace_module.trace(*args)) or traced[-1]  # noqa: E731
-    monkeypatch.setattr(validate_module, "trace", watched)
-    settings = {"open 4": Setting("open", DraftTree.chain(3), AlwaysOpen()),
-                "dynamic 4": Setting("dynamic", DynamicTree(4), AlwaysOpen())}  # fmt: skip
-    flat = StepCosts((1, 4), (10,), ((1.0,), (1.0,)), ((1.0,), (1.0,)))
-    found = validate_module.validate(model, heads, [(parted, text)], settings, flat)
-    assert [each.tokens for each in traced] == [one.ids[0].tolist()], "once for all that have this text"
-    for measured in found.values():
-        assert not measured.same_texts and measured.steps == measured.predicted_steps
-        assert measured.tokens == measured.predicted_tokens == 23
 
 
 def test_first_turns_before_second_ones() -> None:

@@ -33,10 +33,8 @@ GATES: dict[str, Gate] = {
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("CERBERUS_CACHE", str(tmp_path / "cache"))
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_said", set())
-    return tmp_path / "cache"
 
 
 def make_heads(seed: int = 0) -> CerberusHeads:
