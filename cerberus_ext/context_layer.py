@@ -71,13 +71,15 @@ class BoundContext:
         """parameters: of a ContextLayer, by name."""
         self.sizes = sizes
         self.qkv, self.output, self.mixer, self.bias = (parameters[name] for name in ("qkv", "output", "mixer", "bias"))
+        self.key_value = self.qkv[sizes[0] * sizes[2] :]  # its rows for keys and values, in the same memory
         self.embeddings, self.anchor_scale = embeddings, anchor_scale
 
     def keep_prompt(self, cache: TreeCache, hidden: Tensor, tokens: Tensor) -> None:
         """Puts the prompt's pairs into the cache. hidden (B, T, D): what each token (B, T) led to."""
         before = torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], 1)
         begin = torch.zeros_like(cache.length)
-        self._keep(cache, begin, begin[:, None] + torch.arange(tokens.shape[1], device=begin.device), before, tokens)
+        positions = begin[:, None] + torch.arange(tokens.shape[1], device=begin.device)
+        self._keep(self.key_value, cache, begin, positions, before, tokens)
 
     def keep_nodes(self, cache: TreeCache, before: Tensor, hidden: Tensor, tokens: Tensor, tree: Topology) -> None:
         """Puts the pairs of a tree's nodes into the cache, behind what is committed.
@@ -85,7 +87,7 @@ class BoundContext:
         before (B, D): what the root was chosen from; hidden (B, N, D): what the nodes' tokens (B, N) led to.
         """
         led = torch.cat([before[:, None], hidden[:, tree.parents[1:]]], 1) if tokens.shape[1] > 1 else before[:, None]
-        self._keep(cache, cache.length, cache.length[:, None] + tree.depths, led, tokens)
+        self._keep(self.key_value, cache, cache.length, cache.length[:, None] + tree.depths, led, tokens)
 
     def read(
         self, cache: TreeCache, before: Tensor, tokens: Tensor, tree: Topology, begin: Tensor | None = None
@@ -95,7 +97,7 @@ class BoundContext:
         Their pairs are put into the cache from slot `begin` (B,) on; None: behind what is committed.
         """
         begin = cache.length if begin is None else begin
-        q, anchor = self._keep(cache, begin, begin[:, None] + tree.depths, before, tokens)
+        q, anchor = self._keep(self.qkv, cache, begin, begin[:, None] + tree.depths, before, tokens)
         keys, values = cache.context_planes()
         scale = self.sizes[2] ** -0.5
         rows = ops.tree_attention(q.to(keys.dtype), keys, values, begin, tree.ancestors, scale, 0).flatten(2)
@@ -103,18 +105,18 @@ class BoundContext:
         return state + F.silu(product(torch.cat([state, anchor], -1), self.mixer) + self.bias)
 
     def _keep(
-        self, cache: TreeCache, begin: Tensor, positions: Tensor, before: Tensor, tokens: Tensor
+        self, weight: Tensor, cache: TreeCache, begin: Tensor, positions: Tensor, before: Tensor, tokens: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Puts pairs into slots begin, begin + 1 ... -> their queries (B, N, Hq, E) and anchors (B, N, D).
 
+        weight: qkv, or key_value where nobody asks: then there are no queries, (B, N, 0, E).
         begin (B,), positions (B, N), before (B, N, D), tokens (B, N).
         """
-        heads, kv_heads, size = self.sizes
-        dtype = self.qkv.dtype
-        anchor = self.embeddings[tokens].to(dtype) * self.anchor_scale
-        found = product(torch.cat([before.to(dtype), anchor], -1), self.qkv).unflatten(-1, (-1, size))
-        turned = rotate(found[:, :, : heads + kv_heads], positions)
-        q, new_keys = turned.split([heads, kv_heads], 2)
+        _, kv_heads, size = self.sizes
+        anchor = self.embeddings[tokens].to(weight.dtype) * self.anchor_scale
+        found = product(torch.cat([before.to(weight.dtype), anchor], -1), weight).unflatten(-1, (-1, size))
+        turned = rotate(found[:, :, :-kv_heads], positions)
+        q, new_keys = turned.split([turned.shape[2] - kv_heads, kv_heads], 2)
         keys, values = cache.context_planes()
         new_keys, new_values = (part.to(keys.dtype).contiguous() for part in (new_keys, found[:, :, -kv_heads:]))
         ops.write_cache(keys, values, new_keys, new_values, begin)

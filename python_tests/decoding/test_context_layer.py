@@ -129,6 +129,30 @@ def test_a_pass_over_the_text_guesses_the_same(name: str, dtype: torch.dtype, mo
             torch.testing.assert_close(logprobs[0], traced, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pairs_are_the_same_read_or_only_kept(dtype: torch.dtype) -> None:
+    """Where nobody asks for queries, there are none; keys and values have the same bits."""
+    model, ids = tiny_model("llama", "cpu", dtype), prompt()
+    context = heads_for(model, dtype).bind(model).context
+    assert context is not None
+    tree = DraftTree.from_widths([3, 2]).on(ids.device)
+    tokens = torch.arange(len(tree.depths))[None] + 5
+    kept = []
+    with torch.inference_mode(), BaseModel(model, 64, 1, context=True) as base:
+        base.prefill(ids)
+        states, _ = base.step(tokens, tree)
+        led = torch.cat([states[:, :1], states[:, tree.parents[1:]]], 1)
+        for read in (True, False):
+            for plane in base.cache.context_planes():
+                plane.zero_()
+            if read:
+                context.read(base.cache, led, tokens, tree)
+            else:
+                context.keep_nodes(base.cache, states[:, 0], states, tokens, tree)
+            kept.append(torch.stack(base.cache.context_planes()))
+    assert torch.equal(*kept) and kept[0].any()
+
+
 def test_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled_step, "_compile_piece", lambda piece, examples, nodes: piece)
     model = copy.deepcopy(tiny_model("llama"))
