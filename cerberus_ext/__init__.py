@@ -11,6 +11,7 @@ from ._load import load_libraries
 load_libraries()
 
 # What needs no transformers: importing that takes seconds, which `cerberus --help` should not.
+from .compile_ahead import compile_ahead  # noqa: E402
 from .decode import decode  # noqa: E402
 from .draft_sources import DraftSource  # noqa: E402
 from .dynamic_tree import DynamicTree  # noqa: E402
@@ -44,6 +45,7 @@ __all__ = [
     "EntropyGate",
     "Gate",
     "SuffixSource",
+    "compile_ahead",
     "decode",
     "load_default_model",
     "release_graphs",

@@ -11,8 +11,7 @@ import pytest
 import torch
 from bench_runs import bench, calibrated, rows_of, way_file
 
-from cerberus_ext import AlwaysOpen, CerberusHeads, compiled_step, decode
-from cerberus_ext.compile_ahead import compile_ahead
+from cerberus_ext import AlwaysOpen, CerberusHeads, compile_ahead, compiled_step, decode
 from cerberus_ext.compiled_step import CompileError
 from cerberus_ext.default_model import load_model
 from cerberus_ext.dynamic_tree import DynamicTree
