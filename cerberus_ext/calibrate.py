@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "CalibrateOptions", "Expected", "calibrate", "find"]
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-COMPILED_SIZES = (1, 4, 8, 16, 24, 32, 48, 64)  # each takes half a minute to compile, and costs little more than 1
+COMPILED_SIZES = (1, 4, 8, 16, 24, 32, 48, 64)  # each takes half a minute to compile
 CONTEXTS = (64, 512, 1024)
 
 

@@ -37,10 +37,17 @@ if TYPE_CHECKING:
     from .cache import TreeCache
     from .stats import DecodeStats
 
-_OPTIONS: dict[str, Any] = {"emulate_precision_casts": True}
+_OPTIONS: dict[str, Any] = {
+    "emulate_precision_casts": True,
+    # The ops between the linears take microseconds, so that a second thread is mostly waited for: at least as many
+    # elements for each.
+    "cpp.min_chunk_size": 1 << 14,
+    # Of every argument at every call, by Python code. Which arguments a piece gets is settled when it is compiled.
+    "size_asserts": False,
+}
 _TOKENS_APART = 7919  # those that the check uses; any, as long as they differ
 _CHECKED_ROWS = 4
-_ONE_ROW = {"cpp.min_chunk_size": 1 << 40}  # less work than this is done by one thread
+_ONE_ROW = {"cpp.min_chunk_size": 1 << 40}  # no sum over a row is split
 
 
 class CompileError(ValueError):

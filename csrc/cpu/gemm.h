@@ -11,12 +11,14 @@
 
 namespace cerberus::CERBERUS_ISA {
 
+// A tile is rows x weights, a register for each of their sums. The more of them, the more sums are in flight,
+// and the less often a weight or a row is loaded; the others hold the weights and a row.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 6, kTileWeights = 4;  // 24 accumulators, 4 weights and a row of 32 registers
+constexpr int kTileRows = 6, kSums = 24;
 #elif defined(__AVX2__)
-constexpr int kTileRows = 4, kTileWeights = 3;  // 12 accumulators, 3 weights and a row of 16 registers
+constexpr int kTileRows = 4, kSums = 12;
 #else
-constexpr int kTileRows = 3, kTileWeights = 3;
+constexpr int kTileRows = 3, kSums = 9;
 #endif
 constexpr int kSingleRowWeights =
     8;  // for a single row: enough chains to hide the latency of the multiply-add
@@ -47,58 +49,51 @@ static inline void dot_tile(const float* x, int64_t x_stride, const W* w, int64_
                             float (&out)[kRows][kWeights]) {
   Vec sums[kRows][kWeights] = {};
   int64_t k = 0;
+  // What there is less of stays in registers, the other comes one by one.
+  const auto step = [&](const auto& load_at) {
+    if constexpr (kWeights <= kRows) {
+      Vec weights[kWeights];
+#pragma GCC unroll 12
+      for (int n = 0; n < kWeights; ++n) weights[n] = load_at(w + n * size);
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+        const Vec row = load_at(x + m * x_stride);
+#pragma GCC unroll 12
+        for (int n = 0; n < kWeights; ++n) sums[m][n] = multiply_add(row, weights[n], sums[m][n]);
+      }
+    } else {
+      Vec rows[kRows];
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) rows[m] = load_at(x + m * x_stride);
+#pragma GCC unroll 12
+      for (int n = 0; n < kWeights; ++n) {
+        const Vec weight = load_at(w + n * size);
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows; ++m) sums[m][n] = multiply_add(rows[m], weight, sums[m][n]);
+      }
+    }
+  };
   for (; k + kLanes <= size; k += kLanes) {
     ahead.prefetch();
-    Vec weights[kWeights];
-#pragma GCC unroll 8
-    for (int n = 0; n < kWeights; ++n) weights[n] = load(w + n * size + k);
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      const Vec row = load(x + m * x_stride + k);
-#pragma GCC unroll 8
-      for (int n = 0; n < kWeights; ++n) sums[m][n] = multiply_add(row, weights[n], sums[m][n]);
-    }
+    step([k](const auto* p) { return load(p + k); });
   }
-  if (k < size) {
-    Vec weights[kWeights];
+  if (k < size) step([k, size](const auto* p) { return load_part(p + k, size - k); });
+  const Vec* all = &sums[0][0];
+  float* each = &out[0][0];
+  constexpr int kFours = kRows * kWeights / 4 * 4;
 #pragma GCC unroll 8
-    for (int n = 0; n < kWeights; ++n) weights[n] = load_part(w + n * size + k, size - k);
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      const Vec row = load_part(x + m * x_stride + k, size - k);
-#pragma GCC unroll 8
-      for (int n = 0; n < kWeights; ++n) sums[m][n] = multiply_add(row, weights[n], sums[m][n]);
-    }
-  }
-  if constexpr (kWeights % 4 == 0) {
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 2
-      for (int n = 0; n < kWeights; n += 4)
-        sum_four({sums[m][n], sums[m][n + 1], sums[m][n + 2], sums[m][n + 3]}, out[m] + n);
-  } else if constexpr (kRows == 4) {
-#pragma GCC unroll 8
-    for (int n = 0; n < kWeights; ++n) {
-      float column[4];
-      sum_four({sums[0][n], sums[1][n], sums[2][n], sums[3][n]}, column);
+  for (int i = 0; i < kFours; i += 4) sum_four({all[i], all[i + 1], all[i + 2], all[i + 3]}, each + i);
 #pragma GCC unroll 4
-      for (int m = 0; m < kRows; ++m) out[m][n] = column[m];
-    }
-  } else {
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 8
-      for (int n = 0; n < kWeights; ++n) out[m][n] = sum(sums[m][n]);
-  }
+  for (int i = kFours; i < kRows * kWeights; ++i) each[i] = sum(all[i]);
 }
 
-// All rows against kWeights weight rows at w, the first of which is number first_weight.
+// All rows against kWeights weight rows at w, the first of which is number first_weight: `tiles` tiles of
+// kMostRows rows or one less.
 template <int kMostRows, int kWeights, typename W, typename Store>
-static inline void all_rows(const float* x, int64_t x_stride, int64_t rows, const W* w, int64_t first_weight,
-                            int64_t size, const Store& put) {
-  // Every tile of rows asks for its share of the next weights.
-  const int64_t tiles = (rows + kMostRows - 1) / kMostRows,
-                weight_bytes = kWeights * static_cast<int64_t>(sizeof(W));
+static inline void all_rows(const float* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w,
+                            int64_t first_weight, int64_t size, const Store& put) {
+  // Every tile asks for its share of the next weights.
+  const int64_t weight_bytes = kWeights * static_cast<int64_t>(sizeof(W));
   Ahead ahead{reinterpret_cast<const char*>(w + kWeights * size), weight_bytes * kLanes / tiles};
   const auto tile = [&](int64_t m, auto row_count) {
     constexpr int kRows = decltype(row_count)::value;
@@ -109,10 +104,20 @@ static inline void all_rows(const float* x, int64_t x_stride, int64_t rows, cons
       for (int n = 0; n < kWeights; ++n) put(m + i, first_weight + n, out[i][n]);
   };
   int64_t m = 0;
-  for (; m + kMostRows <= rows; m += kMostRows) tile(m, Count<kMostRows>{});
-  if constexpr (kMostRows > 2)
-    for (; m + 2 <= rows; m += 2) tile(m, Count<2>{});
-  for (; m < rows; ++m) tile(m, Count<1>{});
+  for (const int64_t full = rows - tiles * (kMostRows - 1); m < full * kMostRows; m += kMostRows)
+    tile(m, Count<kMostRows>{});
+  if constexpr (kMostRows > 1)
+    for (; m < rows; m += kMostRows - 1) tile(m, Count<kMostRows - 1>{});
+}
+
+template <int kMostRows, typename W, typename Store>
+static void tiles_times_weights(const float* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w,
+                                int64_t begin, int64_t end, int64_t size, const Store& put) {
+  constexpr int kWeights = kMostRows == 1 ? kSingleRowWeights : kSums / kMostRows;
+  int64_t n = begin;
+  for (; n + kWeights <= end; n += kWeights)
+    all_rows<kMostRows, kWeights>(x, x_stride, rows, tiles, w + n * size, n, size, put);
+  for (; n < end; ++n) all_rows<kMostRows, 1>(x, x_stride, rows, tiles, w + n * size, n, size, put);
 }
 
 // put(m, n, dot(x[m], w[n])) for m in [0, rows) and n in [begin, end). x (rows, size) with row stride
@@ -120,13 +125,20 @@ static inline void all_rows(const float* x, int64_t x_stride, int64_t rows, cons
 template <typename W, typename Store>
 static void rows_times_weights(const float* x, int64_t x_stride, int64_t rows, const W* w, int64_t begin,
                                int64_t end, int64_t size, const Store& put) {
-  int64_t n = begin;
-  if (rows == 1)
-    for (; n + kSingleRowWeights <= end; n += kSingleRowWeights)
-      all_rows<1, kSingleRowWeights>(x, x_stride, rows, w + n * size, n, size, put);
-  for (; n + kTileWeights <= end; n += kTileWeights)
-    all_rows<kTileRows, kTileWeights>(x, x_stride, rows, w + n * size, n, size, put);
-  for (; n < end; ++n) all_rows<kTileRows, 1>(x, x_stride, rows, w + n * size, n, size, put);
+  // As few tiles as possible, of as even sizes as possible: a tile of few rows takes as long as a larger one.
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows,
+                most_rows = tiles ? (rows + tiles - 1) / tiles : 0;
+  const auto run = [&](auto row_count) {
+    constexpr int kRows = decltype(row_count)::value;
+    if constexpr (kRows <= kTileRows)
+      if (most_rows == kRows) tiles_times_weights<kRows>(x, x_stride, rows, tiles, w, begin, end, size, put);
+  };
+  run(Count<1>{});
+  run(Count<2>{});
+  run(Count<3>{});
+  run(Count<4>{});
+  run(Count<5>{});
+  run(Count<6>{});
 }
 
 // x widened to float: the array itself where it is float already.
@@ -143,12 +155,13 @@ constexpr int64_t widened_floats(int64_t count) {
   return sizeof(T) == sizeof(float) ? 0 : count;
 }
 
+constexpr int64_t kWholeTiles = 24;  // weight rows: tiles of every shape end there
+
 // Weight rows a task: about 128 KiB of weights, so that handing out a task costs little and threads finish
 // together.
 static inline int64_t weight_rows_per_task(int64_t size, int64_t element_bytes) {
   const int64_t rows = (128 << 10) / larger(1, size * element_bytes);
-  return larger(kSingleRowWeights * kTileWeights,
-                rows / (kSingleRowWeights * kTileWeights) * (kSingleRowWeights * kTileWeights));
+  return larger(kWholeTiles, rows / kWholeTiles * kWholeTiles);
 }
 
 }  // namespace cerberus::CERBERUS_ISA
