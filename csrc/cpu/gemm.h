@@ -120,14 +120,11 @@ static void tiles_times_weights(const float* x, int64_t x_stride, int64_t rows, 
   for (; n < end; ++n) all_rows<kMostRows, 1>(x, x_stride, rows, tiles, w + n * size, n, size, put);
 }
 
-// put(m, n, dot(x[m], w[n])) for m in [0, rows) and n in [begin, end). x (rows, size) with row stride
-// x_stride; w[n] at w + n * size.
 template <typename W, typename Store>
-static void rows_times_weights(const float* x, int64_t x_stride, int64_t rows, const W* w, int64_t begin,
-                               int64_t end, int64_t size, const Store& put) {
+static void block_times_weights(const float* x, int64_t x_stride, int64_t rows, const W* w, int64_t begin,
+                                int64_t end, int64_t size, const Store& put) {
   // As few tiles as possible, of as even sizes as possible: a tile of few rows takes as long as a larger one.
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows,
-                most_rows = tiles ? (rows + tiles - 1) / tiles : 0;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, most_rows = (rows + tiles - 1) / tiles;
   const auto run = [&](auto row_count) {
     constexpr int kRows = decltype(row_count)::value;
     if constexpr (kRows <= kTileRows)
@@ -139,6 +136,23 @@ static void rows_times_weights(const float* x, int64_t x_stride, int64_t rows, c
   run(Count<4>{});
   run(Count<5>{});
   run(Count<6>{});
+}
+
+// Rows are read again for every tile of weights: so many bytes of them at a time, from the L2 cache.
+constexpr int64_t kBlockBytes = 128 << 10, kLeastBlockRows = 16;
+
+// put(m, n, dot(x[m], w[n])) for m in [0, rows) and n in [begin, end). x (rows, size) with row stride
+// x_stride; w[n] at w + n * size.
+template <typename W, typename Store>
+static void rows_times_weights(const float* x, int64_t x_stride, int64_t rows, const W* w, int64_t begin,
+                               int64_t end, int64_t size, const Store& put) {
+  const int64_t fitting = larger(kLeastBlockRows, kBlockBytes / larger(1, 4 * size));
+  const int64_t blocks = (rows + fitting - 1) / fitting;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
+    block_times_weights(x + first * x_stride, x_stride, count, w, begin, end, size,
+                        [&](int64_t m, int64_t n, float dot) { put(first + m, n, dot); });
+  }
 }
 
 // x widened to float: the array itself where it is float already.

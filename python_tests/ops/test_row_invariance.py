@@ -10,11 +10,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from op_cases import DTYPES, assert_same_bits, attention_inputs, integers, normal, random_parents, tree
+from op_cases import DTYPES, assert_close, assert_same_bits, attention_inputs, integers, normal, random_parents, tree
 from torch import Tensor
 from torch.nn import functional as F
 
-from cerberus_ext import ops
+from cerberus_ext import ops, reference
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 ROWS = 33
@@ -113,6 +113,17 @@ def test_linear(size, outputs, dtype):
     input, weight, bias = product_inputs(size, outputs, dtype)
     assert_row_invariant(lambda index: (ops.linear(input[index], weight, bias),), 32)
     assert_row_invariant(lambda index: (ops.linear(input[index], weight, None),), 32)
+
+
+@dtypes
+def test_linear_of_more_rows_than_are_multiplied_at_a_time(dtype):
+    """A prompt's: 150 rows of 1025 take several blocks, whatever the level of the instruction set."""
+    weight, bias = normal(27, 1025, seed=1, dtype=dtype), normal(27, seed=2, dtype=dtype)
+    input = normal(150, 1025, dtype=dtype)
+    whole = ops.linear(input, weight, bias)
+    for rows in (slice(0, 1), slice(30, 32), slice(15, 20), slice(149, 150), slice(60, 150)):
+        assert_same_bits(ops.linear(input[rows].contiguous(), weight, bias), whole[rows])
+    assert_close("linear", whole, reference.linear(input, weight, bias), dtype)
 
 
 def rows_that_agree(product: Callable[[Tensor, Tensor], Tensor], input: Tensor, weight: Tensor) -> list[int]:
