@@ -50,9 +50,9 @@ void part(const DraftTopkArgs& a, const float* states, int64_t index) {
   float logits[kRowsAtOnce * stride];
   for (int64_t row = 0; row < a.rows; row += kRowsAtOnce) {
     const int64_t rows = smaller(kRowsAtOnce, a.rows - row);
-    rows_times_weights(states + row * a.size, a.size, rows, static_cast<const T*>(a.projection), begin,
-                       begin + count, a.size,
-                       [&](int64_t m, int64_t n, float dot) { logits[m * stride + n - begin] = dot; });
+    rows_times_weights(
+        states + row * a.size, a.size, rows, static_cast<const T*>(a.projection), begin, begin + count,
+        a.size, one_by_one([&](int64_t m, int64_t n, float dot) { logits[m * stride + n - begin] = dot; }));
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t slot = (row + m) * a.parts + index;
       float* best = a.part_logits + slot * a.guesses;

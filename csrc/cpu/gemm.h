@@ -93,15 +93,15 @@ template <int kMostRows, int kWeights, typename W, typename Store>
 static inline void all_rows(const float* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w,
                             int64_t first_weight, int64_t size, const Store& put) {
   // Every tile asks for its share of the next weights.
-  const int64_t weight_bytes = kWeights * static_cast<int64_t>(sizeof(W));
+  const int64_t weight_bytes = kWeights * static_cast<int64_t>(sizeof(W)),
+                share = weight_bytes * size / tiles;
   Ahead ahead{reinterpret_cast<const char*>(w + kWeights * size), weight_bytes * kLanes / tiles};
   const auto tile = [&](int64_t m, auto row_count) {
     constexpr int kRows = decltype(row_count)::value;
     float out[kRows][kWeights];
     dot_tile<kRows, kWeights>(x + m * x_stride, x_stride, w, size, ahead, out);
-    ahead.p += weight_bytes * size / tiles;
-    for (int i = 0; i < kRows; ++i)
-      for (int n = 0; n < kWeights; ++n) put(m + i, first_weight + n, out[i][n]);
+    ahead.p += share;
+    put(m, first_weight, out);
   };
   int64_t m = 0;
   for (const int64_t full = rows - tiles * (kMostRows - 1); m < full * kMostRows; m += kMostRows)
@@ -139,20 +139,37 @@ static void block_times_weights(const float* x, int64_t x_stride, int64_t rows, 
 }
 
 // Rows are read again for every tile of weights: so many bytes of them at a time, from the L2 cache.
-constexpr int64_t kBlockBytes = 128 << 10, kLeastBlockRows = 16;
+constexpr int64_t kBlockBytes = 64 << 10, kLeastBlockRows = 16;
 
-// put(m, n, dot(x[m], w[n])) for m in [0, rows) and n in [begin, end). x (rows, size) with row stride
-// x_stride; w[n] at w + n * size.
+static inline int64_t row_blocks(int64_t rows, int64_t size) {
+  const int64_t fitting = larger(kLeastBlockRows, kBlockBytes / larger(1, 4 * size));
+  return (rows + fitting - 1) / fitting;
+}
+
+// Calls put(m, n, dots) for every tile: dots[i][j] = dot(x[m + i], w[n + j]). Together they are all m in
+// [0, rows) and n in [begin, end). x (rows, size) with row stride x_stride; w[n] at w + n * size.
 template <typename W, typename Store>
 static void rows_times_weights(const float* x, int64_t x_stride, int64_t rows, const W* w, int64_t begin,
                                int64_t end, int64_t size, const Store& put) {
-  const int64_t fitting = larger(kLeastBlockRows, kBlockBytes / larger(1, 4 * size));
-  const int64_t blocks = (rows + fitting - 1) / fitting;
+  const int64_t blocks = row_blocks(rows, size);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
     block_times_weights(x + first * x_stride, x_stride, count, w, begin, end, size,
-                        [&](int64_t m, int64_t n, float dot) { put(first + m, n, dot); });
+                        [&](int64_t m, int64_t n, const auto& dots) { put(first + m, n, dots); });
   }
+}
+
+// A tile's dot products one by one: put(m, n, dot(x[m], w[n])).
+template <typename Put>
+static inline auto one_by_one(const Put& put) {
+  return [put](int64_t m, int64_t n, const auto& dots) {
+    int64_t row = m;
+    for (const auto& of_row : dots) {
+      int64_t weight = n;
+      for (const float dot : of_row) put(row, weight++, dot);
+      ++row;
+    }
+  };
 }
 
 // x widened to float: the array itself where it is float already.

@@ -43,12 +43,12 @@ void run(const HeadStackArgs& a, const Parallel& parallel) {
       const int64_t head = task / tasks_per_head, begin = task % tasks_per_head * per_task;
       const float* input = inputs.data + (below ? head : 0) * a.rows * width;
       const int64_t block = layer * a.heads + head;
-      rows_times_weights(input, width, a.rows, weight + block * size * width, begin,
-                         smaller(size, begin + per_task), width, [&](int64_t row, int64_t n, float dot) {
-                           const float update = silu(dot + to_float(bias[block * size + n]));
-                           from_float(input[row * width + n] + update,
-                                      above[(row * a.heads + head) * size + n]);
-                         });
+      rows_times_weights(
+          input, width, a.rows, weight + block * size * width, begin, smaller(size, begin + per_task), width,
+          one_by_one([&](int64_t row, int64_t n, float dot) {
+            const float update = silu(dot + to_float(bias[block * size + n]));
+            from_float(input[row * width + n] + update, above[(row * a.heads + head) * size + n]);
+          }));
     });
     below = above;
   }

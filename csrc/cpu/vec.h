@@ -87,6 +87,24 @@ static inline void from_float(float x, Float16& out) {
   }
 }
 
+// out[i] = x[i], rounded to the type of `out`, for four elements.
+template <typename T>
+static inline void from_four(const float* x, T* out) {
+  for (int i = 0; i < 4; ++i) from_float(x[i], out[i]);
+}
+#if defined(__AVX2__)
+static inline void from_four(const float* x, BFloat16* out) {
+  const __m128 value = _mm_loadu_ps(x);
+  const __m128i bits = _mm_castps_si128(value), upper = _mm_srli_epi32(bits, 16);
+  const __m128i odd = _mm_and_si128(upper, _mm_set1_epi32(1));
+  const __m128i rounded = _mm_srli_epi32(_mm_add_epi32(_mm_add_epi32(bits, _mm_set1_epi32(0x7fff)), odd), 16);
+  const __m128i nan = _mm_or_si128(upper, _mm_set1_epi32(0x40));
+  const __m128i is_nan = _mm_castps_si128(_mm_cmpunord_ps(value, value));
+  const __m128i all = _mm_blendv_epi8(rounded, nan, is_nan);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi32(all, all));
+}
+#endif
+
 // --- one vector ---
 
 static inline Vec broadcast(float x) { return x - Vec{}; }

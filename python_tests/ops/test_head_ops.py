@@ -178,3 +178,16 @@ def test_linear_adds_the_bias_before_rounding(dtype):
     input = torch.tensor([[1.0, 2**-9]], dtype=dtype)
     got = ops.linear(input, torch.ones(3, 2, dtype=dtype), torch.full((3,), -1.0, dtype=dtype))
     assert got.tolist() == [[2**-9] * 3]
+
+
+@dtypes
+@pytest.mark.parametrize("outputs", [1, 2, 3, 24, 25])
+def test_linear_rounds_to_nearest_even(outputs, dtype):
+    """Products of one element each, of any bits: subnormal, infinite and not a number among them."""
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    limits = torch.iinfo(bits)
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(limits.min, limits.max, (67 + outputs, 1), generator=generator, dtype=bits).view(dtype)
+    input, weight = factors[:67], factors[67:]
+    expected = (input.float() * weight.float().T).to(dtype)
+    torch.testing.assert_close(ops.linear(input, weight, None), expected, rtol=0, atol=0, equal_nan=True)
