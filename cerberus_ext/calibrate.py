@@ -60,7 +60,8 @@ class CalibrateOptions:
     """What `calibrate` is asked to do.
 
     questions   what the model answers; several turns are a conversation
-    tokens      at most so many tokens are answered in all: fewer questions, evenly spread, where they would be more
+    tokens      at most so many tokens are answered in all: fewer questions, evenly spread, where they would be more;
+                by default enough for all of its own, since texts differ much in how often they repeat themselves
     new_tokens  longest answer
     sizes       nodes of the trees that are tried; 1, plain decoding, always is. None: SIZES or COMPILED_SIZES
     contexts    tokens of text at which a step is timed; None: those of CONTEXTS that the model has positions for
@@ -72,7 +73,7 @@ class CalibrateOptions:
     """
 
     questions: Sequence[Question] = OWN_QUESTIONS
-    tokens: int = 8192
+    tokens: int = 12288
     new_tokens: int = 256
     sizes: Sequence[int] | None = None
     contexts: Sequence[int] | None = None

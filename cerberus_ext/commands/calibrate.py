@@ -32,7 +32,7 @@ def calibrate(
             help='JSON lines, {"turns": [...]} as in MT-Bench or {"prompt": ...}. Default: 16 own ones of two turns.'
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="The model answers with at most so many tokens in all.")] = 8192,
+    tokens: Annotated[int, typer.Option(help="The model answers with at most so many tokens in all.")] = 12288,
     new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     sizes: Annotated[
         str | None, typer.Option(help="Nodes of the trees to try, such as 1,4,16. Default: 1 to 64.")
