@@ -24,24 +24,24 @@ from torch import Tensor
 from . import _host
 from .draft_sources import DraftSource, HeadsSignals, HeadsSource, ask_source, check_values, join_places
 
-_MOST_GUESSES = 32  # that `ops.draft_topk` gives
+MOST_GUESSES = 32  # that `ops.draft_topk` gives
 
 
 @dataclass(frozen=True)
 class DynamicTree:
     """Every step checks the `size` most likely nodes, the root included, of what the sources guess.
 
-    size: >= 2. guesses: of each head that compete for a place, 1..32.
+    size: >= 2. guesses: of each head that compete for a place, 1..32; of more than size - 1 none could win one.
     corrections: (slope, shift) of every head, where its probabilities p are to be read as
         sigmoid(slope * logit(p) + shift); None: as they are.
     """
 
     size: int
-    guesses: int = 10
+    guesses: int = MOST_GUESSES
     corrections: tuple[tuple[float, float], ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, least, most in (("size", 2, None), ("guesses", 1, _MOST_GUESSES)):
+        for name, least, most in (("size", 2, None), ("guesses", 1, MOST_GUESSES)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"DynamicTree: {name} must be an integer, got {value!r}")
@@ -57,6 +57,11 @@ class DynamicTree:
             if not all(math.isfinite(number) for line in lines for number in line):
                 raise ValueError(message)
             object.__setattr__(self, "corrections", lines)
+
+    @property
+    def useful_guesses(self) -> int:
+        """Of each head: as many as may compete, and as could win a place."""
+        return min(self.guesses, self.size - 1)
 
 
 class StepTensors(NamedTuple):

@@ -51,7 +51,7 @@ class Plan:
         """P: how many guesses of each head any step looks at; 0: the heads are not asked."""
         if isinstance(self.tree, DynamicTree):
             known = getattr(self.heads.config, "draft_vocab", None) or self.vocabulary
-            return min(self.tree.guesses, known) if self.heads.config.num_heads else 0
+            return min(self.tree.useful_guesses, known) if self.heads.config.num_heads else 0
         return max(one.guesses for one in self.gate.trees(self.tree))
 
     @property

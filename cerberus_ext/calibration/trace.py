@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import ops
 from ..base_model import BaseModel, position_limit, sole_decode
 from ..decode import decode
+from ..dynamic_tree import MOST_GUESSES
 from ..heads import input_matrix
 from ..prompts import Question, encode_chat
 from ..simulate import ABSENT, accepted_length
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from ..context_layer import BoundContext
     from ..heads import CerberusHeads, Drafter
 
-MOST_GUESSES = 16  # per head, of which trees are made
 _PIECE = 64  # tokens a forward
 
 

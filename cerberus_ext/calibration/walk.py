@@ -19,7 +19,7 @@ from ..plan import begin_trees, compiled_sizes, makers_for
 from ..stats import StepCounts
 from ..tree import DraftTree
 from .cost import StepCosts
-from .trace import MOST_GUESSES, TracedText
+from .trace import TracedText
 
 
 @dataclass
@@ -105,16 +105,11 @@ def walk(
 
     The gate itself is asked, at every step, and the sources guess from the text as far as it is known by then. Where
     the costs are of compiled steps, a step costs what the compiled one does that its tree is filled up to.
-    Raises ValueError where there are sources for a DraftTree, or a DynamicTree wants more guesses than were traced.
+    Raises ValueError where there are sources for a DraftTree.
     """
     if sources is not None:
         check_sources(sources, tree)
-    if isinstance(tree, DraftTree):
-        guesses = max(one.guesses for one in gate.trees(tree))
-    elif tree.guesses > MOST_GUESSES:
-        raise ValueError(f"walk: tree must have guesses in 1..{MOST_GUESSES}, as many are traced, got {tree.guesses}")
-    else:
-        guesses = tree.guesses
+    guesses = max(one.guesses for one in gate.trees(tree)) if isinstance(tree, DraftTree) else tree.useful_guesses
     tally, makers = Tally(), makers_for(tree, sources)
     sizes = compiled_sizes(tree, gate) if costs.compiled else set()
     for text in texts:

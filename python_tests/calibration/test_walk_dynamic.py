@@ -204,8 +204,6 @@ def test_sources_see_the_text_as_far_as_it_is_known() -> None:
 
 def test_bad_arguments() -> None:
     text = hand_made([[0, 0]] * 3)
-    with pytest.raises(ValueError, match=r"walk: tree must have guesses in 1\.\.16, as many are traced, got 17"):
-        walk([text], DynamicTree(4, guesses=17), AlwaysOpen(), FLAT)
     with pytest.raises(ValueError, match="sources must be None or empty with a DraftTree"):
         walk([text], DraftTree.chain(2), AlwaysOpen(), FLAT, [SuffixSource()])
 
