@@ -277,10 +277,10 @@ def test_evenly_spread() -> None:
 
 
 def test_own_questions() -> None:
-    """As many of each kind, also where the usual number of tokens is spread over them; all have a second turn."""
+    """As many of each kind, also where two thirds of the usual number of tokens are; all have a second turn."""
     options, own = CalibrateOptions(), questions.OWN_QUESTIONS
     assert len({turn for one in own for turn in one.turns}) == 48 and len({one.id for one in own}) == 24
     assert all(len(one.turns) == 2 for one in own)
-    usual = spread(own, options.tokens // (2 * options.new_tokens))
-    for taken, each in ((own, 3), (usual, 2)):
+    usual, fewer = (spread(own, tokens // (2 * options.new_tokens)) for tokens in (options.tokens, 8192))
+    for taken, each in ((own, 3), (usual, 3), (fewer, 2)):
         assert set(Counter(one.category for one in taken).values()) == {each}
