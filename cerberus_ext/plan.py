@@ -49,10 +49,11 @@ class Plan:
     @property
     def guesses(self) -> int:
         """P: how many guesses of each head any step looks at; 0: the heads are not asked."""
+        guesses = most_guesses(self.tree, self.gate)
         if isinstance(self.tree, DynamicTree):
             known = getattr(self.heads.config, "draft_vocab", None) or self.vocabulary
-            return min(self.tree.useful_guesses, known) if self.heads.config.num_heads else 0
-        return max(one.guesses for one in self.gate.trees(self.tree))
+            return min(guesses, known) if self.heads.config.num_heads else 0
+        return guesses
 
     @property
     def most_nodes(self) -> int:
@@ -74,6 +75,11 @@ class Plan:
     def begin(self, text: list[int]) -> DraftTree | TreeGrower:
         """text: the prompt and the first token behind it -> what makes the trees of this text."""
         return begin_trees(self.tree, self.makers, text, self.vocabulary)
+
+
+def most_guesses(tree: DraftTree | DynamicTree, gate: Gate) -> int:
+    """Of each head, that any step's tree may hold."""
+    return tree.useful_guesses if isinstance(tree, DynamicTree) else max(one.guesses for one in gate.trees(tree))
 
 
 def compiled_sizes(tree: DraftTree | DynamicTree, gate: Gate) -> set[int]:

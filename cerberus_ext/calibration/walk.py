@@ -15,7 +15,7 @@ from ..decode import ask
 from ..draft_sources import SourceMaker
 from ..dynamic_tree import DynamicTree, StepTree, TreeGrower, filled_size
 from ..gate import Gate
-from ..plan import begin_trees, compiled_sizes, makers_for
+from ..plan import begin_trees, compiled_sizes, makers_for, most_guesses
 from ..stats import StepCounts
 from ..tree import DraftTree
 from .cost import StepCosts
@@ -109,7 +109,7 @@ def walk(
     """
     if sources is not None:
         check_sources(sources, tree)
-    guesses = max(one.guesses for one in gate.trees(tree)) if isinstance(tree, DraftTree) else tree.useful_guesses
+    guesses = most_guesses(tree, gate)
     tally, makers = Tally(), makers_for(tree, sources)
     sizes = compiled_sizes(tree, gate) if costs.compiled else set()
     for text in texts:
