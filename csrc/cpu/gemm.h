@@ -23,11 +23,6 @@ constexpr int kTileRows = 3, kSums = 9;
 constexpr int kSingleRowWeights =
     8;  // for a single row: enough chains to hide the latency of the multiply-add
 
-template <int kValue>
-struct Count {
-  static constexpr int value = kValue;
-};
-
 // Where the weights of the next tile begin, and how many bytes of them one step of the loop over k is to ask
 // for: the processor computes on this tile while memory brings the next one. Its own prefetcher starts anew
 // at every 4 KiB page.

@@ -13,9 +13,9 @@ namespace {
 
 constexpr int kBlock = 64;
 constexpr int64_t kQueriesPerTask = 24;
-// What is computed side by side in registers: kScored queries x kKeys keys, then kWeighed queries x 4 vectors
-// of values.
-constexpr int kKeys = 4, kScored = 2, kWeighed = 3;
+// Queries that are computed side by side, in registers: kTogether x kKeys keys, then kTogether x 4 vectors of
+// values.
+constexpr int kTogether = 3, kKeys = 4;
 
 // The keys of one block that some nodes see, in order of position, filled up to a multiple of kKeys with any
 // key.
@@ -38,27 +38,21 @@ struct Query {
 template <int kQueries, typename T>
 void score(const T* const* keys, int first, int64_t size, float scale, Query* queries) {
   Vec sums[kQueries][kKeys] = {};
-  int64_t e = 0;
-  for (; e + kLanes <= size; e += kLanes) {
-    Vec key[kKeys];
+  // The queries' vectors stay in registers, the keys' come one by one.
+  const auto step = [&](const auto& load_at) {
+    Vec q[kQueries];
 #pragma GCC unroll 4
-    for (int i = 0; i < kKeys; ++i) key[i] = load(keys[first + i] + e);
-#pragma GCC unroll 4
-    for (int j = 0; j < kQueries; ++j) {
-      const Vec q = load(queries[j].q + e);
-#pragma GCC unroll 4
-      for (int i = 0; i < kKeys; ++i) sums[j][i] = multiply_add(q, key[i], sums[j][i]);
-    }
-  }
-  if (e < size) {
+    for (int j = 0; j < kQueries; ++j) q[j] = load_at(queries[j].q);
 #pragma GCC unroll 4
     for (int i = 0; i < kKeys; ++i) {
-      const Vec key = load_part(keys[first + i] + e, size - e);
+      const Vec key = load_at(keys[first + i]);
 #pragma GCC unroll 4
-      for (int j = 0; j < kQueries; ++j)
-        sums[j][i] = multiply_add(load_part(queries[j].q + e, size - e), key, sums[j][i]);
+      for (int j = 0; j < kQueries; ++j) sums[j][i] = multiply_add(q[j], key, sums[j][i]);
     }
-  }
+  };
+  int64_t e = 0;
+  for (; e + kLanes <= size; e += kLanes) step([e](const auto* p) { return load(p + e); });
+  if (e < size) step([e, size](const auto* p) { return load_part(p + e, size - e); });
 #pragma GCC unroll 4
   for (int j = 0; j < kQueries; ++j) {
     float* out = queries[j].weight + first;
@@ -138,16 +132,27 @@ void weigh_all(const Block<T>& block, int64_t size, Query* queries) {
   }
 }
 
+// Calls body(i, Count<n>) for n queries from i on, kTogether as long as there are so many.
+template <typename Body>
+void some_together(int64_t count, const Body& body) {
+  static_assert(kTogether == 3, "what may be left over");
+  int64_t i = 0;
+  for (; i + kTogether <= count; i += kTogether) body(i, Count<kTogether>{});
+  if (count - i == 2) body(i, Count<2>{});
+  if (count - i == 1) body(i, Count<1>{});
+}
+
 // One block for all queries that see exactly these keys of it: a few queries side by side, each its own chain
 // of operations.
 template <typename T>
 void attend(const Block<T>& block, int64_t size, float scale, Query* queries, int64_t count) {
-  int64_t i = 0;
-  for (; i + kScored <= count; i += kScored) score_all<kScored>(block, size, scale, queries + i);
-  for (; i < count; ++i) score_all<1>(block, size, scale, queries + i);
-  for (i = 0; i < count; ++i) soften(block.count, queries[i]);
-  for (i = 0; i + kWeighed <= count; i += kWeighed) weigh_all<kWeighed>(block, size, queries + i);
-  for (; i < count; ++i) weigh_all<1>(block, size, queries + i);
+  some_together(count, [&](int64_t i, auto together) {
+    score_all<decltype(together)::value>(block, size, scale, queries + i);
+  });
+  for (int64_t i = 0; i < count; ++i) soften(block.count, queries[i]);
+  some_together(count, [&](int64_t i, auto together) {
+    weigh_all<decltype(together)::value>(block, size, queries + i);
+  });
 }
 
 // The nodes on the path from the root to `node`, in order; returns how many.
@@ -233,8 +238,9 @@ void tree_attention(const TreeAttentionArgs& a, const Parallel& parallel) {
   if (a.rows == 0 || a.nodes == 0 || a.query_heads == 0) return;
   const int64_t queries = a.nodes * (a.query_heads / a.kv_heads);
   // Few queries: more, smaller tasks, so that every thread has some.
-  const int64_t even = (a.rows * a.kv_heads * queries + 4 * parallel.threads - 1) / (4 * parallel.threads);
-  const int64_t per_task = larger(1, smaller(kQueriesPerTask, even));
+  int64_t even = (a.rows * a.kv_heads * queries + 4 * parallel.threads - 1) / (4 * parallel.threads);
+  if (even > kTogether) even = (even + kTogether - 1) / kTogether * kTogether;
+  const int64_t per_task = smaller(kQueriesPerTask, even);
   const int64_t tasks_per_head = (queries + per_task - 1) / per_task;
   with_type(a.dtype, [&](auto type) {
     parallel_tasks(parallel, a.rows * a.kv_heads * tasks_per_head, [&](int64_t task) {

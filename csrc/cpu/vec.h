@@ -252,6 +252,12 @@ static inline Vec exp(Vec x) {
 
 static inline float exp(float x) { return exp(broadcast(x))[0]; }
 
+// A number as a type, for what is to be unrolled.
+template <int kValue>
+struct Count {
+  static constexpr int value = kValue;
+};
+
 // Calls body(T{}) with the C++ type of a dtype.
 template <typename Body>
 static inline void with_type(DType dtype, const Body& body) {
