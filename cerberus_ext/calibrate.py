@@ -132,6 +132,7 @@ def calibrate(
         choice = replace(choice, chosen=choice.best_ungated)
 
     setting, tally = choice.settings[choice.chosen], choice.tallies[choice.chosen]
+    paces = {name: one.pace for name, one in measured.items()}
     device, dtype, threads, _ = key_of(model.device, model.dtype, torch.get_num_threads(), options.compile)
     found = Calibration(
         device=device,
@@ -142,8 +143,8 @@ def calibrate(
         tree=setting.tree,
         gate=setting.gate,
         expected=Expected(
-            tokens_per_second=tally.tokens_per_second,
-            plain_tokens_per_second=choice.tallies[PLAIN].tokens_per_second,
+            tokens_per_second=tally.tokens_per_second * paces.get(choice.chosen, 1.0),
+            plain_tokens_per_second=choice.tallies[PLAIN].tokens_per_second * paces.get(PLAIN, 1.0),
             tokens_per_step=tally.tokens_per_step,
             gate_open_rate=tally.gate_open_rate,
             wasted_step_rate=tally.wasted_step_rate,

@@ -195,9 +195,10 @@ def text(calibration: Calibration) -> str:
         between = "" if gain["interval"] is None else " ({:.3f} - {:.3f})".format(*gain["interval"])
         clock = f"by the clock {gain['measured']:.3f}x{between}"
         lines.append(f"gate over the best tree without one: foreseen {gain['foreseen']:.3f}x, {clock}")
+    pace = " at the pace of both step times and validation" if found["validation"] else ""
     lines += [
         "",
-        f"chosen: {found['chosen']}; expected: {expected.tokens_per_second:.1f} tokens/s,"
+        f"chosen: {found['chosen']}; expected: {expected.tokens_per_second:.1f} tokens/s{pace},"
         f" {expected.tokens_per_step:.2f} tokens a step, {expected.speed_up:.2f}x plain decoding"
         f" ({expected.plain_tokens_per_second:.1f} tokens/s);"
         f" step times vary by {100 * found['costs']['spread']:.0f} %",

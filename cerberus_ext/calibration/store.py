@@ -38,7 +38,8 @@ Key = tuple[str, str, int, bool]  # device, dtype, threads, compiled: what an en
 class Expected:
     """What decoding is expected to do, on texts that nothing was fitted on.
 
-    tokens_per_second, plain_tokens_per_second: of the steps, without the prompt; with the setting, and without guesses
+    tokens_per_second, plain_tokens_per_second: of the steps, without the prompt; with the setting, and without guesses;
+        at a pace that validation has corrected, see calibration/validate.py
     """
 
     tokens_per_second: float

@@ -3,6 +3,10 @@
 A machine is never so quiet that the seconds of a few texts could tell settings apart which differ by some percent. So
 the ways take turns on every text, and what counts is by how much more or less than foreseen one of them gains over the
 other on the same texts: whether guesses are right there more often than elsewhere is foreseen, too, and drops out.
+
+The machine's pace drifts, by a fifth within minutes, and two samples of it are better than one: what is expected of a
+setting in the end is what the walk says of all texts, at a pace midway between that of the step times and that at which
+these texts were decoded.
 """
 
 from __future__ import annotations
@@ -48,6 +52,12 @@ class Measured:
     steps: int = 0
     predicted_steps: int = 0
     same_texts: bool = True
+
+    @property
+    def pace(self) -> float:
+        """By what a prediction is to be multiplied, to be midway between the step times' pace and the clock's."""
+        row = self.row()
+        return float((row["tokens_per_second"] / row["predicted_tokens_per_second"]) ** 0.5)
 
     def row(self) -> dict[str, Any]:
         """For the report. Speeds in tokens a second, without the prompt."""

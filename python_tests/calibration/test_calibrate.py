@@ -24,7 +24,7 @@ from cerberus_ext import calibrate as calibrate_module
 from cerberus_ext.calibrate import CalibrateOptions, by_turn, calibrate, find, spread
 from cerberus_ext.calibration import cost, questions, report
 from cerberus_ext.calibration import trace as trace_module
-from cerberus_ext.calibration.choice import Choice, choose
+from cerberus_ext.calibration.choice import PLAIN, Choice, choose
 from cerberus_ext.calibration.store import place, read_entries
 from cerberus_ext.calibration.trace import Answer
 from cerberus_ext.calibration.validate import GateGain
@@ -100,12 +100,16 @@ def test_command(folders: tuple[str, str, str], tmp_path: Path) -> None:
     for row in details["validation"].values():
         assert row["steps"] == row["predicted_steps"] and row["same_texts"]
         assert row["tokens_per_second"] > 0 and row["predicted_tokens_per_second"] > 0
+    plain = details["validation"][PLAIN]
+    pace = (plain["tokens_per_second"] / plain["predicted_tokens_per_second"]) ** 0.5
+    foreseen = details["sizes"][0]["tokens_per_second"]
+    assert entry["expected"]["plain_tokens_per_second"] == pytest.approx(foreseen * pace)
 
     model, heads = tiny_model("llama"), CerberusHeads.from_pretrained(heads_folder)
     calibrated = find(heads, model.device, model.dtype, torch.get_num_threads())
     assert calibrated is not None and json.loads(json.dumps(calibrated.to_json())) == entry
-    plain = decode(model, heads, prompt(), max_new_tokens=20, tree=DraftTree.root())
-    assert decode(model, heads, prompt(), max_new_tokens=20).sequences.equal(plain.sequences)
+    unaided = decode(model, heads, prompt(), max_new_tokens=20, tree=DraftTree.root())
+    assert decode(model, heads, prompt(), max_new_tokens=20).sequences.equal(unaided.sequences)
     again = runner.invoke(
         app, ["generate", "--model", folders[0], "--heads", folders[1], "--dtype", "float32", "w3 w4"]
     )

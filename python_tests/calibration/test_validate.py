@@ -65,6 +65,12 @@ def test_no_gate_no_gain() -> None:
     assert gate_gain(CHOICE, {}) is None, "nothing was validated"
 
 
+def test_pace() -> None:
+    """Four times as long as foreseen for as many tokens: midway it is twice as long."""
+    measured = Measured({0: 3.0, 1: 5.0}, {0: 0.5, 1: 1.5}, tokens=30, predicted_tokens=30)
+    assert measured.pace == 0.5
+
+
 def test_validated_ways_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each time another one is first; plain decoding has every other text."""
     model = tiny_model("llama")
