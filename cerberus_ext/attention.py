@@ -25,11 +25,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from . import ops, reference
 from .cache import TreeCache
+from .transformers_names import CACHE_ARGUMENTS
 
 NAME = "cerberus_tree"
 
 # Keyword arguments of an attention function that do not change what it computes, for a causal model that has a cache.
-_HARMLESS = {"position_ids", "use_cache", "past_key_values", "output_attentions", "layer_idx", "is_causal"}
+_HARMLESS = {"position_ids", "use_cache", *CACHE_ARGUMENTS, "output_attentions", "layer_idx", "is_causal"}
 
 
 class Topology(Protocol):

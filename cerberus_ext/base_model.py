@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from .attention import MaskAttention, Topology, UnsupportedAttention, find_attention, layer_windows
 from .cache import TreeCache
 from .row_invariant import prompt_forward, step_forward
+from .transformers_names import cache_argument
 
 if TYPE_CHECKING:
     from .compiled_step import CompiledSteps
@@ -153,9 +154,9 @@ class BaseModel:
         output = forward(
             input_ids=tokens,
             position_ids=positions,
-            past_key_values=self.cache if cache is None else cache,
             use_cache=True,
             return_dict=True,
+            **{cache_argument(self.model): self.cache if cache is None else cache},
             **arguments,
         )
         hidden, self._hidden = self._hidden, None

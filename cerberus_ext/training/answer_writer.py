@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from ..base_model import position_limit
 from ..heads import output_matrix
 from ..prompts import Question, encode_chat, read_questions
+from ..transformers_names import cache_argument
 from .answers import Answer
 from .estimate import duration, model_bytes, size
 from .files import sha256
@@ -178,7 +179,7 @@ class AnswerWriter:
         """Of keys and values, in all layers."""
         cache = Cache(layer_class_to_replicate=DynamicLayer)
         ids = torch.zeros(1, 1, dtype=torch.int64, device=output_matrix(self.model).device)
-        self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        self.model(input_ids=ids, use_cache=True, **{cache_argument(self.model): cache})
         layers: list[Any] = cache.layers
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 

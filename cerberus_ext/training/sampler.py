@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from ..transformers_names import cache_argument
+
 ROOM = 128  # tokens by which the cache grows
 LIKELY = 256  # tokens that are sorted first; where they have less than top_p of the mass, all are
 FINISHED = 0.25  # share of the batch from which on it is worth a copy of the cache to leave the finished texts out
@@ -95,8 +97,8 @@ def write_batch(model: Any, batch: list[Text], stop: frozenset[int], progress: C
     cache = Cache(layer_class_to_replicate=RoomyLayer)
     while True:
         logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
+            **{cache_argument(model): cache},
         ).logits[:, -1]  # fmt: skip
         written = 0
         for text, token in zip(batch, choose(logits.float(), batch), strict=True):
