@@ -1,36 +1,42 @@
-"""How the nodes of a draft tree attend: to the committed tokens and to their own ancestors.
+"""How the nodes of a draft tree attend: to the committed tokens and to their own ancestors, by `ops.tree_attention`.
 
-Two ways, the same result up to rounding:
+It takes the place of a model's own attention in one of two ways:
 
-    TreeAttention    `ops.tree_attention` behind transformers' AttentionInterface; the normal one
-    MaskAttention    a 4-D mask for the model's own attention, for models that do not offer the interface or whose
-                     attention does something that the op does not (soft caps, sinks, ...)
+    by name   models that call transformers' AttentionInterface call `tree_attention_forward` while a step runs
+    by call   models that call torch's scaled_dot_product_attention themselves, with the keys and values of their cache,
+              get `tree_attention_call` in its place, see row_invariant.py
 
-`find_attention` picks by what the model says about itself; a model that turns out at the first step to ask for more
-raises `UnsupportedAttention` there, and the step is done again with the mask.
+A model whose attention does something that the op does not raises `UnsupportedAttention`. capability.py finds that out
+before any text is generated.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from . import ops, reference
-from .cache import TreeCache
+from . import ops
+from .stand_ins import Switch, TreeStep, current_step
 from .transformers_names import CACHE_ARGUMENTS
 
 NAME = "cerberus_tree"
+_CALL = "scaled_dot_product_attention"
 
 # Keyword arguments of an attention function that do not change what it computes, for a causal model that has a cache.
-_HARMLESS = {"position_ids", "use_cache", *CACHE_ARGUMENTS, "output_attentions", "layer_idx", "is_causal"}
+_HARMLESS = {
+    "position_ids", "use_cache", *CACHE_ARGUMENTS, "cache_position", "output_attentions", "output_hidden_states",
+    "output_router_logits", "return_dict", "layer_idx", "is_causal",
+}  # fmt: skip
+_ATTENTIONS = AttentionInterface()
+_MASKS = AttentionMaskInterface()
 
 
 class Topology(Protocol):
@@ -47,19 +53,32 @@ class Topology(Protocol):
 
 
 class UnsupportedAttention(Exception):
-    """The model's attention is not the plain one that `ops.tree_attention` computes."""
+    """The model's attention is not one that `ops.tree_attention` computes."""
 
 
-@dataclass(frozen=True)
-class TreeStep:
-    """What the attention function has to know about a step; models hand it down as the keyword argument `tree_step`."""
+def attention_switch(model: PreTrainedModel) -> Switch:
+    """While inside, `model` calls `tree_attention_forward`."""
+    return Switch(configs_of(model), "_attn_implementation", _stand_in)
 
-    length: Tensor  # (B,) int64: committed tokens
-    ancestors: Tensor  # (N, W) int64, see TreeTensors
-    windows: tuple[int, ...]  # sliding window of every layer, 0: none
+
+def _stand_in(own: str) -> str:
+    """The name under which `tree_attention_forward` takes the place of the implementation `own`."""
+    name = f"{NAME}_{own.replace('flash', 'fa')}"  # transformers treats whatever is called flash in its own way
+    if name not in _ATTENTIONS:
+        AttentionInterface.register(name, partial(tree_attention_forward, own))
+        AttentionMaskInterface.register(name, partial(_mask, own))
+    return name
+
+
+def _mask(own: str, *args: Any, **kwargs: Any) -> Any:
+    """The mask of a forward: none in a step, else that of the implementation `own`."""
+    if current_step() is not None or own not in _MASKS:
+        return None
+    return _MASKS[own](*args, **kwargs)
 
 
 def tree_attention_forward(
+    own: str,
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -67,95 +86,109 @@ def tree_attention_forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
-    tree_step: TreeStep | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """The attention function that transformers calls.
 
-    query (B, Hq, N, E); key, value (B, Hkv, S, E): a whole layer of the cache.
-    Returns (B, N, Hq, E) and no attention weights.
+    query (B, Hq, N, E); key, value (B, Hkv, S, E): in a step, a whole layer of the cache.
+    Returns (B, N, Hq, E) and, in a step, no attention weights. Outside of a step it is the implementation `own`.
     """
-    if tree_step is None:
-        raise UnsupportedAttention(f"{type(module).__name__} does not hand keyword arguments down to its attention")
-    for name, given in kwargs.items():
-        if name not in _HARMLESS and given is not None or name == "is_causal" and given is False:
-            raise UnsupportedAttention(f"{type(module).__name__} calls its attention with {name}")
+    step = current_step()
+    if step is None:
+        return _own_attention(own, module)(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    name = type(module).__name__
+    window, softcap, sinks = (kwargs.pop(key, None) for key in ("sliding_window", "softcap", "s_aux"))
+    for argument, given in kwargs.items():
+        if argument not in _HARMLESS and given is not None or argument == "is_causal" and given is False:
+            raise UnsupportedAttention(f"{name} calls its attention with {argument}")
+    if getattr(module, "is_causal", True) is False:
+        raise UnsupportedAttention(f"{name} is not causal")
+    if attention_mask is not None:
+        raise UnsupportedAttention(f"{name} makes an attention mask of its own")
     layer = getattr(module, "layer_idx", None)
-    if layer is None or (sliding_window or 0) != tree_step.windows[layer]:
-        raise UnsupportedAttention(f"{type(module).__name__} does not say which window layer {layer} has")
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
+    if layer is None or (window or 0) != step.windows[layer]:
+        raise UnsupportedAttention(f"{name} does not say which window layer {layer} has")
+    return _attend(step, query, key, value, scaling, window or 0, softcap or 0.0, sinks), None
+
+
+def tree_attention_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """In a step, in the place of torch's scaled_dot_product_attention: the same arguments, (B, Hq, N, E) back.
+
+    NotImplemented where it is not called with a whole layer of the cache.
+    """
+    step = current_step()
+    layer = None if step is None else step.planes.get(key.data_ptr())
+    if step is None or layer is None:
+        return NotImplemented
+    if attn_mask is not None and (step.mask is None or attn_mask.data_ptr() != step.mask.data_ptr()):
+        raise UnsupportedAttention("the model adds something to its attention scores")
+    return _attend(step, query, key, value, scale, step.windows[layer], 0.0, None).transpose(1, 2)
+
+
+def _attend(
+    step: TreeStep,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    step.attended += 1
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    if sinks is not None:
+        sinks = sinks.to(query.dtype)
     # The models' query is a view of a (B, N, Hq, E) tensor: this rarely copies.
     q = query.transpose(1, 2).contiguous()
-    return ops.tree_attention(q, key, value, tree_step.length, tree_step.ancestors, scaling, sliding_window or 0), None
+    return ops.tree_attention(q, key, value, step.length, step.ancestors, scale, window, softcap, sinks)
 
 
-# Only the attention function: without a mask function of that name, transformers makes no mask.
-AttentionInterface.register(NAME, tree_attention_forward)
+def _own_attention(own: str, module: torch.nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if own in _ATTENTIONS:
+        return _ATTENTIONS[own]
+    # "eager" is the name of a function in each model's module.
+    for kind in type(module).__mro__:
+        if found := getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None):
+            return found
+    raise UnsupportedAttention(f"{type(module).__name__} has no attention implementation {own!r}")
 
 
-class TreeAttention:
-    """Steps with `ops.tree_attention`."""
-
-    whole_cache = True
-
-    def __init__(self, windows: tuple[int, ...]) -> None:
-        self.windows = windows
-
-    def switched_on(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        """While inside, the model calls `tree_attention_forward`."""
-        return attention_implementation(model, NAME)
-
-    def arguments(self, tree: Topology, cache: TreeCache) -> dict[str, Any]:
-        """Keyword arguments for the model's forward."""
-        return {"tree_step": TreeStep(cache.length, tree.ancestors, self.windows)}
+def names_attention(model: PreTrainedModel) -> bool:
+    """Whether the model calls the implementation of attention that its config names."""
+    ask = getattr(type(model), "_can_set_attn_implementation", None)
+    return bool(model._supports_attention_backend or (ask is not None and ask()))
 
 
-class MaskAttention:
-    """Steps with the model's own attention and a mask."""
-
-    whole_cache = False
-
-    def __init__(self, model: PreTrainedModel, windows: tuple[int, ...]) -> None:
-        self.windows = windows
-        self.dtype = model.dtype
-        self.layer_types = getattr(model.config.get_text_config(), "layer_types", None)
-        own = model.config.get_text_config()._attn_implementation
-        if own not in ("sdpa", "eager"):
-            raise ValueError(
-                "decode: model must use the attention implementation 'sdpa' or 'eager', since it takes its mask from"
-                f" decode, got {own!r}: load it with attn_implementation='sdpa'"
-            )
-
-    def switched_on(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def arguments(self, tree: Topology, cache: TreeCache) -> dict[str, Any]:
-        """attention_mask (B, 1, N, length + N), 0 where a node sees a slot; per layer type where windows differ."""
-        masks = {window: self._mask(tree, cache, window) for window in set(self.windows)}
-        if len(masks) == 1 or self.layer_types is None:
-            return {"attention_mask": masks[self.windows[0]]}
-        by_type = zip(self.layer_types, self.windows, strict=True)
-        return {"attention_mask": {layer_type: masks[window] for layer_type, window in by_type}}
-
-    def _mask(self, tree: Topology, cache: TreeCache, window: int) -> Tensor:
-        slots = cache.committed + len(tree.parents)
-        visible = reference.visible_slots(cache.length, tree.ancestors, slots, window)  # (B, N, slots)
-        mask = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
-        return mask.masked_fill(~visible, torch.finfo(self.dtype).min)[:, None]
-
-
-def find_attention(model: PreTrainedModel, windows: tuple[int, ...]) -> TreeAttention | MaskAttention:
-    """The way for this model, as far as it can be told without running it."""
-    takes_keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
-    if model._supports_attention_backend and takes_keywords:
-        return TreeAttention(windows)
-    return MaskAttention(model, windows)
+def check_attention(model: PreTrainedModel) -> None:
+    """Raises UnsupportedAttention where it can be told, without running the model, that its attention is not known."""
+    config = model.config.get_text_config()
+    if getattr(config, "alibi", False):
+        raise UnsupportedAttention("it uses ALiBi, which goes by the place in the cache")
+    if not names_attention(model) and _CALL not in inspect.getsource(sys.modules[type(model).__module__]):
+        raise UnsupportedAttention(f"it calls neither transformers' attention interface nor torch's {_CALL}")
 
 
 def layer_windows(config: PreTrainedConfig) -> tuple[int, ...]:
     """Sliding window of every layer, 0 for full attention. Raises ValueError where a layer keeps something else."""
+    text = config.get_text_config()
+    types = getattr(text, "layer_types", None) or ()
+    if "chunked_attention" in types or getattr(text, "attention_chunk_size", None) is not None:
+        raise ValueError(
+            f"decode: model must have full or sliding attention, {config.model_type} has chunked attention"
+        )
     windows = []
     for index, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -164,31 +197,11 @@ def layer_windows(config: PreTrainedConfig) -> tuple[int, ...]:
                 f" layer {index} of {config.model_type} has a {type(layer).__name__}"
             )
         windows.append(getattr(layer, "sliding_window", 0))
-    types = getattr(config.get_text_config(), "layer_types", None) or ()
-    if "chunked_attention" in types or getattr(config.get_text_config(), "attention_chunk_size", None) is not None:
-        raise ValueError(
-            f"decode: model must have full or sliding attention, {config.model_type} has chunked attention"
-        )
     return tuple(windows)
 
 
-@contextmanager
-def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """While inside, `model` uses the attention function registered as `name`; afterwards all is as it was."""
-    before = [(config, config._attn_implementation) for config in _configs(model)]
-    try:
-        model.set_attn_implementation(name)
-        if model.config.get_text_config()._attn_implementation != name:
-            raise UnsupportedAttention(f"{type(model).__name__} cannot change its attention implementation")
-        yield
-    finally:
-        # Setting a configuration sets those inside it, which come later here.
-        for config, implementation in before:
-            config._attn_implementation = implementation
-
-
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The configurations that `set_attn_implementation` may change, outer ones before inner ones, each once."""
+def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configurations of the model and its parts, outer ones before inner ones, each once."""
     found: dict[int, PreTrainedConfig] = {}
 
     def add(config: PreTrainedConfig) -> None:

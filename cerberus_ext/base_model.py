@@ -5,17 +5,23 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from .attention import MaskAttention, Topology, UnsupportedAttention, find_attention, layer_windows
+from .attention import Topology, UnsupportedAttention, attention_switch, layer_windows, names_attention
 from .cache import TreeCache
-from .row_invariant import prompt_forward, step_forward
+from .experts import experts_switch
+from .row_invariant import RowInvariant, prompt_forward, step_forward
+from .stand_ins import TreeStep, running
+from .step_audit import MOST_PADDING, padded_nodes
 from .transformers_names import cache_argument
 
 if TYPE_CHECKING:
@@ -24,11 +30,31 @@ if TYPE_CHECKING:
 _CAPACITY_STEP = 64
 
 
+@dataclass(frozen=True)
+class StepWay:
+    """How the steps of a model run so that a node's bits do not depend on the others; capability.py finds it.
+
+    names_attention: the model calls the attention that its config names; False: torch's scaled_dot_product_attention.
+    sees_all: every call of the model has to be seen, not only those with weights, see row_invariant.py.
+    widths: elements per node of functions that are left to torch, see `padded_nodes`.
+    """
+
+    names_attention: bool
+    sees_all: bool
+    widths: frozenset[int] = frozenset()
+
+    @staticmethod
+    def plain(model: PreTrainedModel) -> StepWay:
+        """As far as it can be told without running the model."""
+        names = names_attention(model)
+        return StepWay(names, sees_all=not names)
+
+
 class BaseModel:
     """Use as a context manager; inside, first `prefill` once, then `step` as often as needed.
 
-    Nothing of the model is changed but, while inside, the name of its attention implementation and a hook on the input
-    of its LM head, from where the hidden states are read.
+    Nothing of the model is changed but, while inside, a hook on the input of its LM head, from where the hidden states
+    are read; and, while a step runs, what its configs name for its attention and its experts (stand_ins.py).
     """
 
     def __init__(
@@ -39,24 +65,37 @@ class BaseModel:
         cache: TreeCache | None = None,
         compiled: CompiledSteps | None = None,
         context: bool = False,
+        way: StepWay | None = None,
+        mode: Callable[[], TorchFunctionMode] = RowInvariant,
     ) -> None:
         """capacity: tokens that the cache has to hold, nodes of the last step included. cache: one to use again.
 
         compiled: does the steps in the model's place. context: whether the cache needs room for a context layer.
+        way: None: as capability.py finds it, which runs the model where it has not been found before. mode: what sees
+        every call of a step, where the way says so.
         """
+        if way is None:
+            from .capability import capability_of  # which runs steps
+
+            way = capability_of(model).way
         self.model = model
+        self.way = way
         self.windows = layer_windows(model.config)
         if cache is None:
-            cache = TreeCache(len(self.windows), round_capacity(capacity), batch, model.device, context)
+            capacity = round_capacity(capacity + MOST_PADDING * bool(way.widths))
+            cache = TreeCache(len(self.windows), capacity, batch, model.device, context)
         self.cache = cache
         self.cache.reset()
         self.max_positions = position_limit(model)
-        self._attention = find_attention(model, self.windows)
-        self._step_forward = step_forward(model)
+        self._step_forward = step_forward(model, mode if way.sees_all else None)
         self._prompt_forward = prompt_forward(model, self._step_forward)
         self._compiled = compiled
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._switch = ExitStack()
+        self._switches = [attention_switch(model)] if way.names_attention else []
+        if (experts := experts_switch(model)) is not None:
+            self._switches.append(experts)
+        self._mask = None if way.names_attention else torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
+        self._thread: int | None = None  # that runs the model for us at this moment
         self._hidden: Tensor | None = None
 
     def __enter__(self) -> BaseModel:
@@ -64,11 +103,8 @@ class BaseModel:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        try:
-            self._switch.close()
-        finally:
-            self._hook.remove()
-            self._hidden = None
+        self._hook.remove()
+        self._hidden = None
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (B, T) -> hidden (B, D) and logits (B, V) of the last position; the cache then holds the prompt.
@@ -102,13 +138,8 @@ class BaseModel:
         only_last = {"logits_to_keep": 1} if self._keeps_logits else {}
         hidden, logits = self.run(self._prompt_forward, ids, positions, only_last)
         self.cache.extend(ids.shape[1])
-        self._use(self._attention)
+        self.cache.whole = True
         return hidden, logits[:, -1]
-
-    @property
-    def static(self) -> bool:
-        """Whether a step over as many nodes does the same with the same memory, whatever the cache's length is."""
-        return self._attention.whole_cache
 
     def prepare(self, nodes: int) -> None:
         """Before a step over so many nodes: what it needs is compiled, where that has not been done."""
@@ -120,37 +151,46 @@ class BaseModel:
         positions = self.cache.length[:, None] + tree.depths  # (B, N)
         if self._compiled is not None:
             return self._compiled.step(self, tokens, positions, tree.ancestors)
-        try:
-            return self._attend(tokens, positions, tree)
-        except UnsupportedAttention:  # found out at the first step; nothing of it is committed
-            self._fall_back()
-            return self._attend(tokens, positions, tree)
+        nodes = tokens.shape[1]
+        size = nodes
+        if self.way.widths:
+            size = padded_nodes(nodes, self.way.widths, torch.get_num_threads()) or nodes
+        tokens, positions, ancestors = filled(size, tokens, positions, tree.ancestors)
+        hidden, logits = self.attend(self._step_forward, tokens, positions, ancestors, self.cache)
+        return hidden[:, :nodes], logits[:, :nodes]
 
     def deepest(self) -> int:
         """How deep a tree may be at the next step, for no node to have a position that the model does not know."""
         return max(0, self.max_positions - 1 - self.cache.committed)
 
-    def _use(self, attention: Any) -> None:
-        """From here on, forwards attend this way."""
-        self._switch.close()
-        self._attention = attention
-        self.cache.whole = attention.whole_cache
-        try:
-            self._switch.enter_context(attention.switched_on(self.model))
-        except UnsupportedAttention:
-            self._fall_back()
+    def attend(
+        self, forward: Any, tokens: Tensor, positions: Tensor, ancestors: Tensor, cache: TreeCache
+    ) -> tuple[Tensor, Tensor]:
+        """A step by `forward`, the model or what stands in for it: tokens, positions (B, N), ancestors (N, W).
 
-    def _fall_back(self) -> None:
-        self._switch.close()  # so that the model shows its own attention again
-        self._use(MaskAttention(self.model, self.windows))
-
-    def _attend(self, tokens: Tensor, positions: Tensor, tree: Topology) -> tuple[Tensor, Tensor]:
-        return self.run(self._step_forward, tokens, positions, self._attention.arguments(tree, self.cache))
+        -> hidden (B, N, D), logits (B, N, V).
+        """
+        step = TreeStep(cache.length, ancestors, self.windows, self._mask)
+        if not self.way.names_attention:
+            step.planes = {keys.data_ptr(): layer for layer, keys in enumerate(cache.planes()[::2])}
+        arguments = {} if self._mask is None else {"attention_mask": self._mask}
+        with ExitStack() as inside:
+            for switch in self._switches:
+                inside.enter_context(switch)
+            inside.enter_context(running(step))
+            output = self.run(forward, tokens, positions, arguments, cache)
+        if step.attended != len(self.windows):
+            raise UnsupportedAttention(
+                f"{step.attended} of its {len(self.windows)} layers call transformers' attention interface, or torch's"
+                " scaled_dot_product_attention with the keys of their cache"
+            )
+        return output
 
     def run(
         self, forward: Any, tokens: Tensor, positions: Tensor, arguments: dict[str, Any], cache: TreeCache | None = None
     ) -> tuple[Tensor, Tensor]:
         """forward: the model, or what stands in for it -> hidden (B, N, D), logits (B, N, V)."""
+        self._thread = threading.get_ident()
         output = forward(
             input_ids=tokens,
             position_ids=positions,
@@ -159,12 +199,25 @@ class BaseModel:
             **{cache_argument(self.model): self.cache if cache is None else cache},
             **arguments,
         )
+        self._thread = None
         hidden, self._hidden = self._hidden, None
         assert hidden is not None  # the hook has run
         return hidden, output.logits
 
     def _keep_hidden(self, module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._hidden = inputs[0]
+        if threading.get_ident() == self._thread:  # not for another thread's call of the model
+            self._hidden = inputs[0]
+
+
+def filled(nodes: int, tokens: Tensor, positions: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens, positions (B, N), ancestors (N, W) of a step, filled up to so many nodes with copies of the root."""
+    missing = nodes - tokens.shape[1]
+    if missing <= 0:
+        return tokens, positions, ancestors
+    tokens = torch.cat([tokens, tokens[:, :1].expand(-1, missing)], 1)
+    positions = torch.cat([positions, positions[:, :1].expand(-1, missing)], 1)
+    ancestors = torch.cat([ancestors, ancestors[:1].expand(missing, -1)])
+    return tokens, positions, F.pad(ancestors, (0, -(-nodes // 64) - ancestors.shape[1]))
 
 
 def round_capacity(tokens: int) -> int:

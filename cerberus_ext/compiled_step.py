@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from .attention import UnsupportedAttention
+from .base_model import filled
 from .dynamic_tree import filled_size
-from .replayable import MASKED, memory_of, obstacle
+from .replayable import memory_of, obstacle
 from .step_pieces import StepProgram, Untraceable, build_program
 
 if TYPE_CHECKING:
@@ -147,24 +147,15 @@ class CompiledSteps:
         nodes = tokens.shape[1]
         program, size = self.prepare(base, nodes)
         base.cache.check_room(size)
-        if size > nodes:  # with copies of the root
-            missing, words = size - nodes, -(-size // 64)
-            tokens = torch.cat([tokens, tokens[:, :1].expand(-1, missing)], 1)
-            positions = torch.cat([positions, positions[:, :1].expand(-1, missing)], 1)
-            ancestors = torch.cat([ancestors, ancestors[:1].expand(missing, -1)])
-            ancestors = torch.nn.functional.pad(ancestors, (0, words - ancestors.shape[1]))
+        tokens, positions, ancestors = filled(size, tokens, positions, ancestors)
         cache = base.cache
         hidden, logits = program(tokens, positions, cache.length, ancestors, cache.planes())
         return hidden[:, :nodes], logits[:, :nodes]
 
     def _compile(self, base: BaseModel, size: int) -> StepProgram:
-        if not base.static:
-            raise CompileError(MASKED)
         base.cache.check_room(size)
         try:
             return self._programs.compile(base, size)
-        except UnsupportedAttention as error:
-            raise CompileError(MASKED) from error
         except Untraceable as error:
             raise CompileError(str(error)) from error
         except Exception as error:

@@ -28,7 +28,7 @@ from .attention import layer_windows
 from .base_model import BaseModel, position_limit, round_capacity, sole_decode
 from .cache import TreeCache
 from .dynamic_tree import StepTree, padded_size
-from .replayable import MASKED, memory_of, obstacle
+from .replayable import memory_of, obstacle
 from .static_step import StaticGuesses, StaticNodes, StaticResult, StaticState, StepKind, run_step
 from .stats import DecodeStats
 from .stepper import Drafter, HeadsLike, Sampling, Stepper, accepted_path, context_of, guesses_along_paths
@@ -205,8 +205,6 @@ class ModelGraphs:
             for _ in range(_WARM_UPS):
                 self.recorder.warm_up(run)
                 torch._foreach_copy_(changed, saved)
-                if not base.static:
-                    raise Unrecordable(MASKED)
             return result, self.recorder.record(run)
         except Unrecordable:
             raise

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import output_capturing
 
-from .attention import TreeAttention, find_attention, layer_windows
+from .attention import names_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MASKED = "the model's attention needs a mask, which grows with the text"
 _PLAIN = (int, float, str)
 
 
@@ -27,8 +26,8 @@ def obstacle(model: PreTrainedModel, what: str) -> str | None:
         return "autocast is on, whose copies of the weights do not outlive it"
     if name := _hooked(model):
         return f"the model has hooks ({name}), which {what} would not call"
-    if not isinstance(find_attention(model, layer_windows(model.config)), TreeAttention):
-        return MASKED
+    if not names_attention(model):
+        return "the model computes its attention itself"
     return None
 
 

@@ -1,69 +1,197 @@
-"""Linears whose rows do not depend on each other, so that a token gets the same bits alone and as a node of a tree.
+"""The operations of a decoding step, so that a token gets the same bits alone and as a node of a tree.
 
-BLAS libraries choose another order of summation for another number of rows. On most CPUs that makes the logits of a
-token differ in their last bits between an autoregressive step and a step with a tree, and a near tie can then go the
-other way. `ops.linear` sums in one order whatever the number of rows. It is used where this machine's own linears are
-found to depend on it, and for 16-bit types that the CPU does not multiply natively, where torch's are far
-slower; a CPU with AMX multiplies bfloat16 rows independently and keeps its own, faster ones.
+BLAS libraries choose another order of summation for another number of rows, and torch computes the last elements of a
+thread's share of an elementwise operation with other code than the rest. So in a step on a CPU
+
+    products       of an input and a weight are `ops.linear`, which sums in one order whatever the number of rows
+    activations    and other functions of single elements are `ops.activation`, where torch's could differ
+    attention      is `ops.tree_attention`, see attention.py
+
+Two ways of putting them in the place of torch's: `InvariantWeight`, which costs something only where a weight is used;
+and `RowInvariant`, which sees every call. capability.py decides which one a model needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import reduce, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from . import ops
+from .attention import tree_attention_call
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Row counts that a library's choice of kernel may depend on, up to the size of the usual trees.
-_PROBED_ROWS = (1, 2, 3, 4, 5, 8, 16, 17, 31, 32)
 
 
-def step_forward(model: nn.Module) -> Callable[..., Any]:
-    """What to call in place of `model` for decoding steps: the model itself, or it with `ops.linear` for its linears.
+def step_forward(model: Any, mode: Callable[[], TorchFunctionMode] | None) -> Callable[..., Any]:
+    """What to call in place of `model` for decoding steps.
 
+    mode: sees every call of the model; None: only those with weights on a CPU are seen. For these,
     `torch.func.functional_call` swaps the weights for the time of each call, for tensors that share their memory.
     """
-    own = replaced_weights(model)
-    if not own:
-        return model
-    weights: dict[str, Tensor] = {name: InvariantWeight.of(weight) for name, weight in own.items()}
+    if mode is not None:
+
+        def watched(**arguments: Any) -> Any:
+            with mode():
+                return model(**arguments)
+
+        return watched
+
+    weights = {name: InvariantWeight.of(weight) for name, weight in product_weights(model).items()}
 
     def forward(**arguments: Any) -> Any:
         return torch.func.functional_call(model, weights, (), arguments, tie_weights=False)
 
-    return forward
+    return forward if weights else model
 
 
-def replaced_weights(model: nn.Module) -> dict[str, Tensor]:
-    """By name, the weights that are to be multiplied by `ops.linear`: those of all plain linears, or none."""
-    own: dict[str, Any] = {
-        f"{name}.weight": module.weight for name, module in model.named_modules() if _is_plain_linear(module)
-    }
-    return {} if all(map(_is_native, own.values())) and linears_row_invariant(own.values()) else own
+def product_weights(model: nn.Module) -> dict[str, Tensor]:
+    """By name, the weights on a CPU that something may be multiplied with: all matrices but the embeddings."""
+    found: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.dim() >= 2 and is_ours(weight):
+                found[f"{prefix}.{name}" if prefix else name] = weight
+    return found
+
+
+def is_ours(tensor: Any) -> bool:
+    """A plain tensor on a CPU, or a traced one, of a dtype that the ops take."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter, InvariantWeight, FakeTensor)
+        and tensor.device.type == "cpu"
+        and tensor.dtype in _DTYPES
+        and tensor.layout == torch.strided
+    )
 
 
 def prompt_forward(model: nn.Module, step: Callable[..., Any]) -> Callable[..., Any]:
     """What to call for the prompt: the model itself, or, where torch's products of its dtype are slow, `step`."""
-    weights: list[Any] = [module.weight for module in model.modules() if _is_plain_linear(module)]
-    return model if all(map(_is_native, weights)) else step
+    return model if all(map(_is_native, product_weights(model).values())) else step
+
+
+def _is_native(weight: Tensor) -> bool:
+    """Whether this CPU has instructions that multiply the weight's dtype."""
+    if weight.dtype == torch.bfloat16:
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return weight.dtype == torch.float32 or torch.cpu._is_amx_fp16_supported()
+
+
+# --- products -------------------------------------------------------------------------------------------------------
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` by `ops.linear`."""
+    weight = plain(weight)
+    if not is_ours(input) or not is_ours(weight) or input.dtype != weight.dtype or weight.dim() != 2:
+        return NotImplemented
+    transposed = not weight.is_contiguous()
+    if transposed:
+        weight = weight.t()
+        if not weight.is_contiguous():
+            return NotImplemented
+    if bias is not None:
+        bias = plain(bias)
+        if bias.dtype != weight.dtype or bias.dim() != 1 or not bias.is_contiguous():
+            return NotImplemented
+    rows = input.reshape(-1, input.shape[-1])  # (M, I)
+    output = ops.linear(rows.contiguous(), weight, bias, transposed)
+    return output.view(*input.shape[:-1], output.shape[-1])
+
+
+def _matmul(input: Tensor, weight: Tensor) -> Tensor:
+    """input (..., I) @ weight (I, O), as of a linear that is written so; or a small product for every token."""
+    if input.dim() < 2 or weight.dim() < 2:
+        return NotImplemented
+    if weight.dim() == 2:
+        return _linear(input, plain(weight).t())
+    if not 1 < weight.shape[-2] <= _MOST_TERMS or not is_ours(input) or not is_ours(weight):
+        return NotImplemented
+    terms = [input[..., :, k, None].float() * weight[..., k, None, :].float() for k in range(weight.shape[-2])]
+    return reduce(torch.add, terms).to(input.dtype)
+
+
+def _addmm(bias: Tensor, input: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """bias + input @ weight (I, O), as of transformers' Conv1D."""
+    if beta != 1 or alpha != 1 or bias.dim() != 1:
+        return NotImplemented
+    return _linear(input, plain(weight).t(), bias)
+
+
+_MOST_TERMS = 8  # of a sum that is written out
+
+PRODUCTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.mm: _matmul,
+}
+
+# --- functions of single elements -----------------------------------------------------------------------------------
+
+
+def _elementwise(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` by `ops.activation`, where nothing but the input is given."""
+
+    @wraps(function)
+    def stand_in(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not is_ours(input) or any(args) or any(value for value in kwargs.values()):
+            return NotImplemented
+        return ops.activation(plain(input).contiguous(), kind)
+
+    return stand_in
+
+
+def _gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
+    if not is_ours(input) or approximate not in ("none", "tanh"):
+        return NotImplemented
+    return ops.activation(plain(input).contiguous(), "gelu" if approximate == "none" else "gelu_tanh")
+
+
+def _softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+    if not is_ours(input) or (beta, threshold) != (1, 20):
+        return NotImplemented
+    return ops.activation(plain(input).contiguous(), "softplus")
+
+
+ELEMENTWISE: dict[Callable[..., Any], Callable[..., Any]] = {
+    function: _elementwise(kind, function)
+    for kind, functions in {
+        "silu": (F.silu,),
+        "tanh": (torch.tanh, Tensor.tanh),
+        "sigmoid": (torch.sigmoid, Tensor.sigmoid),
+        "exp": (torch.exp, Tensor.exp),
+        "erf": (torch.erf, Tensor.erf),
+        "cos": (torch.cos, Tensor.cos),
+        "sin": (torch.sin, Tensor.sin),
+    }.items()
+    for function in functions
+} | {F.gelu: _gelu, F.softplus: _softplus}
+
+_ALL = PRODUCTS | ELEMENTWISE | {F.scaled_dot_product_attention: tree_attention_call}
 
 
 class InvariantWeight(Tensor):
-    """A linear's weight (O, I) for which `F.linear` is `ops.linear`. Anything else treats it as the plain tensor."""
+    """A weight, products with which are `ops.linear`. Anything else treats it as the plain tensor."""
 
-    plain: Tensor
+    itself: Tensor | None = None  # the plain tensor; None for views of it
 
     @staticmethod
     def of(weight: Tensor) -> InvariantWeight:
         """Shares the memory of `weight`."""
         wrapped = weight.detach().as_subclass(InvariantWeight)
-        wrapped.plain = weight.detach()
+        wrapped.itself = weight.detach()
         return wrapped
 
     @classmethod
@@ -74,22 +202,30 @@ class InvariantWeight(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is F.linear and not kwargs and type(args[0]) is Tensor:
-            input, weight, *bias = args
-            if input.dtype == weight.plain.dtype:
-                return _linear(input, weight.plain, *bias)
+        if func in PRODUCTS:
+            output = PRODUCTS[func](*args, **(kwargs or {}))
+            if output is not NotImplemented:
+                return output
+            return func(*map(plain, args), **{name: plain(value) for name, value in (kwargs or {}).items()})
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-class InvariantLinears(TorchFunctionMode):
-    """While active, `F.linear` is `ops.linear`, for tracing a step: tensors that are traced cannot be InvariantWeights.
+def plain(tensor: Any) -> Any:
+    """The tensor without what InvariantWeight adds; anything else as it is."""
+    if type(tensor) is not InvariantWeight:
+        return tensor
+    if tensor.itself is not None:
+        return tensor.itself
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(Tensor)
 
-    plain_weights: the traced tensors of the linears that `step_forward` would change.
-    """
 
-    def __init__(self, plain_weights: Iterable[Tensor]) -> None:
+class RowInvariant(TorchFunctionMode):
+    """While active, all that this module has a stand-in for is done by it. stand_ins: only these."""
+
+    def __init__(self, stand_ins: Mapping[Callable[..., Any], Callable[..., Any]] = _ALL) -> None:
         super().__init__()
-        self._plain = {id(weight) for weight in plain_weights}
+        self._stand_ins = stand_ins
 
     def __torch_function__(
         self,
@@ -98,59 +234,9 @@ class InvariantLinears(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is F.linear and not kwargs and id(args[1]) in self._plain and args[0].dtype == args[1].dtype:
-            return _linear(*args)
-        return func(*args, **(kwargs or {}))
+        output = self.replaced(func, args, kwargs or {})
+        return func(*args, **(kwargs or {})) if output is NotImplemented else output
 
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` by `ops.linear`."""
-    rows = input.reshape(-1, input.shape[-1])  # (M, I)
-    output = ops.linear(rows.contiguous(), weight, bias)
-    return output.view(*input.shape[:-1], output.shape[-1])
-
-
-def linears_row_invariant(weights: Iterable[Tensor]) -> bool:
-    """Whether `F.linear` with each of these weights gives every row the same bits for 1 to 32 rows, on this machine."""
-    return all(_probe(weight) for weight in sorted({_kind(w): w for w in weights}.values(), key=Tensor.numel))
-
-
-_probed: dict[tuple[Any, ...], bool] = {}
-
-
-def _probe(weight: Tensor) -> bool:
-    """One probe per shape, dtype and number of threads: what decides which kernel a library takes."""
-    kind = _kind(weight)
-    if kind not in _probed:
-        # Not inference mode's tensors, and no use of the global random state.
-        generator = torch.Generator(weight.device).manual_seed(0)
-        most = max(_PROBED_ROWS)
-        with torch.no_grad():
-            x = torch.randn(most, weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
-            full = F.linear(x, weight)
-            _probed[kind] = all(torch.equal(F.linear(x[:rows], weight), full[:rows]) for rows in _PROBED_ROWS)
-    return _probed[kind]
-
-
-def _is_native(weight: Tensor) -> bool:
-    """Whether this CPU has instructions that multiply the weight's dtype."""
-    if weight.dtype == torch.bfloat16:
-        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return weight.dtype == torch.float32 or torch.cpu._is_amx_fp16_supported()
-
-
-def _kind(weight: Tensor) -> tuple[Any, ...]:
-    return (tuple(weight.shape), weight.dtype, weight.device.type, torch.get_num_threads())
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    """A linear on a CPU that `ops.linear` can stand in for."""
-    if type(module).forward is not nn.Linear.forward:
-        return False
-    weight = module.weight
-    return (
-        isinstance(weight, Tensor)
-        and weight.device.type == "cpu"
-        and weight.dtype in _DTYPES
-        and weight.is_contiguous()
-    )
+    def replaced(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the stand-in of `func` makes of the call; NotImplemented where there is none for it."""
+        return self._stand_ins[func](*args, **kwargs) if func in self._stand_ins else NotImplemented

@@ -23,9 +23,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from .attention import TreeStep
 from .cache import TreeCache
-from .row_invariant import InvariantLinears, replaced_weights
+from .row_invariant import PRODUCTS, RowInvariant
 
 if TYPE_CHECKING:
     from .base_model import BaseModel
@@ -109,7 +108,6 @@ def build_program(
 def _trace(base: BaseModel, nodes: int, tensors: dict[str, Tensor]) -> fx.GraphModule:
     """The graph of a step; its placeholders: tokens, positions, length, ancestors, planes, the model's tensors."""
     model, cache = base.model, base.cache
-    replaced = {id(weight) for weight in replaced_weights(model).values()}
     planes = cache.planes()
 
     def step(
@@ -120,10 +118,8 @@ def _trace(base: BaseModel, nodes: int, tensors: dict[str, Tensor]) -> fx.GraphM
         planes: list[Tensor],
         weights: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        plain = [traced for traced, own in zip(weights, tensors.values(), strict=True) if id(own) in replaced]
-
         def forward(**arguments: Any) -> Any:
-            with InvariantLinears(plain):
+            with RowInvariant(PRODUCTS):
                 return torch.func.functional_call(model, dict(zip(tensors, weights, strict=True)), (), arguments)
 
         traced = TreeCache(len(cache.layers), cache.capacity, len(length), model.device)
@@ -131,8 +127,7 @@ def _trace(base: BaseModel, nodes: int, tensors: dict[str, Tensor]) -> fx.GraphM
         layers: Any = traced.layers
         for layer, keys, values in zip(layers, planes[::2], planes[1::2], strict=True):
             layer.keys, layer.values, layer.is_initialized = keys, values, True
-        arguments = {"tree_step": TreeStep(length, ancestors, base.windows)}
-        return base.run(forward, tokens, positions, arguments, traced)
+        return base.attend(forward, tokens, positions, ancestors, traced)
 
     rows, words = len(cache.length), -(-nodes // 64)
     # Not inference mode's tensors, of which there can be no traced copies.

@@ -1,0 +1,141 @@
+"""What `decode` can do with a model: found once per model, before any text is generated, by running a few steps.
+
+    reading    one step over a small tree, call by call: is a token's result independent of the other tokens by
+               construction (step_audit.py)? The answer is `exact` and `inexact_because`.
+    proof      the same tree against its paths decoded one by one, and against the model's own forward over each path.
+               A model that fails the first decodes without drafts; one that fails the second is refused.
+
+The proof finds faults of kinds that nobody thought of. That it passes proves nothing: `exact` never rests on it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .attention import UnsupportedAttention, check_attention
+from .base_model import BaseModel, StepWay
+from .replayable import memory_of
+from .step_audit import Audit, padded_nodes
+from .tree import DraftTree
+
+_TREE = DraftTree.from_paths([(0, 0), (0, 1), (1, 0), (2,)])  # 7 nodes
+_PATHS = ((0, 1, 4), (0, 2, 6))  # of its nodes
+_PROMPT = 5  # tokens
+_CAPACITY = 32
+_STRIDE = 7919  # between the token ids of the proof; any, as long as they differ
+# Largest difference from the model's own forward, as a share of the logits' norm: rounding stays far below.
+_LARGEST_DIFFERENCE = {torch.float32: 0.02, torch.float16: 0.3, torch.bfloat16: 0.3}
+
+
+@dataclass(frozen=True)
+class Capability:
+    """way: how steps run. exact, inexact_because: as in DecodeStats. no_drafts_because: why steps take no drafts."""
+
+    way: StepWay
+    inexact_because: str | None = None
+    no_drafts_because: str | None = None
+
+    @property
+    def exact(self) -> bool:
+        return self.inexact_because is None
+
+
+_found: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Any, Capability]] = weakref.WeakKeyDictionary()
+
+
+def capability_of(model: PreTrainedModel) -> Capability:
+    """Found at the first call for a model with these weights, modules and threads; later ones return it.
+
+    Raises ValueError, naming the model's class and the reason, where the model's steps cannot run.
+    """
+    key = (memory_of(model), torch.get_num_threads(), model.dtype)
+    kept = _found.get(model)
+    if kept is None or kept[0] != key:
+        kept = _found[model] = (key, _examine(model))
+    return kept[1]
+
+
+def _examine(model: PreTrainedModel) -> Capability:
+    name = type(model).__name__
+    try:
+        check_attention(model)
+        with torch.inference_mode():
+            return _prove(model, _read(model))
+    except UnsupportedAttention as error:
+        reason = str(error)
+        raise ValueError(f"decode: model must have an attention that is known here, {name} has not: {reason}") from error
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
+        if str(error).startswith("decode:"):
+            raise
+        reason = next(iter(str(error).splitlines()), "") or "no reason given"
+        raise ValueError(
+            f"decode: model must run over a tree of drafts, {name} does not: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _read(model: PreTrainedModel) -> Capability:
+    """How steps run, and whether they are exact by construction."""
+    way = StepWay.plain(model)
+    if model.device.type != "cpu":
+        reason = f"products on {model.device.type} are summed in an order that depends on the number of tokens"
+        return Capability(way, inexact_because=reason)
+    audit = Audit(_TREE.size)
+    with BaseModel(model, _CAPACITY, 1, way=StepWay(way.names_attention, sees_all=True), mode=lambda: audit) as base:
+        base.prefill(_tokens(model))
+        base.step(_tokens(model, range(_TREE.size)), _TREE.on(model.device))
+    sees_all = way.sees_all or audit.sees_all or padded_nodes(1, audit.widths, torch.get_num_threads()) is None
+    widths = frozenset() if sees_all else frozenset(audit.widths)
+    return Capability(StepWay(way.names_attention, sees_all, widths), audit.uncovered)
+
+
+def _prove(model: PreTrainedModel, capability: Capability) -> Capability:
+    """The capability, with what the proof finds."""
+    same = True
+    with BaseModel(model, _CAPACITY, 1, way=capability.way) as base:
+        base.prefill(_tokens(model))
+        hidden, logits = base.step(_tokens(model, range(_TREE.size)), _TREE.on(model.device))
+        for path in _PATHS:
+            for node in path:
+                alone_hidden, alone_logits = base.step(_tokens(model, [node]), DraftTree.root().on(model.device))
+                base.cache.extend(1)
+                same = same and _agree(alone_logits[0, 0], logits[0, node]) and _agree(alone_hidden[0, 0], hidden[0, node])
+            base.cache.extend(-len(path))
+    for path in _PATHS:
+        with BaseModel(model, _CAPACITY, 1, way=capability.way) as base:
+            own = base.prefill(torch.cat([_tokens(model), _tokens(model, path)], 1))[1][0]
+        difference = _difference(logits[0, path[-1]], own)
+        if not difference <= _LARGEST_DIFFERENCE[model.dtype]:
+            raise ValueError(
+                f"decode: model must compute in a step what it computes in a prompt, {type(model).__name__} does not:"
+                f" its logits differ by {difference:.0%}"
+            )
+    if same:
+        return capability
+    reason = f"{type(model).__name__} computes other numbers for a token of a tree than for the token by itself"
+    return Capability(capability.way, capability.inexact_because, no_drafts_because=reason)
+
+
+def _tokens(model: PreTrainedModel, nodes: Sequence[int] | None = None) -> Tensor:
+    """(1, T): the proof's prompt, or the tokens of nodes of its tree."""
+    places = torch.arange(_PROMPT) if nodes is None else torch.tensor(list(nodes)) + _PROMPT
+    embeddings: Any = model.get_input_embeddings()
+    return (places * _STRIDE % embeddings.weight.shape[0])[None].to(model.device)
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    """On a CPU, bit for bit; on another device, up to rounding."""
+    if one.device.type == "cpu":
+        return one.equal(other)
+    return _difference(one, other) <= _LARGEST_DIFFERENCE[one.dtype]
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """As a share of the norm; NaN where either is not finite."""
+    return float((one.float() - other.float()).norm() / other.float().norm())
