@@ -1,6 +1,6 @@
 """The ops of the library, one thin function each; beneath it its fake implementation, for torch.compile.
 
-Every op runs on CPU and on CUDA (`linear`: CPU only) and takes float32, bfloat16 or float16. The tensors of
+Every op runs on CPU and on CUDA (`linear`, `activation`: CPU only) and takes float32, bfloat16 or float16. The tensors of
 one call are contiguous, of one device and, where they are floating point, of one dtype; another one raises a
 RuntimeError "<op>: <argument> must be <what>, got <what it is>". Values of tensors are never checked, since
 that would make the device wait: each docstring says what they have to be. On a CPU, what an op computes for a
@@ -116,7 +116,15 @@ def _(logits: Tensor, positions: Tensor, seed: int, temperature: float, top_k: i
 
 
 def tree_attention(
-    q: Tensor, keys: Tensor, values: Tensor, length: Tensor, ancestors: Tensor, scale: float, window: int
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    ancestors: Tensor,
+    scale: float,
+    window: int,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of tree nodes to the committed tokens and to their own ancestors, themselves included.
 
@@ -127,18 +135,31 @@ def tree_attention(
     length: (B,) int64, 0 <= length <= S - N.
     ancestors: (N, W) int64 bit mask: bit j of row i says that node j is on the path from the root to i, i
         included.
-    scale: multiplies q k.
+    scale: multiplies q k; finite in float32.
     window: a node at position p sees the positions > p - window; <= 0: all. Node i is at length + its depth.
-    Returns (B, N, Hq, E) of q's dtype.
-    Raises RuntimeError on other shapes, dtypes, devices, on a non-contiguous tensor.
+    softcap: > 0: the score is softcap * tanh(scale q k / softcap) (Gemma 2); 0: scale q k. Finite in float32.
+    sinks: (Hq,) of q's dtype or None: one more logit of each query head, which takes its share of the softmax and
+        has no value (gpt_oss).
+    Returns (B, N, Hq, E) of q's dtype. A node that sees no slot gives 0.
+    Raises RuntimeError on other shapes, dtypes, devices, on a non-contiguous tensor, on numbers out of range.
     Specification: reference.tree_attention.
     """
-    return _ops.tree_attention(q, keys, values, length, ancestors, scale, window)
+    return _ops.tree_attention(q, keys, values, length, ancestors, scale, window, softcap, sinks)
 
 
 @torch.library.register_fake("cerberus_ext::tree_attention")
-def _(q: Tensor, keys: Tensor, values: Tensor, length: Tensor, ancestors: Tensor, scale: float, window: int) -> Tensor:
-    _check_devices("tree_attention", q=q, keys=keys, values=values, length=length, ancestors=ancestors)
+def _(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    ancestors: Tensor,
+    scale: float,
+    window: int,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    _check_devices("tree_attention", q=q, keys=keys, values=values, length=length, ancestors=ancestors, sinks=sinks)
     return torch.empty_like(q)
 
 
@@ -222,3 +243,23 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _check_devices("linear", input=input, weight=weight, bias=bias)
     return input.new_empty(input.shape[0], weight.shape[0])
+
+
+def activation(input: Tensor, kind: str) -> Tensor:
+    """kind(input), element by element: an element's bits depend on its value alone.
+
+    CPU only. torch's own kernels compute the last elements of a thread's share by other code than the rest, which may
+    differ in the last bit: there, what a token becomes can depend on how many tokens are in the call.
+
+    input: float32 | bfloat16 | float16 of any shape, contiguous.
+    kind: silu, gelu, gelu_tanh, tanh, sigmoid, exp, erf, softplus, cos or sin.
+    Returns input's shape and dtype, within 1 ulp of float32 before it is rounded to the dtype.
+    Raises RuntimeError on another dtype or kind, on a non-contiguous tensor.
+    Specification: reference.activation.
+    """
+    return _ops.activation(input, kind)
+
+
+@torch.library.register_fake("cerberus_ext::activation")
+def _(input: Tensor, kind: str) -> Tensor:
+    return torch.empty_like(input)

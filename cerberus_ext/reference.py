@@ -13,6 +13,7 @@ model layers).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -68,6 +69,26 @@ def draft_topk(states: Tensor, projection: Tensor, guesses: int) -> tuple[Tensor
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """input (M, I), weight (O, I), bias (O,) or None -> (M, O): input @ weight^T + bias."""
     return F.linear(input.double(), weight.double(), None if bias is None else bias.double()).to(input.dtype)
+
+
+# In float64, and where the usual formula cancels by one that does not.
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: x / (1 + (-x).exp()),
+    "gelu": lambda x: 0.5 * x * torch.special.erfc(x * -(0.5**0.5)),
+    "gelu_tanh": lambda x: x / (1 + (-2 * (2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)).exp()),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "exp": torch.exp,
+    "erf": torch.erf,
+    "softplus": lambda x: x.clamp(min=0) + (-x.abs()).exp().log1p(),
+    "cos": torch.cos,
+    "sin": torch.sin,
+}
+
+
+def activation(input: Tensor, kind: str) -> Tensor:
+    """input of any shape -> the same shape and dtype: kind(x) of each element, in float64 and rounded once."""
+    return _ACTIVATIONS[kind](input.double()).to(input.dtype)
 
 
 # ---------------------------------------------------------------- the choice of a token
@@ -181,18 +202,35 @@ def visible_slots(length: Tensor, ancestors: Tensor, capacity: int, window: int)
 
 
 def tree_attention(
-    q: Tensor, keys: Tensor, values: Tensor, length: Tensor, ancestors: Tensor, scale: float, window: int
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    ancestors: Tensor,
+    scale: float,
+    window: int,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """q (B, N, Hq, E), keys/values (B, Hkv, S, E), length (B,), ancestors (N, W) -> (B, N, Hq, E).
+    """q (B, N, Hq, E), keys/values (B, Hkv, S, E), length (B,), ancestors (N, W), sinks (Hq,) -> (B, N, Hq, E).
 
-    softmax(scale q k) v over `visible_slots`; query head h reads key/value head h // (Hq / Hkv).
+    softmax(score) v over `visible_slots`; query head h reads key/value head h // (Hq / Hkv). The score is scale q k, or
+    softcap tanh(scale q k / softcap) where softcap > 0. A sink is one more logit of its query head, without a value.
     """
     group = q.shape[2] // keys.shape[1]
     k = keys.double().repeat_interleave(group, 1)  # (B, Hq, S, E)
     v = values.double().repeat_interleave(group, 1)
     visible = visible_slots(length, ancestors, keys.shape[2], window)[:, None]  # (B, 1, N, S)
     scores = (q.double().transpose(1, 2) @ k.transpose(2, 3)) * scale
-    weight = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    if softcap > 0:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(~visible, -math.inf)
+    if sinks is not None:
+        logits = sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, logits], -1)
+    # A node that sees nothing gives 0: the softmax of nothing but -inf is not a number.
+    nothing = (scores == -math.inf).all(-1, keepdim=True)
+    weight = scores.softmax(-1).masked_fill(nothing, 0)[..., : keys.shape[2]]
     # Slots out of sight may hold anything, NaN included.
     v = v.masked_fill(~visible.any(2).unsqueeze(-1), 0)
     return (weight @ v).transpose(1, 2).to(q.dtype)

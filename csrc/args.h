@@ -79,12 +79,14 @@ struct TreeAttentionArgs {
   DType dtype;
   int64_t rows, nodes, query_heads, kv_heads, head_size, capacity, words;  // B, N, Hq, Hkv, E, S, W
   float scale;
+  float softcap;             // > 0: the score is softcap tanh(scale q k / softcap); 0: scale q k
   int64_t window;            // 0: none
   const void* query;         // (B, N, Hq, E)
   const void* keys;          // (B, Hkv, S, E)
   const void* values;        // (B, Hkv, S, E)
   const int64_t* length;     // (B,)
   const int64_t* ancestors;  // (N, W): bit j of row i says that node j is on the path from the root to i
+  const void* sinks;         // (Hq,) or null: one more logit of a query head, which has no value
   void* output;              // (B, N, Hq, E)
   // Scratch for partial results where a device splits the slots of a row into `splits` > 1 pieces, else none.
   int64_t splits;
@@ -126,6 +128,27 @@ struct CommitCacheArgs {
   int64_t* length;                                                   // (B,)
   const int32_t* path;                                               // (B, depth + 1)
   const int32_t* accepted;                                           // (B,)
+};
+
+// output = kind(input), element by element: an element's bits depend on nothing but its value. CPU only.
+enum class Activation : int32_t {
+  kSilu,
+  kGelu,
+  kGeluTanh,
+  kTanh,
+  kSigmoid,
+  kExp,
+  kErf,
+  kSoftplus,
+  kCos,
+  kSin
+};
+struct ActivationArgs {
+  DType dtype;
+  Activation kind;
+  int64_t count;  // of elements
+  const void* input;
+  void* output;
 };
 
 // input @ weight^T + bias, every output a fixed-order sum: bit-equal whatever the other rows are. CPU only.

@@ -50,9 +50,11 @@ Tensor choose_tokens(const Tensor& logits, const Tensor& positions, int64_t seed
 }
 
 Tensor tree_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& length,
-                      const Tensor& ancestors, double scale, int64_t window) {
-  const TreeAttentionCall call = prepare_tree_attention(q, keys, values, length, ancestors, scale, window,
-                                                        [](const TreeAttentionArgs&) { return 1; });
+                      const Tensor& ancestors, double scale, int64_t window, double softcap,
+                      const std::optional<Tensor>& sinks) {
+  const TreeAttentionCall call =
+      prepare_tree_attention(q, keys, values, length, ancestors, scale, window, softcap, sinks,
+                             [](const TreeAttentionArgs&) { return 1; });
   tree_attention_cpu(call.args, torch_threads());
   return call.output;
 }
@@ -79,6 +81,12 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   return call.output;
 }
 
+Tensor activation(const Tensor& input, const std::string& kind) {
+  const ActivationCall call = prepare_activation(input, kind);
+  activation_cpu(call.args, torch_threads());
+  return call.output;
+}
+
 }  // namespace
 }  // namespace cerberus
 
@@ -92,6 +100,7 @@ STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CPU, m) {
   m.impl("verify_tree", TORCH_BOX(&cerberus::verify_tree));
   m.impl("commit_cache", TORCH_BOX(&cerberus::commit_cache));
   m.impl("linear", TORCH_BOX(&cerberus::linear));
+  m.impl("activation", TORCH_BOX(&cerberus::activation));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CompositeExplicitAutograd, m) {

@@ -87,10 +87,11 @@ Tensor choose_tokens(const Tensor& logits, const Tensor& positions, int64_t seed
 }
 
 Tensor tree_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& length,
-                      const Tensor& ancestors, double scale, int64_t window) {
+                      const Tensor& ancestors, double scale, int64_t window, double softcap,
+                      const std::optional<Tensor>& sinks) {
   const OnDevice device(q);
   const TreeAttentionCall call = prepare_tree_attention(
-      q, keys, values, length, ancestors, scale, window, [](const TreeAttentionArgs& args) {
+      q, keys, values, length, ancestors, scale, window, softcap, sinks, [](const TreeAttentionArgs& args) {
         return tree_attention_splits(args, multiprocessors("tree_attention"));
       });
   check_at_most("tree_attention", "q", "E", kMaxHeadSize, call.args.head_size);

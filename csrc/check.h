@@ -88,15 +88,12 @@ class Check {
   // A floating-point tensor of `rank` axes, which `letters` names: "(B, D)".
   void floating(const Tensor& tensor, const char* argument, int64_t rank, const char* letters) {
     common(tensor, argument, rank, letters);
-    const ScalarType type = tensor.scalar_type();
-    if (!floating_argument_) {
-      if (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half)
-        fail(argument, "torch.float32, torch.bfloat16 or torch.float16", dtype_text(type));
-      floating_argument_ = argument;
-      type_ = type;
-    } else if (type != type_) {
-      fail(argument, dtype_text(type_) + " like " + floating_argument_, dtype_text(type));
-    }
+    floating_dtype(tensor, argument);
+  }
+  // Of any shape.
+  void floating(const Tensor& tensor, const char* argument) {
+    common(tensor, argument, tensor.dim(), "");
+    floating_dtype(tensor, argument);
   }
 
   void integer(const Tensor& tensor, const char* argument, int64_t rank, const char* letters,
@@ -142,6 +139,18 @@ class Check {
   int64_t element_bytes() const { return type_ == ScalarType::Float ? 4 : 2; }
 
  private:
+  void floating_dtype(const Tensor& tensor, const char* argument) {
+    const ScalarType type = tensor.scalar_type();
+    if (!floating_argument_) {
+      if (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half)
+        fail(argument, "torch.float32, torch.bfloat16 or torch.float16", dtype_text(type));
+      floating_argument_ = argument;
+      type_ = type;
+    } else if (type != type_) {
+      fail(argument, dtype_text(type_) + " like " + floating_argument_, dtype_text(type));
+    }
+  }
+
   void common(const Tensor& tensor, const char* argument, int64_t rank, const char* letters) {
     if (tensor.dim() != rank) fail(argument, letters, shape_text(tensor));
     if (!first_argument_) {

@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(cerberus_ext, m) {
       "-> Tensor");
   m.def(
       "tree_attention(Tensor q, Tensor keys, Tensor values, Tensor length, Tensor ancestors, float scale, "
-      "int window) -> Tensor");
+      "int window, float softcap=0.0, Tensor? sinks=None) -> Tensor");
   m.def(
       "write_cache(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, Tensor length) -> "
       "()");
@@ -21,6 +21,8 @@ STABLE_TORCH_LIBRARY(cerberus_ext, m) {
   m.def("commit_cache(Tensor(a!) cache, Tensor(b!) length, Tensor path, Tensor accepted) -> ()");
   // CPU only: where torch's own matrix product is fast and row-invariant, it is used instead.
   m.def("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  // CPU only: torch's own kernels compute the last elements of a thread's share by other code than the rest.
+  m.def("activation(Tensor input, str kind) -> Tensor");
   // The level of the instruction set that the CPU kernels use: portable, avx2, avx512 or avx512_bf16.
   m.def("cpu_isa() -> str");
 }

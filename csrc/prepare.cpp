@@ -1,6 +1,9 @@
 #include "prepare.h"
 
+#include <algorithm>
+#include <iterator>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "check.h"
@@ -13,12 +16,12 @@ constexpr int64_t kMaxGuesses = 32;  // what the kernels keep in registers or on
 // An uninitialized contiguous tensor on the device of `like`. By the C function, not by
 // torch::stable::new_empty, which looks the op up by its name at every call: three times slower, and a
 // decoding step makes hundreds of these.
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  int64_t strides[8];
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= std::max<int64_t>(sizes.begin()[i], 1);
+Tensor empty(const Tensor& like, const int64_t* sizes, size_t rank, ScalarType type) {
+  int64_t strides[64];  // torch has no more axes
+  uint64_t stride = 1;  // of a tensor without elements it may overflow
+  for (size_t i = rank; i-- > 0;) {
+    strides[i] = static_cast<int64_t>(stride);
+    stride *= static_cast<uint64_t>(std::max<int64_t>(sizes[i], 1));
   }
   int32_t dtype = 0;
   switch (type) {
@@ -38,10 +41,14 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
       dtype = aoti_torch_dtype_int64();
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                         strides, dtype, device_type(like),
-                                                         like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(rank), sizes, strides, dtype,
+                                                         device_type(like), like.get_device_index(),
+                                                         &handle));
   return Tensor(handle);
+}
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return empty(like, sizes.begin(), sizes.size(), type);
 }
 
 template <typename T>
@@ -173,7 +180,7 @@ ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& posit
 
 TreeAttentionCall prepare_tree_attention(const Tensor& q, const Tensor& keys, const Tensor& values,
                                          const Tensor& length, const Tensor& ancestors, double scale,
-                                         int64_t window,
+                                         int64_t window, double softcap, const std::optional<Tensor>& sinks,
                                          const std::function<int64_t(const TreeAttentionArgs&)>& splits) {
   Check check("tree_attention");
   check.floating(q, "q", 4, "(B, N, Hq, E)");
@@ -191,7 +198,14 @@ TreeAttentionCall prepare_tree_attention(const Tensor& q, const Tensor& keys, co
   check.sizes(length, "length", "(B,)", {rows});
   check.integer(ancestors, "ancestors", 2, "(N, W)", ScalarType::Long);
   check.sizes(ancestors, "ancestors", "(N, W) with W = ceil(N / 64)", {nodes, words_of(nodes)});
-  check.that(std::isfinite(scale), "scale", "finite", scale);
+  check.that(std::isfinite(static_cast<float>(scale)), "scale", "finite in float32", scale);
+  // In float32, too: a tiny one would become 0, which means none.
+  check.that(std::isfinite(static_cast<float>(softcap)) && (softcap == 0 || static_cast<float>(softcap) > 0),
+             "softcap", "finite and >= 0 in float32", softcap);
+  if (sinks) {
+    check.floating(*sinks, "sinks", 1, "(Hq,)");
+    check.sizes(*sinks, "sinks", "(Hq,)", {query_heads});
+  }
 
   TreeAttentionCall call{{}, {}, empty(q, {rows, nodes, query_heads, head_size}, check.scalar_type())};
   TreeAttentionArgs& args = call.args;
@@ -204,12 +218,14 @@ TreeAttentionCall prepare_tree_attention(const Tensor& q, const Tensor& keys, co
   args.capacity = capacity;
   args.words = words_of(nodes);
   args.scale = static_cast<float>(scale);
+  args.softcap = static_cast<float>(softcap);
   args.window = std::max<int64_t>(window, 0);
   args.query = q.const_data_ptr();
   args.keys = keys.const_data_ptr();
   args.values = values.const_data_ptr();
   args.length = data<int64_t>(length);
   args.ancestors = data<int64_t>(ancestors);
+  args.sinks = sinks ? sinks->const_data_ptr() : nullptr;
   args.output = call.output.mutable_data_ptr();
   args.splits = splits(args);
   args.part_max = args.part_sum = args.part_output = nullptr;
@@ -309,6 +325,23 @@ CommitCacheArgs prepare_commit_cache(const Tensor& cache, const Tensor& length, 
   args.path = data<int32_t>(path);
   args.accepted = data<int32_t>(accepted);
   return args;
+}
+
+ActivationCall prepare_activation(const Tensor& input, const std::string& kind) {
+  constexpr const char* kKinds[] = {"silu", "gelu", "gelu_tanh", "tanh", "sigmoid",
+                                    "exp",  "erf",  "softplus",  "cos",  "sin"};  // as in `Activation`
+  Check check("activation");
+  check.floating(input, "input");
+  std::string all;
+  for (const char* known : kKinds) all += (all.empty() ? "" : ", ") + std::string(known);
+  const auto found = std::find(std::begin(kKinds), std::end(kKinds), kind);
+  check.that(found != std::end(kKinds), "kind", "one of " + all, kind);
+
+  const auto sizes = input.sizes();
+  ActivationCall call{{}, empty(input, sizes.data(), sizes.size(), check.scalar_type())};
+  call.args = {check.dtype(), static_cast<Activation>(found - std::begin(kKinds)), input.numel(),
+               input.const_data_ptr(), call.output.mutable_data_ptr()};
+  return call;
 }
 
 LinearCall prepare_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {

@@ -10,6 +10,7 @@
 
 #include <functional>
 #include <optional>
+#include <string>
 
 #include "args.h"
 
@@ -44,6 +45,10 @@ struct VerifyTreeCall {
   VerifyTreeArgs args;
   Tensor path, accepted;
 };
+struct ActivationCall {
+  ActivationArgs args;
+  Tensor output;
+};
 struct LinearCall {
   LinearArgs args;
   Tensor output;
@@ -60,7 +65,7 @@ ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& posit
 // splits: into how many pieces the device splits the slots of such a call, by the sizes in the arguments.
 TreeAttentionCall prepare_tree_attention(const Tensor& q, const Tensor& keys, const Tensor& values,
                                          const Tensor& length, const Tensor& ancestors, double scale,
-                                         int64_t window,
+                                         int64_t window, double softcap, const std::optional<Tensor>& sinks,
                                          const std::function<int64_t(const TreeAttentionArgs&)>& splits);
 WriteCacheArgs prepare_write_cache(const Tensor& keys, const Tensor& values, const Tensor& new_keys,
                                    const Tensor& new_values, const Tensor& length);
@@ -68,6 +73,7 @@ VerifyTreeCall prepare_verify_tree(const Tensor& draft, const Tensor& target, co
                                    const Tensor& ancestors, int64_t depth);
 CommitCacheArgs prepare_commit_cache(const Tensor& cache, const Tensor& length, const Tensor& path,
                                      const Tensor& accepted);
+ActivationCall prepare_activation(const Tensor& input, const std::string& kind);
 LinearCall prepare_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias);
 
 }  // namespace cerberus

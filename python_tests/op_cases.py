@@ -19,6 +19,7 @@ _FLOAT32 = (2e-5, 2e-5)
 TOLERANCE: dict[str, dict[torch.dtype, tuple[float, float]]] = {
     "hidden_entropy": dict.fromkeys(DTYPES, _FLOAT32),  # float32 whatever the input is
     "draft_topk": dict.fromkeys(DTYPES, _FLOAT32),
+    "activation": {torch.float32: (2.5e-7, 1e-44), torch.bfloat16: (2**-7, 1e-40), torch.float16: (2**-10, 1e-7)},
     "linear": {torch.float32: _FLOAT32, torch.bfloat16: (2**-7, 1e-5), torch.float16: (2**-10, 1e-5)},
     "tree_attention": {torch.float32: _FLOAT32, torch.bfloat16: (2**-7, 1e-5), torch.float16: (2**-10, 1e-5)},
     "head_stack": {torch.float32: _FLOAT32, torch.bfloat16: (2**-6, 2**-7), torch.float16: (2**-9, 2**-10)},
@@ -120,6 +121,8 @@ def attention_inputs(
         "ancestors": tree(parents, device)[1],
         "scale": head_size**-0.5,
         "window": 0,
+        "softcap": 0.0,
+        "sinks": None,
     }
 
 
@@ -162,7 +165,8 @@ def _choose_tokens(dtype: torch.dtype, device: str) -> dict[str, Any]:
 
 
 def _tree_attention(dtype: torch.dtype, device: str) -> dict[str, Any]:
-    return attention_inputs(2, SMALL_TREE, [3, 9], dtype=dtype, device=device)
+    inputs = attention_inputs(2, SMALL_TREE, [3, 9], dtype=dtype, device=device)
+    return inputs | {"softcap": 1.5, "sinks": normal(4, seed=3, dtype=dtype, device=device)}
 
 
 def _write_cache(dtype: torch.dtype, device: str) -> dict[str, Any]:
@@ -203,6 +207,10 @@ def _linear(dtype: torch.dtype, device: str) -> dict[str, Any]:
     }
 
 
+def _activation(dtype: torch.dtype, device: str) -> dict[str, Any]:
+    return {"input": normal(3, 43, seed=1, scale=3.0, dtype=dtype, device=device), "kind": "gelu_tanh"}
+
+
 # A correct call of every op, as keyword arguments in the order of its schema.
 EXAMPLES: dict[str, Callable[[torch.dtype, str], dict[str, Any]]] = {
     "hidden_entropy": _hidden_entropy,
@@ -214,8 +222,10 @@ EXAMPLES: dict[str, Callable[[torch.dtype, str], dict[str, Any]]] = {
     "verify_tree": _verify_tree,
     "commit_cache": _commit_cache,
     "linear": _linear,
+    "activation": _activation,
 }
-CUDA_OPS = tuple(op for op in EXAMPLES if op != "linear")
+CPU_ONLY = ("linear", "activation")
+CUDA_OPS = tuple(op for op in EXAMPLES if op not in CPU_ONLY)
 
 
 def example(op: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:

@@ -17,6 +17,7 @@ void write_cache_cpu(const WriteCacheArgs& args, const Parallel& parallel);
 void verify_tree_cpu(const VerifyTreeArgs& args, const Parallel& parallel);
 void commit_cache_cpu(const CommitCacheArgs& args, const Parallel& parallel);
 void linear_cpu(const LinearArgs& args, const Parallel& parallel);
+void activation_cpu(const ActivationArgs& args, const Parallel& parallel);
 
 // Into how many parts draft_topk splits a vocabulary of that size: by the size alone, so that a row's bits
 // depend neither on the other rows nor on the number of threads.

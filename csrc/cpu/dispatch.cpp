@@ -32,6 +32,7 @@ struct Level {
   decltype(&portable::verify_tree) verify_tree;
   decltype(&portable::commit_cache) commit_cache;
   decltype(&portable::linear) linear;
+  decltype(&portable::activation) activation;
 };
 
 bool always() { return true; }
@@ -62,7 +63,8 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
    &isa::write_cache,                  \
    &isa::verify_tree,                  \
    &isa::commit_cache,                 \
-   &isa::linear}
+   &isa::linear,                       \
+   &isa::activation}
 
 // Best first.
 const Level kLevels[] = {
@@ -102,6 +104,7 @@ void write_cache_cpu(const WriteCacheArgs& a, const Parallel& p) { level().write
 void verify_tree_cpu(const VerifyTreeArgs& a, const Parallel& p) { level().verify_tree(a, p); }
 void commit_cache_cpu(const CommitCacheArgs& a, const Parallel& p) { level().commit_cache(a, p); }
 void linear_cpu(const LinearArgs& a, const Parallel& p) { level().linear(a, p); }
+void activation_cpu(const ActivationArgs& a, const Parallel& p) { level().activation(a, p); }
 
 int64_t draft_topk_parts_cpu(int64_t vocab) { return (vocab + kDraftTopkPart - 1) / kDraftTopkPart; }
 

@@ -22,6 +22,7 @@
   void verify_tree(const VerifyTreeArgs&, const Parallel&);       \
   void commit_cache(const CommitCacheArgs&, const Parallel&);     \
   void linear(const LinearArgs&, const Parallel&);                \
+  void activation(const ActivationArgs&, const Parallel&);        \
   }
 
 #ifdef CERBERUS_ISA

@@ -1,11 +1,12 @@
-// softmax(scale q k) v of every node over the committed slots and its ancestors, as online softmax over
-// blocks of keys.
+// softmax(score) v of every node over the committed slots and its ancestors, as online softmax over blocks of
+// keys. score: scale q k, or softcap tanh(scale q k / softcap).
 //
 // A node's keys are taken in order of absolute position, in blocks of 64 positions counted from position 0,
 // wherever in the cache they lie: a token gets the same bits as a node of a tree and as an autoregressive
-// step. A task owns some queries of one row and one key/value head, and takes each block once for all of
-// them.
+// step. A sink comes before all of them. A task owns some queries of one row and one key/value head, and
+// takes each block once for all of them.
 #include "cpu/kernels.h"
+#include "cpu/tanh.h"
 #include "cpu/vec.h"
 
 namespace cerberus::CERBERUS_ISA {
@@ -16,6 +17,7 @@ constexpr int64_t kQueriesPerTask = 24;
 // Queries that are computed side by side, in registers: kTogether x kKeys keys, then kTogether x 4 vectors of
 // values.
 constexpr int kTogether = 3, kKeys = 4;
+constexpr float kNothing = -__builtin_inff();  // the score of what is not seen
 
 // The keys of one block that some nodes see, in order of position, filled up to a multiple of kKeys with any
 // key.
@@ -63,8 +65,12 @@ void score(const T* const* keys, int first, int64_t size, float scale, Query* qu
 }
 
 // Scores to weights; the new maximum, and by how much the sums of the blocks before shrink.
-void soften(int count, Query& query) {
-  for (int key = count; key < kBlock; ++key) query.weight[key] = -__builtin_inff();
+void soften(int count, float softcap, Query& query) {
+  if (softcap > 0) {
+    for (int key = 0; key < count; key += kLanes)
+      store(tanh(load(query.weight + key) / softcap) * softcap, query.weight + key);
+  }
+  for (int key = count; key < kBlock; ++key) query.weight[key] = kNothing;
   Vec tops = broadcast(query.top);
   for (int key = 0; key < kBlock; key += kLanes) {
     const Vec score = load(query.weight + key);
@@ -73,7 +79,7 @@ void soften(int count, Query& query) {
   float top = query.top;
   for (int lane = 0; lane < kLanes; ++lane)
     if (tops[lane] > top) top = tops[lane];
-  const float shift = top == -__builtin_inff() ? 0.0f : top;  // every score is -inf: every weight is 0
+  const float shift = top == kNothing ? 0.0f : top;  // every score is -inf: every weight is 0
   query.decay = exp(query.top - shift);
   Vec mass{};
   for (int key = 0; key < kBlock; key += kLanes) {
@@ -145,11 +151,12 @@ void some_together(int64_t count, const Body& body) {
 // One block for all queries that see exactly these keys of it: a few queries side by side, each its own chain
 // of operations.
 template <typename T>
-void attend(const Block<T>& block, int64_t size, float scale, Query* queries, int64_t count) {
+void attend(const Block<T>& block, const TreeAttentionArgs& a, Query* queries, int64_t count) {
+  const int64_t size = a.head_size;
   some_together(count, [&](int64_t i, auto together) {
-    score_all<decltype(together)::value>(block, size, scale, queries + i);
+    score_all<decltype(together)::value>(block, size, a.scale, queries + i);
   });
-  for (int64_t i = 0; i < count; ++i) soften(block.count, queries[i]);
+  for (int64_t i = 0; i < count; ++i) soften(block.count, a.softcap, queries[i]);
   some_together(count, [&](int64_t i, auto together) {
     weigh_all<decltype(together)::value>(block, size, queries + i);
   });
@@ -195,7 +202,10 @@ void run(const TreeAttentionArgs& a, int64_t row, int64_t kv_head, int64_t begin
     const T* from = static_cast<const T*>(a.query) + element(begin + i);
     for (int64_t e = 0; e < size; ++e) q[e] = to_float(from[e]);
     for (int64_t e = 0; e < size; ++e) q[size + e] = 0;
-    queries.data[i] = {q, q + size, q + 2 * size, -__builtin_inff(), 0, 0};
+    // A sink is the first logit: what it adds to the mass does not depend on the keys that follow.
+    const float sink =
+        a.sinks ? to_float(static_cast<const T*>(a.sinks)[kv_head * group + (begin + i) % group]) : kNothing;
+    queries.data[i] = {q, q + size, q + 2 * size, sink, sink == kNothing ? 0.0f : 1.0f, 0};
   }
 
   Block<T> block;
@@ -220,7 +230,7 @@ void run(const TreeAttentionArgs& a, int64_t row, int64_t kv_head, int64_t begin
       for (int key = block.count; key % kKeys; ++key) block.keys[key] = block.keys[0];
       const int64_t from = larger(begin, (first_node + first) * group) - begin;
       const int64_t to = smaller(end, (first_node + node) * group) - begin;
-      attend(block, size, a.scale, queries.data + from, to - from);
+      attend(block, a, queries.data + from, to - from);
     }
   }
 

@@ -245,8 +245,9 @@ static inline Vec exp(Vec x) {
   y = multiply_add(y, r, broadcast(0.5f));
   y = multiply_add(y, r, broadcast(1.0f));
   y = multiply_add(y, r, broadcast(1.0f));
-  const IntVec power = (bit_cast<IntVec>(shifted) - bit_cast<IntVec>(round)) << 23;
-  const Vec power_of_e = bit_cast<Vec>(bit_cast<IntVec>(y) + power);
+  // unsigned: of huge numbers and NaN the sums wrap around, and are not taken
+  const UIntVec power = (bit_cast<UIntVec>(shifted) - bit_cast<UIntVec>(round)) << 23;
+  const Vec power_of_e = bit_cast<Vec>(bit_cast<UIntVec>(y) + power);
   return select(number, select(vanishes, Vec{}, select(overflows, infinite, power_of_e)), x);
 }
 

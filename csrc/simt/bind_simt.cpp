@@ -58,9 +58,10 @@ Tensor choose_tokens(const Tensor& logits, const Tensor& positions, int64_t seed
 }
 
 Tensor tree_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& length,
-                      const Tensor& ancestors, double scale, int64_t window) {
+                      const Tensor& ancestors, double scale, int64_t window, double softcap,
+                      const std::optional<Tensor>& sinks) {
   const TreeAttentionCall call = prepare_tree_attention(
-      q, keys, values, length, ancestors, scale, window, [](const TreeAttentionArgs& args) {
+      q, keys, values, length, ancestors, scale, window, softcap, sinks, [](const TreeAttentionArgs& args) {
         return tree_attention_splits(args, simt::device().multiprocessors);
       });
   run("tree_attention", [&](cudaStream_t stream) { return tree_attention_cuda(call.args, stream); });
