@@ -10,6 +10,7 @@ The proof finds faults of kinds that nobody thought of. That it passes proves no
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 from .attention import UnsupportedAttention, check_attention
 from .base_model import BaseModel, StepWay
 from .replayable import memory_of
+from .stats import DecodeStats
 from .step_audit import Audit, padded_nodes
 from .tree import DraftTree
 
@@ -36,15 +38,22 @@ _LARGEST_DIFFERENCE = {torch.float32: 0.02, torch.float16: 0.3, torch.bfloat16: 
 
 @dataclass(frozen=True)
 class Capability:
-    """way: how steps run. exact, inexact_because: as in DecodeStats. no_drafts_because: why steps take no drafts."""
+    """way: how steps run. inexact_because, no_drafts_because: as in DecodeStats."""
 
     way: StepWay
     inexact_because: str | None = None
     no_drafts_because: str | None = None
 
-    @property
-    def exact(self) -> bool:
-        return self.inexact_because is None
+    def stats(self, compiled: bool = False) -> DecodeStats:
+        """Those of a decode that begins. compiled: whether its steps are."""
+        because = self.inexact_because
+        if compiled and because is None:
+            because = "compiled steps are summed in an order that the compiler chooses"
+        if self.no_drafts_because:
+            because = None
+        return DecodeStats(
+            exact=because is None, inexact_because=because, no_drafts_because=self.no_drafts_because
+        )
 
 
 _found: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Any, Capability]] = weakref.WeakKeyDictionary()
@@ -118,7 +127,9 @@ def _prove(model: PreTrainedModel, capability: Capability) -> Capability:
             )
     if same:
         return capability
-    reason = f"{type(model).__name__} computes other numbers for a token of a tree than for the token by itself"
+    name = type(model).__name__
+    reason = f"{name} computes other numbers for a token of a tree than for the token by itself"
+    warnings.warn(f"decode: no drafts: {reason}", RuntimeWarning, stacklevel=2)
     return Capability(capability.way, capability.inexact_because, no_drafts_because=reason)
 
 

@@ -66,12 +66,14 @@ def decode(
     compile: on a CPU, the base model's steps go through torch.compile, see compiled_step.py. The first decode of a
         process waits until they are compiled.
 
-    Returns sequences (1, S + new) and stats. Raises TypeError or ValueError, naming the argument, where one is wrong,
+    Returns sequences (1, S + new) and stats; `stats.exact` tells whether drafts can never change a token, see
+    capability.py. Raises TypeError or ValueError, naming the argument, where one is wrong,
     and RuntimeError while the same model is already decoding.
     Source: arXiv 2410.13344.
     """
     # Here, and not above: they import transformers, which takes seconds and is not needed to look at a tree.
     from . import checks
+    from .capability import capability_of
     from .graphs import open_stepper
     from .plan import make_plan
 
@@ -87,7 +89,10 @@ def decode(
     plan = make_plan(model, heads, tree, gate, sources, compile)
     stopping = checks.stopping_criteria_list(stopping_criteria)
     text = GeneratedText(ids, max_new_tokens, checks.eos_token_ids(eos_token_id, model), stopping, streamer)
-    stats = DecodeStats()
+    capability = capability_of(model)
+    stats = capability.stats(compile)
+    if capability.no_drafts_because:
+        plan = plan.without_drafts()
     steps = None
     if compile:
         from .compiled_step import compiled_steps

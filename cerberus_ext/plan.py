@@ -72,6 +72,10 @@ class Plan:
         """Whether the host wants to see the heads' guesses before it chooses a tree."""
         return isinstance(self.tree, DynamicTree) or answers(self.gate, "choose")
 
+    def without_drafts(self) -> Plan:
+        """For a model that cannot verify any."""
+        return Plan(NoHeads(), DraftTree.root(), AlwaysClosed(), (), self.vocabulary)
+
     def begin(self, text: list[int]) -> DraftTree | TreeGrower:
         """text: the prompt and the first token behind it -> what makes the trees of this text."""
         return begin_trees(self.tree, self.makers, text, self.vocabulary)

@@ -179,7 +179,27 @@ ELEMENTWISE: dict[Callable[..., Any], Callable[..., Any]] = {
     for function in functions
 } | {F.gelu: _gelu, F.softplus: _softplus}
 
-_ALL = PRODUCTS | ELEMENTWISE | {F.scaled_dot_product_attention: tree_attention_call}
+
+
+def _sum(input: Tensor, dim: int | None = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
+    """A sum of few terms that do not lie along the last axis, written out."""
+    if kwargs or not isinstance(dim, int) or not is_ours(input) or dim % input.dim() == input.dim() - 1:
+        return NotImplemented
+    if not 1 <= input.shape[dim] <= _MOST_TERMS:
+        return NotImplemented
+    total = reduce(torch.add, plain(input).float().unbind(dim)).to(input.dtype)
+    return total.unsqueeze(dim) if keepdim else total
+
+
+def _mean(input: Tensor, dim: int | None = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
+    total = _sum(input, dim, keepdim, **kwargs)
+    return total if total is NotImplemented or dim is None else total / input.shape[dim]
+
+
+SMALL_SUMS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.sum: _sum, Tensor.sum: _sum, torch.mean: _mean, Tensor.mean: _mean
+}  # fmt: skip
+_ALL = PRODUCTS | ELEMENTWISE | SMALL_SUMS | {F.scaled_dot_product_attention: tree_attention_call}
 
 
 class InvariantWeight(Tensor):

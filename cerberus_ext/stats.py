@@ -58,6 +58,9 @@ class DecodeStats(StepCounts):
     compile_seconds    what that took; not part of `seconds`
     row_invariant      whether compiled steps were found to give a node the same bits whatever their number of nodes is;
                        None: steps of one size only were compiled, or none
+    exact              whether the text is, by construction, the same bit for bit with and without drafts
+    inexact_because    why not, naming what of the model could depend on the number of tokens in a step
+    no_drafts_because  why no step had drafts though they were asked for; None: nothing was in their way
     fallback           why steps were not replayed though graphs were not switched off; None: they were
     """
 
@@ -73,6 +76,9 @@ class DecodeStats(StepCounts):
     compilations: int = 0
     compile_seconds: float = 0.0
     row_invariant: bool | None = None
+    exact: bool = True
+    inexact_because: str | None = None
+    no_drafts_because: str | None = None
     fallback: str | None = None
 
     @property

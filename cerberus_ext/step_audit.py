@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .row_invariant import ELEMENTWISE, PRODUCTS, RowInvariant
+from .row_invariant import ELEMENTWISE, PRODUCTS, SMALL_SUMS, RowInvariant
 from .stand_ins import current_step
 
 # Moves, selects, compares or makes elements, or computes each one by exact or correctly rounded arithmetic.
@@ -31,7 +31,7 @@ _ROW_BY_ROW = frozenset(
     arange tensor as_tensor one_hot scatter scatter_ masked_fill masked_fill_ where tril triu fill_ zero_ copy_
     embedding dropout dropout_ isnan isinf isfinite logical_and logical_or logical_not nonzero argsort sort unique
     bincount cumsum greater histc
-    add add_ __add__ __radd__ __iadd__ sub sub_ __sub__ __rsub__ __isub__ mul mul_ __mul__ __rmul__ __imul__ div div_
+    add add_ multiply subtract divide true_divide __add__ __radd__ __iadd__ sub sub_ __sub__ __rsub__ __isub__ mul mul_ __mul__ __rmul__ __imul__ div div_
     __truediv__ __rtruediv__ __rdiv__ __itruediv__ __floordiv__ __mod__ remainder neg __neg__ abs sign square sqrt rsqrt
     reciprocal clamp clamp_ clip relu relu_ maximum minimum eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__
     __and__ __or__ __xor__ __invert__ bitwise_and bitwise_or floor ceil round hardtanh relu6
@@ -81,8 +81,8 @@ class Audit(RowInvariant):
             self._note_width(args[0])
         elif func in PRODUCTS:
             self.sees_all = self.sees_all or not _is_weight(args[-1 if len(args) == 2 else 1 if func is F.linear else 2])
-        elif step is not None and step.attended > attended:
-            self.sees_all = True  # attention by call
+        elif func in SMALL_SUMS or step is not None and step.attended > attended:
+            self.sees_all = True  # nothing else puts these in the place of torch's
         return output
 
     def _note(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
