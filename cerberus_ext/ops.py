@@ -1,11 +1,11 @@
 """The ops of the library, one thin function each; beneath it its fake implementation, for torch.compile.
 
-Every op runs on CPU and on CUDA (`linear`, `activation`: CPU only) and takes float32, bfloat16 or float16. The tensors of
-one call are contiguous, of one device and, where they are floating point, of one dtype; another one raises a
-RuntimeError "<op>: <argument> must be <what>, got <what it is>". Values of tensors are never checked, since
-that would make the device wait: each docstring says what they have to be. On a CPU, what an op computes for a
-row or a node is bit-equal whatever else is in the call. None of the ops has a derivative: training uses the
-same formulas in plain PyTorch.
+Every op runs on CPU and on CUDA (`linear` and `activation`: CPU only) and takes float32, bfloat16 or float16.
+The tensors of one call are contiguous, of one device and, where they are floating point, of one dtype; another
+one raises a RuntimeError "<op>: <argument> must be <what>, got <what it is>". Values of tensors are never
+checked, since that would make the device wait: each docstring says what they have to be. On a CPU, what an op
+computes for a row or a node is bit-equal whatever else is in the call. None of the ops has a derivative:
+training uses the same formulas in plain PyTorch.
 
 Letters: B rows, N tree nodes, K heads, L layers, P guesses per head, D hidden size, V vocabulary (Vd draft
 vocabulary), S cache capacity, Hq / Hkv attention heads, E head size, W = ceil(N / 64) words, C cache planes

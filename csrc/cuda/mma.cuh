@@ -63,6 +63,13 @@ __device__ inline float exp2_flushed(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+// x / y to 2 ulp in two instructions, for y of 2^-126 to 2^126.
+__device__ inline float divided(float x, float y) {
+  float quotient;
+  asm("div.approx.f32 %0, %1, %2;" : "=f"(quotient) : "f"(x), "f"(y));
+  return quotient;
+}
 #endif
 
 // Two numbers rounded to T in one register, the first in the low half: as the operands of a product hold

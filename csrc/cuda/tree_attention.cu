@@ -1,4 +1,5 @@
-// tree_attention: softmax(scale q k) v, where node i sees the committed slots and the slots of its ancestors.
+// tree_attention: softmax(score) v, where node i sees the committed slots and the slots of its ancestors.
+// score: scale q k, or softcap tanh(scale q k / softcap); a sink is one more logit, without a value.
 //
 // Split-KV flash attention. One launch owns tiles of query rows times pieces of the slots
 // (tree_attention.cuh): on tensor cores for bf16 and fp16 (tree_attention_mma.cuh), else with fused

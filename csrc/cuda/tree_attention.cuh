@@ -13,10 +13,12 @@
 // not see adds nothing to it, exactly.
 #pragma once
 
+#include <cfloat>
 #include <cstdint>
 
 #include "args.h"
 #include "launch.cuh"
+#include "mma.cuh"
 #include "reduce.cuh"
 
 namespace cerberus {
@@ -124,11 +126,32 @@ __device__ inline uint64_t visible_slots(const TreeAttentionArgs& a, const Piece
 __device__ inline float query_sign(const TreeAttentionArgs& a) {
   return a.scale > 0.0f ? 1.0f : a.scale < 0.0f ? -1.0f : 0.0f;
 }
-// What the product of such a query and a key is to be multiplied by, log2 e included: exp2 is the cheaper
-// exponential. Always in one fused multiply-add with what is taken off: large scores are not rounded.
+constexpr float kLog2e = 1.44269504f;  // exp2 is the cheaper exponential
+
+// What the product of such a query and a key, or the capped score, is to be multiplied by, log2 e included.
+// Always in one fused multiply-add with what is taken off: large scores are not rounded.
 __device__ inline float score_scale(const TreeAttentionArgs& a) {
-  return a.scale == 0.0f ? 1.0f : fabsf(a.scale) * 1.44269504f;
+  if (a.softcap > 0.0f) return kLog2e;
+  return a.scale == 0.0f ? 1.0f : fabsf(a.scale) * kLog2e;
 }
+
+// softcap tanh(scale q k / softcap) of the product of such a query and a key; only where softcap > 0.
+// (1 - e) / (1 + e) with e = 2^(-2 |x| log2 e), and where that cancels the first terms of the series.
+struct SoftCap {
+  float scale, cap;
+
+  __device__ explicit SoftCap(const TreeAttentionArgs& a)
+      : scale(fminf(fabsf(a.scale) / a.softcap, FLT_MAX)), cap(a.softcap) {}
+
+  __device__ float operator()(float product) const {
+    const float x = product * scale, y = fabsf(x), square = x * x;
+    const float e = exp2_flushed(-2.0f * kLog2e * y);
+    const float far = copysignf(divided(1.0f - e, 1.0f + e), x);
+    const float terms = fmaf(
+        square, fmaf(square, fmaf(square, 62.0f / 2835.0f, -17.0f / 315.0f), 2.0f / 15.0f), -1.0f / 3.0f);
+    return cap * (y < 0.25f ? fmaf(x * square, terms, x) : far);
+  }
+};
 
 // What the combining kernel needs to know of a query row besides the piece's output.
 __device__ inline void write_part(const TreeAttentionArgs& a, int64_t query_row, int split, float max,
@@ -137,8 +160,21 @@ __device__ inline void write_part(const TreeAttentionArgs& a, int64_t query_row,
   a.part_sum[query_row * a.splits + split] = sum;
 }
 
-// 1 / sum. A row that sees nothing, because its own slot lies outside of the cache, gives 0.
-__device__ inline float share_of(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+// What the output of a query row is to be multiplied by: 1 / its whole mass, the sink of its head included,
+// which is added here, once, however the slots are split. `sum` is of what the row sees, relative to `max`. A
+// row that sees nothing, because its own slot lies outside of the cache, gives 0.
+template <typename T>
+__device__ inline float share_of(const TreeAttentionArgs& a, int64_t query_row, float max, float sum) {
+  if (a.sinks != nullptr) {
+    const float sink = kLog2e * to_float(static_cast<const T*>(a.sinks)[query_row % a.query_heads]);
+    const float top = fmaxf(max, sink);
+    if (top != -INFINITY) {
+      const float factor = exp2f(max - top);
+      return factor / (factor * sum + exp2f(sink - top));
+    }
+  }
+  return sum == 0.0f ? 0.0f : 1.0f / sum;
+}
 
 // A device holds `slots` such blocks at once. Into how many pieces to split the slots, at most `most`, where
 // there are `blocks` of them unsplit: the fewest pieces with which the call takes hardly longer than with the

@@ -95,6 +95,11 @@ __global__ void __launch_bounds__(kFmaThreads, kFmaBlocks)
 #pragma unroll
       for (int r = 0; r < kRows; ++r) weight[r] += tile.query[first_of_warp + r][column] * key;
     }
+    if (a.softcap > 0.0f) {
+      const SoftCap capped(a);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) weight[r] = capped(weight[r]);
+    }
     uint32_t seen = ~0u;  // bit r: row r sees this lane's slot
     if (masked) {
       seen = 0;
@@ -143,10 +148,11 @@ __global__ void __launch_bounds__(kFmaThreads, kFmaBlocks)
 
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const float total = warp_reduce(sum[r], Sum{}), share = share_of(total);
+    const float total = warp_reduce(sum[r], Sum{});
     const int m = first_of_warp + r;
     if (m >= piece.rows) continue;
     const int64_t row = piece.query_row(a, m);
+    const float share = share_of<T>(a, row, max[r], total);
     if (a.splits > 1 && lane == 0) write_part(a, row, piece.split, max[r], total);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {

@@ -4,7 +4,7 @@
 // while a tile is computed with. A warp owns kTiles times 16 query rows and, where there are few rows and the
 // warps share them, a part of every tile's slots:
 //
-//   scores = Q K^T        mma, A from the queries, B from the keys as they lie
+//   scores = Q K^T        mma, A from the queries, B from the keys as they lie; with a soft cap, capped here
 //   weight = 2^(score - max)   float32, rounded for the next step; max as below
 //   output += weight V    mma, A from the scores' registers, B from the values, transposed on the way
 //   sum    += weight 1    mma with a matrix of ones: sums the weights as they were rounded, so that they are
@@ -222,6 +222,18 @@ struct MmaBlock {
       }
     }
 
+    if (a.softcap > 0.0f) {
+      const SoftCap capped(a);
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < 2 * kKeyGroups; ++n) {
+#pragma unroll
+          for (float& each : score[m][n]) each = capped(each);
+        }
+      }
+    }
+
     if (masked) {
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
@@ -327,7 +339,8 @@ struct MmaBlock {
         const int row = lane_row(m, half);
         if (row >= piece.rows) continue;
         const int64_t query_row = piece.query_row(a, row);
-        const float total = sum[m][2 * half], share = share_of(total);
+        const float total = sum[m][2 * half];
+        const float share = share_of<T>(a, query_row, max[m][half], total);
         if (a.splits > 1 && lane_index() % 4 == 0) write_part(a, query_row, piece.split, max[m][half], total);
 #pragma unroll
         for (int n = 0; n < 2 * kSizeGroups; ++n) {
@@ -377,7 +390,7 @@ struct MmaBlock {
       }
       const int64_t query_row = piece.query_row(a, row);
       if (a.splits > 1 && column == 0) write_part(a, query_row, piece.split, top, total);
-      write(query_row, column, share_of(total), x0, x1);
+      write(query_row, column, share_of<T>(a, query_row, top, total), x0, x1);
     }
   }
 };

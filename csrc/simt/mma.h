@@ -60,5 +60,6 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
 }
 
 inline float exp2_flushed(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
+inline float divided(float x, float y) { return x / y; }
 
 }  // namespace cerberus

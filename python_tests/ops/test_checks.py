@@ -33,6 +33,7 @@ SHAPES: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
         "values": ("(B, Hkv, S, E)", (0, 1, 2, 3)),
         "length": ("(B,)", (0,)),
         "ancestors": ("(N, W)", (0, 1)),
+        "sinks": ("(Hq,)", (0,)),
     },
     "write_cache": {
         "keys": ("(B, Hkv, S, E)", ()),
@@ -54,8 +55,10 @@ SHAPES: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
         "accepted": ("(B,)", (0,)),
     },
     "linear": {"input": ("(M, I)", ()), "weight": ("(O, I)", (1,)), "bias": ("(O,)", (0,))},
+    "activation": {"input": ("any", ())},
 }
 TENSORS = [(op, name) for op, arguments in SHAPES.items() for name in arguments]
+WITH_RANK = [(op, name) for op, name in TENSORS if SHAPES[op][name][0] != "any"]
 GROWN = [(op, name, axis) for op, arguments in SHAPES.items() for name in arguments for axis in arguments[name][1]]
 
 # op, tensor argument, axis, letter: what may not be empty
@@ -84,8 +87,14 @@ NUMBERS = [
     ("choose_tokens", "top_p", 0.0, "> 0 and <= 1", "0"),
     ("choose_tokens", "top_p", 1.5, "> 0 and <= 1", "1.5"),
     ("choose_tokens", "top_p", math.nan, "> 0 and <= 1", "nan"),
-    ("tree_attention", "scale", math.nan, "finite", "nan"),
-    ("tree_attention", "scale", math.inf, "finite", "inf"),
+    ("tree_attention", "scale", math.nan, "finite in float32", "nan"),
+    ("tree_attention", "scale", math.inf, "finite in float32", "inf"),
+    ("tree_attention", "scale", 1e39, "finite in float32", "1e+39"),
+    ("tree_attention", "softcap", -1.0, "finite and >= 0 in float32", "-1"),
+    ("tree_attention", "softcap", math.nan, "finite and >= 0 in float32", "nan"),
+    ("tree_attention", "softcap", math.inf, "finite and >= 0 in float32", "inf"),
+    ("tree_attention", "softcap", 1e39, "finite and >= 0 in float32", "1e+39"),
+    ("tree_attention", "softcap", 1e-60, "finite and >= 0 in float32", "1e-60"),
     ("verify_tree", "depth", -1, ">= 0", "-1"),
 ]
 
@@ -100,13 +109,13 @@ def rejects(op: str, device: str, name: str, wrong: Any, must_be: str, got: str)
 
 
 def test_tables_name_every_argument():
-    """So that no argument is left without its checks. `seed` and `window` may be any number."""
+    """So that no argument is left without its checks. `seed` and `window` may be any number; `kind`: see its op."""
     checked = {(op, name) for op, name in TENSORS} | {(op, number) for op, number, *_ in NUMBERS}
     every = {(op, name) for op in EXAMPLES for name in example(op)}
-    assert every - checked == {("choose_tokens", "seed"), ("tree_attention", "window")}
+    assert every - checked == {("choose_tokens", "seed"), ("tree_attention", "window"), ("activation", "kind")}
 
 
-@pytest.mark.parametrize(("op", "name"), TENSORS)
+@pytest.mark.parametrize(("op", "name"), WITH_RANK)
 def test_rank(op, name, device):
     right = example(op, device=device)[name]
     for wrong in (right[None], right[..., 0].contiguous()):

@@ -247,3 +247,52 @@ def test_bits_do_not_depend_on_the_other_nodes(nodes, head_size, dtype, simt):
     for name in ("keys", "values"):
         other[name][:, :, 253 : 250 + nodes] = math.nan
     assert_same_bits(simt("tree_attention", *other.values())[0, :3], wanted)
+
+
+# ---------------------------------------------------------------- soft caps and sinks
+
+
+@dtypes
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize(
+    ("query_heads", "kv_heads", "nodes", "head_size"),
+    [(6, 2, 5, 33), (4, 2, 1, 64), (6, 1, 9, 96), (4, 2, 70, 64), (6, 1, 33, 128), (6, 1, 3, 160), (9, 3, 7, 256)],
+)
+@pytest.mark.parametrize("device", [(1, 1), (20, 2)], ids=["whole", "split"])
+def test_softcap_and_sinks(device, query_heads, kv_heads, nodes, head_size, window, softcap, dtype, simt):
+    """All kernels, unsplit and split: sinks far below the scores up to above them."""
+    simt.device(*device)
+    heads = {"query_heads": query_heads, "kv_heads": kv_heads, "head_size": head_size}
+    arguments = attention_inputs(1, random_parents(nodes), [201], dtype=dtype, spare=300, **heads)
+    sinks = torch.linspace(-30.0, 12.0, query_heads).to(dtype)
+    sinks[1] = -math.inf
+    check(simt, arguments | {"scale": 0.7, "window": window, "softcap": softcap, "sinks": sinks})
+
+
+@dtypes
+@pytest.mark.parametrize("softcap", [1e-3, 50.0, 1e6, 1e30])
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+@pytest.mark.parametrize("head_size", [16, 33])
+def test_caps_of_every_size(head_size, scale, softcap, dtype, simt):
+    arguments = attention_inputs(1, SMALL_TREE, [80], dtype=dtype, head_size=head_size)
+    check(simt, arguments | {"scale": scale, "softcap": softcap})
+
+
+@dtypes
+@pytest.mark.parametrize("head_size", [16, 33])
+@pytest.mark.parametrize("device", [(1, 1), (9, 2)], ids=["whole", "split"])
+def test_sinks_that_are_not_finite_or_alone(device, head_size, dtype, simt):
+    """inf and NaN reach no other head; a node that sees nothing gives 0 whether its head has a sink or none."""
+    simt.device(*device)
+    arguments = attention_inputs(1, SMALL_TREE, [150], dtype=dtype, head_size=head_size)
+    without = simt("tree_attention", *arguments.values())
+    arguments["sinks"] = torch.tensor([math.inf, -math.inf, math.nan, 300.0], dtype=dtype)
+    got = simt("tree_attention", *arguments.values())
+    assert got[:, :, [0, 2]].isnan().all() and not got[:, :, 3].any()
+    assert_same_bits(got[:, :, 1], without[:, :, 1])
+
+    for name in ("keys", "values"):
+        arguments[name] = arguments[name][:, :, :150].contiguous()
+    arguments |= {"window": 1, "sinks": torch.tensor([0.0, -math.inf, 3.0, -3.0], dtype=dtype)}
+    assert not simt("tree_attention", *arguments.values()).any()
