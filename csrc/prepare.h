@@ -68,6 +68,9 @@ VerifyTreeCall prepare_verify_tree(const Tensor& draft, const Tensor& target, co
                                    const Tensor& ancestors, int64_t depth);
 CommitCacheArgs prepare_commit_cache(const Tensor& cache, const Tensor& length, const Tensor& path,
                                      const Tensor& accepted);
-LinearCall prepare_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias);
+LinearCall prepare_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                          bool transposed);
+LinearCall prepare_grouped_linear(const Tensor& input, const Tensor& weight,
+                                  const std::optional<Tensor>& bias, const Tensor& ends, bool transposed);
 
 }  // namespace cerberus

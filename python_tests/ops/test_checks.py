@@ -54,6 +54,12 @@ SHAPES: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
         "accepted": ("(B,)", (0,)),
     },
     "linear": {"input": ("(M, I)", ()), "weight": ("(O, I)", (1,)), "bias": ("(O,)", (0,))},
+    "grouped_linear": {
+        "input": ("(S, I)", ()),
+        "weight": ("(G, I, O)", (1,)),
+        "bias": ("(G, O)", (0, 1)),
+        "ends": ("(G,)", (0,)),
+    },
 }
 TENSORS = [(op, name) for op, arguments in SHAPES.items() for name in arguments]
 GROWN = [(op, name, axis) for op, arguments in SHAPES.items() for name in arguments for axis in arguments[name][1]]
@@ -100,10 +106,11 @@ def rejects(op: str, device: str, name: str, wrong: Any, must_be: str, got: str)
 
 
 def test_tables_name_every_argument():
-    """So that no argument is left without its checks. `seed` and `window` may be any number."""
+    """So that no argument is left without its checks. Some may be anything of their type."""
     checked = {(op, name) for op, name in TENSORS} | {(op, number) for op, number, *_ in NUMBERS}
     every = {(op, name) for op in EXAMPLES for name in example(op)}
-    assert every - checked == {("choose_tokens", "seed"), ("tree_attention", "window")}
+    anything = {("choose_tokens", "seed"), ("tree_attention", "window")}
+    assert every - checked == anything | {("linear", "transposed"), ("grouped_linear", "transposed")}
 
 
 @pytest.mark.parametrize(("op", "name"), TENSORS)
