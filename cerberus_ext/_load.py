@@ -70,7 +70,7 @@ def _load_cpu(folder: Path) -> Library:
     except OSError as error:
         raise ImportError(_does_not_load(path, error)) from error
     try:
-        torch.ops.cerberus_ext.cpu_isa()  # chooses the kernels; CERBERUS_CPU_ISA may ask for some that cannot run
+        torch.ops.cerberus_ext.cpu_isa()  # chooses the kernels; CERBERUS_ISA may ask for some that cannot run
     except RuntimeError as error:
         raise ImportError(str(error)) from error
     return Library(path.name, path, loaded=True)

@@ -1,11 +1,11 @@
 """The ops of the library, one thin function each; beneath it its fake implementation, for torch.compile.
 
-Every op runs on CPU and on CUDA (`linear` and `activation`: CPU only) and takes float32, bfloat16 or float16.
-The tensors of one call are contiguous, of one device and, where they are floating point, of one dtype; another
-one raises a RuntimeError "<op>: <argument> must be <what>, got <what it is>". Values of tensors are never
-checked, since that would make the device wait: each docstring says what they have to be. On a CPU, what an op
-computes for a row or a node is bit-equal whatever else is in the call. None of the ops has a derivative:
-training uses the same formulas in plain PyTorch.
+Every op runs on CPU and on CUDA (`linear`, `grouped_linear` and `activation`: CPU only) and takes float32,
+bfloat16 or float16. The tensors of one call are contiguous, of one device and, where they are floating point, of one
+dtype; another one raises a RuntimeError "<op>: <argument> must be <what>, got <what it is>". Values of tensors
+are never checked, since that would make the device wait: each docstring says what they have to be. On a CPU,
+what an op computes for a row or a node is bit-equal whatever else is in the call. None of the ops has a
+derivative: training uses the same formulas in plain PyTorch.
 
 Letters: B rows, N tree nodes, K heads, L layers, P guesses per head, D hidden size, V vocabulary (Vd draft
 vocabulary), S cache capacity, Hq / Hkv attention heads, E head size, W = ceil(N / 64) words, C cache planes
@@ -224,25 +224,50 @@ def _(cache: Tensor, length: Tensor, path: Tensor, accepted: Tensor) -> None:
     _check_devices("commit_cache", cache=cache, length=length, path=path, accepted=accepted)
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
     """input @ weight^T + bias, every output summed in one fixed order: a row never depends on the others.
 
-    CPU only, for the few rows of a decoding step.
+    CPU only.
 
     input: (M, I) float32 | bfloat16 | float16, contiguous.
-    weight: (O, I).
+    weight: (O, I); transposed: (I, O), GPT-2's Conv1D.
     bias: (O,) or None.
     Returns (M, O) of input's dtype, rounded from a float32 sum.
     Raises RuntimeError on other shapes or dtypes, on a non-contiguous tensor.
     Specification: reference.linear.
     """
-    return _ops.linear(input, weight, bias)
+    return _ops.linear(input, weight, bias, transposed)
 
 
 @torch.library.register_fake("cerberus_ext::linear")
-def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
     _check_devices("linear", input=input, weight=weight, bias=bias)
-    return input.new_empty(input.shape[0], weight.shape[0])
+    return input.new_empty(input.shape[0], weight.shape[1 if transposed else 0])
+
+
+def grouped_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, transposed: bool = False
+) -> Tensor:
+    """`linear` of rows that are sorted by group, with a weight per group: the experts of a mixture model.
+
+    Each row has the bits that `linear` gives it with its group's weight. CPU only.
+
+    input: (S, I) float32 | bfloat16 | float16, contiguous.
+    weight: (G, O, I); transposed: (G, I, O).
+    bias: (G, O) or None.
+    ends: (G,) int64, non-decreasing, 0 .. S: rows ends[g - 1] to ends[g] (the first group: 0 to ends[0]) are
+        group g's. Rows behind the last end become 0.
+    Returns (S, O) of input's dtype.
+    Raises RuntimeError on other shapes, dtypes, devices, on a non-contiguous tensor.
+    Specification: reference.grouped_linear.
+    """
+    return _ops.grouped_linear(input, weight, bias, ends, transposed)
+
+
+@torch.library.register_fake("cerberus_ext::grouped_linear")
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, transposed: bool = False) -> Tensor:
+    _check_devices("grouped_linear", input=input, weight=weight, bias=bias, ends=ends)
+    return input.new_empty(input.shape[0], weight.shape[2 if transposed else 1])
 
 
 def activation(input: Tensor, kind: str) -> Tensor:

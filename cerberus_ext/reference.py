@@ -66,9 +66,22 @@ def draft_topk(states: Tensor, projection: Tensor, guesses: int) -> tuple[Tensor
     return ids, logits.log_softmax(-1).gather(-1, ids).float()
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """input (M, I), weight (O, I), bias (O,) or None -> (M, O): input @ weight^T + bias."""
-    return F.linear(input.double(), weight.double(), None if bias is None else bias.double()).to(input.dtype)
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    """input (M, I), weight (O, I) or transposed (I, O), bias (O,) or None -> (M, O): input @ weight^T + bias."""
+    weight = weight.double().T if transposed else weight.double()
+    return F.linear(input.double(), weight, None if bias is None else bias.double()).to(input.dtype)
+
+
+def grouped_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, transposed: bool = False
+) -> Tensor:
+    """input (S, I), weight (G, O, I) or transposed (G, I, O), bias (G, O) or None, ends (G,) -> (S, O)."""
+    out = input.new_zeros(len(input), weight.shape[2 if transposed else 1])
+    begin = 0
+    for group, end in enumerate(ends.tolist()):
+        out[begin:end] = linear(input[begin:end], weight[group], None if bias is None else bias[group], transposed)
+        begin = end
+    return out
 
 
 # In float64, and where the usual formula cancels by one that does not.

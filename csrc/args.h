@@ -151,14 +151,18 @@ struct ActivationArgs {
   void* output;
 };
 
-// input @ weight^T + bias, every output a fixed-order sum: bit-equal whatever the other rows are. CPU only.
+// input @ weight^T + bias, every output a fixed-order sum: bit-equal whatever the other rows are. Rows may
+// come in groups, each with a weight and a bias of its own: rows ends[g - 1] to ends[g] are group g's. `ends`
+// are clamped to be non-decreasing and within 0 .. M; rows behind the last one become 0. CPU only.
 struct LinearArgs {
   DType dtype;
-  int64_t rows, in_size, out_size;
-  const void* input;   // (M, I)
-  const void* weight;  // (O, I)
-  const void* bias;    // (O,) or null
-  void* output;        // (M, O)
+  int64_t rows, in_size, out_size, groups;  // M, I, O, G: 1 without `ends`
+  bool transposed;
+  const void* input;    // (M, I)
+  const void* weight;   // (G, O, I); transposed: (G, I, O)
+  const void* bias;     // (G, O) or null
+  const int64_t* ends;  // (G,) or null: all rows are one group's
+  void* output;         // (M, O)
 };
 
 }  // namespace cerberus

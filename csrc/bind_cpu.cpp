@@ -75,8 +75,15 @@ void commit_cache(const Tensor& cache, const Tensor& length, const Tensor& path,
   commit_cache_cpu(prepare_commit_cache(cache, length, path, accepted), torch_threads());
 }
 
-Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const LinearCall call = prepare_linear(input, weight, bias);
+Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, bool transposed) {
+  const LinearCall call = prepare_linear(input, weight, bias, transposed);
+  linear_cpu(call.args, torch_threads());
+  return call.output;
+}
+
+Tensor grouped_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                      const Tensor& ends, bool transposed) {
+  const LinearCall call = prepare_grouped_linear(input, weight, bias, ends, transposed);
   linear_cpu(call.args, torch_threads());
   return call.output;
 }
@@ -101,6 +108,7 @@ STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CPU, m) {
   m.impl("commit_cache", TORCH_BOX(&cerberus::commit_cache));
   m.impl("linear", TORCH_BOX(&cerberus::linear));
   m.impl("activation", TORCH_BOX(&cerberus::activation));
+  m.impl("grouped_linear", TORCH_BOX(&cerberus::grouped_linear));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CompositeExplicitAutograd, m) {

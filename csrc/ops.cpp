@@ -20,9 +20,13 @@ STABLE_TORCH_LIBRARY(cerberus_ext, m) {
       "Tensor)");
   m.def("commit_cache(Tensor(a!) cache, Tensor(b!) length, Tensor path, Tensor accepted) -> ()");
   // CPU only: where torch's own matrix product is fast and row-invariant, it is used instead.
-  m.def("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias, bool transposed=False) -> Tensor");
+  m.def(
+      "grouped_linear(Tensor input, Tensor weight, Tensor? bias, Tensor ends, bool transposed=False) -> "
+      "Tensor");
   // CPU only: torch's own kernels compute the last elements of a thread's share by other code than the rest.
   m.def("activation(Tensor input, str kind) -> Tensor");
-  // The level of the instruction set that the CPU kernels use: portable, avx2, avx512 or avx512_bf16.
+  // The level of the instruction set that the CPU kernels use: portable, avx2, avx512, avx512_bf16 or
+  // amx_bf16.
   m.def("cpu_isa() -> str");
 }

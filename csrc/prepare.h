@@ -74,6 +74,9 @@ VerifyTreeCall prepare_verify_tree(const Tensor& draft, const Tensor& target, co
 CommitCacheArgs prepare_commit_cache(const Tensor& cache, const Tensor& length, const Tensor& path,
                                      const Tensor& accepted);
 ActivationCall prepare_activation(const Tensor& input, const std::string& kind);
-LinearCall prepare_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias);
+LinearCall prepare_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                          bool transposed);
+LinearCall prepare_grouped_linear(const Tensor& input, const Tensor& weight,
+                                  const std::optional<Tensor>& bias, const Tensor& ends, bool transposed);
 
 }  // namespace cerberus

@@ -21,6 +21,7 @@ TOLERANCE: dict[str, dict[torch.dtype, tuple[float, float]]] = {
     "draft_topk": dict.fromkeys(DTYPES, _FLOAT32),
     "activation": {torch.float32: (2.5e-7, 1e-44), torch.bfloat16: (2**-7, 1e-40), torch.float16: (2**-10, 1e-7)},
     "linear": {torch.float32: _FLOAT32, torch.bfloat16: (2**-7, 1e-5), torch.float16: (2**-10, 1e-5)},
+    "grouped_linear": {torch.float32: _FLOAT32, torch.bfloat16: (2**-7, 1e-5), torch.float16: (2**-10, 1e-5)},
     "tree_attention": {torch.float32: _FLOAT32, torch.bfloat16: (2**-7, 1e-5), torch.float16: (2**-10, 1e-5)},
     "head_stack": {torch.float32: _FLOAT32, torch.bfloat16: (2**-6, 2**-7), torch.float16: (2**-9, 2**-10)},
 }
@@ -204,6 +205,17 @@ def _linear(dtype: torch.dtype, device: str) -> dict[str, Any]:
         "input": normal(5, 129, seed=1, dtype=dtype, device=device),
         "weight": normal(33, 129, seed=2, scale=0.1, dtype=dtype, device=device),
         "bias": normal(33, seed=3, dtype=dtype, device=device),
+        "transposed": False,
+    }
+
+
+def _grouped_linear(dtype: torch.dtype, device: str) -> dict[str, Any]:
+    return {
+        "input": normal(7, 129, seed=1, dtype=dtype, device=device),
+        "weight": normal(3, 129, 33, seed=2, scale=0.1, dtype=dtype, device=device),
+        "bias": normal(3, 33, seed=3, dtype=dtype, device=device),
+        "ends": torch.tensor([4, 4, 6], device=device),
+        "transposed": True,
     }
 
 
@@ -223,8 +235,9 @@ EXAMPLES: dict[str, Callable[[torch.dtype, str], dict[str, Any]]] = {
     "commit_cache": _commit_cache,
     "linear": _linear,
     "activation": _activation,
+    "grouped_linear": _grouped_linear,
 }
-CPU_ONLY = ("linear", "activation")
+CPU_ONLY = ("linear", "grouped_linear", "activation")
 CUDA_OPS = tuple(op for op in EXAMPLES if op not in CPU_ONLY)
 
 

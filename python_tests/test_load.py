@@ -176,8 +176,8 @@ def test_import_of_a_package_without_libraries(tmp_path: Path) -> None:
 
 
 def test_import_with_kernels_that_are_not_there() -> None:
-    result = import_in_a_new_process(Path(cerberus_ext.__file__).parent.parent, CERBERUS_CPU_ISA="sse9")
+    result = import_in_a_new_process(Path(cerberus_ext.__file__).parent.parent, CERBERUS_ISA="sse9")
     last = result.stderr.strip().splitlines()[-1]
     assert result.returncode == 1
-    assert last.startswith("ImportError: cerberus_ext: CERBERUS_CPU_ISA must be one of")
+    assert last.startswith("ImportError: cerberus_ext: CERBERUS_ISA must be one of")
     assert last.endswith("portable on this CPU, got sse9")

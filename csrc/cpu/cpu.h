@@ -23,8 +23,8 @@ void activation_cpu(const ActivationArgs& args, const Parallel& parallel);
 // depend neither on the other rows nor on the number of threads.
 int64_t draft_topk_parts_cpu(int64_t vocab);
 
-// The level of the instruction set that the kernels use: the best one of this CPU, or CERBERUS_CPU_ISA where
-// that is set. Throws std::runtime_error if CERBERUS_CPU_ISA names none that runs here.
+// The level of the instruction set that the kernels use: the best one of this CPU, or CERBERUS_ISA where
+// that is set. Throws std::runtime_error if CERBERUS_ISA names none that runs here.
 std::string cpu_isa();
 
 }  // namespace cerberus

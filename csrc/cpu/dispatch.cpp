@@ -1,10 +1,16 @@
 // Picks the level of the instruction set: once, when the first kernel or cpu_isa() is called.
 //
 // Not while the library is loaded: an exception there would end the process. cerberus_ext/__init__.py calls
-// cpu_isa() right after loading, so that a wrong CERBERUS_CPU_ISA shows as an error of the import.
+// cpu_isa() right after loading, so that a wrong CERBERUS_ISA shows as an error of the import.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
+
+#if defined(CERBERUS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
@@ -15,6 +21,9 @@ CERBERUS_DECLARE_KERNELS(portable)
 CERBERUS_DECLARE_KERNELS(avx2)
 CERBERUS_DECLARE_KERNELS(avx512)
 CERBERUS_DECLARE_KERNELS(avx512_bf16)
+#endif
+#if defined(CERBERUS_AMX)
+CERBERUS_DECLARE_KERNELS(amx_bf16)
 #endif
 
 namespace cerberus {
@@ -52,39 +61,59 @@ bool has_avx512() {
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-#define CERBERUS_LEVEL(isa, runs_here) \
-  {#isa,                               \
-   runs_here,                          \
-   &isa::hidden_entropy,               \
-   &isa::head_stack,                   \
-   &isa::draft_topk,                   \
-   &isa::choose_tokens,                \
-   &isa::tree_attention,               \
-   &isa::write_cache,                  \
-   &isa::verify_tree,                  \
-   &isa::commit_cache,                 \
-   &isa::linear,                       \
-   &isa::activation}
+#if defined(CERBERUS_AMX)
+// The processor has the tiles, the system saves them when it switches between threads, and lets this process
+// use them: Linux wants to be asked, since they make every thread's state 8 KiB larger.
+bool has_amx_bf16() {
+  constexpr unsigned kTiles = 1u << 24, kBFloat16 = 1u << 22, kSavesState = 1u << 27;  // CPUID 7 edx, 1 ecx
+  constexpr unsigned kTileState = 3u << 17;                                            // XCR0
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;                          // arch_prctl
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!has_avx512_bf16() || !__get_cpuid(1, &a, &b, &c, &d) || !(c & kSavesState)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (~d & (kTiles | kBFloat16))) return false;
+  unsigned saved = 0, upper = 0;
+  __asm__ volatile("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
+  return !(~saved & kTileState) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+// A level whose products are of `isa`, and all other kernels those of `others`.
+#define CERBERUS_LEVEL(isa, others, runs_here) \
+  {#isa,                                       \
+   runs_here,                                  \
+   &others::hidden_entropy,                    \
+   &others::head_stack,                        \
+   &others::draft_topk,                        \
+   &others::choose_tokens,                     \
+   &others::tree_attention,                    \
+   &others::write_cache,                       \
+   &others::verify_tree,                       \
+   &others::commit_cache,                      \
+   &isa::linear,                               \
+   &others::activation}
 
 // Best first.
 const Level kLevels[] = {
-#if defined(__x86_64__)
-    CERBERUS_LEVEL(avx512_bf16, has_avx512_bf16),
-    CERBERUS_LEVEL(avx512, has_avx512),
-    CERBERUS_LEVEL(avx2, has_avx2),
+#if defined(CERBERUS_AMX)
+    CERBERUS_LEVEL(amx_bf16, avx512_bf16, has_amx_bf16),
 #endif
-    CERBERUS_LEVEL(portable, always),
+#if defined(__x86_64__)
+    CERBERUS_LEVEL(avx512_bf16, avx512_bf16, has_avx512_bf16),
+    CERBERUS_LEVEL(avx512, avx512, has_avx512),
+    CERBERUS_LEVEL(avx2, avx2, has_avx2),
+#endif
+    CERBERUS_LEVEL(portable, portable, always),
 };
 
 const Level& choose_level() {
-  const char* wanted = std::getenv("CERBERUS_CPU_ISA");
+  const char* wanted = std::getenv("CERBERUS_ISA");
   std::string here;
   for (const Level& level : kLevels) {
     if (!level.runs_here()) continue;
     if (!wanted || !*wanted || std::strcmp(wanted, level.name) == 0) return level;
     here += (here.empty() ? "" : ", ") + std::string(level.name);
   }
-  throw std::runtime_error("cerberus_ext: CERBERUS_CPU_ISA must be one of " + here + " on this CPU, got " +
+  throw std::runtime_error("cerberus_ext: CERBERUS_ISA must be one of " + here + " on this CPU, got " +
                            wanted);
 }
 

@@ -44,7 +44,7 @@ void softmax_sums(float* x, int64_t count, float& top, float& mass) {
 }
 
 template <typename T>
-void part(const DraftTopkArgs& a, const float* states, int64_t index) {
+void part(const DraftTopkArgs& a, const Row<T>* states, int64_t index) {
   const int64_t begin = index * kDraftTopkPart, count = smaller(kDraftTopkPart, a.vocab - begin);
   constexpr int64_t stride = kDraftTopkPart + kLanes;
   float logits[kRowsAtOnce * stride];
@@ -95,8 +95,8 @@ void draft_topk(const DraftTopkArgs& a, const Parallel& parallel) {
   if (a.rows == 0) return;
   with_type(a.dtype, [&](auto type) {
     using T = decltype(type);
-    Scratch wide(widened_floats<T>(a.rows * a.size));
-    const float* states = widen(static_cast<const T*>(a.states), a.rows * a.size, wide.data);
+    Buffer<Row<T>> scratch(row_scratch<T>(a.rows * a.size));
+    const Row<T>* states = as_rows(static_cast<const T*>(a.states), a.rows * a.size, scratch.data);
     parallel_tasks(parallel, a.parts, [&](int64_t index) { part<T>(a, states, index); });
   });
   parallel_tasks(parallel, a.rows, [&](int64_t row) { merge(a, row); });

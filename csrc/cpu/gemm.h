@@ -5,74 +5,128 @@
 // then added in one fixed order. The blocking below decides only which dot products are computed side by
 // side, never the order of the operations in one: a row's results have the same bits whatever the other rows
 // are.
+//
+// With the processor's bfloat16 instructions a lane takes a pair of k at a time (vdpbf16ps): rows stay
+// bfloat16, and an instruction does twice the work. Else rows are widened to float once.
 #pragma once
 
 #include "cpu/vec.h"
 
 namespace cerberus::CERBERUS_ISA {
 
+// The type that rows are in beside weights of T.
+template <typename T>
+struct RowOf {
+  using Type = float;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct RowOf<BFloat16> {
+  using Type = BFloat16;
+};
+#endif
+template <typename T>
+using Row = typename RowOf<T>::Type;
+
 // A tile is rows x weights, a register for each of their sums. The more of them, the more sums are in flight,
 // and the less often a weight or a row is loaded; the others hold the weights and a row.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 6, kSums = 24;
+constexpr int kSums = 24;
 #elif defined(__AVX2__)
-constexpr int kTileRows = 4, kSums = 12;
+constexpr int kSums = 12;
 #else
-constexpr int kTileRows = 3, kSums = 9;
+constexpr int kSums = 9;
 #endif
 constexpr int kSingleRowWeights =
     8;  // for a single row: enough chains to hide the latency of the multiply-add
 
-// Where the weights of the next tile begin, and how many bytes of them one step of the loop over k is to ask
-// for: the processor computes on this tile while memory brings the next one. Its own prefetcher starts anew
-// at every 4 KiB page.
+constexpr int64_t kAheadBytes = 0;
+
+// How rows of X and weights are multiplied: kStep of k at a time.
+template <typename X>
+struct Product {
+  static constexpr int kStep = kLanes, kTileRows = kSums == 24 ? 6 : kSums == 12 ? 4 : 3;
+  template <typename T>
+  static Vec load_at(const T* p) {
+    return load(p);
+  }
+  template <typename T>
+  static Vec load_part_at(const T* p, int64_t count) {
+    return load_part(p, count);
+  }
+  static Vec add(Vec row, Vec weight, Vec sum) { return multiply_add(row, weight, sum); }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Product<BFloat16> {
+  static constexpr int kStep = 2 * kLanes, kTileRows = 8;
+  static __m512bh load_at(const BFloat16* p) { return bit_cast<__m512bh>(_mm512_loadu_si512(p)); }
+  static __m512bh load_part_at(const BFloat16* p, int64_t count) {
+    return bit_cast<__m512bh>(_mm512_maskz_loadu_epi16((1u << count) - 1, p));
+  }
+  static Vec add(__m512bh row, __m512bh weight, Vec sum) {
+    return bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), row, weight));
+  }
+};
+#endif
+
+// Where the next weights begin, and how many bytes of them one step of the loop over k is to ask for: the
+// processor computes on this tile while memory brings the next one. Its own prefetcher starts anew at every
+// 4 KiB page.
 struct Ahead {
   const char* p;
   int64_t step;
 
+  template <int kWeights>
   void prefetch() {
-    if (step > 2 * kLine) return;  // a single row of float32: memory is the limit, and its order is plain
-    __builtin_prefetch(p);
-    if (step > kLine) __builtin_prefetch(p + kLine);
+    constexpr int64_t kLine = 64;
+    if (step >= kWeights * kLine) {  // one tile of rows: all of the next weights
+#pragma GCC unroll 8
+      for (int64_t line = 0; line < kWeights; ++line) __builtin_prefetch(p + line * kLine);
+    } else {
+      __builtin_prefetch(p);
+      if (step > kLine) __builtin_prefetch(p + kLine);
+    }
     p += step;
   }
-  static constexpr int64_t kLine = 64;
 };
 
-template <int kRows, int kWeights, typename W>
-static inline void dot_tile(const float* x, int64_t x_stride, const W* w, int64_t size, Ahead ahead,
+template <int kRows, int kWeights, typename X, typename W>
+static inline void dot_tile(const X* x, int64_t x_stride, const W* w, int64_t size, Ahead ahead,
                             float (&out)[kRows][kWeights]) {
+  using Product = Product<X>;
   Vec sums[kRows][kWeights] = {};
   int64_t k = 0;
   // What there is less of stays in registers, the other comes one by one.
   const auto step = [&](const auto& load_at) {
+    using Operand = decltype(load_at(w));
     if constexpr (kWeights <= kRows) {
-      Vec weights[kWeights];
+      Operand weights[kWeights];
 #pragma GCC unroll 12
       for (int n = 0; n < kWeights; ++n) weights[n] = load_at(w + n * size);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
-        const Vec row = load_at(x + m * x_stride);
+        const Operand row = load_at(x + m * x_stride);
 #pragma GCC unroll 12
-        for (int n = 0; n < kWeights; ++n) sums[m][n] = multiply_add(row, weights[n], sums[m][n]);
+        for (int n = 0; n < kWeights; ++n) sums[m][n] = Product::add(row, weights[n], sums[m][n]);
       }
     } else {
-      Vec rows[kRows];
+      Operand rows[kRows];
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) rows[m] = load_at(x + m * x_stride);
 #pragma GCC unroll 12
       for (int n = 0; n < kWeights; ++n) {
-        const Vec weight = load_at(w + n * size);
+        const Operand weight = load_at(w + n * size);
 #pragma GCC unroll 8
-        for (int m = 0; m < kRows; ++m) sums[m][n] = multiply_add(rows[m], weight, sums[m][n]);
+        for (int m = 0; m < kRows; ++m) sums[m][n] = Product::add(rows[m], weight, sums[m][n]);
       }
     }
   };
-  for (; k + kLanes <= size; k += kLanes) {
-    ahead.prefetch();
-    step([k](const auto* p) { return load(p + k); });
+  for (; k + Product::kStep <= size; k += Product::kStep) {
+    ahead.prefetch<kWeights>();
+    step([k](const auto* p) { return Product::load_at(p + k); });
   }
-  if (k < size) step([k, size](const auto* p) { return load_part(p + k, size - k); });
+  if (k < size) step([k, size](const auto* p) { return Product::load_part_at(p + k, size - k); });
   const Vec* all = &sums[0][0];
   float* each = &out[0][0];
   constexpr int kFours = kRows * kWeights / 4 * 4;
@@ -84,13 +138,14 @@ static inline void dot_tile(const float* x, int64_t x_stride, const W* w, int64_
 
 // All rows against kWeights weight rows at w, the first of which is number first_weight: `tiles` tiles of
 // kMostRows rows or one less.
-template <int kMostRows, int kWeights, typename W, typename Store>
-static inline void all_rows(const float* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w,
+template <int kMostRows, int kWeights, typename X, typename W, typename Store>
+static inline void all_rows(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w,
                             int64_t first_weight, int64_t size, const Store& put) {
   // Every tile asks for its share of the next weights.
   const int64_t weight_bytes = kWeights * static_cast<int64_t>(sizeof(W)),
                 share = weight_bytes * size / tiles;
-  Ahead ahead{reinterpret_cast<const char*>(w + kWeights * size), weight_bytes * kLanes / tiles};
+  Ahead ahead{reinterpret_cast<const char*>(w + kWeights * size) + kAheadBytes,
+              weight_bytes * Product<X>::kStep / tiles};
   const auto tile = [&](int64_t m, auto row_count) {
     constexpr int kRows = decltype(row_count)::value;
     float out[kRows][kWeights];
@@ -105,20 +160,21 @@ static inline void all_rows(const float* x, int64_t x_stride, int64_t rows, int6
     for (; m < rows; m += kMostRows - 1) tile(m, Count<kMostRows - 1>{});
 }
 
-template <int kMostRows, typename W, typename Store>
-static void tiles_times_weights(const float* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w,
+template <int kMostRows, typename X, typename W, typename Store>
+static void tiles_times_weights(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w,
                                 int64_t begin, int64_t end, int64_t size, const Store& put) {
-  constexpr int kWeights = kMostRows == 1 ? kSingleRowWeights : kSums / kMostRows;
+  constexpr int kWeights = kSums / kMostRows < kSingleRowWeights ? kSums / kMostRows : kSingleRowWeights;
   int64_t n = begin;
   for (; n + kWeights <= end; n += kWeights)
     all_rows<kMostRows, kWeights>(x, x_stride, rows, tiles, w + n * size, n, size, put);
   for (; n < end; ++n) all_rows<kMostRows, 1>(x, x_stride, rows, tiles, w + n * size, n, size, put);
 }
 
-template <typename W, typename Store>
-static void block_times_weights(const float* x, int64_t x_stride, int64_t rows, const W* w, int64_t begin,
+template <typename X, typename W, typename Store>
+static void block_times_weights(const X* x, int64_t x_stride, int64_t rows, const W* w, int64_t begin,
                                 int64_t end, int64_t size, const Store& put) {
   // As few tiles as possible, of as even sizes as possible: a tile of few rows takes as long as a larger one.
+  constexpr int kTileRows = Product<X>::kTileRows;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows, most_rows = (rows + tiles - 1) / tiles;
   const auto run = [&](auto row_count) {
     constexpr int kRows = decltype(row_count)::value;
@@ -131,22 +187,24 @@ static void block_times_weights(const float* x, int64_t x_stride, int64_t rows, 
   run(Count<4>{});
   run(Count<5>{});
   run(Count<6>{});
+  run(Count<7>{});
+  run(Count<8>{});
 }
 
 // Rows are read again for every tile of weights: so many bytes of them at a time, from the L2 cache.
 constexpr int64_t kBlockBytes = 64 << 10, kLeastBlockRows = 16;
 
-static inline int64_t row_blocks(int64_t rows, int64_t size) {
-  const int64_t fitting = larger(kLeastBlockRows, kBlockBytes / larger(1, 4 * size));
+static inline int64_t row_blocks(int64_t rows, int64_t row_bytes) {
+  const int64_t fitting = larger(kLeastBlockRows, kBlockBytes / larger(1, row_bytes));
   return (rows + fitting - 1) / fitting;
 }
 
 // Calls put(m, n, dots) for every tile: dots[i][j] = dot(x[m + i], w[n + j]). Together they are all m in
 // [0, rows) and n in [begin, end). x (rows, size) with row stride x_stride; w[n] at w + n * size.
-template <typename W, typename Store>
-static void rows_times_weights(const float* x, int64_t x_stride, int64_t rows, const W* w, int64_t begin,
+template <typename X, typename W, typename Store>
+static void rows_times_weights(const X* x, int64_t x_stride, int64_t rows, const W* w, int64_t begin,
                                int64_t end, int64_t size, const Store& put) {
-  const int64_t blocks = row_blocks(rows, size);
+  const int64_t blocks = row_blocks(rows, size * static_cast<int64_t>(sizeof(X)));
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
     block_times_weights(x + first * x_stride, x_stride, count, w, begin, end, size,
@@ -176,18 +234,28 @@ static inline const float* widen(const T* x, int64_t count, float* scratch) {
   return scratch;
 }
 static inline const float* widen(const float* x, int64_t, float*) { return x; }
+
+// x as rows beside weights of T, and how many elements of scratch that takes.
 template <typename T>
-constexpr int64_t widened_floats(int64_t count) {
-  return sizeof(T) == sizeof(float) ? 0 : count;
+static inline const Row<T>* as_rows(const T* x, int64_t count, Row<T>* scratch) {
+  if constexpr (sizeof(Row<T>) == sizeof(T)) {
+    return x;
+  } else {
+    return widen(x, count, scratch);
+  }
+}
+template <typename T>
+constexpr int64_t row_scratch(int64_t count) {
+  return sizeof(Row<T>) == sizeof(T) ? 0 : count;
 }
 
 constexpr int64_t kWholeTiles = 24;  // weight rows: tiles of every shape end there
 
-// Weight rows a task: about 128 KiB of weights, so that handing out a task costs little and threads finish
-// together.
-static inline int64_t weight_rows_per_task(int64_t size, int64_t element_bytes) {
+// Weight rows a task, a multiple of `whole`: about 128 KiB of weights, so that handing out a task costs
+// little and threads finish together.
+static inline int64_t weight_rows_per_task(int64_t size, int64_t element_bytes, int64_t whole = kWholeTiles) {
   const int64_t rows = (128 << 10) / larger(1, size * element_bytes);
-  return larger(kWholeTiles, rows / kWholeTiles * kWholeTiles);
+  return larger(whole, rows / whole * whole);
 }
 
 }  // namespace cerberus::CERBERUS_ISA

@@ -1,6 +1,6 @@
 // x[k,l] = x[k,l-1] + silu(W[l,k] @ concat(x[k,l-1], n[k,l]) + b[l,k]). One parallel pass a layer; a task
-// owns a range of one head's outputs for all rows. The concatenated inputs are a few KiB of float scratch;
-// only the weights are large.
+// owns a range of one head's outputs for all rows. The concatenated inputs are a few KiB of scratch; only
+// the weights are large.
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 
@@ -17,7 +17,8 @@ void run(const HeadStackArgs& a, const Parallel& parallel) {
   const T* weight = static_cast<const T*>(a.weight);
   const T* bias = static_cast<const T*>(a.bias);
   T* buffers[2] = {static_cast<T*>(a.scratch), static_cast<T*>(a.scratch) + a.rows * a.heads * size};
-  Scratch inputs(a.heads * a.rows * width);  // (K, B, width): what each head reads in this layer
+  using X = Row<T>;
+  Buffer<X> inputs(a.heads * a.rows * width);  // (K, B, width): what each head reads in this layer
 
   const T* below = nullptr;  // (B, K, D): states of the layer below; null at layer 1, where they are all h
   for (int64_t layer = 0; layer < a.layers; ++layer) {
@@ -29,25 +30,25 @@ void run(const HeadStackArgs& a, const Parallel& parallel) {
     const int64_t distinct = below ? a.heads : 1;
     for (int64_t head = 0; head < distinct; ++head) {
       for (int64_t row = 0; row < a.rows; ++row) {
-        float* input = inputs.data + (head * a.rows + row) * width;
+        X* input = inputs.data + (head * a.rows + row) * width;
         const T* own = state(row, head);
-        for (int64_t i = 0; i < size; ++i) input[i] = to_float(own[i]);
+        for (int64_t i = 0; i < size; ++i) from_float(to_float(own[i]), input[i]);
         if (!a.chained) continue;
         const T* neighbour = head == 0 || !below ? anchor + row * size : state(row, head - 1);
-        for (int64_t i = 0; i < size; ++i) input[size + i] = to_float(neighbour[i]);
+        for (int64_t i = 0; i < size; ++i) from_float(to_float(neighbour[i]), input[size + i]);
       }
     }
     const int64_t per_task = weight_rows_per_task(width, sizeof(T));
     const int64_t tasks_per_head = (size + per_task - 1) / per_task;
     parallel_tasks(parallel, a.heads * tasks_per_head, [&](int64_t task) {
       const int64_t head = task / tasks_per_head, begin = task % tasks_per_head * per_task;
-      const float* input = inputs.data + (below ? head : 0) * a.rows * width;
+      const X* input = inputs.data + (below ? head : 0) * a.rows * width;
       const int64_t block = layer * a.heads + head;
       rows_times_weights(
           input, width, a.rows, weight + block * size * width, begin, smaller(size, begin + per_task), width,
           one_by_one([&](int64_t row, int64_t n, float dot) {
             const float update = silu(dot + to_float(bias[block * size + n]));
-            from_float(input[row * width + n] + update, above[(row * a.heads + head) * size + n]);
+            from_float(to_float(input[row * width + n]) + update, above[(row * a.heads + head) * size + n]);
           }));
     });
     below = above;

@@ -1,10 +1,31 @@
-// input @ weight^T + bias, row-invariant. Few rows: a task owns a range of weight rows and streams it once
-// for all rows. Many rows, those of a prompt: a task owns some of them, and streams all weights.
+// input @ weight^T + bias, row-invariant; rows may come in groups with a weight each. A task owns some rows
+// of one group and a range of its outputs: it streams their weights once for all these rows.
+#include "cpu/columns.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
+#if defined(CERBERUS_AMX)
+#include "cpu/amx.h"
+#endif
 
 namespace cerberus::CERBERUS_ISA {
 namespace {
+
+// Consecutive rows of one group.
+struct Span {
+  int64_t group, first, count;
+};
+
+// Calls body(group, first, count) for every group that has rows; returns where the last one ends.
+template <typename Body>
+int64_t for_each_group(const LinearArgs& a, const Body& body) {
+  int64_t first = 0;
+  for (int64_t group = 0; group < a.groups; ++group) {
+    const int64_t end = a.ends ? smaller(a.rows, larger(first, a.ends[group])) : a.rows;
+    if (end > first) body(group, first, end - first);
+    first = end;
+  }
+  return first;
+}
 
 // A tile of dot products, with the bias if there is one, into the output. `to` and `bias` are where the tile
 // begins.
@@ -22,47 +43,176 @@ void store_tile(const float (&dots)[kRows][kWeights], const T* bias, T* to, int6
   }
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 8
-    for (int n = 0; n < kWeights; ++n) to[m * stride + n] = rounded[m * kWeights + n];
+    __builtin_memcpy(to + m * stride, rounded + m * kWeights, kWeights * sizeof(T));
 }
 
-template <typename T>
+// Rows a span has at least where a group is cut into several, so that there is work for all threads.
+constexpr int64_t kLeastSpanRows = 32;
+
+// The product of a call, its rows in the form that `Kernel` reads.
+template <typename T, typename Kernel>
 void run(const LinearArgs& a, const Parallel& parallel) {
-  const int64_t size = a.in_size;
-  const T* input = static_cast<const T*>(a.input);
+  const int64_t per_task = Kernel::outputs_per_task(a.in_size);
+  const int64_t ranges = (a.out_size + per_task - 1) / per_task;
+  int64_t active = 0;
+  T* output = static_cast<T*>(a.output);
+  const int64_t end = for_each_group(a, [&](int64_t, int64_t, int64_t) { ++active; });
+  __builtin_memset(output + end * a.out_size, 0,
+                   static_cast<size_t>((a.rows - end) * a.out_size) * sizeof(T));
+  if (active * ranges == 0) return;
+
+  const int64_t pieces = parallel.threads == 1 ? 1 : (4 * parallel.threads - 1) / (active * ranges) + 1;
+  Buffer<Span> spans(active * pieces);
+  int64_t count = 0;
+  for_each_group(a, [&](int64_t group, int64_t first, int64_t rows) {
+    const int64_t parts = larger(1, smaller(pieces, rows / kLeastSpanRows));
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = rows * part / parts;
+      spans.data[count++] = {group, first + begin, rows * (part + 1) / parts - begin};
+    }
+  });
+
+  const Kernel kernel(static_cast<const T*>(a.input), a.rows, a.in_size, spans.data, count, parallel);
   const T* weight = static_cast<const T*>(a.weight);
   const T* bias = static_cast<const T*>(a.bias);
-  T* output = static_cast<T*>(a.output);
-  // x: `rows` rows from `first` on, as float; for the weights from `begin` to `end`.
-  const auto multiply = [&](const float* x, int64_t first, int64_t rows, int64_t begin, int64_t end) {
-    rows_times_weights(x, size, rows, weight, begin, end, size, [&](int64_t m, int64_t n, const auto& dots) {
-      store_tile(dots, bias ? bias + n : nullptr, output + (first + m) * a.out_size + n, a.out_size);
-    });
-  };
-
-  const int64_t blocks = row_blocks(a.rows, size);
-  if (blocks >= 2 * parallel.threads) {
-    const int64_t tasks = (blocks + parallel.threads - 1) / parallel.threads * parallel.threads;
-    parallel_tasks(parallel, tasks, [&](int64_t task) {
-      const int64_t first = a.rows * task / tasks, count = a.rows * (task + 1) / tasks - first;
-      Scratch wide(widened_floats<T>(count * size));
-      multiply(widen(input + first * size, count * size, wide.data), first, count, 0, a.out_size);
-    });
-    return;
-  }
-  Scratch wide(widened_floats<T>(a.rows * size));
-  const float* x = widen(input, a.rows * size, wide.data);
-  const int64_t per_task = weight_rows_per_task(size, sizeof(T));
-  parallel_tasks(parallel, (a.out_size + per_task - 1) / per_task, [&](int64_t task) {
-    multiply(x, 0, a.rows, task * per_task, smaller(a.out_size, (task + 1) * per_task));
+  parallel_tasks(parallel, count * ranges, [&](int64_t task) {
+    const int64_t begin = task / count * per_task;
+    const Span& span = spans.data[task % count];
+    const T* added = bias ? bias + span.group * a.out_size : nullptr;
+    T* to = output + span.first * a.out_size;
+    kernel.multiply(task % count, weight + span.group * a.out_size * a.in_size, begin,
+                    smaller(a.out_size, begin + per_task), a.out_size,
+                    [&](int64_t m, int64_t n, const auto& dots) {
+                      store_tile(dots, added ? added + n : nullptr, to + m * a.out_size + n, a.out_size);
+                    });
   });
 }
+
+// Below so many elements a second start of the threads costs more than they save.
+constexpr int64_t kSharedElements = 1 << 16, kElementsAtOnce = 1 << 13;
+
+// x as Out, shared among threads where there is much of it.
+template <typename T, typename Out>
+const Out* convert(const T* x, int64_t count, Out* scratch, const Parallel& parallel) {
+  const auto one = [&](const T* from, int64_t some, Out* to) {
+    if constexpr (sizeof(Out) == sizeof(float)) {
+      return widen(from, some, to);
+    } else {
+      return as_rows(from, some, to);
+    }
+  };
+  if (sizeof(Out) == sizeof(T) || count < kSharedElements) return one(x, count, scratch);
+  parallel_tasks(parallel, (count + kElementsAtOnce - 1) / kElementsAtOnce, [&](int64_t task) {
+    const int64_t begin = task * kElementsAtOnce;
+    one(x + begin, smaller(kElementsAtOnce, count - begin), scratch + begin);
+  });
+  return scratch;
+}
+
+// weight (O, I): lanes over k.
+template <typename T>
+struct ByRows {
+  ByRows(const T* input, int64_t rows, int64_t in_size, const Span* all, int64_t, const Parallel& parallel)
+      : size(in_size),
+        spans(all),
+        scratch(row_scratch<T>(rows * in_size)),
+        x(convert(input, rows * in_size, scratch.data, parallel)) {}
+  static int64_t outputs_per_task(int64_t in_size) { return weight_rows_per_task(in_size, sizeof(T)); }
+  template <typename Store>
+  void multiply(int64_t span, const T* weight, int64_t begin, int64_t end, int64_t, const Store& put) const {
+    rows_times_weights(x + spans[span].first * size, size, spans[span].count, weight, begin, end, size, put);
+  }
+
+  int64_t size;
+  const Span* spans;
+  Buffer<Row<T>> scratch;
+  const Row<T>* x;
+};
+
+// weight (I, O): lanes over outputs.
+template <typename T>
+struct ByColumns {
+  ByColumns(const T* input, int64_t rows, int64_t in_size, const Span* all, int64_t, const Parallel& parallel)
+      : size(in_size),
+        spans(all),
+        scratch(sizeof(T) == sizeof(float) ? 0 : rows * in_size),
+        x(convert(input, rows * in_size, scratch.data, parallel)) {}
+  static int64_t outputs_per_task(int64_t) { return kColumnsAtOnce; }
+  template <typename Store>
+  void multiply(int64_t span, const T* weight, int64_t begin, int64_t end, int64_t out_size,
+                const Store& put) const {
+    rows_times_columns(x + spans[span].first * size, size, spans[span].count, weight, begin, end, out_size,
+                       put);
+  }
+
+  int64_t size;
+  const Span* spans;
+  Scratch scratch;
+  const float* x;
+};
+
+#if defined(CERBERUS_AMX)
+// weight (O, I) in tiles.
+struct ByTiles {
+  ByTiles(const BFloat16* input, int64_t, int64_t in_size, const Span* all, int64_t count,
+          const Parallel& parallel)
+      : size(in_size), spans(all), starts(count + 1), packed(place(all, count)) {
+    const auto pack = [&](int64_t i) {
+      pack_rows(input + all[i].first * in_size, all[i].count, in_size, packed.data + starts.data[i]);
+    };
+    if (starts.data[count] >= kSharedElements) {
+      parallel_tasks(parallel, count, pack);
+    } else {
+      for (int64_t i = 0; i < count; ++i) pack(i);
+    }
+  }
+  static int64_t outputs_per_task(int64_t in_size) {
+    return weight_rows_per_task(in_size, sizeof(BFloat16), 2 * kTile);
+  }
+  template <typename Store>
+  void multiply(int64_t span, const BFloat16* weight, int64_t begin, int64_t end, int64_t,
+                const Store& put) const {
+    tiles_times_packed(packed.data + starts.data[span], spans[span].count, weight, begin, end, size, put);
+  }
+
+  // Where every span starts in `packed`; returns how large that is.
+  int64_t place(const Span* all, int64_t count) {
+    starts.data[0] = 0;
+    for (int64_t i = 0; i < count; ++i)
+      starts.data[i + 1] = starts.data[i] + packed_elements(all[i].count, size);
+    return starts.data[count];
+  }
+
+  int64_t size;
+  const Span* spans;
+  Buffer<int64_t> starts;
+  Buffer<BFloat16> packed;
+};
+#endif
+
+template <typename T>
+struct ByRowsKernel {
+  using Type = ByRows<T>;
+};
+#if defined(CERBERUS_AMX)
+template <>
+struct ByRowsKernel<BFloat16> {
+  using Type = ByTiles;
+};
+#endif
 
 }  // namespace
 
 void linear(const LinearArgs& a, const Parallel& parallel) {
   if (a.rows == 0) return;
-  with_type(a.dtype, [&](auto type) { run<decltype(type)>(a, parallel); });
+  with_type(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (a.transposed) {
+      run<T, ByColumns<T>>(a, parallel);
+    } else {
+      run<T, typename ByRowsKernel<T>::Type>(a, parallel);
+    }
+  });
 }
 
 }  // namespace cerberus::CERBERUS_ISA

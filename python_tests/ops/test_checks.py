@@ -56,6 +56,12 @@ SHAPES: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
     },
     "linear": {"input": ("(M, I)", ()), "weight": ("(O, I)", (1,)), "bias": ("(O,)", (0,))},
     "activation": {"input": ("any", ())},
+    "grouped_linear": {
+        "input": ("(S, I)", ()),
+        "weight": ("(G, I, O)", (1,)),
+        "bias": ("(G, O)", (0, 1)),
+        "ends": ("(G,)", (0,)),
+    },
 }
 TENSORS = [(op, name) for op, arguments in SHAPES.items() for name in arguments]
 WITH_RANK = [(op, name) for op, name in TENSORS if SHAPES[op][name][0] != "any"]
@@ -109,10 +115,11 @@ def rejects(op: str, device: str, name: str, wrong: Any, must_be: str, got: str)
 
 
 def test_tables_name_every_argument():
-    """So that no argument is left without its checks. `seed` and `window` may be any number; `kind`: see its op."""
+    """So that no argument is left without its checks. Some may be anything of their type."""
     checked = {(op, name) for op, name in TENSORS} | {(op, number) for op, number, *_ in NUMBERS}
     every = {(op, name) for op in EXAMPLES for name in example(op)}
-    assert every - checked == {("choose_tokens", "seed"), ("tree_attention", "window"), ("activation", "kind")}
+    anything = {("choose_tokens", "seed"), ("tree_attention", "window"), ("activation", "kind")}
+    assert every - checked == anything | {("linear", "transposed"), ("grouped_linear", "transposed")}
 
 
 @pytest.mark.parametrize(("op", "name"), WITH_RANK)

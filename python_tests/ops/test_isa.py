@@ -6,47 +6,28 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from isa_runs import ISAS, check
 
 from cerberus_ext import _load
-
-CORE = Path(__file__).parent.parent / "op_core.py"
-
-
-def run(isa: str | None) -> subprocess.CompletedProcess[str]:
-    """Checks the core cases in a process of its own, which imports the same cerberus_ext as this one."""
-    environment = {name: value for name, value in os.environ.items() if name != "CERBERUS_CPU_ISA"}
-    if isa is not None:
-        environment["CERBERUS_CPU_ISA"] = isa
-    environment["PYTHONPATH"] = os.pathsep.join([str(CORE.parent), str(_load.PACKAGE.parent)])
-    return subprocess.run([sys.executable, str(CORE)], env=environment, capture_output=True, text=True, timeout=300)
 
 
 def compiled_isas() -> list[str]:
     return _load.build_record()["cpu_levels"].split()
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
-def test_every_set_of_kernels(isa):
-    """Either the CPU has it, and every op is right with it, or the import says which ones there are."""
-    done = run(isa)
-    if done.returncode == 0:
-        assert done.stdout.strip() == f"checked: {isa}"
-    else:
-        assert "ImportError: cerberus_ext: CERBERUS_CPU_ISA must be one of" in done.stderr, done.stderr
-        assert done.stderr.strip().endswith(f"got {isa}"), done.stderr
-        assert isa != "portable", "the portable kernels run everywhere"
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("script", ["op_core.py", "linear_core.py"])
+def test_every_set_of_kernels(script, isa):
+    check(script, isa)
 
 
 def test_the_best_one_is_taken():
     """A name that does not exist is answered with those that run here, best first; without any, that one is taken."""
     error = import_says("sse9")
-    listed = re.fullmatch(
-        r"ImportError: cerberus_ext: CERBERUS_CPU_ISA must be one of (.+) on this CPU, got sse9", error
-    )
+    listed = re.fullmatch(r"ImportError: cerberus_ext: CERBERUS_ISA must be one of (.+) on this CPU, got sse9", error)
     assert listed, error
     here = listed[1].split(", ")
     assert here == [isa for isa in reversed(compiled_isas()) if isa in here]
@@ -55,10 +36,10 @@ def test_the_best_one_is_taken():
 
 
 def import_says(isa: str | None) -> str:
-    """Which kernels an import with this CERBERUS_CPU_ISA takes, or the last line of its error."""
-    environment = {name: value for name, value in os.environ.items() if name != "CERBERUS_CPU_ISA"}
+    """Which kernels an import with this CERBERUS_ISA takes, or the last line of its error."""
+    environment = {name: value for name, value in os.environ.items() if name != "CERBERUS_ISA"}
     if isa is not None:
-        environment["CERBERUS_CPU_ISA"] = isa
+        environment["CERBERUS_ISA"] = isa
     code = (
         f"import sys; sys.path.insert(0, {str(_load.PACKAGE.parent)!r}); from cerberus_ext import _load; import torch; "
         "_load.load_libraries(); print(torch.ops.cerberus_ext.cpu_isa())"

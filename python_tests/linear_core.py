@@ -1,0 +1,128 @@
+"""linear and grouped_linear: rows that depend on nothing but themselves, with sums in which every order shows.
+
+Quick enough to be run for each set of kernels: CERBERUS_ISA=portable python python_tests/linear_core.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from op_cases import DTYPES, assert_close, assert_same_bits, normal
+from torch import Tensor
+
+from cerberus_ext import ops, reference
+
+SIZES = (1, 33, 129, 575)
+OUTPUTS = 131  # no multiple of any tile
+ROWS = 70
+
+
+def cancelling(rows: int, outputs: int, size: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """input (rows, size), weight (outputs, size) whose products sum to little: of two large terms anywhere one takes
+    away what the other adds, in every sum at once, and small terms stand between them. What float32 loses on the way
+    is as large as the sum, so that even eight bits of it tell one order of summation from another."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def wide(*shape: int) -> Tensor:  # of very different size: products of 16 bits each would add up exactly
+        return torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-6, 10, shape, generator=generator)
+
+    input, weight = wide(rows, size), wide(outputs, size)
+    order = torch.randperm(size, generator=generator)
+    pairs = order[: size * 7 // 8 // 2 * 2].view(2, -1)
+    input[:, pairs[1]] = input[:, pairs[0]]
+    weight[:, pairs[1]] = -weight[:, pairs[0]]
+    small = order[pairs.numel() :]
+    input[:, small] *= 2**-14
+    return input.to(dtype), weight.to(dtype)
+
+
+def with_threads(count: int, call: Callable[[], Tensor]) -> Tensor:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return call()
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_rows(dtype: torch.dtype, transposed: bool) -> None:
+    """Each of 70 rows alone, and the first 1 to 70 of them, with one thread and with two."""
+    for size in SIZES:
+        input, weight = cancelling(ROWS, OUTPUTS, size, dtype)
+        if size >= 129:
+            # These inputs can tell: the same sums from the other end have other bits.
+            there, back = ops.linear(input, weight, None), ops.linear(input.flip(1), weight.flip(1), None)
+            assert (there != back).float().mean() > 0.3, f"{dtype}, {size}: the order of summation hardly shows"
+        if transposed:
+            weight = weight.T.contiguous()
+        bias = normal(OUTPUTS, seed=3, dtype=dtype)
+        for threads in (1, 2):
+
+            def product(rows: Tensor, weight: Tensor = weight, bias: Tensor = bias, threads: int = threads) -> Tensor:
+                return with_threads(threads, lambda: ops.linear(rows, weight, bias, transposed))
+
+            alone = torch.cat([product(input[row, None]) for row in range(ROWS)])
+            for count in range(1, ROWS + 1):
+                assert_same_bits(product(input[:count]), alone[:count])
+            assert_same_bits(product(input[37:]), alone[37:])
+
+
+def check_groups(dtype: torch.dtype, transposed: bool) -> None:
+    """Groups of every size, empty ones too, against `linear` with the weight of the group; ends that make no sense."""
+    for size in SIZES:
+        input, weight = cancelling(90, 5 * OUTPUTS, size, dtype)
+        weight = weight.view(5, OUTPUTS, size)
+        if transposed:
+            weight = weight.transpose(1, 2).contiguous()
+        bias = normal(5, OUTPUTS, seed=3, dtype=dtype)
+        for ends in ([0, 1, 1, 68, 90], [90] * 5, [3, 5, 9, 14, 20], [0] * 5, [50, 20, 70, -1, 2**62], [-(2**63)] * 5):
+            expected = torch.zeros(90, OUTPUTS, dtype=dtype)
+            first = 0
+            for group, end in enumerate(ends):
+                last = min(90, max(first, end))
+                rows = slice(first, last)
+                expected[rows] = ops.linear(input[rows], weight[group], bias[group], transposed)
+                first = last
+            for threads in (1, 2):
+                given = (input, weight, bias, torch.tensor(ends), transposed)
+                got = with_threads(threads, lambda given=given: ops.grouped_linear(*given))
+                assert_same_bits(got, expected)
+
+
+def check_values(dtype: torch.dtype, transposed: bool) -> None:
+    """Against the reference; what stands next to a row or a weight does not reach its sums, NaN least of all."""
+    shapes = ((0, 5, 3), (3, 0, 5), (4, 7, 0), (1, 31, 17), (5, 64, 16), (18, 97, 40), (33, 1025, 49))
+    for rows, size, outputs in shapes:
+        input, weight = normal(rows, size, seed=1, dtype=dtype), normal(outputs, size, seed=2, dtype=dtype)
+        weight *= max(1, size) ** -0.5
+        if transposed:
+            weight = weight.T.contiguous()
+        bias = normal(outputs, seed=3, dtype=dtype)
+        for added in (None, bias):
+            got = ops.linear(input, weight, added, transposed)
+            assert_close("linear", got, reference.linear(input, weight, added, transposed), dtype)
+        if rows and size and outputs > 1:
+            broken, row = input.clone(), rows // 2
+            broken[row] = torch.nan
+            columns = ops.linear(broken, weight, bias, transposed)
+            others = torch.arange(rows) != row
+            assert columns[row].isnan().all() and torch.equal(columns[others], got[others])
+            wrong = weight.clone()
+            (wrong[:, 1] if transposed else wrong[1]).fill_(torch.inf)
+            columns = ops.linear(input, wrong, bias, transposed)
+            kept = torch.arange(outputs) != 1
+            assert torch.equal(columns[:, kept], got[:, kept]) and not columns[:, 1].isfinite().any()
+
+
+def check_all() -> None:
+    for dtype in DTYPES:
+        for transposed in (False, True):
+            check_values(dtype, transposed)
+            check_rows(dtype, transposed)
+            check_groups(dtype, transposed)
+
+
+if __name__ == "__main__":
+    check_all()
+    print(f"checked: {torch.ops.cerberus_ext.cpu_isa()}")
