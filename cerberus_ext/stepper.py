@@ -138,7 +138,7 @@ def draft(drafter: Drafter, cache: TreeCache, hidden: Tensor, root: Tensor, gues
     if context is not None:
         hidden = context.read(cache, hidden[:, None], root[:, None], _ALONE.on(root.device))[:, 0]
     ids, logprobs = drafter.draft(hidden, root, guesses)
-    return torch.where(logprobs.isfinite(), ids, -1), logprobs
+    return ids.masked_fill(~logprobs.isfinite(), -1), logprobs
 
 
 def embeddable(tokens: Tensor, base: BaseModel) -> Tensor:
@@ -147,7 +147,7 @@ def embeddable(tokens: Tensor, base: BaseModel) -> Tensor:
     For the forward alone: `settle` gets the others, which the base model never chooses.
     """
     embeddings: Any = base.model.get_input_embeddings().weight
-    return torch.where((tokens >= 0) & (tokens < len(embeddings)), tokens, 0)
+    return tokens.masked_fill((tokens < 0) | (tokens >= len(embeddings)), 0)
 
 
 def guesses_along_paths(drafter: Drafter) -> bool:
