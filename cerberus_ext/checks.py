@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from .dynamic_tree import DynamicTree
 from .gate import Gate, wants_draft_trees
-from .stepper import Drafter, guesses_along_paths
+from .stepper import Drafter, Sampling, guesses_along_paths
 from .tree import DraftTree
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,8 +38,23 @@ def check_model(model: Any) -> None:
         raise ValueError(f"decode: model must be float32, bfloat16 or float16, got {model.dtype}")
 
 
+def check_autocast(model: PreTrainedModel) -> None:
+    """No autocast to another dtype: keys would have another one than values, and weights other bits than their own."""
+    kind = model.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != model.dtype:
+        raise ValueError(
+            f"decode: model must not run under autocast to another dtype than its own, {model.dtype}, got"
+            f" {torch.get_autocast_dtype(kind)}: leave torch.autocast, and load the model in that dtype instead"
+        )
+
+
 def check_heads(heads: Any) -> None:
     """Something like CerberusHeads."""
+    if isinstance(heads, str | os.PathLike):
+        raise TypeError(
+            f"decode: heads must be CerberusHeads, got the {type(heads).__name__} {str(heads)!r}:"
+            f" load them with CerberusHeads.from_pretrained({str(heads)!r})"
+        )
     if not callable(getattr(heads, "bind", None)) or not hasattr(getattr(heads, "config", None), "num_heads"):
         raise TypeError(f"decode: heads must be CerberusHeads, got {type(heads).__name__}")
 
@@ -50,39 +67,76 @@ def check_looking_ahead(drafter: Drafter, tree: DraftTree | DynamicTree) -> None
         raise ValueError(f"decode: {must} with these heads, which guess along the paths of a tree that has been chosen")
 
 
-def check_ids(ids: Any, model: PreTrainedModel) -> None:
-    """(1, S) int64 on the model's device."""
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"decode: ids must be a tensor, got {type(ids).__name__}")
-    if ids.dim() != 2 or ids.shape[1] == 0:
-        raise ValueError(f"decode: ids must be (1, S) with S >= 1, got shape {tuple(ids.shape)}")
-    if ids.shape[0] != 1:
-        raise ValueError(f"decode: ids must have 1 row, more are not supported yet, got {ids.shape[0]}")
-    if ids.dtype != torch.int64:
-        raise TypeError(f"decode: ids must be int64, got {ids.dtype}")
-    if ids.device != model.device:
-        raise ValueError(f"decode: ids must be on the model's device, {model.device}, got {ids.device}")
+def prompt_ids(ids: Any, attention_mask: Any, model: PreTrainedModel) -> Tensor:
+    """decode's `ids` and `attention_mask`, checked -> (1, S) int64 on the model's device."""
+    if isinstance(ids, Mapping):
+        ids, attention_mask = _from_mapping(ids, attention_mask)
+    tensor = _integer_tensor(ids, model.device)
+    if tensor is None:
+        got = str(ids.dtype) if isinstance(ids, Tensor | np.ndarray) else type(ids).__name__
+        raise TypeError(f"decode: ids must be a tensor or a list of integers, or have them as input_ids, got {got}")
+    if tensor.dim() not in (1, 2) or tensor.shape[-1] == 0:
+        raise ValueError(f"decode: ids must be (1, S) or (S,) with S >= 1, got shape {tuple(tensor.shape)}")
+    tensor = tensor if tensor.dim() == 2 else tensor[None]
+    if tensor.shape[0] != 1:
+        raise ValueError(f"decode: ids must have 1 row, more are not supported yet, got {tensor.shape[0]}")
+    if tensor.device != model.device:
+        raise ValueError(f"decode: ids must be on the model's device, {model.device}, got {tensor.device}")
     embeddings = model.get_input_embeddings().weight
     assert isinstance(embeddings, Tensor)
-    least, most, vocab = int(ids.min()), int(ids.max()), embeddings.shape[0]
+    least, most, vocab = int(tensor.min()), int(tensor.max()), embeddings.shape[0]
     if least < 0 or most >= vocab:
         raise ValueError(f"decode: ids must be in 0..{vocab - 1}, got {least if least < 0 else most}")
+    _check_attention_mask(attention_mask, tensor)
+    return tensor.to(torch.int64)
 
 
-def check_attention_mask(attention_mask: Any, ids: Tensor) -> None:
-    """None, or all ones: with one row there is no padding."""
+def _from_mapping(inputs: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any]:
+    """What a tokenizer returns -> ids and mask; a mask that `decode` was given itself counts."""
+    others = set(inputs) - {"input_ids", "attention_mask"}
+    types = inputs.get("token_type_ids")
+    if types is not None and not torch.as_tensor(types).any():
+        others.discard("token_type_ids")  # of many tokenizers: all tokens are of the same kind
+    if others or "input_ids" not in inputs:
+        raise ValueError(f"decode: ids must have input_ids, and attention_mask at most, got {sorted(map(str, inputs))}")
+    return inputs["input_ids"], inputs.get("attention_mask") if attention_mask is None else attention_mask
+
+
+def _integer_tensor(values: Any, device: torch.device) -> Tensor | None:
+    """A tensor, an array or (nested) lists of integers -> a tensor; None: they are something else."""
+    if not isinstance(values, Tensor):
+        if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
+            return None
+        try:
+            array = np.asarray(values)
+        except (TypeError, ValueError, RuntimeError):  # lists of several lengths; tensors of a GPU
+            return None
+        if array.size and array.dtype.kind not in "iu":
+            return None
+        values = torch.from_numpy(array.astype(np.int64)).to(device)
+    return None if values.dtype == torch.bool or values.is_floating_point() or values.is_complex() else values
+
+
+def _check_attention_mask(attention_mask: Any, ids: Tensor) -> None:
+    """None, or all ones: with one row there is no padding. ids: (1, S)."""
     if attention_mask is None:
         return
-    if not isinstance(attention_mask, Tensor) or attention_mask.shape != ids.shape:
-        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+    mask = attention_mask if isinstance(attention_mask, Tensor) else _integer_tensor(attention_mask, ids.device)
+    if mask is None or mask.shape not in (ids.shape, ids.shape[1:]):
+        got = type(attention_mask).__name__ if mask is None else tuple(mask.shape)
         raise ValueError(f"decode: attention_mask must be a tensor of ids' shape, {tuple(ids.shape)}, got {got}")
-    if not bool(attention_mask.to(torch.bool).all()):
+    if not bool(mask.to(torch.bool).all()):
         raise ValueError("decode: attention_mask must be all ones, since ids has one row without padding, got zeros")
 
 
 def check_tree(tree: Any, num_heads: int) -> DraftTree | DynamicTree:
+    """A number of nodes is the DynamicTree with so many."""
+    if (nodes := _number(tree, int)) is not None:
+        tree = DynamicTree(check_integer("tree", nodes, 2))
     if not isinstance(tree, DraftTree | DynamicTree):
-        raise TypeError(f"decode: tree must be a DraftTree, a DynamicTree or None, got {type(tree).__name__}")
+        raise TypeError(
+            f"decode: tree must be a number of nodes, a DraftTree, a DynamicTree or None, got {type(tree).__name__}"
+        )
     if isinstance(tree, DynamicTree):
         if tree.corrections is not None and len(tree.corrections) != num_heads:
             raise ValueError(
@@ -116,24 +170,37 @@ def check_sources(sources: Any, tree: Any) -> None:
         raise ValueError("decode: sources must be None or empty with a DraftTree, whose guesses are the heads'")
 
 
-def check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _number(value: Any, kind: type) -> Any:
+    """Python's number for its own, numpy's and tensors without dimensions, of kind int or float; None: it is none."""
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    kinds = int | np.integer if kind is int else int | float | np.integer | np.floating
+    return kind(value) if isinstance(value, kinds) and not isinstance(value, bool) else None
+
+
+def check_integer(name: str, value: Any, least: int, most: int | None = None) -> int:
+    number = _number(value, int)
+    if number is None:
         raise TypeError(f"decode: {name} must be an integer, got {value!r}")
-    if value < least or most is not None and value > most:
+    if number < least or most is not None and number > most:
         bounds = f">= {least}" if most is None else f"in {least}..{most}"
-        raise ValueError(f"decode: {name} must be {bounds}, got {value}")
+        raise ValueError(f"decode: {name} must be {bounds}, got {number}")
+    return int(number)
 
 
-def check_sampling(temperature: Any, top_k: Any, top_p: Any, seed: Any) -> None:
-    for name, value in (("temperature", temperature), ("top_p", top_p)):
-        if isinstance(value, bool) or not isinstance(value, int | float):
+def check_sampling(temperature: Any, top_k: Any, top_p: Any, seed: Any) -> Sampling:
+    numbers = {"temperature": temperature, "top_p": top_p}
+    for name, value in numbers.items():
+        numbers[name] = _number(value, float)
+        if numbers[name] is None:
             raise TypeError(f"decode: {name} must be a number, got {value!r}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"decode: temperature must be >= 0 and finite, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"decode: top_p must be > 0 and <= 1, got {top_p}")
-    check_integer("top_k", top_k, 0)
-    check_integer("seed", seed, -(2**63), 2**63 - 1)
+    if not 0 <= numbers["temperature"] < math.inf:
+        raise ValueError(f"decode: temperature must be >= 0 and finite, got {numbers['temperature']}")
+    if not 0 < numbers["top_p"] <= 1:
+        raise ValueError(f"decode: top_p must be > 0 and <= 1, got {numbers['top_p']}")
+    top_k, seed = check_integer("top_k", top_k, 0), check_integer("seed", seed, -(2**63), 2**63 - 1)
+    # Greedily all seeds are alike, and so are recordings of a step.
+    return Sampling(seed, numbers["temperature"], top_k, numbers["top_p"]) if numbers["temperature"] else Sampling()
 
 
 def eos_token_ids(eos_token_id: Any, model: PreTrainedModel) -> frozenset[int]:
@@ -142,13 +209,40 @@ def eos_token_ids(eos_token_id: Any, model: PreTrainedModel) -> frozenset[int]:
         eos_token_id = getattr(model.generation_config, "eos_token_id", None)
     if eos_token_id is None:
         return frozenset()
-    several = eos_token_id if isinstance(eos_token_id, Sequence) else [eos_token_id]
-    for token in several:
-        if isinstance(token, bool) or not isinstance(token, int):
-            raise TypeError(
-                f"decode: eos_token_id must be None, an integer or a list of integers, got {eos_token_id!r}"
-            )
-    return frozenset(several)
+    several = isinstance(eos_token_id, Sequence | set | frozenset) or getattr(eos_token_id, "ndim", 0) == 1
+    tokens = [_number(token, int) for token in (eos_token_id if several else [eos_token_id])]
+    if None in tokens:
+        raise TypeError(f"decode: eos_token_id must be None, an integer or a list of integers, got {eos_token_id!r}")
+    return frozenset(tokens)
+
+
+def most_new_tokens(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> int:
+    """max_new_tokens, or as many as the model has positions for. The last token of a text needs none."""
+    table = position_table(model)
+    if table is None:
+        return max_new_tokens
+    if ids.shape[1] > table:
+        raise ValueError(
+            f"decode: ids must have at most {table} tokens, the positions of {type(model).__name__}, got {ids.shape[1]}"
+        )
+    return min(max_new_tokens, table - ids.shape[1] + 1)
+
+
+def position_table(model: PreTrainedModel) -> int | None:
+    """Positions of a model that looks them up in a table; None: it computes them, and goes on beyond those that it was
+    made for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    known = model.get_input_embeddings()
+    for module in model.modules():
+        # Some tables have one or two rows more, for padding.
+        if isinstance(module, torch.nn.Embedding) and module is not known and 0 <= module.num_embeddings - limit <= 2:
+            return limit
+    for _, buffer in model.named_buffers():  # gptj's and codegen's sines
+        if buffer.dim() == 2 and buffer.shape[0] == limit:
+            return limit
+    return None
 
 
 def stopping_criteria_list(stopping_criteria: Any) -> StoppingCriteriaList | None:

@@ -9,6 +9,7 @@ import torch
 
 from .draft_sources import SourceMaker
 from .dynamic_tree import DynamicTree
+from .forked import threads_after_fork
 from .gate import Gate
 from .stats import DecodeStats
 from .stepper import HeadsLike, Sampling
@@ -22,7 +23,7 @@ def compile_ahead(
     model: PreTrainedModel,
     heads: HeadsLike | None,
     *,
-    tree: DraftTree | DynamicTree | None = None,
+    tree: int | DraftTree | DynamicTree | None = None,
     gate: Gate | None = None,
     sources: Sequence[SourceMaker] | None = None,
 ) -> DecodeStats:
@@ -36,6 +37,7 @@ def compile_ahead(
     from .graphs import open_stepper
     from .plan import make_plan
 
+    threads_after_fork()
     plan, stats = make_plan(model, heads, tree, gate, sources, compiled=True), DecodeStats()
     steps = compiled_steps(model, plan.sizes, stats)
     with (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,15 +15,24 @@ Reading = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 def reading(corrections: Corrections | None) -> Reading:
     """-> what turns log-probabilities (..., K, P) into probabilities.
 
-    corrections: None: they are taken as they are.
+    corrections: None: they are taken as they are. What is no draft, with a probability of 0 or one that is no number,
+    before or after the correction, gets 0.
     """
-    if corrections is None:
-        return np.exp
-    slope, shift = np.reshape(corrections, (-1, 2)).T[:, :, None]
-    return lambda logprobs: corrected(logprobs, slope, shift)
+    correct: Reading = np.exp
+    if corrections is not None:
+        slope, shift = np.reshape(corrections, (-1, 2)).T[:, :, None]
+        correct = partial(corrected, slope=slope, shift=shift)
+
+    def read(logprobs: NDArray[np.float64]) -> NDArray[np.float64]:
+        known = np.isfinite(logprobs)
+        chances = correct(np.where(known, logprobs, 0.0))
+        return np.where(known & np.isfinite(chances), chances, 0.0)
+
+    return read
 
 
 def corrected(logprobs: np.ndarray, slope: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """sigmoid(slope * logit(p) + shift) of p = exp(logprobs). logprobs (..., K, P); slope, shift (K, 1): per head."""
     logs = np.minimum(np.maximum(logprobs, -60.0), -1e-9)  # where the logit is finite
-    return 1 / (1 + np.exp(-(slope * (logs - np.log(-np.expm1(logs))) + shift)))
+    with np.errstate(over="ignore"):  # of a steep slope: the probability is then 0
+        return 1 / (1 + np.exp(-(slope * (logs - np.log(-np.expm1(logs))) + shift)))

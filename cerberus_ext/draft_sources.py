@@ -62,11 +62,14 @@ class HeadsSignals(Protocol):
 class HeadsSource:
     """The heads as a source. They read the step's hidden state, not the tokens.
 
-    corrections: (slope, shift) of every head, see ConfidenceGate; None: probabilities are taken as they are.
+    vocabulary: of the model, in tokens. corrections: (slope, shift) of every head, see ConfidenceGate; None:
+    probabilities are taken as they are. Heads whose numbers have overflown guess nothing: what is no token, or has a
+    probability that is 0 or no number, gets chance 0, with which nothing becomes a draft.
     """
 
-    def __init__(self, step: HeadsSignals, corrections: Corrections | None = None) -> None:
+    def __init__(self, step: HeadsSignals, vocabulary: int, corrections: Corrections | None = None) -> None:
         self._step = step
+        self._vocabulary = vocabulary
         self._read = reading(corrections)
 
     def extend(self, tokens: list[int]) -> None:
@@ -75,6 +78,11 @@ class HeadsSource:
     def guess(self, most: int) -> tuple[ArrayLike, ArrayLike]:
         ids, logprobs = self._step.guesses()
         chances = self._read(np.minimum(logprobs.astype(np.float64), 0.0))
+        missing = (ids < 0) | (ids >= self._vocabulary) | (chances == 0)
+        if missing.any():
+            last = np.argsort(missing, axis=1, kind="stable")
+            ids, chances, missing = (np.take_along_axis(part, last, 1) for part in (ids, chances, missing))
+            ids, chances = np.where(missing, 0, ids), np.where(missing, 0.0, chances)
         # A correction that turns the order round would say that a head knows nothing: then all its guesses are alike.
         return ids[:most], np.minimum.accumulate(chances, axis=1)[:most]
 

@@ -135,7 +135,7 @@ class TreeGrower:
     def grow(self, heads: HeadsSignals, deepest: int) -> StepTree:
         """The tree of this step, no deeper than `deepest`. Raises ValueError for guesses that are none."""
         most = min(deepest, self.tree.size - 1)
-        asked = [HeadsSource(heads, self.tree.corrections), *self._sources]
+        asked = [HeadsSource(heads, self._vocabulary, self.tree.corrections), *self._sources]
         guesses = [ask_source(source, most) for source in asked]
         places = join_places([(one, number) for number, one in enumerate(guesses) if one.tokens.ndim == 2])
         paths = [(*one, number) for number, one in enumerate(guesses) if one.tokens.ndim == 1 and one.tokens.size]

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .compiled_step import CompiledSteps
+    from .logit_rules import LogitRules
 
 _LEAST_CAPACITY = 512
 # Libraries choose algorithms and take workspaces when they first see a shape, which a recording must not contain.
@@ -331,11 +332,13 @@ def release_graphs(model: PreTrainedModel) -> None:
 def open_stepper(
     model: PreTrainedModel, heads: HeadsLike, capacity: int, batch: int, guesses: int, ahead: bool,
     sampling: Sampling, stats: DecodeStats, graphs: bool | None, compiled: CompiledSteps | None = None,
+    rules: LogitRules | None = None,
 ) -> Iterator[Stepper]:  # fmt: skip
     """Steps of one decode, with the model prepared for them while inside.
 
     capacity: tokens that the cache has to hold. guesses: per head, 0 where no tree has any. ahead: the gate wants to
-    see the guesses. graphs: as in `decode`. compiled: does the base model's steps, which are not recorded then.
+    see the guesses. graphs: as in `decode`. compiled: does the base model's steps, which are not recorded then. rules:
+    process the logits, in steps that are not recorded.
     """
 
     def fall_back(error: Unrecordable) -> None:
@@ -356,6 +359,9 @@ def open_stepper(
         kept = None
         if graphs is not False and compiled is None:
             try:
+                if rules is not None:
+                    fields = ", ".join(rules.fields)
+                    raise Unrecordable(f"the logits are processed as model.generation_config says ({fields})")
                 kept = _graphs_of(model, capacity, batch, context)
                 drafter, static = kept.bind(model, heads, guesses) if guesses else (heads.bind(model), None)
             except Unrecordable as error:
@@ -364,7 +370,7 @@ def open_stepper(
         if kept is None:
             drafter = heads.bind(model)
             with BaseModel(model, capacity, batch, compiled=compiled, context=context) as base:
-                yield Stepper(base, drafter, guesses, sampling, stats)
+                yield Stepper(base, drafter, guesses, sampling, stats, rules)
         else:
             with BaseModel(model, capacity, batch, kept.cache) as base:
                 yield GraphedStepper(base, kept, drafter, static, ahead, sampling, stats, give_up)

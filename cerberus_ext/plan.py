@@ -118,7 +118,7 @@ def default_dynamic_tree(device: torch.device) -> DynamicTree:
 def make_plan(
     model: PreTrainedModel,
     heads: HeadsLike | None,
-    tree: DraftTree | DynamicTree | None,
+    tree: int | DraftTree | DynamicTree | None,
     gate: Gate | None,
     sources: Sequence[SourceMaker] | None,
     compiled: bool = False,
@@ -127,7 +127,7 @@ def make_plan(
     heads = NoHeads() if heads is None else heads
     checks.check_heads(heads)
     if tree is not None:
-        checks.check_tree(tree, heads.config.num_heads)
+        tree = checks.check_tree(tree, heads.config.num_heads)
     if sources is not None:
         checks.check_sources(sources, tree)
     if isinstance(gate, AlwaysClosed):

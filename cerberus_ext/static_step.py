@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import _host, ops
 from .dynamic_tree import StepTree
-from .stepper import Drafter, Sampling, draft, settle
+from .stepper import Drafter, Sampling, draft, embeddable, settle
 from .tree import DraftTree
 
 if TYPE_CHECKING:
@@ -169,12 +169,13 @@ def run_step(base: BaseModel, kind: StepKind, state: StaticState, nodes: StaticN
     if kind.drafts_before:
         assert guesses is not None
         guesses.draft(base.cache, state)
-    tokens = state.root[:, None]  # (B, 1)
+    tokens = known = state.root[:, None]  # (B, 1)
     if kind.nodes > 1:
         tokens = nodes.tokens(state.root, None if guesses is None else guesses.ids)  # (B, N)
-    hidden, logits = base.step(tokens, nodes)  # (B, N, D), (B, N, V)
+        known = embeddable(tokens, base)
+    hidden, logits = base.step(known, nodes)  # (B, N, D), (B, N, V)
     if kind.context is not None:
-        kind.context.keep_nodes(base.cache, state.hidden, hidden, tokens, nodes)
+        kind.context.keep_nodes(base.cache, state.hidden, hidden, known, nodes)
     # However deep the tree is, its longest path has no more than N nodes.
     settled = settle(base.cache, tokens, hidden, logits, nodes, kind.nodes - 1, kind.sampling)
     state.hidden.copy_(settled.hidden)

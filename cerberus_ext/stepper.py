@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .base_model import BaseModel
     from .cache import TreeCache
     from .context_layer import BoundContext
+    from .logit_rules import LogitRules
 
 
 _ALONE = DraftTree.root()
@@ -129,11 +130,24 @@ def prefill(base: BaseModel, context: BoundContext | None, ids: Tensor) -> tuple
 
 
 def draft(drafter: Drafter, cache: TreeCache, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
-    """hidden (B, D): what led to root (B,) -> ids, logprobs (B, K, guesses) of the guesses behind it, on the device."""
+    """hidden (B, D): what led to root (B,) -> ids, logprobs (B, K, guesses) of the guesses behind it, on the device.
+
+    Id -1 where the probability is 0 or no number: such a guess is none.
+    """
     context = context_of(drafter)
     if context is not None:
         hidden = context.read(cache, hidden[:, None], root[:, None], _ALONE.on(root.device))[:, 0]
-    return drafter.draft(hidden, root, guesses)
+    ids, logprobs = drafter.draft(hidden, root, guesses)
+    return ids.masked_fill(~logprobs.isfinite(), -1), logprobs
+
+
+def embeddable(tokens: Tensor, base: BaseModel) -> Tensor:
+    """tokens of a tree's nodes, with token 0 in the place of those that the model does not have.
+
+    For the forward alone: `settle` gets the others, which the base model never chooses.
+    """
+    embeddings: Any = base.model.get_input_embeddings().weight
+    return tokens.masked_fill((tokens < 0) | (tokens >= len(embeddings)), 0)
 
 
 def guesses_along_paths(drafter: Drafter) -> bool:
@@ -151,22 +165,31 @@ class Stepper:
     hidden: Tensor
     root: Tensor
 
-    def __init__(self, base: BaseModel, drafter: Drafter, guesses: int, sampling: Sampling, stats: DecodeStats) -> None:
-        """guesses: how many of each head any tree uses, 0: none."""
+    def __init__(
+        self, base: BaseModel, drafter: Drafter, guesses: int, sampling: Sampling, stats: DecodeStats,
+        rules: LogitRules | None = None,
+    ) -> None:  # fmt: skip
+        """guesses: how many of each head any tree uses, 0: none. rules: what the logits go through; None: nothing."""
         self.base = base
         self.drafter = drafter
         self.context = context_of(drafter) if guesses else None
         self.most_guesses = guesses
         self.sampling = sampling
         self.stats = stats
+        self.rules = rules
         self._drafted: tuple[Tensor, Tensor] | None = None  # of this step: ids, logprobs (B, K, P)
 
     def prefill(self, ids: Tensor) -> list[int]:
         """ids (1, S): the prompt -> the first new token."""
         hidden, logits = prefill(self.base, self.context, ids)  # (B, D), (B, V)
+        if self.rules is not None:
+            logits = self.rules.first(logits)
         root = self.sampling.choose(logits, self.base.cache.length)  # (B,); the cache's length is the root's position
         self._start(hidden, root)
-        return root.tolist()
+        first = root.tolist()
+        if self.rules is not None:
+            self.rules.extend(first)
+        return first
 
     def deepest(self) -> int:
         """How deep a tree may be at the next step, for no node to have a position that the model does not know."""
@@ -190,15 +213,23 @@ class Stepper:
     def step(self, tree: DraftTree | StepTree, deepest: int) -> list[int]:
         """One forward over `tree` without the nodes deeper than `deepest` -> the tokens gained, at least one."""
         tree = tree.cut(deepest)
-        self.base.prepare(tree.size)
-        tensors = tree.on(self.root.device)
         with self.stats.phase("draft"):
+            tensors = tree.on(self.root.device)
             tokens = self._tokens(tree, tensors)  # (B, N)
+            known = tokens
+            if isinstance(tree, DraftTree) and tree.size > 1:  # a StepTree has been checked
+                known = embeddable(tokens, self.base)
+                if not (known == tokens)[:, 1:].any():  # nothing was guessed
+                    tree = _ALONE
+                    tensors, tokens, known = tree.on(self.root.device), tokens[:, :1], known[:, :1]
+        self.base.prepare(tree.size)
         with self.stats.phase("verify"):
-            hidden, logits = self.base.step(tokens, tensors)  # (B, N, D), (B, N, V)
+            hidden, logits = self.base.step(known, tensors)  # (B, N, D), (B, N, V)
         with self.stats.phase("commit"):
             if self.context is not None:
-                self.context.keep_nodes(self.base.cache, self.hidden, hidden, tokens, tensors)
+                self.context.keep_nodes(self.base.cache, self.hidden, hidden, known, tensors)
+            if self.rules is not None:
+                logits = self.rules.apply(logits, known, tree.parents)  # type: ignore[arg-type]
             settled = settle(self.base.cache, tokens, hidden, logits, tensors, tree.depth, self.sampling)
             self._start(settled.hidden, settled.root)
             # The one place where the host waits.
@@ -209,6 +240,8 @@ class Stepper:
                 row = torch.cat([settled.path.long(), settled.target], 1)[0].tolist()
                 path = accepted_path(row[:places])
                 gained = [row[places + node] for node in path]
+            if self.rules is not None:
+                self.rules.extend(gained)
             self._count(path, tree)
         return gained
 

@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def ends_streamer(function: Callable[P, R]) -> Callable[P, R]:
+    """`streamer.end` is called once, however the function ends: whoever reads what is streamed waits for it.
+
+    Where the function raises, that is what its caller gets, also if `end` raises, too.
+    """
+
+    @wraps(function)
+    def wrapper(*arguments: P.args, **keywords: P.kwargs) -> R:
+        end: Any = getattr(keywords.get("streamer"), "end", None)
+        try:
+            result = function(*arguments, **keywords)
+        except BaseException:
+            with suppress(Exception):
+                if callable(end):
+                    end()
+            raise
+        if callable(end):
+            end()
+        return result
+
+    return wrapper
 
 
 class GeneratedText:
     """Ends at the exact token at which `generate` would: an end-of-text token, the token limit or a stopping criterion.
 
-    ids (1, S): the prompt. stopping_criteria: called as criterion(ids, None) with the text after every new token.
-    streamer: gets the prompt, then every token, then `end`.
+    ids (1, S): the prompt. stopping_criteria: called as criterion(ids, None) with the text after every new token; None
+    in the place of scores, as `generate` has it without output_scores. streamer: gets the prompt, then every token.
+    stopped: it has ended by a token or a criterion.
     """
 
     def __init__(
@@ -27,15 +56,19 @@ class GeneratedText:
         self.prompt = ids
         self.tokens: list[int] = []
         self.remaining = max_new_tokens
+        self.stopped = False
         self._eos_token_ids = eos_token_ids
         self._stopping_criteria = stopping_criteria
         self._streamer = streamer
-        if streamer is not None:
-            streamer.put(ids.cpu())
 
     @property
     def ended(self) -> bool:
-        return self.remaining == 0
+        return self.remaining == 0 or self.stopped
+
+    def begin(self) -> None:
+        """Hands out the prompt: once everything that may be refused has been looked at."""
+        if self._streamer is not None:
+            self._streamer.put(self.prompt.cpu())
 
     def add(self, tokens: list[int]) -> list[int]:
         """Takes the next tokens -> those it has taken; the ones after the end are dropped."""
@@ -46,20 +79,14 @@ class GeneratedText:
             self.remaining -= 1
             if self._streamer is not None:
                 self._streamer.put(torch.tensor([token]))
-            if token in self._eos_token_ids or self._is_stopped():
-                self.remaining = 0
+            self.stopped = token in self._eos_token_ids or self._meets_criterion()
         return tokens
 
-    def finish(self) -> Tensor:
+    def sequences(self) -> Tensor:
         """The prompt and the new tokens, (1, S)."""
-        if self._streamer is not None:
-            self._streamer.end()
-        return self._sequences()
-
-    def _sequences(self) -> Tensor:
         return torch.cat([self.prompt, self.prompt.new_tensor([self.tokens])], dim=1)
 
-    def _is_stopped(self) -> bool:
+    def _meets_criterion(self) -> bool:
         if self._stopping_criteria is None:
             return False
-        return bool(self._stopping_criteria(self._sequences(), None).any())
+        return bool(self._stopping_criteria(self.sequences(), None).any())

@@ -166,27 +166,43 @@ STEP = Step([[5, 6], [7, 8], [9, 1]], [[0.5, 0.2], [0.5, 0.25], [0.9, 0.1]])
 
 
 def test_heads_source_takes_probabilities_as_they_are() -> None:
-    tokens, chances = HeadsSource(STEP).guess(2)
+    tokens, chances = HeadsSource(STEP, 10).guess(2)
     assert np.asarray(tokens).tolist() == [[5, 6], [7, 8]]
     assert np.asarray(chances) == pytest.approx(np.array([[0.5, 0.2], [0.5, 0.25]]), rel=1e-6)
-    assert np.asarray(HeadsSource(STEP).guess(9)[0]).shape == (3, 2)
+    assert np.asarray(HeadsSource(STEP, 10).guess(9)[0]).shape == (3, 2)
     certain = Step([[5, 6]], [[1.0, 1e-30]])
     certain.found[1][0, 0] = 1e-7  # rounding may give a little more than certainty
-    assert np.asarray(HeadsSource(certain).guess(1)[1])[0, 0] == 1.0
+    assert np.asarray(HeadsSource(certain, 10).guess(1)[1])[0, 0] == 1.0
 
 
 def test_heads_source_corrects_each_head() -> None:
     # logit 0.2 = log 1/4, doubled log 1/16; logit 0.25 = log 1/3, and log 3 more is 0
-    chances = np.asarray(HeadsSource(STEP, [(2.0, 0.0), (1.0, math.log(3)), (-1.0, 0.0)]).guess(3)[1])
+    chances = np.asarray(HeadsSource(STEP, 10, [(2.0, 0.0), (1.0, math.log(3)), (-1.0, 0.0)]).guess(3)[1])
     assert chances[0] == pytest.approx([0.5, 1 / 17], rel=1e-5)
     assert chances[1] == pytest.approx([0.75, 0.5], rel=1e-5)
     assert chances[2] == pytest.approx([0.1, 0.1], rel=1e-5), "turned round, all guesses are alike"
 
 
+@pytest.mark.parametrize("corrections", [None, [(1.0, 0.0)] * 4, [(1.0, 3.0)] * 4, [(1.0, math.nan)] * 4])
+def test_heads_source_leaves_out_what_is_no_draft(corrections: Any) -> None:
+    """A probability of 0, or none at all, and a token that the model does not have."""
+    step = Step([[5, 6, 7], [5, 6, 10], [-1, 8, 9], [5, 6, 7]], [[0.5, 0.2, 0.1]] * 4)
+    step.found[1][0, 1] = math.nan
+    step.found[1][1, 0] = -math.inf
+    step.found[1][3] = math.nan
+    guessed = ask_source(HeadsSource(step, 10, corrections), 5)
+    kept = [guessed.tokens[row][guessed.chances[row] > 0].tolist() for row in range(4)]
+    if corrections is not None and corrections[0][1] != corrections[0][1]:
+        assert kept == [[], [], [], []], "a correction that is no number leaves nothing"
+    else:
+        assert kept == [[5, 7], [6], [8, 9], []], "in their order"
+    assert ((guessed.tokens >= 0) & (guessed.tokens < 10)).all() and np.isfinite(guessed.chances).all()
+
+
 @pytest.mark.parametrize("corrections", [None, ()])
 def test_no_heads_guess_nothing(corrections: Any) -> None:
     step = Step(np.empty((0, 0)), np.empty((0, 0)))
-    guessed = ask_source(HeadsSource(step, corrections), 5)
+    guessed = ask_source(HeadsSource(step, 10, corrections), 5)
     assert guessed.tokens.size == guessed.chances.size == 0
 
 

@@ -157,14 +157,6 @@ def test_what_a_source_raises_comes_through(where: str, error: type[BaseExceptio
     check_usable(llama)
 
 
-def test_heads_that_guess_no_tokens(llama: PreTrainedModel) -> None:
-    heads = OracleHeads(generated("llama", "cpu", NEW), 4, VOCAB)
-    heads.guess = lambda guesses: torch.full((4, guesses), VOCAB)
-    with pytest.raises(ValueError, match=r"HeadsSource.guess must return tokens in 0..100, got 101"):
-        decode(llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), streamer=heads)
-    check_usable(llama)
-
-
 def test_documents_of_another_model(llama: PreTrainedModel) -> None:
     text = generated("llama", "cpu", NEW)
     document = [*text[0, :12].tolist(), VOCAB + 7]

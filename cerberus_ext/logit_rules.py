@@ -1,0 +1,189 @@
+"""What model.generation_config says about the text: applied as `generate(do_sample=False)` does, or refused by name.
+
+    logit_rules   the logits processors of one decode, None where there are none: nothing then costs anything
+    LogitRules    applies them: to the logits of a tree's node with the text and the node's own path as its context
+
+A node's logits are processed by themselves, with the tokens that would precede the next one if the node were accepted.
+So what comes out never depends on the other nodes of the tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel
+
+
+class Context(NamedTuple):
+    """ids (1, S): the prompt. max_length: of prompt and answer. eos (E,): end-of-text tokens, None: there are none."""
+
+    ids: Tensor
+    max_length: int
+    eos: Tensor | None
+    config: Any
+
+
+class Rule(NamedTuple):
+    """A field of generation_config: when its value says something, and the processor that does what it says."""
+
+    field: str
+    active: Callable[[Any, Context], bool]
+    build: Callable[[Any, Context], Any]
+
+
+def _is_set(value: Any, context: Context) -> bool:
+    return value is not None
+
+
+def _is_positive(value: Any, context: Context) -> bool:
+    return value is not None and value > 0
+
+
+def _is_not_one(value: Any, context: Context) -> bool:
+    return value is not None and value != 1
+
+
+def _is_true(value: Any, context: Context) -> bool:
+    return value is True
+
+
+def _delays_eos(value: Any, context: Context) -> bool:
+    return context.eos is not None and _is_positive(value, context)
+
+
+def _min_length(value: Any, context: Context) -> bool:
+    # `generate` sets min_length by min_new_tokens where that is given.
+    return context.config.min_new_tokens is None and _delays_eos(value, context)
+
+
+def _first_place(context: Context) -> int:
+    """Where the tokens of begin_suppress_tokens are forbidden: behind a token that is forced first."""
+    prompt = context.ids.shape[1]
+    return prompt + 1 if prompt == 1 and context.config.forced_bos_token_id is not None else prompt
+
+
+_T: Any = transformers  # its logits processors, all public
+# In the order in which `generate` applies them, after LogitsProcessor classes of the user's and before sampling.
+RULES = (
+    Rule("sequence_bias", _is_set, lambda v, c: _T.SequenceBiasLogitsProcessor(v)),
+    Rule("encoder_repetition_penalty", _is_not_one, lambda v, c: _T.EncoderRepetitionPenaltyLogitsProcessor(v, c.ids)),
+    Rule("repetition_penalty", _is_not_one, lambda v, c: _T.RepetitionPenaltyLogitsProcessor(v)),
+    Rule("no_repeat_ngram_size", _is_positive, lambda v, c: _T.NoRepeatNGramLogitsProcessor(v)),
+    Rule("encoder_no_repeat_ngram_size", _is_positive, lambda v, c: _T.EncoderNoRepeatNGramLogitsProcessor(v, c.ids)),
+    Rule("bad_words_ids", _is_set, lambda v, c: _T.NoBadWordsLogitsProcessor(v, c.eos)),
+    Rule("min_length", _min_length, lambda v, c: _T.MinLengthLogitsProcessor(v, c.eos)),
+    Rule(
+        "min_new_tokens",
+        _delays_eos,
+        lambda v, c: _T.MinNewTokensLengthLogitsProcessor(c.ids.shape[1], v, c.eos),
+    ),
+    Rule("forced_bos_token_id", _is_set, lambda v, c: _T.ForcedBOSTokenLogitsProcessor(v)),
+    Rule(
+        "forced_eos_token_id",
+        _is_set,
+        lambda v, c: _T.ForcedEOSTokenLogitsProcessor(c.max_length, v, c.ids.device),
+    ),
+    Rule("remove_invalid_values", _is_true, lambda v, c: _T.InfNanRemoveLogitsProcessor()),
+    Rule(
+        "exponential_decay_length_penalty",
+        _is_set,
+        lambda v, c: _T.ExponentialDecayLengthPenalty(v, c.eos, c.ids.shape[1]),
+    ),
+    Rule("suppress_tokens", _is_set, lambda v, c: _T.SuppressTokensLogitsProcessor(v, c.ids.device)),
+    Rule(
+        "begin_suppress_tokens",
+        _is_set,
+        lambda v, c: _T.SuppressTokensAtBeginLogitsProcessor(v, _first_place(c), c.ids.device),
+    ),
+    Rule("renormalize_logits", _is_true, lambda v, c: _T.LogitNormalization()),
+)
+
+# What changes the text of `generate`, and cannot be had from `decode`: field -> the values that it must not have, and
+# what to do instead.
+REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_beams": (lambda v: v > 1, "there are no beams"),
+    "num_return_sequences": (lambda v: v > 1, "one text is returned"),
+    "penalty_alpha": (lambda v: v > 0, "contrastive search is not supported"),
+    "dola_layers": (lambda v: True, "DoLa is not supported"),
+    "constraints": (lambda v: True, "constrained search is not supported"),
+    "force_words_ids": (lambda v: True, "constrained search is not supported"),
+    "guidance_scale": (lambda v: v != 1, "guidance takes a second forward for every token"),
+    "watermarking_config": (lambda v: True, "watermarks are not supported"),
+    "token_healing": (bool, "the prompt is taken as it is"),
+    "is_assistant": (bool, "the model is the target model, no assistant"),
+    "assistant_ensemble_weight": (lambda v: True, "every token is the target model's"),
+    "cache_implementation": (lambda v: "quantized" in str(v), "the cache keeps what the model computes"),
+    "max_time": (lambda v: True, "give stopping_criteria=[MaxTimeCriteria(...)]"),
+    "stop_strings": (lambda v: True, "give stopping_criteria=[StopStringCriteria(tokenizer, ...)]"),
+}
+
+
+class LogitRules:
+    """The processors of one text, and the text so far.
+
+    fields: of generation_config, that are applied. ids (1, S): the prompt.
+    """
+
+    def __init__(self, fields: Sequence[str], processors: LogitsProcessorList, ids: Tensor) -> None:
+        self.fields = tuple(fields)
+        self._processors = processors
+        self._text = ids
+
+    def first(self, logits: Tensor) -> Tensor:
+        """logits (1, V) after the prompt -> (1, V) float32."""
+        return self._apply(self._text, logits)
+
+    def apply(self, logits: Tensor, tokens: Tensor, parents: Sequence[int]) -> Tensor:
+        """logits (1, N, V), tokens (1, N) of a step's nodes, the last token of the text first -> (1, N, V) float32."""
+        contexts: list[Tensor] = []
+        for node, parent in enumerate(parents):
+            before = contexts[parent] if node else self._text[:, :-1]
+            contexts.append(torch.cat([before, tokens[:, node : node + 1]], 1))
+        rows = [self._apply(context, logits[:, node]) for node, context in enumerate(contexts)]
+        return torch.stack(rows, 1)
+
+    def extend(self, tokens: list[int]) -> None:
+        """The text has grown by these."""
+        self._text = torch.cat([self._text, self._text.new_tensor([tokens])], 1)
+
+    def _apply(self, ids: Tensor, logits: Tensor) -> Tensor:
+        process: Any = self._processors
+        return process(ids, logits.to(torch.float32, copy=True))
+
+
+def logit_rules(
+    model: PreTrainedModel, ids: Tensor, max_new_tokens: int, eos_token_ids: frozenset[int]
+) -> LogitRules | None:
+    """ids (1, S): the prompt -> what model.generation_config asks for; None: nothing.
+
+    Raises ValueError, naming the field, for what is not supported or does not fit the model.
+    """
+    config: Any = model.generation_config
+    if config is None:
+        return None
+    for field, (refuses, instead) in REFUSED.items():
+        value = getattr(config, field, None)
+        if value is not None and refuses(value):
+            raise ValueError(f"decode: model.generation_config must not have {field} = {value!r}: {instead}")
+    eos = torch.tensor(sorted(eos_token_ids), device=ids.device) if eos_token_ids else None
+    context = Context(ids, ids.shape[1] + max_new_tokens, eos, config)
+    fields, processors = [], LogitsProcessorList()
+    for rule in RULES:
+        value = getattr(config, rule.field, None)
+        try:
+            if not rule.active(value, context):
+                continue
+            processor = rule.build(value, context)
+            # Once, on nothing: token ids that the model does not have are better found before the first token.
+            processor(ids, torch.zeros((1, model.get_output_embeddings().weight.shape[0]), device=ids.device))
+        except Exception as error:
+            raise ValueError(
+                f"decode: model.generation_config must have a {rule.field} that fits, got {value!r}: {error}"
+            ) from error
+        fields.append(rule.field)
+        processors.append(processor)
+    return LogitRules(fields, processors, ids) if fields else None

@@ -1,0 +1,88 @@
+"""The ends of a model's positions, autocast: refused, or told of, in one sentence; and what our calls never warn of."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from stand_ins import OracleHeads
+from tiny_models import VOCAB, generate, prompt, tiny_model
+from transformers import GPTJConfig, GPTJForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+
+from cerberus_ext.checks import position_table
+from cerberus_ext.decode import decode
+
+
+def opt() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "init_std": 0.3}
+    config = OPTConfig(vocab_size=VOCAB, max_position_embeddings=40, word_embed_proj_dim=32, **sizes)
+    return OPTForCausalLM(config).eval()
+
+
+def gptj() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "initializer_range": 0.3}
+    config = GPTJConfig(vocab_size=VOCAB, n_positions=40, bos_token_id=None, eos_token_id=None, **sizes)
+    return GPTJForCausalLM(config).eval()
+
+
+MODELS = {"gpt2": (lambda: tiny_model("gpt2"), 96), "opt": (opt, 40), "gptj": (gptj, 40)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_to_the_last_position_and_no_further(name: str) -> None:
+    make, positions = MODELS[name]
+    model, ids = make(), prompt(length=positions - 10)
+    model.generation_config.eos_token_id = None
+    assert position_table(model) == positions
+    want = generate(model, ids, max_new_tokens=11)
+    with pytest.raises(IndexError):
+        generate(model, ids, max_new_tokens=12)
+    heads = OracleHeads(want, 3, VOCAB)
+    with pytest.warns(UserWarning, match="decode: max_new_tokens is 12, but the text ends after 11 tokens: .*LM"):
+        out = decode(model, heads, ids, max_new_tokens=12, tree=8, streamer=heads)
+    assert out.sequences.equal(want) and out.stats.tokens_per_step > 1.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert decode(model, None, ids, max_new_tokens=11).sequences.equal(want)
+        # An end before the last position is no news, either.
+        eos = int(want[0, positions - 5])
+        ended = decode(model, None, ids, max_new_tokens=500, eos_token_id=eos).sequences
+        assert ended.equal(generate(model, ids, max_new_tokens=11, eos_token_id=eos))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_beyond_the_last_position(name: str) -> None:
+    make, positions = MODELS[name]
+    model = make()
+    with pytest.warns(UserWarning, match="ends after 1 tokens"):
+        assert decode(model, None, prompt(length=positions), max_new_tokens=3).stats.new_tokens == 1
+    with pytest.raises(
+        ValueError, match=f"^decode: ids must have at most {positions} tokens, the positions of .*LM.*, got"
+    ):
+        decode(model, None, prompt(length=positions + 1), max_new_tokens=3)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "gemma2"])
+def test_models_that_compute_their_positions_go_on(name: str) -> None:
+    assert position_table(tiny_model(name)) is None
+
+
+@pytest.mark.parametrize(("dtype", "other"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)])
+def test_autocast_to_another_dtype(dtype: torch.dtype, other: torch.dtype) -> None:
+    heads = OracleHeads(prompt(), 3, VOCAB)
+    model = tiny_model("llama", dtype=dtype)
+    message = f"model must not run under autocast to another dtype than its own, {dtype}, got {other}: leave"
+    with torch.autocast("cpu", dtype=other), pytest.raises(ValueError, match="^decode: " + message):
+        decode(model, heads, prompt(), max_new_tokens=3, streamer=heads)
+    assert heads.seen == 0
+
+
+def test_autocast_to_the_same_dtype() -> None:
+    model = copy.deepcopy(tiny_model("llama", dtype=torch.bfloat16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = generate(model, prompt(), max_new_tokens=12)
+        assert decode(model, None, prompt(), max_new_tokens=12).sequences.equal(want)

@@ -1,0 +1,140 @@
+"""Heads whose numbers have overflown guess nothing: the text is the same, and steps without drafts are plain ones."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stand_ins import OracleHeads
+from tiny_models import VOCAB, generated, prompt, tiny_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cerberus_ext import CerberusConfig, CerberusHeads
+from cerberus_ext.corrections import reading
+from cerberus_ext.decode import decode
+from cerberus_ext.dynamic_tree import DynamicTree
+from cerberus_ext.gate import AlwaysClosed, ConfidenceGate
+from cerberus_ext.tree import DraftTree
+
+NEW = 24
+STATIC = DraftTree.from_widths([3, 2])
+TREES = {"dynamic": DynamicTree(8), "corrected": DynamicTree(8, corrections=((1.0, 4.0),) * 3), "static": STATIC}
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+class SpoiledHeads(OracleHeads):
+    """The best guess is always right, but for what `spoil` makes of ids and log-probabilities (K, P)."""
+
+    def __init__(self, spoil: Any) -> None:
+        super().__init__(generated("llama", "cpu", NEW), 3, VOCAB)
+        self.spoil = spoil
+
+    def draft(self, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
+        ids, logprobs = (part[0].clone() for part in super().draft(hidden, root, guesses))
+        self.spoil(ids, logprobs)
+        return ids[None], logprobs[None]
+
+
+def everything(ids: Tensor, logprobs: Tensor) -> None:
+    logprobs.fill_(math.nan)
+
+
+def impossible(ids: Tensor, logprobs: Tensor) -> None:
+    logprobs.fill_(-math.inf)
+
+
+def no_tokens(ids: Tensor, logprobs: Tensor) -> None:
+    ids[0], ids[1], ids[2] = VOCAB, -1, 2**62
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("spoil", [everything, impossible, no_tokens])
+def test_heads_that_guess_nothing(spoil: Any, tree: str, llama: PreTrainedModel) -> None:
+    heads = SpoiledHeads(spoil)
+    out = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=TREES[tree], sources=None, streamer=heads)
+    assert out.sequences.equal(generated("llama", "cpu", NEW))
+    if tree == "static":
+        assert out.stats.open_steps == 0 and out.stats.steps == NEW - 1
+    heads = SpoiledHeads(spoil)
+    if tree != "static":  # without the text's past
+        stats = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=TREES[tree], sources=[], streamer=heads).stats
+        assert stats.open_steps == 0 and stats.steps == NEW - 1
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_only_what_is_a_draft_is_accepted(tree: str, llama: PreTrainedModel) -> None:
+    """Head 2's right guess has no probability, so that a step gains no more than head 1's."""
+
+    def second(ids: Tensor, logprobs: Tensor) -> None:
+        logprobs[1, 0] = math.nan
+
+    heads = SpoiledHeads(second)
+    sources = None if tree == "static" else []
+    out = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=TREES[tree], sources=sources, streamer=heads)
+    assert out.sequences.equal(generated("llama", "cpu", NEW))
+    assert len(out.stats.accepted_histogram) == 2 and out.stats.accepted_histogram[1] >= 11
+    assert out.stats.open_steps == 11
+
+
+@pytest.mark.parametrize(
+    "gate", [None, ConfidenceGate({1: 1.0, 16: 1.01}), ConfidenceGate({1: 1.0, 16: 1.01}, [STATIC])]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_heads_with_weights_that_are_no_numbers(dtype: torch.dtype, gate: Any) -> None:
+    model = tiny_model("llama", dtype=dtype)
+    want = decode(model, None, prompt(), max_new_tokens=NEW, gate=AlwaysClosed()).sequences
+    heads = CerberusHeads(CerberusConfig("tiny", 32, VOCAB, num_heads=3, num_layers=1)).to(dtype)
+    with torch.no_grad():
+        heads.weight.fill_(math.nan if dtype == torch.float32 else 6e4)  # whose products overflow
+        heads.bias.fill_(0.0 if dtype == torch.float32 else 6e4)
+    for tree in (STATIC,) if gate is not None and gate.own_trees else (STATIC, DynamicTree(8)):
+        out = decode(model, heads, prompt(), max_new_tokens=NEW, tree=tree, gate=gate)
+        assert out.sequences.equal(want)
+        if tree is STATIC:  # now and then float16's are small enough
+            assert out.stats.open_steps < (1 if dtype == torch.float32 else NEW // 2)
+
+
+class AlongPaths:
+    """Guesses along the paths of a tree: the right token at node `right`, at the others none that there is."""
+
+    def __init__(self, right: int) -> None:
+        self.config = SimpleNamespace(num_heads=2)
+        self.known = OracleHeads(generated("llama", "cpu", NEW), 1, VOCAB)
+        self.put, self.end, self.right = self.known.put, self.known.end, right
+
+    def bind(self, model: PreTrainedModel) -> AlongPaths:
+        return self
+
+    def draft_tree(self, hidden: Tensor, root: Tensor, tree: DraftTree) -> Tensor:
+        tokens = torch.tensor([[int(root), *[VOCAB + 9, -5] * tree.size]])[:, : tree.size]
+        if self.right:
+            tokens[0, self.right] = self.known.next_tokens()[0]
+        return tokens
+
+
+@pytest.mark.parametrize("right", [0, 2])
+def test_heads_that_guess_along_paths(right: int, llama: PreTrainedModel) -> None:
+    heads = AlongPaths(right)
+    out = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=STATIC, streamer=heads)
+    assert out.sequences.equal(generated("llama", "cpu", NEW))
+    assert (out.stats.open_steps, out.stats.tokens_per_step > 1.9) == ((11, True) if right else (0, False))
+
+
+@pytest.mark.parametrize("corrections", [None, [(1.0, 3.0)], [(1.0, math.nan)], [(1e308, 1.0)]])
+def test_reading_of_what_is_no_probability(corrections: Any) -> None:
+    """Zero, also where the correction would make something of it. As many zeros as that takes make no warning."""
+    logs = np.log(np.array([[0.9, 0.25, 0.1]]))
+    logs = np.concatenate([logs, [[math.nan, -math.inf, math.inf]]], 1)
+    chances = reading(corrections)(logs)
+    assert (chances[0, 3:] == 0).all() and ((chances >= 0) & (chances <= 1)).all()
+    if corrections is None or corrections[0] == (1.0, 3.0):
+        assert (chances[0, :3] > 0.09).all()

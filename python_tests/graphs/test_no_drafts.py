@@ -1,0 +1,44 @@
+"""Replayed steps with heads whose numbers have overflown: their guesses are none, and the text is the same."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+from static_stand_ins import StaticHeads
+from tape import TapeRecorder
+from tiny_models import VOCAB, generated, prompt, tiny_model
+from torch import Tensor
+
+from cerberus_ext.decode import decode
+from cerberus_ext.dynamic_tree import DynamicTree
+from cerberus_ext.gate import AlwaysOpen, ConfidenceGate
+from cerberus_ext.tree import DraftTree
+
+NEW = 12
+
+
+class OverflownHeads(StaticHeads):
+    """Right, but that the guesses of head 2 on are no tokens, or have no probability."""
+
+    def draft(self, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
+        ids, logprobs = (part.clone() for part in super().draft(hidden, root, guesses))
+        ids[:, 1].fill_(VOCAB + 5)
+        logprobs[:, 2].fill_(math.nan)
+        return ids, logprobs
+
+
+@pytest.mark.parametrize("gate", [AlwaysOpen(), ConfidenceGate({1: 1.0, 8: 1.01})])
+@pytest.mark.parametrize("tree", [DraftTree.from_widths([2, 2, 1]), DynamicTree(8)])
+def test_replayed(tree: object, gate: object, recorders: list[TapeRecorder]) -> None:
+    if isinstance(tree, DraftTree):
+        gate = ConfidenceGate({1: 1.0, tree.size: 1.01}) if isinstance(gate, ConfidenceGate) else gate
+    model = copy.deepcopy(tiny_model("llama"))
+    want = generated("llama", "cpu", NEW)
+    heads = OverflownHeads(model, want, [0, 0, 0])
+    sources = None if isinstance(tree, DraftTree) else []
+    for _ in range(2):
+        out = decode(model, heads, prompt(), max_new_tokens=NEW, tree=tree, gate=gate, sources=sources, graphs=True)
+        assert out.sequences.equal(want) and out.stats.graphed_steps == out.stats.steps
+        assert out.stats.accepted_histogram == [1, 5], "head 1's guess at each step but the last one"
