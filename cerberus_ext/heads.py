@@ -10,100 +10,30 @@ Heads and model stay apart: binding changes neither, and nothing of a model is e
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import ops
-from .context_layer import BoundContext, ContextLayer, attention_sizes, check_has_anchor
+from .context_layer import BoundContext, ContextLayer, attention_sizes
+from .heads_config import CerberusConfig
+from .heads_file import (
+    CARD_FILE,
+    CONFIG_FILE,
+    HUB_ID,
+    WEIGHTS_FILE,
+    check_folder,
+    read_config,
+    read_tensors,
+    write_heads,
+)
 
-FORMAT_VERSION = 1
-ANCHORS = ("root", "hidden")
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
 PRETRAINED = Path(__file__).parent / "pretrained"
-
-
-@dataclass
-class CerberusConfig:
-    """Describes heads; everything needed to build them empty and to see whether a model fits them.
-
-    hidden_size, vocab_size: of the base model. num_heads: K, tokens guessed after the root. num_layers: L.
-    anchor: "root" (embedding of the root token) or "hidden" (the paper's heads): what starts the chain.
-    chained: False drops the neighbour: Medusa's heads.
-    draft_vocab: how many rows of the LM head the heads project to, or None for all of them.
-    context_layer: whether a context layer (context_layer.py) stands in front of the heads; it reads the root's
-    embedding, too, so it needs chained heads with anchor="root". context_heads: its query heads, key heads and head
-    size, which are those of the base model's attention, whose cache it shares.
-    lm_head_fingerprint: of the LM head the heads were trained on, see `fingerprint`; None is never checked.
-    accuracy: (K, P), measured by the trainer: entry [k][r] is the probability that guess r of head k + 1 is
-    the token that the base model chooses, given that the guesses on the path before it are right.
-    paths: measured too: paths through the guesses (ranks, one per depth), most useful first: the best tree of
-    N nodes is the root and the first N - 1 of them.
-    """
-
-    base_model: str
-    hidden_size: int
-    vocab_size: int
-    num_heads: int = 4
-    num_layers: int = 2
-    anchor: str = "root"
-    chained: bool = True
-    draft_vocab: int | None = None
-    context_layer: bool = False
-    context_heads: list[int] | None = None
-    lm_head_fingerprint: str | None = None
-    accuracy: list[list[float]] | None = None
-    paths: list[list[int]] | None = None
-    format_version: int = FORMAT_VERSION
-
-    def __post_init__(self) -> None:
-        for name in ("hidden_size", "vocab_size", "num_heads", "num_layers"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"CerberusConfig: {name} must be an integer >= 1, got {value!r}")
-        if self.anchor not in ANCHORS:
-            raise ValueError(f'CerberusConfig: anchor must be "root" or "hidden", got {self.anchor!r}')
-        if self.draft_vocab is not None and not 1 <= self.draft_vocab <= self.vocab_size:
-            raise ValueError(
-                f"CerberusConfig: draft_vocab must be None or in 1..vocab_size ({self.vocab_size}),"
-                f" got {self.draft_vocab}"
-            )
-        self._check_context()
-        if self.accuracy is not None and len(self.accuracy) != self.num_heads:
-            raise ValueError(
-                f"CerberusConfig: accuracy must have one row per head ({self.num_heads}), got {len(self.accuracy)}"
-            )
-
-    def _check_context(self) -> None:
-        if not self.context_layer:
-            return
-        check_has_anchor("CerberusConfig", self.anchor, self.chained)
-        sizes = self.context_heads
-        if not sizes or len(sizes) != 3 or min(sizes) < 1 or sizes[0] % sizes[1] or sizes[2] % 2:
-            raise ValueError(
-                "CerberusConfig: context_heads must be query heads, a divisor of them as key heads, and an even head"
-                f" size, got {sizes!r}"
-            )
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> CerberusConfig:
-        """Reads what `save_pretrained` wrote; refuses another format, and fields it does not know."""
-        version = values.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(f"CerberusConfig: format_version must be {FORMAT_VERSION}, got {version!r}")
-        known = {field.name for field in fields(cls)}
-        for name in values:
-            if name not in known:
-                raise ValueError(f"CerberusConfig: unknown field {name!r}")
-        return cls(**values)
 
 
 class CerberusHeads(
@@ -187,56 +117,76 @@ class CerberusHeads(
                 )
         return Drafter(self, lm_head, embeddings)
 
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Writes config.json, model.safetensors and, where there is none, README.md; each whole or not at all.
+
+        Heads that are there already are written over. Other arguments, and what is returned: those of huggingface_hub's
+        mixin. Raises ValueError where files of these names are not of heads, OSError where they cannot be written.
+        """
+        folder = Path(save_directory)
+        check_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._save_pretrained(folder)
+        if not (folder / CARD_FILE).exists():
+            self.generate_model_card(**model_card_kwargs or {}).save(folder / CARD_FILE)
+        if not push_to_hub:
+            return None
+        push_to_hub_kwargs.pop("config", None)  # it is in `_save_pretrained`'s file
+        return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items()}
-        if "draft_vocab" in tensors:
-            tensors["draft_vocab"] = tensors["draft_vocab"].to(torch.int32)
-        save_file(tensors, save_directory / WEIGHTS_FILE)
-        (save_directory / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=1) + "\n")
+        write_heads(save_directory, self.state_dict(), asdict(self.config))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> CerberusHeads:
         """Loads heads in the dtype they were saved in.
 
         pretrained_model_name_or_path: the name of heads that this package brings ("smollm2-135m-instruct"),
-        a folder, or a Hub id; tried in this order. kwargs are those of huggingface_hub's mixin (revision,
-        token, cache_dir, ...).
+        a folder, or a Hub id; tried in this order. kwargs, for the Hub: revision, token, cache_dir, force_download,
+        local_files_only.
+        Raises OSError where a file is missing or cannot be read, ValueError where one does not hold what heads are made
+        of; both name the file and the reason.
         """
         name = str(pretrained_model_name_or_path)
-        packaged = PRETRAINED / name
-        if name in packaged_names():
-            return super().from_pretrained(str(packaged), **kwargs)
-        if not Path(name).is_dir() and name.count("/") != 1:
+        folder = PRETRAINED / name if name in packaged_names() else Path(name)
+        if folder.is_dir():
+            return cls._from_files(folder / CONFIG_FILE, folder / WEIGHTS_FILE, folder.resolve())
+        if folder.exists():
+            raise NotADirectoryError(f"CerberusHeads.from_pretrained: {name} is a file, not a folder of heads")
+        if not HUB_ID.fullmatch(name):
             raise ValueError(
                 f"CerberusHeads.from_pretrained: {name!r} is no folder, no Hub id (user/name)"
                 f" and none of the packaged heads: {', '.join(packaged_names()) or 'there are none'}"
             )
-        return super().from_pretrained(name, **kwargs)
+        files = [hf_hub_download(repo_id=name, filename=file, **kwargs) for file in (CONFIG_FILE, WEIGHTS_FILE)]
+        return cls._from_files(Path(files[0]), Path(files[1]), None)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, config: Any = None, **kwargs: Any) -> CerberusHeads:
-        if config is None:
-            raise ValueError(f"CerberusHeads.from_pretrained: {model_id} has no {CONFIG_FILE}")
-        if not isinstance(config, CerberusConfig):
-            config = CerberusConfig.from_dict(config)
-        if Path(model_id).is_dir():
-            file = str(Path(model_id) / WEIGHTS_FILE)
-        else:
-            hub = {key: kwargs[key] for key in ("revision", "cache_dir", "force_download", "token", "local_files_only")}
-            file = hf_hub_download(repo_id=model_id, filename=WEIGHTS_FILE, **hub)
-        tensors = load_file(file)
-        heads = cls(config)
-        for key, expected in heads.state_dict().items():
-            if key not in tensors:
-                raise ValueError(f"CerberusHeads.from_pretrained: {file} has no tensor {key!r}")
-            if tensors[key].shape != expected.shape:
-                raise ValueError(
-                    f"CerberusHeads.from_pretrained: {key} must be {tuple(expected.shape)} by {CONFIG_FILE},"
-                    f" got {tuple(tensors[key].shape)} in {file}"
-                )
-        heads.to(tensors["weight"].dtype)
+    def _from_files(cls, config_file: Path, weights_file: Path, folder: Path | None) -> CerberusHeads:
+        who = "CerberusHeads.from_pretrained"
+        if not config_file.exists():
+            raise ValueError(f"{who}: {config_file.parent} has no {CONFIG_FILE}")
+        try:
+            config = CerberusConfig.from_dict(read_config(config_file))
+            with torch.device("meta"):
+                expected = cls(config).state_dict()  # shapes, which are compared before memory is taken for them
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"{who}: {config_file}: {error}") from error
+        try:
+            tensors = read_tensors(weights_file, expected, config.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"{who}: {error}") from error
+        heads = cls(config).to(tensors["weight"].dtype)
         heads.load_state_dict(tensors)
-        heads.folder = Path(model_id).resolve() if Path(model_id).is_dir() else None
+        heads.folder = folder
         return heads.eval().requires_grad_(False)
 
 

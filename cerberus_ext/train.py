@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .heads import output_matrix
+from .heads import CerberusConfig, output_matrix
 from .training.options import TrainOptions
+from .training.output import begin_output
 from .training.processes import Processes
 from .training.record import finish_record
 from .training.self_distill import load_data
@@ -38,19 +39,21 @@ def train(
 
     The model is only read, and decides the device and the dtype of the products. tokenizer: its own; needed unless
     options.data is given. Returns the record, as written to training.json; None in all but the main process of several.
-    Raises ValueError on a model in training mode or float16 and on options, data, a cache or a checkpoint that do not
-    fit, FloatingPointError when the loss is no number.
+    Raises ValueError on a model in training mode or float16, on options, data, a cache or a checkpoint that do not
+    fit, and on an output folder with files of these names that no such run has made; FloatingPointError when the loss
+    is no number; OSError where a file cannot be read or written, the last good ones staying as they were.
     """
-    check(model, options)
+    config = check(model, options)
     with Processes() as processes:
+        processes.from_main(lambda: begin_output(options, model, config))
         answers, made = load_data(model, tokenizer, options, processes)
         trainer = Trainer(model, answers, options, processes, made)
         trainer.run()
         return finish_record(trainer) if processes.main else None
 
 
-def check(model: nn.Module, options: TrainOptions) -> None:
-    """Refuses what can be refused before the first stage, which may take hours."""
+def check(model: nn.Module, options: TrainOptions) -> CerberusConfig:
+    """Refuses what can be refused before the first stage, which may take hours. The configuration of the heads."""
     if model.training:
         raise ValueError("train: model must be in evaluation mode, got one in training mode")
     dtype = output_matrix(model).dtype
@@ -59,3 +62,4 @@ def check(model: nn.Module, options: TrainOptions) -> None:
     config = heads_config(model, options)
     if options.init is not None:
         trained_heads(options.init, config)
+    return config

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
+
+from ..files import whole
 
 
 def plot(details: dict[str, Any], file: Path) -> None:
@@ -44,10 +45,6 @@ def plot(details: dict[str, Any], file: Path) -> None:
     axis.set(title="without a gate", xlabel="nodes of the tree", ylabel="tokens/s, expected")
     axis.set_ylim(bottom=0)
     axes[7].set_axis_off()
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with whole(file) as partial:
         figure.savefig(partial, format="png", dpi=110)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .failures import fail, option
 from .shared import (
     PACKAGED_HEADS,
     Device,
@@ -17,7 +18,6 @@ from .shared import (
     begin,
     check_heads_named,
     dtype_of,
-    fail,
     load_base,
     load_heads,
 )
@@ -68,10 +68,9 @@ def bench(
             fail("--report: it makes a report of what is measured already; give it alone")
         from ..evaluate import report as make_report
 
-        try:
-            finish(make_report(report), report)
-        except (OSError, ValueError) as error:
-            fail(str(error))
+        with option("--report"):
+            summary = make_report(report)
+        finish(summary, report)
         return
     if questions is None or out is None:
         fail("--questions FILE and --out DIR are needed, or --report DIR")
@@ -80,33 +79,27 @@ def bench(
     check_heads_named(model, heads)
 
     from ..default_model import load_model
-    from ..evaluate import BenchOptions, evaluate
+    from ..evaluate import BenchOptions, begin_folder, evaluate
     from ..prompts import read_questions
 
     begin(threads)
-    try:
+    with option("--questions"):
         asked = read_questions(questions, limit)
-        options = BenchOptions(
-            turns=TURNS[turns], new_tokens=new_tokens, rounds=rounds, way_files=tuple(way or ()), tree_size=tree_size,
-            ways=None if ways is None else tuple(name.strip() for name in ways.split(",")),
-            entropy_threshold=entropy_threshold, seed=seed, compile=compile,
-        )  # fmt: skip
-    except (OSError, ValueError) as error:
-        fail(str(error))
+    options = BenchOptions(
+        turns=TURNS[turns], new_tokens=new_tokens, rounds=rounds, way_files=tuple(way or ()), tree_size=tree_size,
+        ways=None if ways is None else tuple(name.strip() for name in ways.split(",")),
+        entropy_threshold=entropy_threshold, seed=seed, compile=compile,
+    )  # fmt: skip
+    begin_folder(out)
     base, tokenizer = load_base(model, dtype_of(dtype), device)
     trained = load_heads(heads or PACKAGED_HEADS, base)
     others = None if medusa is None else load_heads(medusa, base, "--medusa")
     given = {"questions": questions, "model": model, "heads": heads or PACKAGED_HEADS, "medusa": medusa}
     names = {name: Path(value).name for name, value in {**given, "draft": draft_model}.items() if value is not None}
-    try:
+    with option("--draft-model"):
         draft = None if draft_model is None else load_model(draft_model, base.dtype, base.device)
-    except OSError as error:
-        fail(f"--draft-model: {error}")
-    try:
-        summary = evaluate(base, tokenizer, trained, asked, out, options, names=names, medusa=others, draft=draft)
-        finish(summary, out)
-    except (OSError, ValueError) as error:
-        fail(str(error))
+    summary = evaluate(base, tokenizer, trained, asked, out, options, names=names, medusa=others, draft=draft)
+    finish(summary, out)
 
 
 def finish(summary: dict, folder: Path) -> None:

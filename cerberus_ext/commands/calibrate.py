@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .failures import fail, option
 from .shared import (
     PACKAGED_HEADS,
     Device,
@@ -17,7 +18,6 @@ from .shared import (
     begin,
     check_heads_named,
     dtype_of,
-    fail,
     load_base,
     load_heads,
 )
@@ -69,29 +69,29 @@ def calibrate(
     from ..prompts import read_questions
 
     begin(threads)
-    try:
-        if prompts is not None:
+    if prompts is not None:
+        with option("--prompts"):
             changes["questions"] = read_questions(prompts)
-        options = calibration.CalibrateOptions(
-            tokens=tokens,
-            new_tokens=new_tokens,
-            rounds=rounds,
-            validate=validate,
-            compile=compile,
-            output=output,
-            **changes,
-        )
-        base, tokenizer = load_base(model, dtype_of(dtype), device)
-        trained = load_heads(heads or PACKAGED_HEADS, base)
-        found = calibration.calibrate(base, trained, tokenizer, options)
-    except (OSError, ValueError) as error:
-        fail(str(error))
+    options = calibration.CalibrateOptions(
+        tokens=tokens,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        validate=validate,
+        compile=compile,
+        output=output,
+        **changes,
+    )
+    if output is not None:
+        calibration.check_output(output)
+    base, tokenizer = load_base(model, dtype_of(dtype), device)
+    trained = load_heads(heads or PACKAGED_HEADS, base)
+    found = calibration.calibrate(base, trained, tokenizer, options)
     typer.echo(report.text(found))
     typer.echo(f"stored in {place(trained)}")
 
 
-def _integers(option: str, text: str) -> list[int]:
+def _integers(name: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        fail(f"{option} must be integers separated by commas, got {text!r}")
+        fail(f"{name} must be integers separated by commas, got {text!r}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .failures import fail, option
 from .shared import (
     NO_HEADS,
     PACKAGED_HEADS,
@@ -18,7 +19,6 @@ from .shared import (
     check_heads_named,
     dtype_of,
     encode,
-    fail,
     load_base,
     load_heads,
 )
@@ -78,7 +78,7 @@ def generate(
     try:
         output = cerberus_ext.decode(base, trained, ids, streamer=streamer, **options)
     except CompileError as error:
-        fail(f"--compile: {error}")
+        fail(f"--compile: {error}", cause=error)
     comparison = None
     if compare:
         from ..compare import compare_with_plain
@@ -110,7 +110,14 @@ def _read_prompt(prompt: str | None) -> str:
     if prompt is None:
         if sys.stdin.isatty():
             fail('no prompt: write cerberus generate "your question", or pipe it in')
-        prompt = sys.stdin.read()
+        with option("standard input"):
+            prompt = sys.stdin.buffer.read().decode()  # not as the locale would have it
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # an argument of other bytes
+        fail("PROMPT: must be UTF-8 text")
+    if "\0" in prompt:
+        fail("the prompt must be text, got bytes of zero")
     if not prompt.strip():
         fail("the prompt is empty")
     return prompt

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .shared import Device, Model, Threads, begin, dtype_of, fail, load_base
+from .failures import option
+from .shared import Device, Model, Threads, begin, device_of, dtype_of, load_base
 
 
 def train(
@@ -76,25 +77,29 @@ def train(
 
     from .. import train as training
     from ..default_model import HUB_ID
+    from ..training.output import check_output
 
     begin(threads)
-    try:
-        options = training.TrainOptions(
-            output=output, base_model=name_of(model) if model else HUB_ID, seed=seed, data=data, prompts=prompts,
-            tokens=tokens, max_new_tokens=max_new_tokens, rows=rows, heads=heads, layers=layers, anchor=anchor,
-            chained=chained, context_layer=context_layer, draft_vocab=draft_vocab, init=init, steps=steps,
-            batch=batch, lr=lr, warmup=warmup, held_out=held_out, eval_every=eval_every, patience=patience,
-            memory=memory, cache=cache, cache_size=cache_size,
-        )  # fmt: skip
-        if device is None:
-            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-        if torch.device(device).type == "cuda":
-            torch.cuda.set_device(device)
-        chosen = dtype_of(dtype) or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
-        base, tokenizer = load_base(model, chosen, device)
-        training.train(base, options, tokenizer)
-    except (OSError, ValueError, FloatingPointError) as error:
-        fail(str(error))
+    device = device_of(device)
+    options = training.TrainOptions(
+        output=output, base_model=name_of(model) if model else HUB_ID, seed=seed, data=data, prompts=prompts,
+        tokens=tokens, max_new_tokens=max_new_tokens, rows=rows, heads=heads, layers=layers, anchor=anchor,
+        chained=chained, context_layer=context_layer, draft_vocab=draft_vocab, init=init, steps=steps,
+        batch=batch, lr=lr, warmup=warmup, held_out=held_out, eval_every=eval_every, patience=patience,
+        memory=memory, cache=cache, cache_size=cache_size,
+    )  # fmt: skip
+    for name, file in (("--data", data), ("--prompts", prompts)):
+        if file is not None:
+            with option(name):
+                file.open("rb").close()  # better than after the model is loaded
+    check_output(options, model)
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
+    chosen = dtype_of(dtype) or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    base, tokenizer = load_base(model, chosen, device)
+    training.train(base, options, tokenizer)
 
 
 def name_of(model: str) -> str:

@@ -29,10 +29,13 @@ class Results:
         self._rows: dict[str, dict[str, Any]] = {}
         whole = self.file.read_bytes() if self.file.exists() else b""
         self._end = whole.rfind(b"\n") + 1
+        first, rest = b'{"key": ' if self._end else b'{"identity": ', whole[self._end :]
+        if not first.startswith(rest[: len(first)]):
+            raise ValueError(f"bench: {file}: the last line must be a result, got {rest[:40]!r}; choose another folder")
         for number, line in enumerate(whole[: self._end].splitlines(), start=1):
             try:
                 self._take(json.loads(line), number)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(
                     f"bench: {self.file.name} line {number}: must be a result, got {line[:40]!r}; remove the file or"
                     " choose another folder"
@@ -78,8 +81,11 @@ class Results:
 
     def _append(self, row: dict[str, Any]) -> None:
         line = json.dumps(row).encode() + b"\n"
-        with self.file.open("r+b" if self.file.exists() else "wb") as out:
-            out.seek(self._end)
-            out.truncate()
-            out.write(line)
+        try:
+            with self.file.open("r+b" if self.file.exists() else "wb") as out:
+                out.seek(self._end)
+                out.truncate()
+                out.write(line)
+        except OSError as error:  # of a full disk, say: writing does not tell the name
+            raise OSError(error.errno, error.strerror, str(self.file)) from error
         self._end += len(line)

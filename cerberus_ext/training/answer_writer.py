@@ -13,12 +13,12 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from ..base_model import position_limit
+from ..files import sha256
 from ..heads import output_matrix
 from ..prompts import Question, encode_chat, read_questions
 from ..transformers_names import cache_argument
 from .answers import Answer
 from .estimate import duration, model_bytes, size
-from .files import sha256
 from .options import TrainOptions
 from .own_prompts import PromptWriter, prompt_writer
 from .processes import Processes

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .files import write_tensors
+from ..files import write_tensors
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq", "step")
@@ -40,21 +40,26 @@ def load_checkpoint(
     file = folder / CHECKPOINT_FILE
     if not file.exists():
         return None
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    found = json.loads(metadata["identity"])
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+        found, progress = json.loads(metadata["identity"]), json.loads(metadata["progress"])
+        tensors = load_file(file)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"train: output: {file} is no checkpoint ({error}); remove it or choose another folder"
+        ) from error
     for key, expected in identity.items():
         if found.get(key) != expected:
             raise ValueError(
                 f"train: {key} must be {found.get(key)} to continue {CHECKPOINT_FILE} of the output, got {expected};"
                 " remove the file or choose another output folder"
             )
-    tensors = load_file(file)
     for name, parameter in heads.named_parameters():
         parameter.data.copy_(tensors[name])
         state = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in OPTIMIZER_STATE[:2]}
         optimizer.state[parameter] = {**state, "step": tensors[f"{name}.step"]}  # AdamW counts on the host
-    return json.loads(metadata["progress"])
+    return progress
 
 
 def digest(tensors: dict[str, Tensor]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .files import partial
+from ..files import whole
 
 
 def draw_curves(curve: list[dict[str, Any]], file: Path) -> None:
@@ -30,5 +30,5 @@ def draw_curves(curve: list[dict[str, Any]], file: Path) -> None:
     for axes in (top1, tokens):
         if curve:
             axes.legend()
-    figure.savefig(partial(file), format="png", dpi=100)
-    partial(file).replace(file)
+    with whole(file) as partial:
+        figure.savefig(partial, format="png", dpi=100)

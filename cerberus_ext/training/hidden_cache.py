@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..files import write_json, write_tensors
 from ..heads import fingerprint, output_matrix
 from .answers import Answers
-from .files import write_json, write_tensors
 from .hidden import hidden_states
 from .positions import CHUNK_LINES, Piece, pieces, stored_rows
 
@@ -44,11 +44,17 @@ class HiddenCache:
         file = self.file(number)
         if not file.exists():
             return None
-        states = load_file(file)["hidden"]
+        states = self.read(file)
         expected = (self.chunks[number].rows, self.size)
         if tuple(states.shape) != expected:
             raise ValueError(f"train: hidden in {file.name} must be {expected}, got {tuple(states.shape)}")
         return states
+
+    def read(self, file: Path) -> Tensor:
+        try:
+            return load_file(file)["hidden"]
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"train: cache: {file} is damaged ({error}); remove it, and it is made again") from None
 
     def store(self, number: int, states: Tensor) -> None:
         """Keeps the states of a chunk, unless they are there already or beyond the limit."""
@@ -76,8 +82,9 @@ class HiddenCache:
             try:
                 found: Any = json.loads(record.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise ValueError(f"train: {RECORD} of the cache must be JSON ({error})") from None
-            found = found if isinstance(found, dict) else {}
+                raise ValueError(f"train: cache: {record} must be JSON ({error}); choose another folder") from None
+            if not isinstance(found, dict) or "shard_lines" not in found:
+                raise ValueError(f"train: cache: {record} is not of cached hidden states; choose another folder")
             for key, expected in {"prompts": None, **identity}.items():
                 got = found.get(key)
                 if got != expected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,8 @@ class TrainOptions:
         if self.batch < SEGMENT or self.batch % SEGMENT:
             raise ValueError(f"train: batch must be a positive multiple of {SEGMENT}, got {self.batch}")
         for name in ("lr", "clip", "head_decay", "memory"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"train: {name} must be > 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"train: {name} must be > 0 and finite, got {getattr(self, name)}")
         if self.context_layer:
             check_has_anchor("train", self.anchor, self.chained)
         if not 0 < self.held_out < 1:
@@ -98,8 +99,8 @@ class TrainOptions:
         if self.cache_size is not None:
             if self.cache is None:
                 raise ValueError("train: cache_size needs cache, the folder that it bounds")
-            if not self.cache_size > 0:
-                raise ValueError(f"train: cache_size must be > 0, got {self.cache_size}")
+            if not 0 < self.cache_size < math.inf:
+                raise ValueError(f"train: cache_size must be > 0 and finite, got {self.cache_size}")
         if self.data is not None:
             for name in ("prompts", "tokens"):
                 if getattr(self, name) is not None:

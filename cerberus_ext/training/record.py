@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from ..files import read_object, sha256, write_json, write_text
+from ..heads_file import CARD_FILE
 from ..info import device_name
 from .curves import draw_curves
 from .estimate import coverage
-from .files import write_json, write_text
 from .held_out import BEST_SIZE
 from .model_card import model_card
 
@@ -20,15 +21,21 @@ if TYPE_CHECKING:
 
 RECORD_FILE = "training.json"
 CURVES_FILE = "curves.png"
-CARD_FILE = "README.md"
+MADE_BY = "cerberus train"  # in the record: marks the folder as a run's
 
 
 def write_record(trainer: Trainer) -> dict[str, Any]:
     """Writes training.json and the model card, in the main process, and returns the record."""
     output = trainer.options.output
-    result = record(trainer)
+    result, card = record(trainer), output / CARD_FILE
+    before = read_object(output / RECORD_FILE) or {}
+    ours = before.get("card_sha256")
+    without_digest = ours is None and "options" in before  # records of earlier versions
+    if not card.exists() or without_digest or ours == sha256([card]):
+        write_text(card, model_card(result, trainer.heads.config))
+        ours = sha256([card])
+    result["card_sha256"] = ours  # another file's stays: somebody has written or changed it
     write_json(output / RECORD_FILE, result)
-    write_text(output / CARD_FILE, model_card(result, trainer.heads.config))
     return result
 
 
@@ -42,6 +49,7 @@ def record(trainer: Trainer) -> dict[str, Any]:
     """How the heads were made so far; names no folder of the machine."""
     kept = max(trainer.curve, key=lambda point: point["tokens_per_step"][BEST_SIZE], default=None)
     return {
+        "made_by": MADE_BY,
         "options": trainer.options.numbers(),
         "data": {
             **trainer.made,

@@ -17,10 +17,10 @@ from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..base_model import position_limit
+from ..files import write_json, write_text
 from ..heads import fingerprint, output_matrix
 from .answer_writer import AnswerWriter
 from .answers import Answer, Answers, parse_answers, read_answers
-from .files import write_json, write_text
 from .options import TrainOptions
 from .positions import answer_tokens
 from .processes import Processes

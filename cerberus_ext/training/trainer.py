@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 import time
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..heads import CONFIG_FILE, WEIGHTS_FILE, CerberusHeads, input_matrix, output_matrix
+from ..files import write_tensors
+from ..heads import CerberusHeads, input_matrix, output_matrix
+from ..heads_file import write_heads
 from .answers import Answers
 from .batch import Batch, cut
 from .checkpoint import digest, load_checkpoint, save_checkpoint
 from .context import Reach, context_states, reach_of
 from .distill import counted, distillation, head_states, learning_rate
 from .estimate import state_estimate
-from .files import write_tensors
 from .held_out import BEST_SIZE, MOST_LINES, HeldOut
 from .hidden_cache import STORED_BYTES, HiddenCache
 from .options import SEGMENT, TrainOptions
@@ -28,7 +29,6 @@ from .start import start_heads
 from .states import StateSource
 from .windows import Windows
 
-PARTIAL_HEADS = "heads.partial"
 INDEX_BYTES = 5 * 8  # of a row, for its token, its line, its place in it, how many follow, and that it is an answer's
 
 
@@ -87,9 +87,6 @@ class Trainer:
     def run(self) -> None:
         """Trains to the last step, from the output folder's checkpoint if it has one."""
         options = self.options
-        options.output.mkdir(parents=True, exist_ok=True)
-        if self.processes.main:
-            shutil.rmtree(options.output / PARTIAL_HEADS, ignore_errors=True)  # of a kill in `save_heads`
         progress = self.processes.from_main(
             lambda: load_checkpoint(options.output, self.heads, self.optimizer, self.identity())
         )
@@ -253,11 +250,7 @@ class Trainer:
         """In bfloat16, into the output folder."""
         kept = CerberusHeads(self.heads.config)
         kept.load_state_dict(self.heads.state_dict())
-        folder = self.options.output / PARTIAL_HEADS
-        kept.to(torch.bfloat16).save_pretrained(folder)
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            (folder / name).replace(self.options.output / name)
-        shutil.rmtree(folder)
+        write_heads(self.options.output, kept.to(torch.bfloat16).state_dict(), asdict(self.heads.config))
 
     def stale(self) -> bool:
         """Whether the last `patience` measurements brought nothing better."""

@@ -14,7 +14,7 @@ from memorized import untrained
 from tiny_models import prompt, tiny_model
 
 from cerberus_ext import decode
-from cerberus_ext.calibration import store
+from cerberus_ext.calibration import entries, store
 from cerberus_ext.calibration.store import Calibration, Expected, find, heads_fingerprint, key_of, place, save
 from cerberus_ext.dynamic_tree import DynamicTree
 from cerberus_ext.gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
@@ -68,7 +68,7 @@ def found(heads: CerberusHeads, threads: int = 2, dtype: torch.dtype = torch.flo
 
 
 def same_gate(one: Gate, other: Gate) -> bool:
-    return store.gate_to_json(one) == store.gate_to_json(other) and type(one) is type(other)
+    return entries.gate_to_json(one) == entries.gate_to_json(other) and type(one) is type(other)
 
 
 @pytest.mark.parametrize("name", GATES)
@@ -232,7 +232,7 @@ def change(**values: object):
     return of
 
 
-DEEP = store.tree_to_text(DraftTree.chain(3))
+DEEP = entries.tree_to_text(DraftTree.chain(3))
 DAMAGE = {
     "cut": lambda text: text[:100],
     "empty": lambda text: "",
@@ -245,15 +245,15 @@ ODD = {
     "gate": change(gate={"kind": "magic"}),
     "no gate": change(gate=None),
     "threshold": change(gate={"kind": "entropy", "threshold": "low"}),
-    "costs": change(gate={**store.gate_to_json(GATES["confidence"]), "costs": {"8": 1.0}}),
+    "costs": change(gate={**entries.gate_to_json(GATES["confidence"]), "costs": {"8": 1.0}}),
     "tree": change(tree="0 zero"),
     "deep tree": change(tree=DEEP),
-    "deep gate": change(gate={**store.gate_to_json(GATES["confidence"]), "trees": [DEEP]}),
+    "deep gate": change(gate={**entries.gate_to_json(GATES["confidence"]), "trees": [DEEP]}),
     "wide tree": change(tree="0 100000"),
     "expected": change(expected={"tokens": 3}),
     "dynamic tree": change(tree={"size": "8"}),
     "no size": change(tree={"guesses": 8}),
-    "costs that end": change(tree={"size": 16}, gate=store.gate_to_json(ConfidenceGate({1: 1.0, 8: 1.5}))),
+    "costs that end": change(tree={"size": 16}, gate=entries.gate_to_json(ConfidenceGate({1: 1.0, 8: 1.5}))),
     "a correction": change(tree={"size": 8, "corrections": [[1.0, 0.0]]}),
 }
 

@@ -1,0 +1,116 @@
+"""Files that are whole or not there: everything is written beside its place and then moved into it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+PARTIAL = re.compile(r".+\.\d+-[0-9a-f]{8}\.partial")  # only `whole` makes such names
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """Gives a path beside `file` to write to; what is there at the end takes the place of `file`, at once.
+
+    Where writing fails `file` stays as it was and nothing is left beside it. Several processes may do it at the same
+    time: one of their files stays. Raises OSError that names `file`.
+    """
+    partial = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())  # some file systems find out only here that they are full
+        partial.replace(file)
+    except SafetensorError as error:
+        raise _disk_error(error, file) from error
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(file)) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _disk_error(error: SafetensorError, file: Path) -> OSError:
+    """safetensors wraps what the operating system says."""
+    number = re.search(r"os error (\d+)", str(error))
+    if number is None:
+        return OSError(f"{file}: {error}")
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(file))
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    with whole(file) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(file: Path, text: str) -> None:
+    write_bytes(file, text.encode())
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Raises ValueError, before anything is written, on numbers that JSON has not."""
+    write_text(file, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    with whole(file) as partial:
+        save_file(tensors, partial, metadata)
+
+
+def remove_partial(folder: Path) -> None:
+    """What killed processes were writing into a folder that no other one is writing to."""
+    for file in folder.glob("*.partial"):
+        if PARTIAL.fullmatch(file.name) and not file.is_dir():
+            file.unlink(missing_ok=True)
+
+
+def read_object(file: Path) -> dict[str, Any] | None:
+    """The JSON object of a file, None where there is no such thing."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def check_writable(folder: Path, bytes_needed: int = 0) -> None:
+    """Raises OSError, naming the folder, where no file can be written to it, now or once it is made."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there) as probe:
+            probe.write(b"\0" * 4096)
+            probe.flush()
+            os.fsync(probe.fileno())
+            status = os.fstatvfs(probe.fileno())
+    except OSError as error:
+        number = error.errno or 0
+        raise OSError(number, os.strerror(number), str(folder)) from error
+    free = status.f_bavail * status.f_frsize
+    if free < bytes_needed:
+        raise OSError(f"{folder}: there is room for {free / 1e6:.0f} MB, but {bytes_needed / 1e6:.0f} MB are needed")
+
+
+def sha256(files: Iterable[Path]) -> str:
+    """Of the files' contents, one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,55 @@
+"""What a cached model folder should hold: a file with the size and the SHA-256 of every other one.
+
+Sizes are compared whenever the folder is used. The contents are read again only where a file's time of change is
+another one than when the manifest was made, or where the model cannot be loaded: a start reads no byte more.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .files import read_object, sha256, write_json
+
+MANIFEST = "manifest.json"
+NEEDED = ("config.json", "model.safetensors", "tokenizer.json")  # of folders from before there were manifests
+
+
+def write_manifest(folder: Path) -> None:
+    files: dict[str, Any] = {}
+    for file in sorted(folder.iterdir()):
+        status = file.stat()
+        files[file.name] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256([file])}
+    write_json(folder / MANIFEST, {"files": files})
+
+
+def has_manifest(folder: Path) -> bool:
+    return (folder / MANIFEST).exists()
+
+
+def find_damage(folder: Path, contents: bool = False) -> str | None:
+    """What is wrong with the folder's files, None where nothing is. contents: read all of them."""
+    if not folder.is_dir():
+        return "it is no folder"
+    if not has_manifest(folder):
+        return next((f"{name} is missing" for name in NEEDED if not (folder / name).is_file()), None)
+    try:
+        wanted = (read_object(folder / MANIFEST) or {})["files"]
+        return next(
+            (found for name, facts in wanted.items() if (found := _damage(folder / name, facts, contents))), None
+        )
+    except (KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+
+
+def _damage(file: Path, facts: dict[str, Any], contents: bool) -> str | None:
+    if not file.is_file():
+        return f"{file.name} is missing"
+    status = file.stat()
+    if status.st_size != facts["size"]:
+        return f"{file.name} has {status.st_size} bytes of {facts['size']}"
+    if (contents or status.st_mtime_ns != facts["mtime_ns"]) and sha256([file]) != facts["sha256"]:
+        return f"{file.name} has another SHA-256"
+    return None

@@ -1,0 +1,84 @@
+"""The output folder of a training run: nothing in it is written over that no such run has made.
+
+A run begins with its record, training.json, so a folder that has one is of such a run. Without it, none of the names
+that a run writes may be there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..files import check_writable, read_object, remove_partial, write_json
+from ..heads import CerberusConfig, CerberusHeads
+from ..heads_file import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from .checkpoint import CHECKPOINT_FILE
+from .options import TrainOptions
+from .record import CURVES_FILE, MADE_BY, RECORD_FILE
+from .self_distill import FOLDER, RECORD
+
+NAMES = (RECORD_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, CURVES_FILE, CHECKPOINT_FILE, FOLDER)
+FAILED = "failed-step-*.safetensors"
+
+
+def check_output(options: TrainOptions, model: str | None) -> None:
+    """Writes nothing. model: the folder of the model that is trained for; a Hub id or None is in no danger.
+
+    Raises ValueError, naming option and file, where something of the user's would be written over, or is to be read
+    from where the run writes; OSError where the folder cannot be written to.
+    """
+    folder = options.output.resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"train: output: {options.output} is a file, not a folder")
+    for name, given in (("model", model), ("init", options.init), ("data", options.data), ("prompts", options.prompts)):
+        if given is not None and Path(given).exists():
+            _check_input(folder, name, Path(given), options)
+    if options.cache is not None and options.cache.resolve() == folder / FOLDER:
+        raise ValueError(f"train: cache: {options.cache} is where the run writes its answers; choose another folder")
+    if not _is_ours(folder):
+        there = [folder / name for name in NAMES if (folder / name).exists()]
+        for file in [*there, *sorted(folder.glob(FAILED))]:
+            raise ValueError(
+                f"train: output: {file} is there already, and was not made by cerberus train; choose another folder"
+            )
+    check_writable(folder)
+
+
+def begin_output(options: TrainOptions, model: nn.Module, config: CerberusConfig) -> None:
+    """Checks, makes the folder and marks it as a run's. config: of the heads, whose files need room."""
+    check_output(options, getattr(model, "name_or_path", None))
+    with torch.device("meta"):
+        numbers = sum(parameter.numel() for parameter in CerberusHeads(config).parameters())
+    # The checkpoint has every number and the optimizer's two of it in float32, and is written beside the old one.
+    check_writable(options.output, numbers * (2 * 12 + 2 * 2))
+    options.output.mkdir(parents=True, exist_ok=True)
+    remove_partial(options.output)
+    if read_object(options.output / RECORD_FILE) is None:
+        write_json(options.output / RECORD_FILE, {"made_by": MADE_BY})
+
+
+def _check_input(folder: Path, name: str, given: Path, options: TrainOptions) -> None:
+    """What is read may lie in the output folder, but not be it, nor be among what is written there."""
+    found = given.resolve()
+    if name in ("model", "init") and found == folder:
+        raise ValueError(
+            f"train: output: {options.output} is the folder of --{name}, whose files would be written over"
+        )
+    written = [folder / one for one in NAMES if one != FOLDER or options.data is None]
+    for file in written:
+        if found == file or file in found.parents:
+            raise ValueError(f"train: output: {file} is written there, and --{name} is {given}; choose another folder")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Runs of earlier versions have no mark, but their records are like no others."""
+    record: dict[str, Any] = read_object(folder / RECORD_FILE) or {}
+    if record.get("made_by") == MADE_BY or {"options", "curve", "kept_step"} <= record.keys():
+        return True
+    answers = read_object(folder / FOLDER / RECORD) or {}
+    return (
+        "model_fingerprint" in answers and not (folder / RECORD_FILE).exists() and not (folder / CONFIG_FILE).exists()
+    )
