@@ -28,6 +28,7 @@ _TESTS = Path(__file__).resolve().parent
 _OURS = tuple(
     f"{folder}/" for folder in (Path(cerberus_ext.__file__).resolve().parent, _TESTS, _TESTS.parent / "bench")
 )
+_SHOWING = {__file__, warnings.__file__}
 _HANDING_ON = {
     module.__file__
     for module in (torch.nn.modules.module, functional_call, stateless, _contextlib, contextlib, functools)
@@ -36,15 +37,18 @@ _HANDING_ON = {
 
 def is_own(filename: str, line: int) -> bool:
     """Whether the warning that is being shown, which names this place, is about code of ours."""
-    frame: FrameType | None = sys._getframe()
+    warning: FrameType | None = sys._getframe()
+    while warning and warning.f_code.co_filename in _SHOWING:
+        warning = warning.f_back
+    frame = warning
     while frame and (frame.f_code.co_filename, frame.f_lineno) != (filename, line):
         frame = frame.f_back
     if frame is None:  # it names a place that is not being executed
         return filename.startswith(_OURS)
-    if not frame.f_code.co_filename.startswith(_OURS):
+    if frame is warning:  # it names no caller, only what was called
+        frame = frame if frame.f_code.co_filename.startswith(_OURS) else frame.f_back
+    while frame and frame.f_code.co_filename in _HANDING_ON:
         frame = frame.f_back
-        while frame and frame.f_code.co_filename in _HANDING_ON:
-            frame = frame.f_back
     return frame is not None and frame.f_code.co_filename.startswith(_OURS)
 
 
