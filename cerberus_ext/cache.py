@@ -130,3 +130,5 @@ class TreeCacheLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.cache.capacity
+
+    get_max_cache_shape = get_max_length  # its name up to 5.15

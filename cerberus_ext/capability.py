@@ -51,9 +51,7 @@ class Capability:
             because = "compiled steps are summed in an order that the compiler chooses"
         if self.no_drafts_because:
             because = None
-        return DecodeStats(
-            exact=because is None, inexact_because=because, no_drafts_because=self.no_drafts_because
-        )
+        return DecodeStats(exact=because is None, inexact_because=because, no_drafts_because=self.no_drafts_because)
 
 
 _found: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Any, Capability]] = weakref.WeakKeyDictionary()
@@ -79,7 +77,9 @@ def _examine(model: PreTrainedModel) -> Capability:
             return _prove(model, _read(model))
     except UnsupportedAttention as error:
         reason = str(error)
-        raise ValueError(f"decode: model must have an attention that is known here, {name} has not: {reason}") from error
+        raise ValueError(
+            f"decode: model must have an attention that is known here, {name} has not: {reason}"
+        ) from error
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
         if str(error).startswith("decode:"):
             raise
@@ -114,7 +114,9 @@ def _prove(model: PreTrainedModel, capability: Capability) -> Capability:
             for node in path:
                 alone_hidden, alone_logits = base.step(_tokens(model, [node]), DraftTree.root().on(model.device))
                 base.cache.extend(1)
-                same = same and _agree(alone_logits[0, 0], logits[0, node]) and _agree(alone_hidden[0, 0], hidden[0, node])
+                same = (
+                    same and _agree(alone_logits[0, 0], logits[0, node]) and _agree(alone_hidden[0, 0], hidden[0, node])
+                )
             base.cache.extend(-len(path))
     for path in _PATHS:
         with BaseModel(model, _CAPACITY, 1, way=capability.way) as base:

@@ -185,14 +185,13 @@ def _check_sha256(path: Path, expected: str) -> None:
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Dequantizes a GGUF file to a transformers folder (bfloat16 safetensors, tokenizer, chat template)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .transformers_names import dequantized_gguf
 
     print("cerberus_ext: dequantizing the weights to bfloat16 (once, about 30 s)", file=sys.stderr)
-    source = {"gguf_file": gguf.name}
     with redirect_stderr(io.StringIO()):  # its progress bar has no switch
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **source
-        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **dequantized_gguf(gguf.name))
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -180,7 +180,6 @@ ELEMENTWISE: dict[Callable[..., Any], Callable[..., Any]] = {
 } | {F.gelu: _gelu, F.softplus: _softplus}
 
 
-
 def _sum(input: Tensor, dim: int | None = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
     """A sum of few terms that do not lie along the last axis, written out."""
     if kwargs or not isinstance(dim, int) or not is_ours(input) or dim % input.dim() == input.dim() - 1:

@@ -20,28 +20,217 @@ from .stand_ins import current_step
 
 # Moves, selects, compares or makes elements, or computes each one by exact or correctly rounded arithmetic.
 _ROW_BY_ROW = frozenset(
-    """
-    __get__ __set__ __getitem__ __setitem__ __len__ __bool__ __format__ __repr__ __index__ dim size stride numel shape
-    type to type_as float half bfloat16 double int long bool clone detach contiguous is_contiguous is_floating_point
-    is_complex data_ptr element_size get_device is_inference requires_grad_ item tolist any all
-    view view_as reshape flatten unflatten squeeze unsqueeze transpose permute t movedim swapaxes expand expand_as
-    broadcast_to narrow split chunk unbind select index_select gather take_along_dim cat concat stack hstack repeat
-    repeat_interleave pad flip roll tensor_split split_with_sizes
-    new_empty new_zeros new_ones new_full new_tensor empty zeros ones full empty_like zeros_like ones_like full_like
-    arange tensor as_tensor one_hot scatter scatter_ masked_fill masked_fill_ where tril triu fill_ zero_ copy_
-    embedding dropout dropout_ isnan isinf isfinite logical_and logical_or logical_not nonzero argsort sort unique
-    bincount cumsum greater histc
-    add add_ multiply subtract divide true_divide __add__ __radd__ __iadd__ sub sub_ __sub__ __rsub__ __isub__ mul mul_ __mul__ __rmul__ __imul__ div div_
-    __truediv__ __rtruediv__ __rdiv__ __itruediv__ __floordiv__ __mod__ remainder neg __neg__ abs sign square sqrt rsqrt
-    reciprocal clamp clamp_ clip relu relu_ maximum minimum eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__
-    __and__ __or__ __xor__ __invert__ bitwise_and bitwise_or floor ceil round hardtanh relu6
-    is_autocast_enabled get_autocast_dtype
-    """.split()
+    [
+        "__get__",
+        "__set__",
+        "__getitem__",
+        "__setitem__",
+        "__len__",
+        "__bool__",
+        "__format__",
+        "__repr__",
+        "__index__",
+        "dim",
+        "size",
+        "stride",
+        "numel",
+        "shape",
+        "type",
+        "to",
+        "type_as",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "int",
+        "long",
+        "bool",
+        "clone",
+        "detach",
+        "contiguous",
+        "is_contiguous",
+        "is_floating_point",
+        "is_complex",
+        "data_ptr",
+        "element_size",
+        "get_device",
+        "is_inference",
+        "requires_grad_",
+        "item",
+        "tolist",
+        "any",
+        "all",
+        "view",
+        "view_as",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "transpose",
+        "permute",
+        "t",
+        "movedim",
+        "swapaxes",
+        "expand",
+        "expand_as",
+        "broadcast_to",
+        "narrow",
+        "split",
+        "chunk",
+        "unbind",
+        "select",
+        "index_select",
+        "gather",
+        "take_along_dim",
+        "cat",
+        "concat",
+        "stack",
+        "hstack",
+        "repeat",
+        "repeat_interleave",
+        "pad",
+        "flip",
+        "roll",
+        "tensor_split",
+        "split_with_sizes",
+        "new_empty",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_tensor",
+        "empty",
+        "zeros",
+        "ones",
+        "full",
+        "empty_like",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "arange",
+        "tensor",
+        "as_tensor",
+        "one_hot",
+        "scatter",
+        "scatter_",
+        "masked_fill",
+        "masked_fill_",
+        "where",
+        "tril",
+        "triu",
+        "fill_",
+        "zero_",
+        "copy_",
+        "embedding",
+        "dropout",
+        "dropout_",
+        "isnan",
+        "isinf",
+        "isfinite",
+        "logical_and",
+        "logical_or",
+        "logical_not",
+        "nonzero",
+        "argsort",
+        "sort",
+        "unique",
+        "bincount",
+        "cumsum",
+        "greater",
+        "histc",
+        "add",
+        "add_",
+        "multiply",
+        "subtract",
+        "divide",
+        "true_divide",
+        "__add__",
+        "__radd__",
+        "__iadd__",
+        "sub",
+        "sub_",
+        "__sub__",
+        "__rsub__",
+        "__isub__",
+        "mul",
+        "mul_",
+        "__mul__",
+        "__rmul__",
+        "__imul__",
+        "div",
+        "div_",
+        "__truediv__",
+        "__rtruediv__",
+        "__rdiv__",
+        "__itruediv__",
+        "__floordiv__",
+        "__mod__",
+        "remainder",
+        "neg",
+        "__neg__",
+        "abs",
+        "sign",
+        "square",
+        "sqrt",
+        "rsqrt",
+        "reciprocal",
+        "clamp",
+        "clamp_",
+        "clip",
+        "relu",
+        "relu_",
+        "maximum",
+        "minimum",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "__eq__",
+        "__ne__",
+        "__lt__",
+        "__le__",
+        "__gt__",
+        "__ge__",
+        "__and__",
+        "__or__",
+        "__xor__",
+        "__invert__",
+        "bitwise_and",
+        "bitwise_or",
+        "floor",
+        "ceil",
+        "round",
+        "hardtanh",
+        "relu6",
+        "is_autocast_enabled",
+        "get_autocast_dtype",
+    ]
 )
 # A function of each row along the last axis.
 _ALONG_ROWS = frozenset(
-    "mean sum var std softmax log_softmax layer_norm rms_norm norm vector_norm topk argmax argmin max min amax amin"
-    " logsumexp normalize".split()
+    [
+        "mean",
+        "sum",
+        "var",
+        "std",
+        "softmax",
+        "log_softmax",
+        "logsumexp",
+        "layer_norm",
+        "rms_norm",
+        "norm",
+        "vector_norm",
+        "normalize",
+        "topk",
+        "argmax",
+        "argmin",
+        "max",
+        "min",
+        "amax",
+        "amin",
+    ]
 )
 _WHOLE_ROWS = {"layer_norm", "rms_norm"}  # along the last axis without saying so
 _LANES = 64  # elements that torch's vector code takes at a time, at most: two AVX-512 registers of bfloat16
@@ -80,7 +269,7 @@ class Audit(RowInvariant):
         if func in ELEMENTWISE:
             self._note_width(args[0])
         elif func in PRODUCTS:
-            self.sees_all = self.sees_all or not _is_weight(args[-1 if len(args) == 2 else 1 if func is F.linear else 2])
+            self.sees_all = self.sees_all or not any(map(_is_weight, args))
         elif func in SMALL_SUMS or step is not None and step.attended > attended:
             self.sees_all = True  # nothing else puts these in the place of torch's
         return output
@@ -133,12 +322,12 @@ def _caller() -> nn.Module | None:
     return None
 
 
-def _is_weight(tensor: Tensor) -> bool:
+def _is_weight(argument: Any) -> bool:
     """Whether it is, or is a part of, a weight of the running module that InvariantWeight takes the place of."""
     module = _caller()
-    if module is None or isinstance(module, nn.Embedding):
+    if module is None or isinstance(module, nn.Embedding) or not isinstance(argument, Tensor):
         return False
-    storage = tensor.untyped_storage().data_ptr()
+    storage = argument.untyped_storage().data_ptr()
     own = (weight for weight in module.parameters(recurse=False) if weight.dim() >= 2)
     return any(weight.untyped_storage().data_ptr() == storage for weight in own)
 
@@ -159,4 +348,3 @@ def _all_vectors(elements: int, threads: int) -> bool:
     """Whether the shares of all threads are multiples of what vector code takes at a time."""
     shares = 1 if elements < _SHARE else min(threads, math.ceil(elements / _SHARE))
     return elements % _LANES == 0 and math.ceil(elements / shares) % _LANES == 0
-

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import GenerationMixin
 
@@ -30,3 +31,11 @@ def _cache_argument(forward: Callable[..., Any]) -> str:
     generates_with = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     preferred = next(name for name in CACHE_ARGUMENTS if name in generates_with)
     return next((name for name in (preferred, *CACHE_ARGUMENTS) if name in taken), preferred)
+
+
+def dequantized_gguf(file: str) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` for the plain weights of a GGUF file, which older versions always make."""
+    config = getattr(transformers, "GgufConfig", None)
+    return (
+        {"gguf_file": file} if config is None else {"gguf_file": file, "quantization_config": config(dequantize=True)}
+    )

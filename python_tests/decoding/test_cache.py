@@ -31,7 +31,7 @@ def make(device: str, capacity: int = 12) -> TreeCache:
 def test_prompt_then_tree(device: str) -> None:
     """A prompt of 5, then 4 nodes of which 0, 2 and 3 are kept."""
     cache = make(device)
-    assert (cache.get_seq_length(), cache.get_mask_sizes(5, 0), cache.get_max_length()) == (0, (5, 0), 12)
+    assert (cache.get_seq_length(), cache.get_mask_sizes(5, 0), cache.layers[0].get_max_length()) == (0, (5, 0), 12)
     prompt = fill(cache, 5, device)
     assert cache.get_seq_length() == 0, "nothing is kept before extend"
     cache.extend(5)
