@@ -43,7 +43,7 @@ def step_forward(model: Any, mode: Callable[[], TorchFunctionMode] | None) -> Ca
 
         return watched
 
-    weights = {name: InvariantWeight.of(weight) for name, weight in product_weights(model).items()}
+    weights: dict[str, Tensor] = {name: InvariantWeight.of(weight) for name, weight in product_weights(model).items()}
 
     def forward(**arguments: Any) -> Any:
         return torch.func.functional_call(model, weights, (), arguments, tie_weights=False)

@@ -1,4 +1,4 @@
-"""Lets the configs of a model name another implementation, of its attention or its experts, while one of its steps runs.
+"""Lets the configs of a model name another implementation of its attention or its experts, while a step runs.
 
 The name is global: it stands in a config object, which other threads and other models may use at the same moment. So
 what it stands for asks `current_step` whether it is called from a step of its own thread, and otherwise does what the
