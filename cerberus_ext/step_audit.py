@@ -29,7 +29,7 @@ _ROW_BY_ROW = frozenset(
     repeat_interleave pad flip roll tensor_split split_with_sizes new_empty new_zeros new_ones new_full new_tensor
     empty zeros ones full empty_like zeros_like ones_like full_like arange tensor as_tensor one_hot scatter scatter_
     masked_fill masked_fill_ where tril triu fill_ zero_ copy_ embedding dropout dropout_ isnan isinf isfinite
-    logical_and logical_or logical_not nonzero argsort sort unique bincount cumsum greater histc add add_ multiply
+    logical_and logical_or logical_not nonzero argsort sort unique greater add add_ multiply
     subtract divide true_divide __add__ __radd__ __iadd__ sub sub_ __sub__ __rsub__ __isub__ mul mul_ __mul__
     __rmul__ __imul__ div div_ __truediv__ __rtruediv__ __rdiv__ __itruediv__ __floordiv__ __mod__ remainder neg
     __neg__ abs sign square sqrt rsqrt reciprocal clamp clamp_ clip relu relu_ maximum minimum eq ne lt le gt ge

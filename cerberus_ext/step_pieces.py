@@ -14,7 +14,6 @@ Letters: B rows (1 so far), N nodes, W words, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -175,8 +174,12 @@ def _extract(nodes: list[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node], list[
 
 
 def _with_numbers(node: fx.Node) -> Callable[..., Any]:
-    """The opaque op with those arguments that are no tensors."""
+    """The opaque op as a function of its tensors alone, in the order of `all_input_nodes`."""
     op: Any = node.target
-    names = [argument.name for argument in op._schema.arguments]
-    numbers = {name: value for name, value in zip(names, node.args, strict=True) if not isinstance(value, fx.Node)}
-    return partial(op, **numbers)
+    inputs = node.all_input_nodes
+
+    def run(*tensors: Tensor) -> Any:
+        values = dict(zip(inputs, tensors, strict=True))
+        return op(*[values[given] if isinstance(given, fx.Node) else given for given in node.args])
+
+    return run
