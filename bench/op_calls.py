@@ -276,6 +276,13 @@ def linear(shapes: Shapes, dtype: torch.dtype, device: str, rows: int = 1, outpu
     return Calls(lambda: ops.linear(input, weight, None), lambda: F.linear(input, weight), moved, difference=relative)
 
 
+def activation(shapes: Shapes, dtype: torch.dtype, device: str, rows: int = 1, kind: str = "silu") -> Calls:
+    """What stands between the two products of an MLP."""
+    input = normal(rows, shapes.intermediate, dtype=dtype, device=device)
+    eager = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}[kind]
+    return Calls(lambda: ops.activation(input, kind), lambda: eager(input), 2 * size_of(input), difference=relative)
+
+
 def weight_bytes(op: str, shapes: Shapes, dtype: torch.dtype) -> int:
     """About what a call's largest tensors take: to know beforehand whether they fit."""
     size = shapes.hidden

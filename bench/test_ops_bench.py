@@ -38,6 +38,8 @@ CALLS = {
     "linear, 1 row": op_calls.linear,
     "linear, 32 rows": partial(op_calls.linear, rows=32),
     "linear, 32 rows to V": partial(op_calls.linear, rows=32, outputs=SHAPES["135M"].vocab),
+    "activation silu": partial(op_calls.activation, rows=32),
+    "activation gelu": partial(op_calls.activation, rows=32, kind="gelu"),
 }
 CASES = [
     (op, model, device, dtype)
@@ -45,7 +47,7 @@ CASES = [
     for model in MODELS
     for device in DEVICES
     for dtype in (torch.float32, torch.bfloat16)
-    if not (op.startswith("linear") and device == "cuda")  # it is for CPUs
+    if not (op.startswith(("linear", "activation")) and device == "cuda")  # they are for CPUs
     if not (op == "verify_tree" and (model, dtype) != ("135M", torch.float32))  # neither plays a part in it
     if not (op.endswith("to V") and model != "135M")
 ]

@@ -20,13 +20,23 @@ from torch import Tensor
 _ops = torch.ops.cerberus_ext
 
 
-def _check_devices(op: str, **tensors: Tensor | None) -> None:
-    """For the fake implementations: a call with a "meta" tensor among real ones never reaches prepare.cpp."""
-    present = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    first = next(iter(present))
-    for name, device in present.items():
-        if device != present[first]:
-            raise RuntimeError(f"{op}: {name} must be on {present[first]} like {first}, got {device}")
+def _check(op: str, axes: str, *tensors: Tensor | None) -> None:
+    """For the fake implementations, which a call with a "meta" tensor reaches: devices and ranks, as prepare.cpp does.
+
+    axes: "input MI, weight OI, bias? O": the arguments' names, a ? where None is one, and a letter for each axis.
+    """
+    first = tensors[0]
+    for text, tensor in zip(axes.split(", "), tensors, strict=True):
+        name, letters = text.split()
+        if tensor is None:
+            if name.endswith("?"):
+                continue
+            raise RuntimeError(f"{op}: {name} must be a tensor, got None")
+        name = name.rstrip("?")
+        if first is not None and tensor.device != first.device:
+            raise RuntimeError(f"{op}: {name} must be on {first.device} like {axes.split()[0]}, got {tensor.device}")
+        if tensor.dim() != len(letters):
+            raise RuntimeError(f"{op}: {name} must be of {len(letters)} axes, got {tuple(tensor.shape)}")
 
 
 def hidden_entropy(hidden: Tensor) -> Tensor:
@@ -42,6 +52,7 @@ def hidden_entropy(hidden: Tensor) -> Tensor:
 
 @torch.library.register_fake("cerberus_ext::hidden_entropy")
 def _(hidden: Tensor) -> Tensor:
+    _check("hidden_entropy", "hidden BD", hidden)
     return hidden.new_empty(hidden.shape[:1], dtype=torch.float32)
 
 
@@ -66,7 +77,7 @@ def head_stack(hidden: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor) -> 
 
 @torch.library.register_fake("cerberus_ext::head_stack")
 def _(hidden: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    _check_devices("head_stack", hidden=hidden, anchor=anchor, weight=weight, bias=bias)
+    _check("head_stack", "hidden BD, anchor BD, weight LKDI, bias LKD", hidden, anchor, weight, bias)
     return hidden.new_empty(hidden.shape[0], weight.shape[1], hidden.shape[1])
 
 
@@ -86,7 +97,9 @@ def draft_topk(states: Tensor, projection: Tensor, guesses: int) -> tuple[Tensor
 
 @torch.library.register_fake("cerberus_ext::draft_topk")
 def _(states: Tensor, projection: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
-    _check_devices("draft_topk", states=states, projection=projection)
+    _check("draft_topk", "states BKD, projection VD", states, projection)
+    if guesses < 1:
+        raise RuntimeError(f"draft_topk: guesses must be 1 to 32, got {guesses}")
     shape = (states.shape[0], states.shape[1], guesses)
     return states.new_empty(shape, dtype=torch.int64), states.new_empty(shape, dtype=torch.float32)
 
@@ -111,7 +124,7 @@ def choose_tokens(logits: Tensor, positions: Tensor, seed: int, temperature: flo
 
 @torch.library.register_fake("cerberus_ext::choose_tokens")
 def _(logits: Tensor, positions: Tensor, seed: int, temperature: float, top_k: int, top_p: float) -> Tensor:
-    _check_devices("choose_tokens", logits=logits, positions=positions)
+    _check("choose_tokens", "logits MV, positions M", logits, positions)
     return logits.new_empty(logits.shape[:1], dtype=torch.int64)
 
 
@@ -159,7 +172,16 @@ def _(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    _check_devices("tree_attention", q=q, keys=keys, values=values, length=length, ancestors=ancestors, sinks=sinks)
+    _check(
+        "tree_attention",
+        "q BNHE, keys BHSE, values BHSE, length B, ancestors NW, sinks? H",
+        q,
+        keys,
+        values,
+        length,
+        ancestors,
+        sinks,
+    )
     return torch.empty_like(q)
 
 
@@ -177,7 +199,15 @@ def write_cache(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tens
 
 @torch.library.register_fake("cerberus_ext::write_cache")
 def _(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, length: Tensor) -> None:
-    _check_devices("write_cache", keys=keys, values=values, new_keys=new_keys, new_values=new_values, length=length)
+    _check(
+        "write_cache",
+        "keys BHSE, values BHSE, new_keys BNHE, new_values BNHE, length B",
+        keys,
+        values,
+        new_keys,
+        new_values,
+        length,
+    )
 
 
 def verify_tree(draft: Tensor, target: Tensor, parents: Tensor, ancestors: Tensor, depth: int) -> tuple[Tensor, Tensor]:
@@ -190,10 +220,10 @@ def verify_tree(draft: Tensor, target: Tensor, parents: Tensor, ancestors: Tenso
     target: (B, N) int64: the token that the base model chooses after each node.
     parents: (N,) int64: parents[0] = -1, parents[i] < i.
     ancestors: (N, W) int64 bit mask, as in `tree_attention`.
-    depth: >= 0, of the tree: how many guesses its longest path has. Nodes deeper than that are not accepted.
+    depth: 0 to N - 1, of the tree: how many guesses its longest path has. Deeper nodes are not accepted.
     Returns path (B, depth + 1) int32: node 0, the accepted nodes in order, then -1;
         accepted (B,) int32: how many nodes are accepted after the root. Ties go to the lowest node.
-    Raises RuntimeError on other shapes, dtypes, devices, on a non-contiguous tensor, on a negative depth.
+    Raises RuntimeError on other shapes, dtypes, devices, on a non-contiguous tensor, on a depth out of range.
     Specification: reference.verify_tree.
     """
     return _ops.verify_tree(draft, target, parents, ancestors, depth)
@@ -201,7 +231,9 @@ def verify_tree(draft: Tensor, target: Tensor, parents: Tensor, ancestors: Tenso
 
 @torch.library.register_fake("cerberus_ext::verify_tree")
 def _(draft: Tensor, target: Tensor, parents: Tensor, ancestors: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    _check_devices("verify_tree", draft=draft, target=target, parents=parents, ancestors=ancestors)
+    _check("verify_tree", "draft BN, target BN, parents N, ancestors NW", draft, target, parents, ancestors)
+    if not 0 <= depth < max(draft.shape[1], 1):
+        raise RuntimeError(f"verify_tree: depth must be 0 to N - 1 = {draft.shape[1] - 1}, got {depth}")
     rows = draft.shape[0]
     return draft.new_empty(rows, depth + 1, dtype=torch.int32), draft.new_empty(rows, dtype=torch.int32)
 
@@ -221,7 +253,7 @@ def commit_cache(cache: Tensor, length: Tensor, path: Tensor, accepted: Tensor) 
 
 @torch.library.register_fake("cerberus_ext::commit_cache")
 def _(cache: Tensor, length: Tensor, path: Tensor, accepted: Tensor) -> None:
-    _check_devices("commit_cache", cache=cache, length=length, path=path, accepted=accepted)
+    _check("commit_cache", "cache CBHSE, length B, path BP, accepted B", cache, length, path, accepted)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
@@ -241,7 +273,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool 
 
 @torch.library.register_fake("cerberus_ext::linear")
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
-    _check_devices("linear", input=input, weight=weight, bias=bias)
+    _check("linear", "input MI, weight OI, bias? O", input, weight, bias)
     return input.new_empty(input.shape[0], weight.shape[1 if transposed else 0])
 
 
@@ -266,7 +298,7 @@ def grouped_linear(
 
 @torch.library.register_fake("cerberus_ext::grouped_linear")
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, transposed: bool = False) -> Tensor:
-    _check_devices("grouped_linear", input=input, weight=weight, bias=bias, ends=ends)
+    _check("grouped_linear", "input SI, weight GOI, bias? GO, ends G", input, weight, bias, ends)
     return input.new_empty(input.shape[0], weight.shape[2 if transposed else 1])
 
 

@@ -3,8 +3,12 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
+#include <stdexcept>
+#include <string>
 #include <tuple>
+#include <utility>
 
+#include "check.h"
 #include "cpu/cpu.h"
 #include "prepare.h"
 
@@ -36,8 +40,7 @@ Tensor head_stack(const Tensor& hidden, const Tensor& anchor, const Tensor& weig
 }
 
 std::tuple<Tensor, Tensor> draft_topk(const Tensor& states, const Tensor& projection, int64_t guesses) {
-  const int64_t vocab = projection.dim() > 0 ? projection.size(0) : 0;
-  const DraftTopkCall call = prepare_draft_topk(states, projection, guesses, draft_topk_parts_cpu(vocab));
+  const DraftTopkCall call = prepare_draft_topk(states, projection, guesses, draft_topk_parts_cpu);
   draft_topk_cpu(call.args, torch_threads());
   return {call.ids, call.logprobs};
 }
@@ -94,23 +97,110 @@ Tensor activation(const Tensor& input, const std::string& kind) {
   return call.output;
 }
 
+// A view that stands for the negated numbers in its memory. torch gives the other ops a copy of it, and
+// cannot do so where an op returns nothing.
+void refuse_negated(const char* op, std::initializer_list<std::pair<const char*, const Tensor*>> arguments) {
+  for (const auto& [name, tensor] : arguments) {
+    StableIValue stack[1] = {torch::stable::detail::from(*tensor)};
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_call_dispatcher("aten::is_neg", "", stack));
+    if (torch::stable::detail::to<bool>(stack[0]))
+      Check(op).fail(name, "a plain tensor", "a negated view: call resolve_neg() before");
+  }
+  throw std::runtime_error(std::string(op) + ": no argument may be a negated view");
+}
+
+void write_cache_negated(const Tensor& keys, const Tensor& values, const Tensor& new_keys,
+                         const Tensor& new_values, const Tensor& length) {
+  refuse_negated("write_cache", {{"keys", &keys},
+                                 {"values", &values},
+                                 {"new_keys", &new_keys},
+                                 {"new_values", &new_values},
+                                 {"length", &length}});
+}
+
+void commit_cache_negated(const Tensor& cache, const Tensor& length, const Tensor& path,
+                          const Tensor& accepted) {
+  refuse_negated("commit_cache",
+                 {{"cache", &cache}, {"length", &length}, {"path", &path}, {"accepted", &accepted}});
+}
+
+void register_ops(torch::stable::detail::StableLibrary& m) {
+  m.impl("hidden_entropy", TORCH_BOX(&hidden_entropy));
+  m.impl("head_stack", TORCH_BOX(&head_stack));
+  m.impl("draft_topk", TORCH_BOX(&draft_topk));
+  m.impl("choose_tokens", TORCH_BOX(&choose_tokens));
+  m.impl("tree_attention", TORCH_BOX(&tree_attention));
+  m.impl("write_cache", TORCH_BOX(&write_cache));
+  m.impl("verify_tree", TORCH_BOX(&verify_tree));
+  m.impl("commit_cache", TORCH_BOX(&commit_cache));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("activation", TORCH_BOX(&activation));
+  m.impl("grouped_linear", TORCH_BOX(&grouped_linear));
+}
+
+// Where an op has no kernels: on another device, on CUDA without _cuda.so, and where every tensor is None.
+// Refused by the first argument.
+struct OpWithoutKernel {
+  const char *op, *first_argument;
+};
+constexpr OpWithoutKernel kOps[] = {{"hidden_entropy", "hidden"}, {"head_stack", "hidden"},
+                                    {"draft_topk", "states"},     {"choose_tokens", "logits"},
+                                    {"tree_attention", "q"},      {"write_cache", "keys"},
+                                    {"verify_tree", "draft"},     {"commit_cache", "cache"},
+                                    {"linear", "input"},          {"activation", "input"}};
+
+[[noreturn]] void refuse(const OpWithoutKernel& op, const Tensor& first) {
+  if (!first.defined()) Check(op.op).fail(op.first_argument, "a tensor", "None");
+  Check(op.op).fail(op.first_argument, "on a device that the op has kernels for", device_text(first));
+}
+
+template <typename Function>
+struct Refusal;
+template <typename Result, typename... Others>
+struct Refusal<Result(const Tensor&, Others...)> {
+  template <int kOp>
+  static Result call(const Tensor& first, Others...) {
+    refuse(kOps[kOp], first);
+  }
+};
+
+template <int kOp, typename Function>
+void register_refusal(torch::stable::detail::StableLibrary& m, Function*) {
+  m.impl(kOps[kOp].op, TORCH_BOX(&Refusal<Function>::template call<kOp>));
+}
+
+void register_refusals(torch::stable::detail::StableLibrary& m) {
+  register_refusal<0>(m, hidden_entropy);
+  register_refusal<1>(m, head_stack);
+  register_refusal<2>(m, draft_topk);
+  register_refusal<3>(m, choose_tokens);
+  register_refusal<4>(m, tree_attention);
+  register_refusal<5>(m, write_cache);
+  register_refusal<6>(m, verify_tree);
+  register_refusal<7>(m, commit_cache);
+  register_refusal<8>(m, linear);
+  register_refusal<9>(m, activation);
+}
+
 }  // namespace
 }  // namespace cerberus
 
-STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CPU, m) {
-  m.impl("hidden_entropy", TORCH_BOX(&cerberus::hidden_entropy));
-  m.impl("head_stack", TORCH_BOX(&cerberus::head_stack));
-  m.impl("draft_topk", TORCH_BOX(&cerberus::draft_topk));
-  m.impl("choose_tokens", TORCH_BOX(&cerberus::choose_tokens));
-  m.impl("tree_attention", TORCH_BOX(&cerberus::tree_attention));
-  m.impl("write_cache", TORCH_BOX(&cerberus::write_cache));
-  m.impl("verify_tree", TORCH_BOX(&cerberus::verify_tree));
-  m.impl("commit_cache", TORCH_BOX(&cerberus::commit_cache));
-  m.impl("linear", TORCH_BOX(&cerberus::linear));
-  m.impl("activation", TORCH_BOX(&cerberus::activation));
-  m.impl("grouped_linear", TORCH_BOX(&cerberus::grouped_linear));
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CPU, m) { cerberus::register_ops(m); }
+
+// Tensors that no op takes: torch sends them here instead of refusing them itself, without naming an
+// argument.
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, SparseCPU, m) { cerberus::register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, SparseCsrCPU, m) { cerberus::register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, MkldnnCPU, m) { cerberus::register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, QuantizedCPU, m) { cerberus::register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, NestedTensorCPU, m) { cerberus::register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, AutogradNestedTensor, m) { cerberus::register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, Negative, m) {
+  m.impl("write_cache", TORCH_BOX(&cerberus::write_cache_negated));
+  m.impl("commit_cache", TORCH_BOX(&cerberus::commit_cache_negated));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cerberus::cpu_isa));
+  cerberus::register_refusals(m);
 }

@@ -34,6 +34,17 @@ inline std::string shape_text(std::initializer_list<int64_t> sizes) {
   return tuple_text(sizes.begin(), sizes.size());
 }
 
+// torch refuses to name a dtype that its stable API does not know, a quantized one say.
+inline ScalarType dtype_of(const Tensor& tensor) {
+  try {
+    return tensor.scalar_type();
+  } catch (const std::exception&) {
+    int32_t number = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
+    return static_cast<ScalarType>(number);
+  }
+}
+
 inline std::string dtype_text(ScalarType type) {
   switch (type) {
     case ScalarType::Float:
@@ -56,6 +67,24 @@ inline std::string dtype_text(ScalarType type) {
       return "torch.uint8";
     case ScalarType::Bool:
       return "torch.bool";
+    case ScalarType::UInt16:
+      return "torch.uint16";
+    case ScalarType::UInt32:
+      return "torch.uint32";
+    case ScalarType::UInt64:
+      return "torch.uint64";
+    case ScalarType::ComplexHalf:
+      return "torch.complex32";
+    case ScalarType::ComplexFloat:
+      return "torch.complex64";
+    case ScalarType::ComplexDouble:
+      return "torch.complex128";
+    case ScalarType::QInt8:
+      return "torch.qint8";
+    case ScalarType::QUInt8:
+      return "torch.quint8";
+    case ScalarType::QInt32:
+      return "torch.qint32";
     default:
       return "dtype number " + std::to_string(static_cast<int>(type));
   }
@@ -75,6 +104,19 @@ inline std::string device_text(const Tensor& tensor) {
   return name + ":" + std::to_string(tensor.get_device_index());
 }
 
+// How the elements lie: torch.strided, or something that has no plain memory.
+inline std::string layout_text(int32_t layout) {
+  if (layout == aoti_torch_layout_strided()) return "torch.strided";
+  if (layout == aoti_torch_layout_sparse_coo()) return "torch.sparse_coo";
+  if (layout == aoti_torch_layout_sparse_csr()) return "torch.sparse_csr";
+  if (layout == aoti_torch_layout_sparse_csc()) return "torch.sparse_csc";
+  if (layout == aoti_torch_layout_sparse_bsr()) return "torch.sparse_bsr";
+  if (layout == aoti_torch_layout_sparse_bsc()) return "torch.sparse_bsc";
+  if (layout == aoti_torch_layout__mkldnn()) return "torch._mkldnn";
+  if (layout == aoti_torch_layout_jagged()) return "torch.jagged";
+  return "layout number " + std::to_string(layout);
+}
+
 // The checks of one call. The first tensor that is checked sets the device, the first floating-point one the
 // dtype, and the others must agree with it.
 class Check {
@@ -92,14 +134,14 @@ class Check {
   }
   // Of any shape.
   void floating(const Tensor& tensor, const char* argument) {
-    common(tensor, argument, tensor.dim(), "");
+    common(tensor, argument, kAnyRank, "");
     floating_dtype(tensor, argument);
   }
 
   void integer(const Tensor& tensor, const char* argument, int64_t rank, const char* letters,
                ScalarType type) {
     common(tensor, argument, rank, letters);
-    if (tensor.scalar_type() != type) fail(argument, dtype_text(type), dtype_text(tensor.scalar_type()));
+    if (dtype_of(tensor) != type) fail(argument, dtype_text(type), dtype_text(dtype_of(tensor)));
   }
 
   void sizes(const Tensor& tensor, const char* argument, const char* letters,
@@ -125,6 +167,10 @@ class Check {
     fail(argument, must_be, text.str());
   }
 
+  const char* op() const { return op_; }
+  // The tensor by whose sizes results are allocated, and by whose device.
+  const char* first_argument() const { return first_argument_; }
+
   DType dtype() const {
     switch (type_) {
       case ScalarType::BFloat16:
@@ -139,8 +185,10 @@ class Check {
   int64_t element_bytes() const { return type_ == ScalarType::Float ? 4 : 2; }
 
  private:
+  static constexpr int64_t kAnyRank = -1;
+
   void floating_dtype(const Tensor& tensor, const char* argument) {
-    const ScalarType type = tensor.scalar_type();
+    const ScalarType type = dtype_of(tensor);
     if (!floating_argument_) {
       if (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half)
         fail(argument, "torch.float32, torch.bfloat16 or torch.float16", dtype_text(type));
@@ -151,8 +199,28 @@ class Check {
     }
   }
 
+  // bind_cpu.cpp gives us sparse, quantized and nested tensors, too, so that the refusal names the argument.
+  // Nothing that asks for sizes or strides may come before `plain`.
+  void plain(const Tensor& tensor, const char* argument) const {
+    if (!tensor.defined()) fail(argument, "a tensor", "None");
+    int32_t layout = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+    if (layout != aoti_torch_layout_strided())
+      fail(argument, "a tensor of layout torch.strided", layout_text(layout));
+    bool has_sizes = true;
+    try {
+      tensor.sizes();
+      tensor.is_contiguous();
+    } catch (const std::exception&) {
+      has_sizes = false;
+    }
+    if (!has_sizes)
+      fail(argument, "a plain tensor", "one without sizes and strides, such as a nested tensor");
+  }
+
   void common(const Tensor& tensor, const char* argument, int64_t rank, const char* letters) {
-    if (tensor.dim() != rank) fail(argument, letters, shape_text(tensor));
+    plain(tensor, argument);
+    if (rank != kAnyRank && tensor.dim() != rank) fail(argument, letters, shape_text(tensor));
     if (!first_argument_) {
       first_argument_ = argument;
       device_type_ = device_type(tensor);

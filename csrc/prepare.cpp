@@ -15,8 +15,8 @@ constexpr int64_t kMaxGuesses = 32;  // what the kernels keep in registers or on
 
 // An uninitialized contiguous tensor on the device of `like`. By the C function, not by
 // torch::stable::new_empty, which looks the op up by its name at every call: three times slower, and a
-// decoding step makes hundreds of these.
-Tensor empty(const Tensor& like, const int64_t* sizes, size_t rank, ScalarType type) {
+// decoding step makes hundreds of these. `like` is the first argument of the call.
+Tensor empty(const Check& check, const Tensor& like, const int64_t* sizes, size_t rank, ScalarType type) {
   int64_t strides[64];  // torch has no more axes
   uint64_t stride = 1;  // of a tensor without elements it may overflow
   for (size_t i = rank; i-- > 0;) {
@@ -41,14 +41,15 @@ Tensor empty(const Tensor& like, const int64_t* sizes, size_t rank, ScalarType t
       dtype = aoti_torch_dtype_int64();
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(rank), sizes, strides, dtype,
-                                                         device_type(like), like.get_device_index(),
-                                                         &handle));
+  if (aoti_torch_empty_strided(static_cast<int64_t>(rank), sizes, strides, dtype, device_type(like),
+                               like.get_device_index(), &handle) != 0)
+    check.fail(check.first_argument(),
+               "so small that " + tuple_text(sizes, rank) + " elements fit into memory", shape_text(like));
   return Tensor(handle);
 }
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return empty(like, sizes.begin(), sizes.size(), type);
+Tensor empty(const Check& check, const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return empty(check, like, sizes.begin(), sizes.size(), type);
 }
 
 template <typename T>
@@ -68,7 +69,7 @@ LinearCall linear_call(const Check& check, const Tensor& input, const Tensor& we
                        const std::optional<Tensor>& bias, int64_t out_size, int64_t groups,
                        const int64_t* ends, bool transposed) {
   const int64_t rows = input.size(0);
-  LinearCall call{{}, empty(input, {rows, out_size}, check.scalar_type())};
+  LinearCall call{{}, empty(check, input, {rows, out_size}, check.scalar_type())};
   call.args = {check.dtype(),
                rows,
                input.size(1),
@@ -91,7 +92,7 @@ HiddenEntropyCall prepare_hidden_entropy(const Tensor& hidden) {
   check.not_empty(hidden, "hidden", "(B, D)", 1, "D");
 
   const int64_t rows = hidden.size(0);
-  HiddenEntropyCall call{{}, empty(hidden, {rows}, ScalarType::Float)};
+  HiddenEntropyCall call{{}, empty(check, hidden, {rows}, ScalarType::Float)};
   call.args = {check.dtype(), rows, hidden.size(1), hidden.const_data_ptr(),
                mutable_data<float>(call.entropy)};
   return call;
@@ -116,8 +117,8 @@ HeadStackCall prepare_head_stack(const Tensor& hidden, const Tensor& anchor, con
   check.sizes(bias, "bias", "(L, K, D)", {layers, heads, size});
 
   HeadStackCall call{{},
-                     empty(hidden, {2, rows, heads, size}, check.scalar_type()),
-                     empty(hidden, {rows, heads, size}, check.scalar_type())};
+                     empty(check, hidden, {2, rows, heads, size}, check.scalar_type()),
+                     empty(check, hidden, {rows, heads, size}, check.scalar_type())};
   HeadStackArgs& args = call.args;
   args.dtype = check.dtype();
   args.rows = rows;
@@ -135,7 +136,7 @@ HeadStackCall prepare_head_stack(const Tensor& hidden, const Tensor& anchor, con
 }
 
 DraftTopkCall prepare_draft_topk(const Tensor& states, const Tensor& projection, int64_t guesses,
-                                 int64_t parts) {
+                                 const std::function<int64_t(int64_t vocab)>& parts_of) {
   Check check("draft_topk");
   check.floating(states, "states", 3, "(B, K, D)");
   check.not_empty(states, "states", "(B, K, D)", 2, "D");
@@ -149,11 +150,12 @@ DraftTopkCall prepare_draft_topk(const Tensor& states, const Tensor& projection,
   if (vocab > std::numeric_limits<int32_t>::max())
     check.fail("projection", "(Vd, D) with Vd < 2^31", shape_text(projection));
 
+  const int64_t parts = parts_of(vocab);
   DraftTopkCall call{{},
-                     empty(states, {rows, parts, guesses + 2}, ScalarType::Float),
-                     empty(states, {rows, parts, guesses}, ScalarType::Int),
-                     empty(states, {states.size(0), states.size(1), guesses}, ScalarType::Long),
-                     empty(states, {states.size(0), states.size(1), guesses}, ScalarType::Float)};
+                     empty(check, states, {rows, parts, guesses + 2}, ScalarType::Float),
+                     empty(check, states, {rows, parts, guesses}, ScalarType::Int),
+                     empty(check, states, {states.size(0), states.size(1), guesses}, ScalarType::Long),
+                     empty(check, states, {states.size(0), states.size(1), guesses}, ScalarType::Float)};
   DraftTopkArgs& args = call.args;
   args.dtype = check.dtype();
   args.rows = rows;
@@ -177,6 +179,8 @@ ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& posit
   Check check("choose_tokens");
   check.floating(logits, "logits", 2, "(M, V)");
   check.not_empty(logits, "logits", "(M, V)", 1, "V");
+  if (logits.size(1) > std::numeric_limits<int32_t>::max())
+    check.fail("logits", "(M, V) with V < 2^31", shape_text(logits));
   const int64_t rows = logits.size(0);
   check.integer(positions, "positions", 1, "(M,)", ScalarType::Long);
   check.sizes(positions, "positions", "(M,)", {rows});
@@ -184,7 +188,7 @@ ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& posit
   check.that(top_k >= 0, "top_k", ">= 0", top_k);
   check.that(top_p > 0 && top_p <= 1, "top_p", "> 0 and <= 1", top_p);
 
-  ChooseTokensCall call{{}, empty(logits, {rows}, ScalarType::Long)};
+  ChooseTokensCall call{{}, empty(check, logits, {rows}, ScalarType::Long)};
   call.args = {check.dtype(),
                rows,
                logits.size(1),
@@ -227,7 +231,7 @@ TreeAttentionCall prepare_tree_attention(const Tensor& q, const Tensor& keys, co
     check.sizes(*sinks, "sinks", "(Hq,)", {query_heads});
   }
 
-  TreeAttentionCall call{{}, {}, empty(q, {rows, nodes, query_heads, head_size}, check.scalar_type())};
+  TreeAttentionCall call{{}, {}, empty(check, q, {rows, nodes, query_heads, head_size}, check.scalar_type())};
   TreeAttentionArgs& args = call.args;
   args.dtype = check.dtype();
   args.rows = rows;
@@ -251,7 +255,7 @@ TreeAttentionCall prepare_tree_attention(const Tensor& q, const Tensor& keys, co
   args.part_max = args.part_sum = args.part_output = nullptr;
   if (args.splits > 1) {
     const int64_t parts = rows * nodes * query_heads * args.splits;
-    call.scratch = empty(q, {parts, head_size + 2}, ScalarType::Float);
+    call.scratch = empty(check, q, {parts, head_size + 2}, ScalarType::Float);
     args.part_output = mutable_data<float>(*call.scratch);  // the first: its rows are read 16 bytes at a time
     args.part_max = args.part_output + parts * head_size;
     args.part_sum = args.part_max + parts;
@@ -302,10 +306,11 @@ VerifyTreeCall prepare_verify_tree(const Tensor& draft, const Tensor& target, co
   check.sizes(parents, "parents", "(N,)", {nodes});
   check.integer(ancestors, "ancestors", 2, "(N, W)", ScalarType::Long);
   check.sizes(ancestors, "ancestors", "(N, W) with W = ceil(N / 64)", {nodes, words_of(nodes)});
-  check.that(depth >= 0, "depth", ">= 0", depth);
+  check.that(depth >= 0 && depth < nodes, "depth", "0 to N - 1 = " + std::to_string(nodes - 1), depth);
 
-  VerifyTreeCall call{
-      {}, empty(draft, {rows, depth + 1}, ScalarType::Int), empty(draft, {rows}, ScalarType::Int)};
+  VerifyTreeCall call{{},
+                      empty(check, draft, {rows, depth + 1}, ScalarType::Int),
+                      empty(check, draft, {rows}, ScalarType::Int)};
   call.args = {rows,
                nodes,
                words_of(nodes),
@@ -352,13 +357,15 @@ ActivationCall prepare_activation(const Tensor& input, const std::string& kind) 
                                     "exp",  "erf",  "softplus",  "cos",  "sin"};  // as in `Activation`
   Check check("activation");
   check.floating(input, "input");
-  std::string all;
-  for (const char* known : kKinds) all += (all.empty() ? "" : ", ") + std::string(known);
   const auto found = std::find(std::begin(kKinds), std::end(kKinds), kind);
-  check.that(found != std::end(kKinds), "kind", "one of " + all, kind);
+  if (found == std::end(kKinds)) {
+    std::string all;
+    for (const char* known : kKinds) all += (all.empty() ? "" : ", ") + std::string(known);
+    check.fail("kind", "one of " + all, kind);
+  }
 
   const auto sizes = input.sizes();
-  ActivationCall call{{}, empty(input, sizes.data(), sizes.size(), check.scalar_type())};
+  ActivationCall call{{}, empty(check, input, sizes.data(), sizes.size(), check.scalar_type())};
   call.args = {check.dtype(), static_cast<Activation>(found - std::begin(kKinds)), input.numel(),
                input.const_data_ptr(), call.output.mutable_data_ptr()};
   return call;

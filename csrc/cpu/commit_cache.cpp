@@ -7,21 +7,29 @@ namespace cerberus::CERBERUS_ISA {
 
 void commit_cache(const CommitCacheArgs& a, const Parallel& parallel) {
   const int64_t bytes = a.head_size * a.element_bytes;
-  parallel_tasks(parallel, a.planes * a.rows, [&](int64_t task) {
+  // Places of the path to be kept. Values are not checked by the op.
+  const auto kept = [&](int64_t row) {
+    return smaller(a.path_places, static_cast<int64_t>(a.accepted[row]) + 1);
+  };
+  // A cache without elements may have any number of planes.
+  const bool moves = a.kv_heads > 0 && a.capacity > 0 && bytes > 0;
+  parallel_tasks(parallel, moves ? a.planes * a.rows : 0, [&](int64_t task) {
     const int64_t row = task % a.rows, length = a.length[row];
-    const int64_t places = smaller(a.path_places, static_cast<int64_t>(a.accepted[row]) + 1);
+    if (length < 0 || length >= a.capacity) return;  // also keeps the sums below from overflowing
+    const int64_t places = smaller(kept(row), a.capacity - length);
     const int32_t* path = a.path + row * a.path_places;
     for (int64_t head = 0; head < a.kv_heads; ++head) {
       char* slots = static_cast<char*>(a.cache) + (task * a.kv_heads + head) * a.capacity * bytes;
       for (int64_t j = 0; j < places; ++j) {
         const int64_t from = length + path[j], to = length + j;
-        // Values are not checked by the op; what lies outside of the cache is left alone.
-        if (from == to || from < 0 || to < 0 || from >= a.capacity || to >= a.capacity) continue;
+        if (from == to || from < 0 || from >= a.capacity) continue;  // what lies outside is left alone
         __builtin_memcpy(slots + to * bytes, slots + from * bytes, static_cast<size_t>(bytes));
       }
     }
   });
-  for (int64_t row = 0; row < a.rows; ++row) a.length[row] += a.accepted[row] + 1;
+  for (int64_t row = 0; row < a.rows; ++row)
+    a.length[row] =
+        static_cast<int64_t>(static_cast<uint64_t>(a.length[row]) + static_cast<uint64_t>(kept(row)));
 }
 
 }  // namespace cerberus::CERBERUS_ISA

@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(kThreads) commit_cache_kernel(const CommitCach
 
   const int64_t units = a.head_size * a.element_bytes / static_cast<int64_t>(sizeof(Unit));  // of one slot
   const int64_t i = static_cast<int64_t>(blockIdx.x % blocks_of_row) * kThreads + threadIdx.x;
+  if (a.kv_heads == 0 || units == 0 || a.capacity == 0) return;
   if (i >= a.planes * a.kv_heads * units) return;
   const int64_t unit = i % units, head = i / units % a.kv_heads, plane = i / units / a.kv_heads;
 
@@ -75,7 +76,10 @@ cudaError_t commit_cache_cuda(const CommitCacheArgs& a, cudaStream_t stream) {
       a.element_bytes, a.head_size,
       [&](auto unit) {
         using Unit = decltype(unit);
-        const int64_t units = a.planes * a.kv_heads * a.head_size * a.element_bytes / sizeof(Unit);
+        // A cache without elements may have any number of planes.
+        const bool moves = a.kv_heads > 0 && a.capacity > 0 && a.head_size > 0;
+        const int64_t units =
+            moves ? a.planes * a.kv_heads * a.head_size * a.element_bytes / sizeof(Unit) : 0;
         const int64_t blocks =
             units > 0 ? divide_up(units, kThreads) : 1;  // of a row; one to advance its length
         if (blocks > int64_t{1} << (63 - kLengthBits)) return cudaErrorInvalidConfiguration;

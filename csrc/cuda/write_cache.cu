@@ -41,6 +41,7 @@ cudaError_t write_cache_cuda(const WriteCacheArgs& a, cudaStream_t stream) {
       a.element_bytes, a.head_size,
       [&](auto unit) {
         using Unit = decltype(unit);
+        if (a.nodes == 0 || a.kv_heads == 0 || a.head_size == 0) return cudaSuccess;
         const int64_t count =
             2 * a.rows * a.nodes * a.kv_heads * a.head_size * a.element_bytes / sizeof(Unit);
         return launch(write_cache_kernel<Unit>, overlapping(divide_up(count, kThreads), kThreads), stream, a);

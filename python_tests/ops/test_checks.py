@@ -101,7 +101,10 @@ NUMBERS = [
     ("tree_attention", "softcap", math.inf, "finite and >= 0 in float32", "inf"),
     ("tree_attention", "softcap", 1e39, "finite and >= 0 in float32", "1e+39"),
     ("tree_attention", "softcap", 1e-60, "finite and >= 0 in float32", "1e-60"),
-    ("verify_tree", "depth", -1, ">= 0", "-1"),
+    ("verify_tree", "depth", -1, "0 to N - 1 = 4", "-1"),
+    ("verify_tree", "depth", 5, "0 to N - 1 = 4", "5"),
+    ("verify_tree", "depth", 2**31, "0 to N - 1 = 4", "2147483648"),
+    ("verify_tree", "depth", 2**63 - 1, "0 to N - 1 = 4", "9223372036854775807"),
 ]
 
 

@@ -253,8 +253,7 @@ def test_bits_do_not_depend_on_the_other_nodes(nodes, head_size, dtype, simt):
 
 
 @dtypes
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
-@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize(("softcap", "window"), [(2.0, 0), (0.0, 40)])
 @pytest.mark.parametrize(
     ("query_heads", "kv_heads", "nodes", "head_size"),
     [(6, 2, 5, 33), (4, 2, 1, 64), (6, 1, 9, 96), (4, 2, 70, 64), (6, 1, 33, 128), (6, 1, 3, 160), (9, 3, 7, 256)],
