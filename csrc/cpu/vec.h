@@ -206,6 +206,61 @@ static inline void sum_four(const Vec (&v)[4], float* out) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// Two vectors' quarters 0 and 2, 1 and 3 (kFirst: 0 and 1, 2 and 3), added: half as many quarters of each.
+template <bool kFirst>
+static inline __m512 add_quarters(__m512 a, __m512 b) {
+  constexpr int kOne = kFirst ? 0x44 : 0x88, kOther = kFirst ? 0xee : 0xdd;
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, kOne), _mm512_shuffle_f32x4(a, b, kOther));
+}
+// The same within every quarter.
+template <bool kFirst>
+static inline __m512 add_within_quarters(__m512 a, __m512 b) {
+  constexpr int kOne = kFirst ? 0x44 : 0x88, kOther = kFirst ? 0xee : 0xdd;
+  return _mm512_add_ps(_mm512_shuffle_ps(a, b, kOne), _mm512_shuffle_ps(a, b, kOther));
+}
+// One vector whose quarter i holds four sums of quarters of v[i * kStride].
+template <int kStride>
+static inline __attribute__((always_inline)) __m512 quarter_sums(const Vec* v) {
+  const auto at = [v](int i) { return bit_cast<__m512>(v[i * kStride]); };
+  return add_quarters<false>(add_quarters<true>(at(0), at(1)), add_quarters<true>(at(2), at(3)));
+}
+
+// out[i] = sum(v[i]), to the same bits, sixteen or eight at a time: the adding transposes.
+static inline __attribute__((always_inline)) void sum_sixteen(const Vec* v, float* out) {
+  const __m512 first = add_within_quarters<true>(quarter_sums<4>(v), quarter_sums<4>(v + 1));
+  const __m512 second = add_within_quarters<true>(quarter_sums<4>(v + 2), quarter_sums<4>(v + 3));
+  _mm512_storeu_ps(out, add_within_quarters<false>(first, second));
+}
+static inline __attribute__((always_inline)) void sum_eight(const Vec* v, float* out) {
+  const __m512 pairs = add_within_quarters<true>(quarter_sums<2>(v), quarter_sums<2>(v + 1));
+  const __m512i twice = bit_cast<__m512i>(add_within_quarters<false>(pairs, pairs));
+  const __m512i once = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 0, 2, 4, 6), twice);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(once));
+}
+#endif
+
+// out[i][j] = sum(v[i][j]). Constant indices all along, so that the vectors may stay in registers.
+template <int kRows, int kColumns>
+static inline __attribute__((always_inline)) void sum_each(const Vec (&v)[kRows][kColumns],
+                                                           float (&out)[kRows][kColumns]) {
+  constexpr int kAll = kRows * kColumns;
+  const Vec* all = &v[0][0];
+  float* each = &out[0][0];
+#if defined(__AVX512F__)
+  constexpr int kSixteen = kAll >= 16 ? 16 : 0, kDone = kSixteen + (kAll - kSixteen >= 8 ? 8 : 0);
+  if constexpr (kSixteen > 0) sum_sixteen(all, each);
+  if constexpr (kDone > kSixteen) sum_eight(all + kSixteen, each + kSixteen);
+#else
+  constexpr int kDone = 0;
+#endif
+  constexpr int kFours = kDone + (kAll - kDone) / 4 * 4;
+#pragma GCC unroll 8
+  for (int i = kDone; i < kFours; i += 4) sum_four({all[i], all[i + 1], all[i + 2], all[i + 3]}, each + i);
+#pragma GCC unroll 4
+  for (int i = kFours; i < kAll; ++i) each[i] = sum(all[i]);
+}
+
 static inline Vec select(IntVec condition, Vec yes, Vec no) {
   return bit_cast<Vec>((condition & bit_cast<IntVec>(yes)) | (~condition & bit_cast<IntVec>(no)));
 }
