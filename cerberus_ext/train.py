@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .forked import threads_after_fork
 from .heads import output_matrix
 from .training.options import TrainOptions
 from .training.processes import Processes
@@ -41,6 +42,7 @@ def train(
     Raises ValueError on a model in training mode or float16 and on options, data, a cache or a checkpoint that do not
     fit, FloatingPointError when the loss is no number.
     """
+    threads_after_fork()
     check(model, options)
     with Processes() as processes:
         answers, made = load_data(model, tokenizer, options, processes)
