@@ -42,6 +42,7 @@ from .calibration.trace import Answer, TracedText, trace, write_answers
 from .calibration.validate import Measured, gate_gain, validate
 from .compiled_step import check_compilable
 from .files import check_writable, read_object, write_json
+from .forked import threads_after_fork
 from .heads import CerberusHeads, fingerprint, output_matrix
 from .prompts import Question
 
@@ -110,6 +111,7 @@ def calibrate(
     or an existing file that do not fit, and where steps cannot be compiled, and OSError where the result cannot be
     written.
     """
+    threads_after_fork()
     options = options or CalibrateOptions()
     checks.check_model(model)
     if not isinstance(heads, CerberusHeads):

@@ -3,19 +3,22 @@
     logit_rules   the logits processors of one decode, None where there are none: nothing then costs anything
     LogitRules    applies them: to the logits of a tree's node with the text and the node's own path as its context
 
-A node's logits are processed by themselves, with the tokens that would precede the next one if the node were accepted.
-So what comes out never depends on the other nodes of the tree.
+A node's logits are processed by themselves, with the tokens that precede the next one if the node is accepted. So what
+comes out never depends on the other nodes of the tree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
+
+if TYPE_CHECKING:
+    from .stepper import Sampling
 
 
 class Context(NamedTuple):
@@ -137,14 +140,22 @@ class LogitRules:
         """logits (1, V) after the prompt -> (1, V) float32."""
         return self._apply(self._text, logits)
 
-    def apply(self, logits: Tensor, tokens: Tensor, parents: Sequence[int]) -> Tensor:
-        """logits (1, N, V), tokens (1, N) of a step's nodes, the last token of the text first -> (1, N, V) float32."""
-        contexts: list[Tensor] = []
+    def targets(
+        self, logits: Tensor, tokens: Tensor, parents: Sequence[int], positions: Tensor, sampling: Sampling
+    ) -> Tensor:
+        """What the model chooses after each node that is accepted; -1 after the others, for which nothing is computed.
+
+        logits (1, N, V), tokens (1, N) of a step's nodes, the last token of the text first; positions (1, N) of the
+        tokens to choose -> (1, N) int64. As many logits are processed as tokens are gained.
+        """
+        drafts, chosen = tokens[0].tolist(), [-1] * len(parents)
+        contexts = {-1: self._text[:, :-1]}  # of the accepted nodes, themselves included
         for node, parent in enumerate(parents):
-            before = contexts[parent] if node else self._text[:, :-1]
-            contexts.append(torch.cat([before, tokens[:, node : node + 1]], 1))
-        rows = [self._apply(context, logits[:, node]) for node, context in enumerate(contexts)]
-        return torch.stack(rows, 1)
+            if parent in contexts and (node == 0 or drafts[node] == chosen[parent]):
+                contexts[node] = torch.cat([contexts[parent], tokens[:, node : node + 1]], 1)
+                processed = self._apply(contexts[node], logits[:, node])
+                chosen[node] = int(sampling.choose(processed, positions[:, node]))
+        return tokens.new_tensor([chosen])
 
     def extend(self, tokens: list[int]) -> None:
         """The text has grown by these."""

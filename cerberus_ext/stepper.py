@@ -92,14 +92,20 @@ class Settled(NamedTuple):
 
 
 def settle(
-    cache: TreeCache, tokens: Tensor, hidden: Tensor, logits: Tensor, tree: Topology, depth: int, sampling: Sampling
-) -> Settled:
+    cache: TreeCache, tokens: Tensor, hidden: Tensor, logits: Tensor, tree: Topology, depth: int, sampling: Sampling,
+    rules: LogitRules | None = None, parents: Any = (),
+) -> Settled:  # fmt: skip
     """tokens (B, N), hidden (B, N, D), logits (B, N, V) of a forward over `tree`, which is not deeper than `depth`.
 
-    Keeps the longest path that the base model agrees with. The host never waits here.
+    rules: what the logits go through, with the tree's parents (N,) on the host. Keeps the longest path that the base
+    model agrees with. Without rules the host never waits here.
     """
     # The token after node i stands one place behind the node, which is at length + depth.
-    target = sampling.choose(logits, cache.length[:, None] + tree.depths + 1)  # (B, N)
+    positions = cache.length[:, None] + tree.depths + 1  # (B, N)
+    if rules is None:
+        target = sampling.choose(logits, positions)
+    else:
+        target = rules.targets(logits, tokens, parents, positions, sampling)
     if tokens.shape[1] == 1:  # the root, which is always accepted and lies where it has to stay
         cache.length += 1
         return Settled(target, None, hidden[:, 0], target[:, 0])
@@ -228,9 +234,9 @@ class Stepper:
         with self.stats.phase("commit"):
             if self.context is not None:
                 self.context.keep_nodes(self.base.cache, self.hidden, hidden, known, tensors)
-            if self.rules is not None:
-                logits = self.rules.apply(logits, known, tree.parents)  # type: ignore[arg-type]
-            settled = settle(self.base.cache, tokens, hidden, logits, tensors, tree.depth, self.sampling)
+            settled = settle(
+                self.base.cache, tokens, hidden, logits, tensors, tree.depth, self.sampling, self.rules, tree.parents
+            )
             self._start(settled.hidden, settled.root)
             # The one place where the host waits.
             if settled.path is None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .forked import threads_after_fork
 from .heads import CerberusConfig, output_matrix
 from .training.options import TrainOptions
 from .training.output import begin_output
@@ -43,6 +44,7 @@ def train(
     fit, and on an output folder with files of these names that no such run has made; FloatingPointError when the loss
     is no number; OSError where a file cannot be read or written, the last good ones staying as they were.
     """
+    threads_after_fork()
     config = check(model, options)
     with Processes() as processes:
         processes.from_main(lambda: begin_output(options, model, config))

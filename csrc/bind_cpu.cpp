@@ -147,7 +147,8 @@ constexpr OpWithoutKernel kOps[] = {{"hidden_entropy", "hidden"}, {"head_stack",
                                     {"draft_topk", "states"},     {"choose_tokens", "logits"},
                                     {"tree_attention", "q"},      {"write_cache", "keys"},
                                     {"verify_tree", "draft"},     {"commit_cache", "cache"},
-                                    {"linear", "input"},          {"activation", "input"}};
+                                    {"linear", "input"},          {"activation", "input"},
+                                    {"grouped_linear", "input"}};
 
 [[noreturn]] void refuse(const OpWithoutKernel& op, const Tensor& first) {
   if (!first.defined()) Check(op.op).fail(op.first_argument, "a tensor", "None");
@@ -180,6 +181,7 @@ void register_refusals(torch::stable::detail::StableLibrary& m) {
   register_refusal<7>(m, commit_cache);
   register_refusal<8>(m, linear);
   register_refusal<9>(m, activation);
+  register_refusal<10>(m, grouped_linear);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ import torch
 from stand_ins import OracleHeads, RandomHeads
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
 from cerberus_ext import ops
 from cerberus_ext.decode import decode
@@ -156,6 +156,41 @@ def test_bits_do_not_depend_on_drafts(tree: Any, monkeypatch: pytest.MonkeyPatch
         stand_in = heads(want, 3, VOCAB)
         out = decode(model, stand_in, ids, max_new_tokens=48, tree=tree, streamer=stand_in)
         assert out.sequences.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("tree", [16, TREE, DraftTree.from_widths([8, 4])])
+def test_as_many_logits_are_processed_as_tokens_gained(
+    tree: Any, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of nodes, and with the text as the context, as in `generate`."""
+    contexts: list[list[int]] = []
+    real = RepetitionPenaltyLogitsProcessor.__call__
+
+    def count(self: Any, ids: Tensor, scores: Tensor) -> Tensor:
+        contexts.append(ids[0].tolist())
+        return real(self, ids, scores)
+
+    use(monkeypatch, llama, repetition_penalty=1.3)
+    want = generate(llama, prompt(), max_new_tokens=NEW)
+    monkeypatch.setattr(RepetitionPenaltyLogitsProcessor, "__call__", count)
+    heads = OracleHeads(want, 3, VOCAB)
+    stats = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=tree, sources=None, streamer=heads).stats
+    assert stats.step_tokens == NEW - 1 and stats.nodes_per_step > 5
+    # Once more before anything: whether the processor fits the model.
+    assert contexts == [want[0, :9].tolist(), *(want[0, :length].tolist() for length in range(9, 9 + NEW))]
+
+
+def test_equal_drafts_after_one_node(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are accepted, but only the second one is followed by what is right."""
+    use(monkeypatch, llama, repetition_penalty=1.3)
+    want = generate(llama, prompt(), max_new_tokens=NEW)
+    heads = OracleHeads(want, 2, VOCAB)
+    heads.guess = lambda guesses: torch.stack(
+        [heads.next_tokens()[0].expand(guesses), (heads.next_tokens()[1] + torch.arange(guesses)) % VOCAB]
+    )
+    tree = DraftTree.from_paths([(0,), (1,), (1, 0)])
+    out = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=tree, streamer=heads)
+    assert out.sequences.equal(want) and out.stats.accepted_histogram[2] == 7
 
 
 @pytest.mark.parametrize("given", [EOS, [EOS, 40]])

@@ -39,7 +39,7 @@ def test_to_the_last_position_and_no_further(name: str) -> None:
     model.generation_config.eos_token_id = None
     assert position_table(model) == positions
     want = generate(model, ids, max_new_tokens=11)
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, RuntimeError)):  # gptj's in earlier transformers
         generate(model, ids, max_new_tokens=12)
     heads = OracleHeads(want, 3, VOCAB)
     with pytest.warns(UserWarning, match="decode: max_new_tokens is 12, but the text ends after 11 tokens: .*LM"):
