@@ -174,7 +174,7 @@ def begin_folder(out: Path) -> Results:
             raise ValueError(
                 f"bench: out: {out / name} is there already, and was not made by cerberus bench; choose another folder"
             )
-    check_writable(out)
+    check_writable("bench: out", out)
     return results
 
 

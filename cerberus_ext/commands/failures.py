@@ -40,8 +40,8 @@ class Commands(TyperGroup):
         except Exception as error:
             if _is_answer(error):
                 raise
-            _close_stdout_if_broken()
-            fail(_with_option(sentence(error), self, ctx), cause=error)
+            where = "standard output: " if _stdout_is_broken() else ""
+            fail(where + _with_option(sentence(error), self, ctx), cause=error)
 
 
 @contextmanager
@@ -93,8 +93,10 @@ def _close_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _close_stdout_if_broken() -> None:
+def _stdout_is_broken() -> bool:
     try:
         sys.stdout.flush()
     except OSError:  # of a full disk, say
         _close_stdout()
+        return True
+    return False
