@@ -6,6 +6,7 @@ CERBERUS_DEBUG=1 shows Python's traceback as well.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -40,7 +41,7 @@ class Commands(TyperGroup):
         except Exception as error:
             if _is_answer(error):
                 raise
-            where = "standard output: " if _stdout_is_broken() else ""
+            where = "standard output: " if _is_of_stdout(error) else ""
             fail(where + _with_option(sentence(error), self, ctx), cause=error)
 
 
@@ -93,10 +94,10 @@ def _close_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _stdout_is_broken() -> bool:
-    try:
-        sys.stdout.flush()
-    except OSError:  # of a full disk, say
+def _is_of_stdout(error: Exception) -> bool:
+    """Files have a name in our errors. Closes standard output where it was that."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    found = isinstance(error, OSError) and error.filename is None and error.errno in full
+    if found:
         _close_stdout()
-        return True
-    return False
+    return found

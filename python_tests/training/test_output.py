@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import safetensors
-from transformers import LlamaForCausalLM
 from training_runs import options
+from transformers import LlamaForCausalLM
 
 from cerberus_ext import CerberusHeads, files
 from cerberus_ext.train import train
