@@ -168,7 +168,10 @@ def begin_folder(out: Path) -> Results:
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"bench: out: {out} is a file, not a folder")
-    results = Results(out / RESULTS_FILE)
+    try:
+        results = Results(out / RESULTS_FILE)
+    except ValueError as error:
+        raise ValueError(f"bench: out: {error}") from None
     for name in () if results.identity is not None else REPORT_FILES:
         if (out / name).exists():
             raise ValueError(
