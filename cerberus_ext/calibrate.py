@@ -173,7 +173,7 @@ def check_places(file: Path, output: Path | None) -> None:
     cannot be written.
     """
     read_entries(file)
-    check_writable(file.parent)
+    check_writable("calibrate", file.parent)
     picture = file.with_suffix(".png")
     if output is not None:
         check_output(output)
@@ -194,7 +194,7 @@ def check_output(output: Path) -> None:
                 f"calibrate: output: {output / name} is there already, and was not made by cerberus calibrate;"
                 " choose another folder"
             )
-    check_writable(output)
+    check_writable("calibrate: output", output)
 
 
 def _contexts(model: PreTrainedModel, heads: CerberusHeads, wanted: Sequence[int] | None) -> list[int]:

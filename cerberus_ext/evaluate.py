@@ -168,13 +168,16 @@ def begin_folder(out: Path) -> Results:
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"bench: out: {out} is a file, not a folder")
-    results = Results(out / RESULTS_FILE)
+    try:
+        results = Results(out / RESULTS_FILE)
+    except ValueError as error:
+        raise ValueError(f"bench: out: {error}") from None
     for name in () if results.identity is not None else REPORT_FILES:
         if (out / name).exists():
             raise ValueError(
                 f"bench: out: {out / name} is there already, and was not made by cerberus bench; choose another folder"
             )
-    check_writable(out)
+    check_writable("bench: out", out)
     return results
 
 

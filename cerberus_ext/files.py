@@ -87,8 +87,8 @@ def read_object(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def check_writable(folder: Path, bytes_needed: int = 0) -> None:
-    """Raises OSError, naming the folder, where no file can be written to it, now or once it is made."""
+def check_writable(what: str, folder: Path, bytes_needed: int = 0) -> None:
+    """Raises OSError, beginning with `what`, where no file can be written to the folder, now or once it is made."""
     there = folder
     while not there.exists() and there != there.parent:
         there = there.parent
@@ -99,11 +99,12 @@ def check_writable(folder: Path, bytes_needed: int = 0) -> None:
             os.fsync(probe.fileno())
             status = os.fstatvfs(probe.fileno())
     except OSError as error:
-        number = error.errno or 0
-        raise OSError(number, os.strerror(number), str(folder)) from error
+        raise OSError(f"{what}: {folder} cannot be written to: {error.strerror}") from error
     free = status.f_bavail * status.f_frsize
     if free < bytes_needed:
-        raise OSError(f"{folder}: there is room for {free / 1e6:.0f} MB, but {bytes_needed / 1e6:.0f} MB are needed")
+        raise OSError(
+            f"{what}: {folder}: there is room for {free / 1e6:.0f} MB, but {bytes_needed / 1e6:.0f} MB are needed"
+        )
 
 
 def sha256(files: Iterable[Path]) -> str:

@@ -175,7 +175,10 @@ class CerberusHeads(
         if not config_file.exists():
             raise ValueError(f"{who}: {config_file.parent} has no {CONFIG_FILE}")
         try:
-            config = CerberusConfig.from_dict(read_config(config_file))
+            values = read_config(config_file)
+            if "model_type" in values:
+                raise ValueError(f"it is of a model ({values['model_type']}), not of heads")
+            config = CerberusConfig.from_dict(values)
             with torch.device("meta"):
                 expected = cls(config).state_dict()  # shapes, which are compared before memory is taken for them
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:

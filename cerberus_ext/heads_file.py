@@ -80,6 +80,7 @@ def read_tensors(file: Path, expected: dict[str, Tensor], vocab_size: int) -> di
             raise ValueError(
                 f"{name} must be {tuple(parameter.shape)} by {CONFIG_FILE}, got {tuple(tensors[name].shape)} in {file}"
             )
+    _check_numbers("weight", tensors["weight"], tensors["weight"].dtype, file)  # the first: others follow its dtype
     for name, tensor in tensors.items():
         if name not in expected:
             raise ValueError(f"{file} has a tensor {name!r} that {CONFIG_FILE} does not provide for")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,6 +141,102 @@ def test_files_that_contradict_each_other(tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="has no config.json"):
         CerberusHeads.from_pretrained(tmp_path)
+
+
+def damage(**changes: Any) -> Callable[[Path], None]:
+    """Of tensors: another one in their place, or None for none."""
+
+    def of(folder: Path) -> None:
+        tensors = {**load_file(folder / "model.safetensors"), **changes}
+        save_file({name: value for name, value in tensors.items() if value is not None}, folder / "model.safetensors")
+
+    return of
+
+
+def setting(text: str | None = None, **changes: object) -> Callable[[Path], None]:
+    def of(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes) if text is None else text)
+
+    return of
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+WEIGHT, IDS = torch.zeros(2, 3, SIZE, 2 * SIZE), torch.arange(40, dtype=torch.int32)
+DAMAGED: list[tuple[Callable[[Path], None], str]] = [
+    (cut, "/model.safetensors is damaged or no safetensors file"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"garbage"), "/model.safetensors is damaged or no"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b""), "/model.safetensors is damaged or no"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "/model.safetensors is missing"),
+    (damage(weight=WEIGHT.to(torch.int8)), r"weight in .*/model.safetensors must be one of float32, .* got torch.int8"),
+    (damage(weight=WEIGHT.double()), r"weight in .*/model.safetensors must be one of float32, .* got torch.float64"),
+    (damage(weight=WEIGHT.half()), r"in .* must be one of float32, .* the same for all, got torch.float32"),
+    (damage(weight=WEIGHT + torch.nan), "weight in .*/model.safetensors must be finite numbers, got NaN or infinity"),
+    (damage(bias=torch.full((2, 3, SIZE), torch.inf)), "bias in .*/model.safetensors must be finite numbers"),
+    (damage(draft_vocab=IDS + VOCAB), rf"draft_vocab in .* must be token ids in 0..{VOCAB - 1}, got {VOCAB}"),
+    (damage(draft_vocab=IDS - 1), rf"draft_vocab in .* must be token ids in 0..{VOCAB - 1}, got -1"),
+    (damage(draft_vocab=IDS.flip(0)), "draft_vocab in .* must be ascending token ids"),
+    (damage(draft_vocab=IDS.float()), "draft_vocab in .* must be int32 or int64, got torch.float32"),
+    (damage(more=WEIGHT), "/model.safetensors has a tensor 'more' that config.json does not provide for"),
+    (setting("[1, 2]"), "/config.json: it must be a JSON object, got list"),
+    (setting("{"), "/config.json: it is not JSON"),
+    (setting("[" * 100_000), "/config.json: it is not JSON"),
+    (setting('{"format_version": 1}'), "/config.json: CerberusConfig: there is no base_model"),
+    (setting('{"model_type": "llama"}'), r"/config.json: it is of a model \(llama\), not of heads"),
+    (setting(hidden_size="32"), "/config.json: CerberusConfig: hidden_size must be an integer >= 1, got '32'"),
+    (setting(num_heads=True), "CerberusConfig: num_heads must be an integer >= 1, got True"),
+    (setting(draft_vocab="40"), "CerberusConfig: draft_vocab must be None or an integer, got '40'"),
+    (setting(chained=None), "CerberusConfig: chained must be true or false, got None"),
+    (setting(base_model=3), "CerberusConfig: base_model must be a text, got 3"),
+    (setting(accuracy=[[0.5], [2], [0.1]]), "CerberusConfig: accuracy must be rows of probabilities"),
+    (setting(paths=[[0], ["a"]]), r"CerberusConfig: paths must be paths of ranks >= 0, got \[\[0\], \['a'\]\]"),
+    (setting(paths=[[0, 0, 0, 0]]), "CerberusConfig: paths must be paths of ranks >= 0, got"),
+    (setting(hidden_size=10**6), r"weight must be \(2, 3, 1000000, 2000000\) by config.json, got"),
+    (setting(hidden_size=10**18), "/config.json: "),
+    (setting(context_layer=True, context_heads=["a", 1, 2]), "CerberusConfig: context_heads must be integers, got"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGED)
+def test_damaged_files_are_named(tmp_path: Path, change: Callable[[Path], None], message: str) -> None:
+    random_heads(draft_vocab=40).save_pretrained(tmp_path)
+    change(tmp_path)
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        CerberusHeads.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["/nonexistent", "../nonexistent", "a/b/c", "", "~/heads"])
+def test_what_is_neither_a_folder_nor_a_hub_id(name: str) -> None:
+    with pytest.raises(ValueError, match="is no folder, no Hub id"):
+        CerberusHeads.from_pretrained(name or "nothing")
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="/file is a file, not a folder of heads"):
+        CerberusHeads.from_pretrained(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_saving_writes_over_heads_only(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"model_type": "llama", "vocab_size": 3}')
+    (tmp_path / "README.md").write_text("mine")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=f"save_pretrained: .*/{name} is there already, and is not of Cerberus heads"):
+        random_heads().save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    (tmp_path / name).unlink()
+    for scale in (1, 2):
+        heads = random_heads()
+        heads.weight.mul_(scale)
+        heads.save_pretrained(tmp_path)
+        assert CerberusHeads.from_pretrained(tmp_path).weight.equal(heads.weight)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_packaged_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ CERBERUS_DEBUG=1 shows Python's traceback as well.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -21,7 +22,7 @@ from ..model_files import first_line
 
 EXPECTED = (OSError, ValueError, RuntimeError, ArithmeticError, MemoryError, ImportError)  # others are our own mistakes
 OURS = re.compile(r"(?:CerberusHeads\.\w+|load_default_model): ")  # names of functions, which tell a user nothing
-ARGUMENT = re.compile(r"(?:train|calibrate|bench|decode): (\w+)(: | must | of )")
+ARGUMENT = re.compile(r"(?:train|calibrate|bench|decode): (\w+)(: | must | of | needs )")
 
 
 class Commands(TyperGroup):
@@ -40,8 +41,8 @@ class Commands(TyperGroup):
         except Exception as error:
             if _is_answer(error):
                 raise
-            _close_stdout_if_broken()
-            fail(_with_option(sentence(error), self, ctx), cause=error)
+            where = "standard output: " if _is_of_stdout(error) else ""
+            fail(where + _with_option(sentence(error), self, ctx), cause=error)
 
 
 @contextmanager
@@ -93,8 +94,10 @@ def _close_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _close_stdout_if_broken() -> None:
-    try:
-        sys.stdout.flush()
-    except OSError:  # of a full disk, say
+def _is_of_stdout(error: Exception) -> bool:
+    """Files have a name in our errors. Closes standard output where it was that."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    found = isinstance(error, OSError) and error.filename is None and error.errno in full
+    if found:
         _close_stdout()
+    return found

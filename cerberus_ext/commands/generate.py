@@ -106,18 +106,26 @@ def summary(output: DecodeOutput, comparison: Comparison | None) -> str:
     return line + "]"
 
 
+def decoded(text: bytes) -> str:
+    """UTF-8, whatever the locale says."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"must be UTF-8 text, got byte {text[error.start]:#04x} at {error.start}") from None
+
+
 def _read_prompt(prompt: str | None) -> str:
     if prompt is None:
         if sys.stdin.isatty():
             fail('no prompt: write cerberus generate "your question", or pipe it in')
         with option("standard input"):
-            prompt = sys.stdin.buffer.read().decode()  # not as the locale would have it
+            prompt = decoded(sys.stdin.buffer.read())
     try:
         prompt.encode()
     except UnicodeEncodeError:  # an argument of other bytes
         fail("PROMPT: must be UTF-8 text")
     if "\0" in prompt:
-        fail("the prompt must be text, got bytes of zero")
+        fail("PROMPT: must be text, got a byte of zero")
     if not prompt.strip():
         fail("the prompt is empty")
     return prompt

@@ -31,14 +31,14 @@ class Results:
         self._end = whole.rfind(b"\n") + 1
         first, rest = b'{"key": ' if self._end else b'{"identity": ', whole[self._end :]
         if not first.startswith(rest[: len(first)]):
-            raise ValueError(f"bench: {file}: the last line must be a result, got {rest[:40]!r}; choose another folder")
+            raise ValueError(f"{file}: the last line must be a result, got {rest[:40]!r}; choose another folder")
         for number, line in enumerate(whole[: self._end].splitlines(), start=1):
             try:
                 self._take(json.loads(line), number)
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(
-                    f"bench: {self.file.name} line {number}: must be a result, got {line[:40]!r}; remove the file or"
-                    " choose another folder"
+                    f"{self.file} line {number}: must be a result, got {line[:40]!r}; remove the file"
+                    " or choose another folder"
                 ) from None
 
     def _take(self, row: dict[str, Any], number: int) -> None:

@@ -90,8 +90,7 @@ class TrainOptions:
         if self.batch < SEGMENT or self.batch % SEGMENT:
             raise ValueError(f"train: batch must be a positive multiple of {SEGMENT}, got {self.batch}")
         for name in ("lr", "clip", "head_decay", "memory"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"train: {name} must be > 0 and finite, got {getattr(self, name)}")
+            _check_positive(name, getattr(self, name))
         if self.context_layer:
             check_has_anchor("train", self.anchor, self.chained)
         if not 0 < self.held_out < 1:
@@ -99,8 +98,7 @@ class TrainOptions:
         if self.cache_size is not None:
             if self.cache is None:
                 raise ValueError("train: cache_size needs cache, the folder that it bounds")
-            if not 0 < self.cache_size < math.inf:
-                raise ValueError(f"train: cache_size must be > 0 and finite, got {self.cache_size}")
+            _check_positive("cache_size", self.cache_size)
         if self.data is not None:
             for name in ("prompts", "tokens"):
                 if getattr(self, name) is not None:
@@ -114,3 +112,10 @@ class TrainOptions:
     def training_numbers(self) -> dict[str, Any]:
         """Those that decide it once the data is there."""
         return {key: value for key, value in self.numbers().items() if key not in DATA_STAGE}
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"train: {name} must be > 0, got {value}")
+    if value == math.inf:
+        raise ValueError(f"train: {name} must be finite, got {value}")

@@ -44,7 +44,7 @@ def check_output(options: TrainOptions, model: str | None) -> None:
             raise ValueError(
                 f"train: output: {file} is there already, and was not made by cerberus train; choose another folder"
             )
-    check_writable(folder)
+    check_writable("train: output", options.output)
 
 
 def begin_output(options: TrainOptions, model: nn.Module, config: CerberusConfig) -> None:
@@ -53,7 +53,7 @@ def begin_output(options: TrainOptions, model: nn.Module, config: CerberusConfig
     with torch.device("meta"):
         numbers = sum(parameter.numel() for parameter in CerberusHeads(config).parameters())
     # The checkpoint has every number and the optimizer's two of it in float32, and is written beside the old one.
-    check_writable(options.output, numbers * (2 * 12 + 2 * 2))
+    check_writable("train: output", options.output, numbers * (2 * 12 + 2 * 2))
     options.output.mkdir(parents=True, exist_ok=True)
     remove_partial(options.output)
     if read_object(options.output / RECORD_FILE) is None:

@@ -44,10 +44,15 @@ def load_data(
     vocab_size = output_matrix(model).shape[0]
     if options.data is not None:
         file, limit = options.data, position_limit(model)  # type: ignore[arg-type]
-        answers = processes.from_main(lambda: read_answers([file], vocab_size))
+        try:
+            answers = processes.from_main(lambda: read_answers([file], vocab_size))
+        except ValueError as error:
+            raise ValueError(f"train: data: {str(error).removeprefix('train: ')}") from None
         longest = max(map(len, answers.lines))
         if longest > limit:
-            raise ValueError(f"train: {file.name} must have texts of at most {limit} tokens, got one of {longest}")
+            raise ValueError(
+                f"train: data: {file.name} must have texts of at most {limit} tokens, got one of {longest}"
+            )
         return answers, {}
     if tokenizer is None:
         raise ValueError("train: tokenizer must be given unless data is")

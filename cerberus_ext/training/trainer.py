@@ -87,6 +87,7 @@ class Trainer:
     def run(self) -> None:
         """Trains to the last step, from the output folder's checkpoint if it has one."""
         options = self.options
+        options.output.mkdir(parents=True, exist_ok=True)
         progress = self.processes.from_main(
             lambda: load_checkpoint(options.output, self.heads, self.optimizer, self.identity())
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +240,8 @@ DAMAGE = {
     "no object": lambda text: "[1, 2]",
     "no entries": lambda text: '{"format_version": 1, "entries": [3]}',
     "newer format": lambda text: text.replace('"format_version": 1', '"format_version": 2'),
+    "entries of another kind": lambda text: '{"format_version": 1, "entries": {}}',
+    "nested": lambda text: "[" * 100_000,
     "no UTF-8": lambda text: "\udcff",
 }
 ODD = {
@@ -254,6 +257,18 @@ ODD = {
     "dynamic tree": change(tree={"size": "8"}),
     "no size": change(tree={"guesses": 8}),
     "costs that end": change(tree={"size": 16}, gate=entries.gate_to_json(ConfidenceGate({1: 1.0, 8: 1.5}))),
+    "huge": change(tree={"size": 10**7}),
+    "huge size": change(tree={"size": 1025}),
+    "size of another kind": change(tree={"size": 8.0}),
+    "long tree": change(tree=".".join(["0"] * 100_000)),
+    "many guesses": change(tree="0 40"),
+    "infinite cost": change(gate={**entries.gate_to_json(GATES["confidence"]), "costs": {"1": 1.0, "8": float("inf")}}),
+    "text for a cost": change(gate={**entries.gate_to_json(GATES["confidence"]), "costs": {"1": "1"}}),
+    "no number": change(gate={"kind": "entropy", "threshold": float("nan")}),
+    "gate's corrections": change(gate={**entries.gate_to_json(GATES["corrected"]), "corrections": [[1.0, 0.0]]}),
+    "rate": change(gate={**entries.gate_to_json(GATES["corrected"]), "rate": "fast"}),
+    "details": change(details=3),
+    "expected number": change(expected={**asdict(Expected(1, 1, 1, 1, 1)), "tokens_per_step": float("nan")}),
     "a correction": change(tree={"size": 8, "corrections": [[1.0, 0.0]]}),
 }
 
@@ -266,10 +281,10 @@ def test_damaged(damage: str, tmp_path: Path) -> None:
     text = (DAMAGE | ODD)[damage](file.read_text())
     file.write_bytes(text.encode(errors="surrogateescape"))
     model = tiny_model("llama")
-    with pytest.warns(UserWarning, match="decode: no calibrated tree and gate, the defaults are used"):
+    with pytest.warns(UserWarning, match="the defaults are used: .*/calibration.json"):
         assert find(heads, CPU, torch.float32, 2) is None
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         decode(model, CerberusHeads.from_pretrained(tmp_path), prompt(), max_new_tokens=3)
     if damage in DAMAGE:
         with pytest.raises(ValueError, match=r"calibration.json is no file of calibrations .*; remove it"):
@@ -278,6 +293,38 @@ def test_damaged(damage: str, tmp_path: Path) -> None:
     else:
         save(heads, entry(heads))
         assert found(heads) is not None
+
+
+@pytest.mark.parametrize("kind", ["folder", "unreadable"])
+def test_a_file_that_cannot_be_read(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = saved_heads(tmp_path)
+    file = tmp_path / "calibration.json"
+    if kind == "folder":
+        file.mkdir()
+    else:
+        file.write_text("{}")
+
+        def refuse(path: Path) -> bytes:  # also root may not, here
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.warns(UserWarning, match="the defaults are used: .*/calibration.json"):
+        assert find(heads, CPU, torch.float32, 2) is None
+    with pytest.raises(OSError, match="calibration.json"):
+        save(heads, entry(heads))
+
+
+def test_entries_beside_a_damaged_one_are_used(tmp_path: Path) -> None:
+    heads = saved_heads(tmp_path)
+    save(heads, entry(heads, threads=1))
+    file = save(heads, entry(heads, threads=2))
+    content = json.loads(file.read_text())
+    content["entries"][0]["tree"] = {"size": 10**7}
+    file.write_text(json.dumps(content))
+    heads = CerberusHeads.from_pretrained(tmp_path)
+    assert found(heads, threads=2) is not None
+    with pytest.warns(UserWarning, match="size must be an integer in 2..1024, got 10000000; calibrate again"):
+        assert find(heads, CPU, torch.float32, 1) is None
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

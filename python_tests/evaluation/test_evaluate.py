@@ -156,10 +156,10 @@ def test_more_questions_may_follow(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--new-tokens", "9"], "new_tokens must be 12 to go on"),
+        (["--new-tokens", "9"], "--new-tokens must be 12 to go on"),
         (["--ways", "generate"], "ways must be"),
         (["--turns", "2"], "turns must be [1] to go on"),
-        (["--tree-size", "5"], "tree_size must be None"),
+        (["--tree-size", "5"], "--tree-size must be None"),
         (["--rounds", "2"], "rounds must be 1"),
         (["--threads", str(torch.get_num_threads() + 1)], "machine must be"),
     ],

@@ -258,5 +258,5 @@ def test_a_short_context_is_not_exceeded(tmp_path: Path) -> None:
 def test_texts_longer_than_the_context_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text('{"p": [1], "r": [2, 3]}\n{"p": [1, 2, 3], "r": [4, 5, 6, 7, 8, 9, 10, 11, 12, 13]}\n')
-    with pytest.raises(ValueError, match="train: data.jsonl must have texts of at most 12 tokens, got one of 13"):
+    with pytest.raises(ValueError, match="train: data: data.jsonl must have texts of at most 12 tokens, got one of 13"):
         load_data(model(positions=12), None, options(file, tmp_path), Processes())

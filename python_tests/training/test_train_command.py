@@ -146,14 +146,14 @@ def test_two_processes_train_as_one(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--lr", "-1"], "train: lr must be > 0, got -1.0"),
-        (["--data", "missing.jsonl"], "train: tokens must not be given together with data"),
+        (["--lr", "-1"], "--lr must be > 0, got -1.0"),
+        (["--data", "missing.jsonl"], "--tokens must not be given together with data"),
         (["--prompts", "missing.jsonl"], "missing.jsonl"),
         (["--init", "missing"], "'missing' is no folder, no Hub id"),
-        (["--draft-vocab", "65"], "train: draft_vocab must be at most the vocabulary, 64, got 65"),
-        (["--dtype", "float16"], "train: model must be float32 or bfloat16, got float16"),
+        (["--draft-vocab", "65"], "--draft-vocab must be at most the vocabulary, 64, got 65"),
+        (["--dtype", "float16"], "--model must be float32 or bfloat16, got float16"),
         (["--anchor", "sea"], 'anchor must be "root" or "hidden", got \'sea\''),
-        (["--cache-size", "1"], "train: cache_size needs cache"),
+        (["--cache-size", "1"], "--cache-size needs cache"),
     ],
 )
 def test_bad_options_are_one_line(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -253,9 +254,10 @@ def test_heads_that_cannot_be_trained_on(
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, answers: Path, llama: LlamaForCausalLM) -> None:
     run(llama, answers, tmp_path, steps=2, eval_every=1)
+    shutil.copytree(tmp_path, tmp_path / "trained")
     for changes, message in (
         ({"lr": 1e-3}, "lr must be 0.003 to continue checkpoint.safetensors .* got 0.001"),
-        ({"init": str(tmp_path)}, "start must be .* to continue checkpoint.safetensors"),
+        ({"init": str(tmp_path / "trained")}, "start must be .* to continue checkpoint.safetensors"),
     ):
         with pytest.raises(ValueError, match=f"train: {message}"):
             run(llama, answers, tmp_path, **{"steps": 2, "eval_every": 1, **changes})
