@@ -55,7 +55,7 @@ _MODELS = {
             query_pre_attn_scalar=8,
             sliding_window=6,
             attn_logit_softcapping=2.0,
-            attn_implementation="eager",  # sdpa, the default of older versions of transformers, leaves out the soft caps
+            attn_implementation="eager",  # sdpa, which older versions of transformers take, leaves out the soft caps
         )
     ),
 }
