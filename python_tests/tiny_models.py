@@ -49,7 +49,14 @@ _MODELS = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**_COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=96)),
     # Soft caps on attention scores, which only the model's own attention computes, and windows in every second layer.
     "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**_DECODER, head_dim=8, query_pre_attn_scalar=8, sliding_window=6, attn_logit_softcapping=2.0)
+        Gemma2Config(
+            **_DECODER,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=6,
+            attn_logit_softcapping=2.0,
+            attn_implementation="eager",  # sdpa, which older versions of transformers take, leaves out the soft caps
+        )
     ),
 }
 

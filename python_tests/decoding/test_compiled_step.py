@@ -305,8 +305,8 @@ class TestErrors:
 
         real = TreeCacheLayer.update
 
-        def update(*args: Any) -> tuple[Tensor, Tensor]:
-            keys, values = real(*args)
+        def update(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            keys, values = real(*args, **kwargs)
             return keys * 1, values
 
         monkeypatch.setattr(TreeCacheLayer, "update", update)

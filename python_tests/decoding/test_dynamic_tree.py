@@ -166,7 +166,7 @@ def test_paths_are_deeper_than_the_heads(llama: PreTrainedModel) -> None:
         assert out.stats.trace == [(16, list(range(1, 16)))] * 3 and out.stats.trace_sources == [[1] * 15] * 3
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("gpt2", [3, 4, 5] * 4), ("gpt2", [7] * 30), ("qwen2", [5])])
+@pytest.mark.parametrize(("name", "tokens"), [("llama", [11, 12, 13] * 4), ("gpt2", [7] * 30), ("qwen2", [5])])
 def test_text_that_repeats_itself(name: str, tokens: list[int], device: str) -> None:
     """The text's own past knows it, beyond the heads' depth."""
     model, ids = tiny_model(name, device), torch.tensor([tokens], device=device)
