@@ -15,16 +15,15 @@ struct Span {
   int64_t group, first, count;
 };
 
-// Calls body(group, first, count) for every group that has rows; returns where the last one ends.
-template <typename Body>
-int64_t for_each_group(const LinearArgs& a, const Body& body) {
-  int64_t first = 0;
+// The groups that have rows, as spans; returns how many. `ends` is read once, and may be anything.
+int64_t groups_with_rows(const LinearArgs& a, Span* groups) {
+  int64_t first = 0, count = 0;
   for (int64_t group = 0; group < a.groups; ++group) {
     const int64_t end = a.ends ? smaller(a.rows, larger(first, a.ends[group])) : a.rows;
-    if (end > first) body(group, first, end - first);
+    if (end > first) groups[count++] = {group, first, end - first};
     first = end;
   }
-  return first;
+  return count;
 }
 
 // A tile of dot products, with the bias if there is one, into the output. `to` and `bias` are where the tile
@@ -33,14 +32,18 @@ template <typename T, int kRows, int kWeights>
 void store_tile(const float (&dots)[kRows][kWeights], const T* bias, T* to, int64_t stride) {
   constexpr int kAll = kRows * kWeights, kFours = kAll / 4;
   const float* all = &dots[0][0];
-  T rounded[kAll];
+  float with_bias[kAll];
   if (bias) {
-    for (int i = 0; i < kAll; ++i) from_float(all[i] + to_float(bias[i % kWeights]), rounded[i]);
-  } else {
-#pragma GCC unroll 8
-    for (int i = 0; i < kFours; ++i) from_four(all + 4 * i, rounded + 4 * i);
-    for (int i = 4 * kFours; i < kAll; ++i) from_float(all[i], rounded[i]);
+    for (int n = 0; n < kWeights; ++n) {
+      const float added = to_float(bias[n]);
+      for (int m = 0; m < kRows; ++m) with_bias[m * kWeights + n] = dots[m][n] + added;
+    }
+    all = with_bias;
   }
+  T rounded[kAll];
+#pragma GCC unroll 8
+  for (int i = 0; i < kFours; ++i) from_four(all + 4 * i, rounded + 4 * i);
+  for (int i = 4 * kFours; i < kAll; ++i) from_float(all[i], rounded[i]);
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m)
     __builtin_memcpy(to + m * stride, rounded + m * kWeights, kWeights * sizeof(T));
@@ -54,9 +57,10 @@ template <typename T, typename Kernel>
 void run(const LinearArgs& a, const Parallel& parallel) {
   const int64_t per_task = Kernel::outputs_per_task(a.in_size);
   const int64_t ranges = (a.out_size + per_task - 1) / per_task;
-  int64_t active = 0;
   T* output = static_cast<T*>(a.output);
-  const int64_t end = for_each_group(a, [&](int64_t, int64_t, int64_t) { ++active; });
+  Buffer<Span> groups(a.groups);
+  const int64_t active = groups_with_rows(a, groups.data);
+  const int64_t end = active ? groups.data[active - 1].first + groups.data[active - 1].count : 0;
   __builtin_memset(output + end * a.out_size, 0,
                    static_cast<size_t>((a.rows - end) * a.out_size) * sizeof(T));
   if (active * ranges == 0) return;
@@ -64,13 +68,14 @@ void run(const LinearArgs& a, const Parallel& parallel) {
   const int64_t pieces = parallel.threads == 1 ? 1 : (4 * parallel.threads - 1) / (active * ranges) + 1;
   Buffer<Span> spans(active * pieces);
   int64_t count = 0;
-  for_each_group(a, [&](int64_t group, int64_t first, int64_t rows) {
-    const int64_t parts = larger(1, smaller(pieces, rows / kLeastSpanRows));
+  for (int64_t i = 0; i < active; ++i) {
+    const Span& group = groups.data[i];
+    const int64_t parts = larger(1, smaller(pieces, group.count / kLeastSpanRows));
     for (int64_t part = 0; part < parts; ++part) {
-      const int64_t begin = rows * part / parts;
-      spans.data[count++] = {group, first + begin, rows * (part + 1) / parts - begin};
+      const int64_t begin = group.count * part / parts;
+      spans.data[count++] = {group.group, group.first + begin, group.count * (part + 1) / parts - begin};
     }
-  });
+  }
 
   const Kernel kernel(static_cast<const T*>(a.input), a.rows, a.in_size, spans.data, count, parallel);
   const T* weight = static_cast<const T*>(a.weight);
