@@ -59,6 +59,11 @@ def _size(r: random.Random) -> int:
     return r.choice((0, 1, 2, 3, 5, 33, 64, 65))
 
 
+def _possible(shape: list[int]) -> list[int]:
+    """Not more elements than an op works through in no time; without elements, any sizes."""
+    return shape if math.prod(shape) <= 2**20 else [min(size, 3) for size in shape]
+
+
 def _other_shape(t: Tensor, r: random.Random) -> Tensor:
     shape = list(t.shape)
     kind = r.randrange(4)
@@ -70,7 +75,7 @@ def _other_shape(t: Tensor, r: random.Random) -> Tensor:
         shape.insert(r.randint(0, len(shape)), r.choice((0, 1, 2)))
     else:
         shape = [r.choice((0, 1, 2, 3)) for _ in range(r.randrange(7))]
-    return t.new_zeros(shape)
+    return t.new_zeros(_possible(shape))
 
 
 def _huge_and_empty(t: Tensor, r: random.Random) -> Tensor:
@@ -149,8 +154,7 @@ def _sized(op: str, dtype: torch.dtype, r: random.Random) -> dict[str, Any]:
         sizes[letter] = r.choice((0, *HUGE)) if letter != "W" else sizes[letter]
     for name, letters in axes.items():
         shape = [sizes[letter] for letter in letters]
-        if 0 not in shape and math.prod(shape) > 2**20:  # there is no memory for it
-            shape = [min(size, 3) for size in shape]
+        shape = _possible(shape)
         try:
             arguments[name] = torch.zeros(shape, dtype=arguments[name].dtype)
         except RuntimeError:  # torch itself does not make such a tensor
