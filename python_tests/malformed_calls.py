@@ -27,7 +27,7 @@ from torch import Tensor
 from cerberus_ext import ops
 
 SECONDS = 20.0  # a call; far more than any takes
-MEMORY = 24 << 30  # of addresses: what asks for more is refused, not left to the machine
+MEMORY = 8 << 30  # of addresses: what asks for more is refused, not left to the machine
 
 # The letters of the axes: sizes that agree get deeper than sizes that do not.
 AXES = {
@@ -42,7 +42,7 @@ AXES = {
     "linear": "input MI, weight OI, bias O",
     "activation": "input XYZ",
 }
-HUGE = (2**31, 2**40, 2**62)
+HUGE = (2**40, 2**62)  # whose results never fit into memory either
 INTEGERS = (-(2**63), -(2**31) - 1, -1, 0, 1, 2, 4, 5, 31, 32, 33, 2**31 - 1, 2**31, 2**40, 2**63 - 1)
 FLOATS = (math.nan, math.inf, -math.inf, -1.0, -0.0, 0.0, 1e-320, 1e-60, 1e-40, 0.5, 1.0, 1e30, 1e39, 1e308)
 OTHER = (None, "x", 1.5, True, [1], 2**63, -(2**63) - 1, 10**40, b"x", (), {})
@@ -81,7 +81,7 @@ def _other_shape(t: Tensor, r: random.Random) -> Tensor:
 def _huge_and_empty(t: Tensor, r: random.Random) -> Tensor:
     shape = [r.choice((0, 1, 2)) for _ in t.shape] or [0]
     shape[r.randrange(len(shape))] = 0
-    shape[r.randrange(len(shape))] = r.choice((2**31, 2**40))
+    shape[r.randrange(len(shape))] = 2**40
     return t.new_zeros(shape if 0 in shape else [0])
 
 
