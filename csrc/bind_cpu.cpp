@@ -80,7 +80,8 @@ void commit_cache(const Tensor& cache, const Tensor& length, const Tensor& path,
 
 Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
   const LinearCall call = prepare_linear(input, weight, bias);
-  linear_cpu(call.args, torch_threads());
+  // Without outputs there may be any number of rows.
+  if (call.args.out_size > 0) linear_cpu(call.args, torch_threads());
   return call.output;
 }
 
