@@ -80,14 +80,15 @@ void commit_cache(const Tensor& cache, const Tensor& length, const Tensor& path,
 
 Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, bool transposed) {
   const LinearCall call = prepare_linear(input, weight, bias, transposed);
-  linear_cpu(call.args, torch_threads());
+  // Without outputs there may be any number of rows.
+  if (call.args.out_size > 0) linear_cpu(call.args, torch_threads());
   return call.output;
 }
 
 Tensor grouped_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                       const Tensor& ends, bool transposed) {
   const LinearCall call = prepare_grouped_linear(input, weight, bias, ends, transposed);
-  linear_cpu(call.args, torch_threads());
+  if (call.args.out_size > 0) linear_cpu(call.args, torch_threads());
   return call.output;
 }
 
@@ -143,12 +144,11 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
 struct OpWithoutKernel {
   const char *op, *first_argument;
 };
-constexpr OpWithoutKernel kOps[] = {{"hidden_entropy", "hidden"}, {"head_stack", "hidden"},
-                                    {"draft_topk", "states"},     {"choose_tokens", "logits"},
-                                    {"tree_attention", "q"},      {"write_cache", "keys"},
-                                    {"verify_tree", "draft"},     {"commit_cache", "cache"},
-                                    {"linear", "input"},          {"activation", "input"},
-                                    {"grouped_linear", "input"}};
+constexpr OpWithoutKernel kOps[] = {
+    {"hidden_entropy", "hidden"}, {"head_stack", "hidden"},   {"draft_topk", "states"},
+    {"choose_tokens", "logits"},  {"tree_attention", "q"},    {"write_cache", "keys"},
+    {"verify_tree", "draft"},     {"commit_cache", "cache"},  {"linear", "input"},
+    {"activation", "input"},      {"grouped_linear", "input"}};
 
 [[noreturn]] void refuse(const OpWithoutKernel& op, const Tensor& first) {
   if (!first.defined()) Check(op.op).fail(op.first_argument, "a tensor", "None");

@@ -80,7 +80,8 @@ def check_attention(dtype: torch.dtype) -> None:
                 "window": window
             }
             assert_close("tree_attention", ops.tree_attention(**a), reference.tree_attention(**a), dtype)
-    a = attention_inputs(1, chain(70), [60], dtype=dtype)
+    a = attention_inputs(1, chain(70), [60], dtype=dtype) | {"softcap": 2.0, "sinks": normal(4, seed=5, dtype=dtype)}
+    assert_close("tree_attention", ops.tree_attention(**a), reference.tree_attention(**a), dtype)
     whole = ops.tree_attention(**a)
     for node in range(70):
         alone = a | {
@@ -89,6 +90,17 @@ def check_attention(dtype: torch.dtype) -> None:
             "ancestors": torch.tensor([[1]]),
         }
         assert_same_bits(ops.tree_attention(**alone)[0, 0], whole[0, node])
+
+
+def check_activations(dtype: torch.dtype) -> None:
+    """Every kind, and the same bits from every place of a vector on."""
+    x = normal(301, scale=4.0, dtype=dtype)
+    for kind in reference._ACTIVATIONS:
+        whole = ops.activation(x, kind)
+        assert_close("activation", whole, reference.activation(x, kind), dtype)
+        for offset in range(1, 34):
+            assert_same_bits(ops.activation(x[offset:], kind), whole[offset:])
+            assert_same_bits(ops.activation(x[: offset + 1], kind), whole[: offset + 1])
 
 
 def check_choice(dtype: torch.dtype) -> None:
@@ -103,6 +115,7 @@ def check_every_op() -> None:
         check_examples(dtype)
         check_products(dtype)
         check_attention(dtype)
+        check_activations(dtype)
         check_choice(dtype)
 
 

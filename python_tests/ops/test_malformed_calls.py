@@ -104,3 +104,8 @@ def test_results_that_do_not_fit_into_memory():
     )
     with pytest.raises(RuntimeError, match=message):
         ops.linear(torch.zeros(2**40, 0), torch.zeros(5, 0), None)
+
+
+def test_linear_of_very_many_rows_without_outputs():
+    got = ops.linear(torch.zeros(2**62, 0), torch.zeros(0, 0), None)
+    assert got.shape == (2**62, 0)

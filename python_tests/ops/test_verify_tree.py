@@ -67,8 +67,9 @@ def test_root_alone(device):
 
 
 def test_depth_may_be_more_than_the_tree_has(device):
-    parents, ancestors, _ = tree([-1, 0], device)
-    ones = torch.ones(1, 2, dtype=torch.int64, device=device)
+    """Up to N - 1, which no tree of N nodes exceeds."""
+    parents, ancestors, _ = tree([-1, 0, 0, 0, 0], device)
+    ones = torch.ones(1, 5, dtype=torch.int64, device=device)
     path, accepted = ops.verify_tree(ones, ones, parents, ancestors, 4)
     assert path.tolist() == [[0, 1, -1, -1, -1]] and accepted.tolist() == [1]
 

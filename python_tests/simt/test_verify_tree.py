@@ -26,7 +26,7 @@ def test_random(nodes, tokens, simt):
 @pytest.mark.parametrize("more_depth", [-1, 0, 2])
 def test_depth(rows, more_depth, simt):
     """Nodes below `depth` are left out; what the tree does not reach is -1."""
-    check(simt, chain(70), rows, 1, more_depth)
+    check(simt, [*chain(70), 0, 0], rows, 1, more_depth)
 
 
 @pytest.mark.parametrize("schedule", range(4))
