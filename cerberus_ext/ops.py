@@ -264,7 +264,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool 
     input: (M, I) float32 | bfloat16 | float16, contiguous.
     weight: (O, I); transposed: (I, O), GPT-2's Conv1D.
     bias: (O,) or None.
-    Returns (M, O) of input's dtype, rounded from a float32 sum.
+    Returns (M, O) of input's dtype, rounded from a float32 sum. At the levels avx512_bf16 and amx_bf16 bfloat16
+        numbers below 2^-126 count as zeros.
     Raises RuntimeError on other shapes or dtypes, on a non-contiguous tensor.
     Specification: reference.linear.
     """
