@@ -4,9 +4,10 @@
     python bench/equality.py --questions mt_bench.jsonl --dtype bfloat16 --out equality-bf16.jsonl
 
 float32: against model.generate(do_sample=False), for all heads, trees and gates; other kernels round differently, so a
-mismatch is reported with the gap between the model's two largest logits there. bfloat16: against `decode` with the gate
-never open, bit for bit. Oracle heads must be accepted to the full depth. Ends with status 1 if anything differs.
-Stopped and started again, it goes on where it was.
+mismatch is reported with the gap between the model's two largest logits there. bfloat16 and float16: against `decode`
+with the gate never open, bit for bit, with drafts as by default, trees of several sizes, random heads and a random
+gate. Oracle heads must be accepted to the full depth. Ends with status 1 if anything differs. Stopped and started
+again, it goes on where it was. CERBERUS_ISA chooses a lower level of the CPU's instructions.
 """
 
 from __future__ import annotations
@@ -33,23 +34,39 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
 from stand_ins import AdversarialHeads, OracleHeads, RandomGate, RandomHeads  # noqa: E402
 
 STAND_INS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": OracleHeads}
-HEADS = {"float32": ["trained", *STAND_INS], "bfloat16": ["trained", "random", "oracle"]}
-TREES = {"float32": ["chain", "16", "64", "one"], "bfloat16": ["16", "32"]}
+HEADS = ["trained", *STAND_INS]
+TREES = ["chain", "static-16", "static-64", "one"]
 GATES: dict[str, Callable[[], cerberus_ext.Gate]] = {"open": AlwaysOpen, "random": RandomGate}
+# Of a 16-bit type: (heads, tree, gate). A number: a DynamicTree of so many nodes.
+SIXTEEN_BITS = [
+    ("trained", "default", "open"),
+    ("trained", "8", "open"),
+    ("trained", "16", "open"),
+    ("trained", "32", "open"),
+    ("random", "16", "open"),
+    ("trained", "16", "random"),
+]
 
 
-def make_tree(name: str, heads: Any) -> DraftTree:
+def make_tree(name: str, heads: Any) -> DraftTree | int | None:
+    if name == "default":
+        return None
+    if name.isdecimal():
+        return int(name)
     if name in ("chain", "one"):
         return DraftTree.chain(heads.config.num_heads if name == "chain" else 1)
-    return default_tree(heads, torch.device("cpu"), int(name))
+    return default_tree(heads, torch.device("cpu"), int(name.removeprefix("static-")))
 
 
 def settings(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
     """(heads, tree, gate) of every run of a question."""
     if arguments.dtype == "float32":
-        yield "trained", "16", "closed"
-    for heads in arguments.heads or HEADS[arguments.dtype]:
-        for tree in arguments.trees or TREES[arguments.dtype]:
+        yield "trained", "static-16", "closed"
+    elif not (arguments.heads or arguments.trees or arguments.gates):
+        yield from SIXTEEN_BITS
+        return
+    for heads in arguments.heads or HEADS:
+        for tree in arguments.trees or TREES:
             for gate in arguments.gates or GATES:
                 yield heads, tree, gate
 
@@ -64,11 +81,11 @@ def main() -> int:
     parser.add_argument("--questions", type=Path, required=True, help="JSON lines with question_id and turns")
     parser.add_argument("--limit", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--dtype", choices=list(HEADS), default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--trained", default="smollm2-135m-instruct", help="packaged name, folder or Hub id of heads")
-    parser.add_argument("--heads", nargs="+", choices=HEADS["float32"], help="only these")
-    parser.add_argument("--trees", nargs="+", help="only these: chain, one, or a number of nodes")
+    parser.add_argument("--heads", nargs="+", choices=HEADS, help="only these")
+    parser.add_argument("--trees", nargs="+", help="only these: chain, one, static-N or N nodes")
     parser.add_argument("--gates", nargs="+", choices=list(GATES), help="only these")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -121,14 +138,17 @@ def main() -> int:
             row: dict[str, Any] = {
                 "seconds": time.perf_counter() - begin,
                 "tokens_per_step": out.stats.tokens_per_step,
+                "exact": out.stats.exact,
                 "difference": difference(model, out.sequences, want, ids.shape[1]),
             }
-            if (heads_name, gate_name) == ("oracle", "open"):
+            if (heads_name, gate_name) == ("oracle", "open") and isinstance(tree, DraftTree):
                 row["full_depth"] = full_depth(out.stats.accepted_histogram, tree.depth)
             results.add(key, **row)
             print(key, row, flush=True)
 
-    wrong = [row for row in results if row["difference"] is not None or not row.get("full_depth", True)]
+    wrong = [
+        row for row in results if row["difference"] is not None or not row["exact"] or not row.get("full_depth", True)
+    ]
     print(f"{len(list(results))} texts, {len(wrong)} wrong")
     for row in wrong:
         print(row)
