@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 _ops = torch.ops.cerberus_ext
+_LONGEST_AXIS = 2**48  # of a tensor without memory: torch does not count what is larger
 
 
 def _check(op: str, axes: str, *tensors: Tensor | None) -> None:
@@ -37,6 +38,8 @@ def _check(op: str, axes: str, *tensors: Tensor | None) -> None:
             raise RuntimeError(f"{op}: {name} must be on {first.device} like {axes.split()[0]}, got {tensor.device}")
         if tensor.dim() != len(letters):
             raise RuntimeError(f"{op}: {name} must be of {len(letters)} axes, got {tuple(tensor.shape)}")
+        if max(tensor.shape, default=0) >= _LONGEST_AXIS:
+            raise RuntimeError(f"{op}: {name} must be of axes below {_LONGEST_AXIS}, got {tuple(tensor.shape)}")
 
 
 def hidden_entropy(hidden: Tensor) -> Tensor:

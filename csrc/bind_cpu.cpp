@@ -98,31 +98,37 @@ Tensor activation(const Tensor& input, const std::string& kind) {
   return call.output;
 }
 
-// A view that stands for the negated numbers in its memory. torch gives the other ops a copy of it, and
-// cannot do so where an op returns nothing.
-void refuse_negated(const char* op, std::initializer_list<std::pair<const char*, const Tensor*>> arguments) {
+bool is_view(const char* question, const Tensor& tensor) {
+  StableIValue stack[1] = {torch::stable::detail::from(tensor)};
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_call_dispatcher(question, "", stack));
+  return torch::stable::detail::to<bool>(stack[0]);
+}
+
+// A view that stands for the negated or conjugated numbers in its memory. torch gives the other ops a copy of
+// it, and cannot do so where an op changes its arguments.
+void refuse_lazy(const char* op, std::initializer_list<std::pair<const char*, const Tensor*>> arguments) {
   for (const auto& [name, tensor] : arguments) {
-    StableIValue stack[1] = {torch::stable::detail::from(*tensor)};
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_call_dispatcher("aten::is_neg", "", stack));
-    if (torch::stable::detail::to<bool>(stack[0]))
+    if (is_view("aten::is_neg", *tensor))
       Check(op).fail(name, "a plain tensor", "a negated view: call resolve_neg() before");
+    if (is_view("aten::is_conj", *tensor))
+      Check(op).fail(name, "a plain tensor", "a conjugated view: call resolve_conj() before");
   }
-  throw std::runtime_error(std::string(op) + ": no argument may be a negated view");
+  throw std::runtime_error(std::string(op) + ": no argument may be a negated or conjugated view");
 }
 
-void write_cache_negated(const Tensor& keys, const Tensor& values, const Tensor& new_keys,
-                         const Tensor& new_values, const Tensor& length) {
-  refuse_negated("write_cache", {{"keys", &keys},
-                                 {"values", &values},
-                                 {"new_keys", &new_keys},
-                                 {"new_values", &new_values},
-                                 {"length", &length}});
+void write_cache_lazy(const Tensor& keys, const Tensor& values, const Tensor& new_keys,
+                      const Tensor& new_values, const Tensor& length) {
+  refuse_lazy("write_cache", {{"keys", &keys},
+                              {"values", &values},
+                              {"new_keys", &new_keys},
+                              {"new_values", &new_values},
+                              {"length", &length}});
 }
 
-void commit_cache_negated(const Tensor& cache, const Tensor& length, const Tensor& path,
-                          const Tensor& accepted) {
-  refuse_negated("commit_cache",
-                 {{"cache", &cache}, {"length", &length}, {"path", &path}, {"accepted", &accepted}});
+void commit_cache_lazy(const Tensor& cache, const Tensor& length, const Tensor& path,
+                       const Tensor& accepted) {
+  refuse_lazy("commit_cache",
+              {{"cache", &cache}, {"length", &length}, {"path", &path}, {"accepted", &accepted}});
 }
 
 void register_ops(torch::stable::detail::StableLibrary& m) {
@@ -198,8 +204,12 @@ STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, QuantizedCPU, m) { cerberus::register_op
 STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, NestedTensorCPU, m) { cerberus::register_ops(m); }
 STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, AutogradNestedTensor, m) { cerberus::register_ops(m); }
 STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, Negative, m) {
-  m.impl("write_cache", TORCH_BOX(&cerberus::write_cache_negated));
-  m.impl("commit_cache", TORCH_BOX(&cerberus::commit_cache_negated));
+  m.impl("write_cache", TORCH_BOX(&cerberus::write_cache_lazy));
+  m.impl("commit_cache", TORCH_BOX(&cerberus::commit_cache_lazy));
+}
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, Conjugate, m) {
+  m.impl("write_cache", TORCH_BOX(&cerberus::write_cache_lazy));
+  m.impl("commit_cache", TORCH_BOX(&cerberus::commit_cache_lazy));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CompositeExplicitAutograd, m) {
