@@ -35,6 +35,7 @@ _HARMLESS = {
     "position_ids", "use_cache", *CACHE_ARGUMENTS, "cache_position", "output_attentions", "output_hidden_states",
     "output_router_logits", "return_dict", "layer_idx", "is_causal",
 }  # fmt: skip
+_SHARING = ("full_attention", "sliding_attention")  # types of layers that may do without a cache of their own
 _ATTENTIONS = AttentionInterface()
 _MASKS = AttentionMaskInterface()
 
@@ -191,6 +192,9 @@ def layer_windows(config: PreTrainedConfig) -> tuple[int, ...]:
         )
     windows = []
     for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer).__name__ == "DummyLayer" and types[index] in _SHARING:  # it reads the keys of an earlier layer
+            windows.append(text.sliding_window if types[index] == "sliding_attention" else 0)
+            continue
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise ValueError(
                 "decode: model must have a key/value cache in every layer, with full or sliding attention,"

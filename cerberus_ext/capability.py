@@ -10,6 +10,7 @@ The proof finds faults of kinds that nobody thought of. That it passes proves no
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 
 from .attention import UnsupportedAttention, check_attention
 from .base_model import BaseModel, StepWay
+from .cache import UnevenLayers
 from .replayable import memory_of
 from .stats import DecodeStats
 from .step_audit import Audit, padded_nodes
@@ -79,6 +81,11 @@ def _examine(model: PreTrainedModel) -> Capability:
         reason = str(error)
         raise ValueError(
             f"decode: model must have an attention that is known here, {name} has not: {reason}"
+        ) from error
+    except UnevenLayers as error:
+        reason = str(error).removeprefix("TreeCache: ")
+        raise ValueError(
+            f"decode: model must have keys and values of one shape in all layers, {name} has not: {reason}"
         ) from error
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
         if str(error).startswith("decode:"):
@@ -143,12 +150,17 @@ def _tokens(model: PreTrainedModel, nodes: Sequence[int] | None = None) -> Tenso
 
 
 def _agree(one: Tensor, other: Tensor) -> bool:
-    """On a CPU, bit for bit; on another device, up to rounding."""
+    """On a CPU, bit for bit; on another device, up to rounding. What is no number in both agrees."""
     if one.device.type == "cpu":
-        return one.equal(other)
+        return one.nan_to_num().equal(other.nan_to_num())
     return _difference(one, other) <= _LARGEST_DIFFERENCE[one.dtype]
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
-    """As a share of the norm; NaN where either is not finite."""
-    return float((one.float() - other.float()).norm() / other.float().norm())
+    """As a share of the norm; NaN where one is finite and the other is not. What is finite in neither does not count."""
+    one, other = one.float(), other.float()
+    finite = other.isfinite()
+    if not finite.equal(one.isfinite()):
+        return math.nan
+    one, other = one[finite], other[finite]
+    return float((one - other).norm() / other.norm().clamp(min=torch.finfo(torch.float32).tiny))
