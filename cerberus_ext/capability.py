@@ -157,7 +157,7 @@ def _agree(one: Tensor, other: Tensor) -> bool:
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
-    """As a share of the norm; NaN where one is finite and the other is not. What is finite in neither does not count."""
+    """As a share of the norm; NaN where only one is finite. What is finite in neither does not count."""
     one, other = one.float(), other.float()
     finite = other.isfinite()
     if not finite.equal(one.isfinite()):
