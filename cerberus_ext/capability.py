@@ -29,8 +29,9 @@ from .stats import DecodeStats
 from .step_audit import Audit, padded_nodes
 from .tree import DraftTree
 
-_TREE = DraftTree.from_paths([(0, 0), (0, 1), (1, 0), (2,)])  # 7 nodes
-_PATHS = ((0, 1, 4), (0, 2, 6))  # of its nodes
+# More nodes than a sum may have terms to be written out (row_invariant.py): one over nodes is none of these.
+_TREE = DraftTree.from_paths([(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0)])  # 11 nodes
+_PATHS = ((0, 1, 6), (0, 2, 7))  # of its nodes
 _PROMPT = 5  # tokens
 _CAPACITY = 32
 _STRIDE = 7919  # between the token ids of the proof; any, as long as they differ
