@@ -44,6 +44,13 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return calls
 
 
+@pytest.fixture
+def swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As inside of `step_forward`."""
+    monkeypatch.setattr(row_invariant._thread, "swapped", True)
+
+
+@pytest.mark.usefixtures("swapped")
 class TestWeight:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("bias", [False, True])
@@ -72,6 +79,11 @@ class TestWeight:
         weight, x = torch.randn(33, 48), torch.randn(5, 48)
         torch.testing.assert_close(product(x, InvariantWeight.of(weight).t()), x @ weight.t(), atol=1e-4, rtol=1e-4)
         assert calls == [(33, 48)]
+
+    def test_is_an_ordinary_tensor_to_other_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(row_invariant._thread, "swapped", False)
+        calls, weight, x = count_calls(monkeypatch), torch.randn(33, 48), torch.randn(5, 48)
+        assert F.linear(x, InvariantWeight.of(weight)).equal(F.linear(x, weight)) and not calls
 
     def test_is_an_ordinary_tensor_otherwise(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls = count_calls(monkeypatch)
