@@ -178,8 +178,16 @@ def check_attention(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     if getattr(config, "alibi", False):
         raise UnsupportedAttention("it uses ALiBi, which goes by the place in the cache")
-    if not names_attention(model) and _CALL not in inspect.getsource(sys.modules[type(model).__module__]):
+    if not names_attention(model) and not any(map(_mentions_call, {type(part).__module__ for part in model.modules()})):
         raise UnsupportedAttention(f"it calls neither transformers' attention interface nor torch's {_CALL}")
+
+
+def _mentions_call(module: str) -> bool:
+    """Whether the source of a module of Python names torch's function. torch's own are not asked."""
+    try:
+        return not module.startswith("torch.") and _CALL in inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):  # made without a file
+        return False
 
 
 def layer_windows(config: PreTrainedConfig) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
     reading    one step over a small tree, call by call: is a token's result independent of the other tokens by
                construction (step_audit.py)? The answer is `exact` and `inexact_because`.
-    proof      the same tree against its paths decoded one by one, and against the model's own forward over each path.
+    proof      the same tree against its paths decoded token by token, and these against what the model itself computes.
                A model that fails the first decodes without drafts; one that fails the second is refused.
 
 The proof finds faults of kinds that nobody thought of. That it passes proves nothing: `exact` never rests on it.
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from .attention import UnsupportedAttention, check_attention
 from .base_model import BaseModel, StepWay
@@ -27,6 +27,7 @@ from .cache import UnevenLayers
 from .replayable import memory_of
 from .stats import DecodeStats
 from .step_audit import Audit, padded_nodes
+from .transformers_names import cache_argument
 from .tree import DraftTree
 
 # More nodes than a sum may have terms to be written out (row_invariant.py): one over nodes is none of these.
@@ -35,7 +36,7 @@ _PATHS = ((0, 1, 6), (0, 2, 7))  # of its nodes
 _PROMPT = 5  # tokens
 _CAPACITY = 32
 _STRIDE = 7919  # between the token ids of the proof; any, as long as they differ
-# Largest difference from the model's own forward, as a share of the logits' norm: rounding stays far below.
+# Largest difference from the model itself, as a share of the logits' norm: rounding stays far below.
 _LARGEST_DIFFERENCE = {torch.float32: 0.02, torch.float16: 0.3, torch.bfloat16: 0.3}
 
 
@@ -119,28 +120,32 @@ def _prove(model: PreTrainedModel, capability: Capability) -> Capability:
         base.prefill(_tokens(model))
         hidden, logits = base.step(_tokens(model, range(_TREE.size)), _TREE.on(model.device))
         for path in _PATHS:
-            for node in path:
+            for node, own in zip(path, _own_logits(model, path), strict=True):
                 alone_hidden, alone_logits = base.step(_tokens(model, [node]), DraftTree.root().on(model.device))
                 base.cache.extend(1)
+                difference = _difference(alone_logits[0, 0], own)
+                if not difference <= _LARGEST_DIFFERENCE[model.dtype]:
+                    raise ValueError(
+                        f"decode: model must compute in a step what it computes by itself, {type(model).__name__} does"
+                        f" not: its logits differ by {difference:.0%}"
+                    )
                 same = (
                     same and _agree(alone_logits[0, 0], logits[0, node]) and _agree(alone_hidden[0, 0], hidden[0, node])
                 )
             base.cache.extend(-len(path))
-    for path in _PATHS:
-        with BaseModel(model, _CAPACITY, 1, way=capability.way) as base:
-            own = base.prefill(torch.cat([_tokens(model), _tokens(model, path)], 1))[1][0]
-        difference = _difference(logits[0, path[-1]], own)
-        if not difference <= _LARGEST_DIFFERENCE[model.dtype]:
-            raise ValueError(
-                f"decode: model must compute in a step what it computes in a prompt, {type(model).__name__} does not:"
-                f" its logits differ by {difference:.0%}"
-            )
     if same:
         return capability
     name = type(model).__name__
     reason = f"{name} computes other numbers for a token of a tree than for the token by itself"
     warnings.warn(f"decode: no drafts: {reason}", RuntimeWarning, stacklevel=2)
     return Capability(capability.way, capability.inexact_because, no_drafts_because=reason)
+
+
+def _own_logits(model: PreTrainedModel, path: Sequence[int]) -> list[Tensor]:
+    """(V,) after each node of the path: token by token, with a cache and an attention of its own, as in `generate`."""
+    cache = {cache_argument(model): DynamicCache(config=model.config)}
+    model(input_ids=_tokens(model), use_cache=True, **cache)
+    return [model(input_ids=_tokens(model, [node]), use_cache=True, **cache).logits[0, -1] for node in path]
 
 
 def _tokens(model: PreTrainedModel, nodes: Sequence[int] | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -95,9 +96,10 @@ class Mixing(nn.Module):
         return output + self.share * output.mean(1, keepdim=True)
 
 
-def test_a_module_that_mixes_tokens(llama: PreTrainedModel) -> None:
+@pytest.mark.parametrize("share", [1e-4, 1.0])
+def test_a_module_that_mixes_tokens(share: float, llama: PreTrainedModel) -> None:
     """Is named by the reading, and found by the proof: without drafts."""
-    llama.model.layers[0].mlp = Mixing(llama.model.layers[0].mlp, 1e-4)
+    llama.model.layers[0].mlp = Mixing(llama.model.layers[0].mlp, share)
     reason = "LlamaForCausalLM computes other numbers for a token of a tree than for the token by itself"
     with pytest.warns(RuntimeWarning, match=f"^decode: no drafts: {reason}$"):
         capability = capability_of(llama)
@@ -125,18 +127,16 @@ def test_a_module_that_might_mix_tokens(llama: PreTrainedModel) -> None:
         assert stats.no_drafts_because is None
 
 
-def test_attention_that_goes_by_the_place_in_the_cache(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a kind of ALiBi would that nobody has thought of: what a step computes is not what a prompt does."""
-    attention = llama.model.layers[1].self_attn
-    real = attention.forward
+def test_attention_that_is_wrong_in_a_step(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a bias for the place in the cache that nobody has thought of: it is lost there."""
+    own = sys.modules[type(llama).__module__].eager_attention_forward
+    llama.set_attn_implementation("eager")
 
-    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        output, weights = real(*args, **kwargs)
-        return output * (1 + cache.get_seq_length()), weights
+    def biased(module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kwargs: Any) -> Any:
+        return own(module, query, key * torch.linspace(0.5, 1.5, key.shape[2])[:, None], value, *rest, **kwargs)
 
-    monkeypatch.setattr(attention, "forward", forward)
-    message = "decode: model must compute in a step what it computes in a prompt, LlamaForCausalLM does not: its logits"
+    monkeypatch.setattr(sys.modules[type(llama).__module__], "eager_attention_forward", biased)
+    message = "decode: model must compute in a step what it computes by itself, LlamaForCausalLM does not: its logits"
     with pytest.raises(ValueError, match=rf"^{message} differ by \d+%$"):
         decode(llama, None, prompt(), max_new_tokens=NEW)
     monkeypatch.undo()
