@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from stand_ins import OracleHeads
 from tiny_families import make_family
-from tiny_models import VOCAB, prompt
+from tiny_models import prompt
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cerberus_ext.base_model import BaseModel
 from cerberus_ext.decode import decode
+from cerberus_ext.tree import DraftTree
 
 NEW = 6
 # Named attention, seen call by call; with swapped weights; with windows; with soft caps; with experts; of its own.
@@ -112,17 +113,21 @@ def test_from_another_thread_in_the_middle_of_a_step(family: str, shared: bool) 
 
 def test_the_hidden_states_are_those_of_the_step() -> None:
     """Not those that another thread's forward of the same model hands to the LM head."""
-    model, main = make_family("llama"), threading.get_ident()
-    text = decode(model, None, prompt(), max_new_tokens=NEW).sequences
+    model, main, calls = make_family("llama"), threading.get_ident(), []
+    tree = DraftTree.chain(2)
+
+    def step() -> Tensor:
+        with torch.inference_mode(), BaseModel(model, 64, 1) as base:
+            base.prefill(prompt())
+            return base.step(OTHER[:, :3], tree.on(OTHER.device))[0]
 
     def hook(module: torch.nn.Module, *_: Any) -> None:
         if threading.get_ident() == main:
-            in_a_thread(lambda: logits(model))
+            in_a_thread(lambda: calls.append(logits(model)))
 
-    heads = OracleHeads(text, 3, VOCAB)
+    want = step()
     with model.lm_head.register_forward_pre_hook(hook), model.lm_head.register_forward_hook(hook):
-        out = decode(model, heads, prompt(), max_new_tokens=NEW, tree=8, streamer=heads)
-    assert out.sequences.equal(text) and out.stats.tokens_per_step > 1.5
+        assert step().equal(want) and len(calls) == 4
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "falcon"])
