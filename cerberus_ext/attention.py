@@ -35,6 +35,7 @@ _HARMLESS = {
     "position_ids", "use_cache", *CACHE_ARGUMENTS, "cache_position", "output_attentions", "output_hidden_states",
     "output_router_logits", "return_dict", "layer_idx", "is_causal",
 }  # fmt: skip
+_SHARING = ("full_attention", "sliding_attention")  # types of layers that may do without a cache of their own
 _ATTENTIONS = AttentionInterface()
 _MASKS = AttentionMaskInterface()
 
@@ -177,8 +178,16 @@ def check_attention(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     if getattr(config, "alibi", False):
         raise UnsupportedAttention("it uses ALiBi, which goes by the place in the cache")
-    if not names_attention(model) and _CALL not in inspect.getsource(sys.modules[type(model).__module__]):
+    if not names_attention(model) and not any(map(_mentions_call, {type(part).__module__ for part in model.modules()})):
         raise UnsupportedAttention(f"it calls neither transformers' attention interface nor torch's {_CALL}")
+
+
+def _mentions_call(module: str) -> bool:
+    """Whether the source of a module of Python names torch's function. torch's own are not asked."""
+    try:
+        return not module.startswith("torch.") and _CALL in inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):  # made without a file
+        return False
 
 
 def layer_windows(config: PreTrainedConfig) -> tuple[int, ...]:
@@ -191,6 +200,9 @@ def layer_windows(config: PreTrainedConfig) -> tuple[int, ...]:
         )
     windows = []
     for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer).__name__ == "DummyLayer" and types[index] in _SHARING:  # it reads the keys of an earlier layer
+            windows.append(text.sliding_window if types[index] == "sliding_attention" else 0)
+            continue
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise ValueError(
                 "decode: model must have a key/value cache in every layer, with full or sliding attention,"

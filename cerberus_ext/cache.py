@@ -15,6 +15,10 @@ from transformers.cache_utils import CacheLayerMixin
 from . import ops
 
 
+class UnevenLayers(ValueError):
+    """Keys and values of a model's layers do not all have the same shape and dtype, as those of one tensor."""
+
+
 class TreeCache(Cache):
     """A transformers cache for `decode`.
 
@@ -95,9 +99,9 @@ class TreeCacheLayer(CacheLayerMixin):
         for name, states in (("keys", key_states), ("values", value_states)):
             got = (*states.shape[:2], states.shape[3], states.dtype, states.device)
             if got != expected:
-                raise ValueError(
+                raise UnevenLayers(
                     f"TreeCache: {name} of layer {self.index} must have (rows, heads, head size, dtype, device)"
-                    f" {expected} like the keys of layer 0, got {got}: this model is not supported"
+                    f" {expected} like the keys of layer 0, got {got}"
                 )
         assert planes > 2 * self.index
         self.keys, self.values = tensor[2 * self.index], tensor[2 * self.index + 1]

@@ -32,6 +32,10 @@ def check_model(model: Any) -> None:
     if model.training:
         raise ValueError("decode: model must be in evaluation mode, got one in training mode: call model.eval()")
     devices = {parameter.device for parameter in model.parameters()}
+    if "meta" in {device.type for device in devices}:
+        raise ValueError(
+            f"decode: model must have its weights in memory, some of {name} are on meta: offloaded, or not loaded"
+        )
     if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         raise ValueError(f"decode: model must be on one device, cpu or cuda, got {sorted(map(str, devices))}")
     if model.dtype not in _DTYPES:

@@ -1,15 +1,20 @@
-"""What `cerberus info` prints: versions, the libraries loaded, CPU features, CUDA."""
+"""What `cerberus info` prints: versions, the libraries loaded, CPU features, CUDA; what can be done with a model."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import _load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What decides which kernels are chosen, and which of torch's own are fast.
 _CPU_FEATURES = ["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"]
@@ -21,9 +26,37 @@ def collect() -> dict[str, dict[str, str]]:
     return {"Versions": _versions(), "Libraries": _libraries(), "CPU": _cpu(), "CUDA": _cuda()}
 
 
+def model_section(model: PreTrainedModel) -> dict[str, str]:
+    """Label -> value: what `decode` can do with a model. Runs a few of its steps, and generates nothing.
+
+    Raises ValueError or TypeError where decode would refuse it.
+    """
+    from . import checks  # these import transformers, which takes seconds
+    from .capability import capability_of
+
+    checks.check_model(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # is shown below
+        found = capability_of(model)
+    return {
+        "class": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "exact": _yes_unless(found.stats().inexact_because),
+        "drafts": _yes_unless(found.no_drafts_because),
+    }
+
+
+def _yes_unless(because: str | None) -> str:
+    return "yes" if because is None else f"no: {because}"
+
+
 def print_info() -> None:
-    """Prints `collect()` as plain text, one label a line."""
-    sections = collect()
+    """Prints `collect()`."""
+    print_sections(collect())
+
+
+def print_sections(sections: dict[str, dict[str, str]]) -> None:
+    """As plain text, one label a line."""
     width = max(len(label) for section in sections.values() for label in section)
     for title, section in sections.items():
         print(title)

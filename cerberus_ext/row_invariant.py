@@ -13,6 +13,7 @@ and `RowInvariant`, which sees every call. capability.py decides which one a mod
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce, wraps
 from typing import Any
@@ -46,9 +47,20 @@ def step_forward(model: Any, mode: Callable[[], TorchFunctionMode] | None) -> Ca
     weights: dict[str, Tensor] = {name: InvariantWeight.of(weight) for name, weight in product_weights(model).items()}
 
     def forward(**arguments: Any) -> Any:
-        return torch.func.functional_call(model, weights, (), arguments, tie_weights=False)
+        before, _thread.swapped = _thread.swapped, True
+        try:
+            return torch.func.functional_call(model, weights, (), arguments, tie_weights=False)
+        finally:
+            _thread.swapped = before
 
     return forward if weights else model
+
+
+class _Thread(threading.local):
+    swapped = False
+
+
+_thread = _Thread()  # whether it was this one that swapped weights: others that use the model meanwhile find them, too
 
 
 def product_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -202,7 +214,7 @@ _ALL = PRODUCTS | ELEMENTWISE | SMALL_SUMS | {F.scaled_dot_product_attention: tr
 
 
 class InvariantWeight(Tensor):
-    """A weight, products with which are `ops.linear`. Anything else treats it as the plain tensor."""
+    """A weight, products with which are `ops.linear` inside of `step_forward`. Else it is as the plain tensor."""
 
     itself: Tensor | None = None  # the plain tensor; None for views of it
 
@@ -222,9 +234,10 @@ class InvariantWeight(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func in PRODUCTS:
-            output = PRODUCTS[func](*args, **(kwargs or {}))
-            if output is not NotImplemented:
-                return output
+            if _thread.swapped:
+                output = PRODUCTS[func](*args, **(kwargs or {}))
+                if output is not NotImplemented:
+                    return output
             return func(*map(plain, args), **{name: plain(value) for name, value in (kwargs or {}).items()})
         return super().__torch_function__(func, types, args, kwargs or {})
 

@@ -46,17 +46,17 @@ def current_step() -> TreeStep | None:
 
 
 class running:
-    """While inside, `step` is this thread's."""
+    """While inside, `step` is this thread's. A hook of the model may decode another model inside."""
 
     def __init__(self, step: TreeStep) -> None:
         self._step = step
 
     def __enter__(self) -> TreeStep:
-        _thread.step = self._step
+        self._before, _thread.step = _thread.step, self._step
         return self._step
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        _thread.step = None
+        _thread.step = self._before
 
 
 class Switch:

@@ -23,7 +23,7 @@ _ROW_BY_ROW = frozenset(
     """
     __get__ __set__ __getitem__ __setitem__ __len__ __bool__ __format__ __repr__ __index__ dim size stride numel
     shape type to type_as float half bfloat16 double int long bool clone detach contiguous is_contiguous
-    is_floating_point is_complex data_ptr element_size get_device is_inference requires_grad_ item tolist any all
+    is_floating_point is_complex data_ptr element_size get_device is_inference requires_grad_ item tolist
     view view_as reshape flatten unflatten squeeze unsqueeze transpose permute t movedim swapaxes expand expand_as
     broadcast_to narrow split chunk unbind select index_select gather take_along_dim cat concat stack hstack repeat
     repeat_interleave pad flip roll tensor_split split_with_sizes new_empty new_zeros new_ones new_full new_tensor
@@ -101,6 +101,8 @@ class Audit(RowInvariant):
             return len(args) > 1 and isinstance(args[0], Tensor) and args[0].dim() > 1 and args[0].shape[-1] == 1
         if name in ("pow", "__pow__", "pow_"):  # computed by products, divisions and roots
             return len(args) > 1 and not isinstance(args[1], Tensor) and args[1] in (2, 3, 0.5, -0.5, -1, -2)
+        if name in ("any", "all"):  # of all tokens: models ask so whether something has overflown
+            return False
         if name in _WHOLE_ROWS or name in _ROW_BY_ROW:
             return True
         if name in _ALONG_ROWS:
@@ -108,6 +110,8 @@ class Audit(RowInvariant):
             along = kwargs.get("dim", args[1] if len(args) > 1 and name not in ("topk", "norm", "max", "min") else None)
             if name == "topk" or func is F.softmax and along is None:
                 along = -1 if along is None else along
+            if tensors and tensors[0].dim() and tensors[0].shape[-1] >= _SHARE:  # one such row is split over threads
+                return not _is_floating(args)
             whole = tensors[0].dim() if tensors else 0
             return along in (-1, whole - 1) or along in ([-1], (-1,)) or not _is_floating(args)
         return not _is_floating((*args, *kwargs.values()))

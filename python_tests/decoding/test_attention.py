@@ -1,44 +1,46 @@
-"""The two ways of attending agree, and a model that needs the mask gets it."""
+"""A tree's nodes attend to what their paths say, in the place of the attention that the model names or calls."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 from stand_ins import OracleHeads
+from tiny_families import make_family, tiny_family
 from tiny_models import VOCAB, generated, prompt, tiny_model
 from transformers import MambaConfig, PreTrainedModel
 
-from cerberus_ext import attention
-from cerberus_ext.attention import MaskAttention, TreeAttention, UnsupportedAttention, find_attention, layer_windows
+from cerberus_ext import attention, ops
+from cerberus_ext.attention import UnsupportedAttention, attention_switch, check_attention, layer_windows
 from cerberus_ext.base_model import BaseModel
 from cerberus_ext.decode import decode
+from cerberus_ext.gate import AlwaysClosed
+from cerberus_ext.stand_ins import TreeStep, running
 from cerberus_ext.tree import DraftTree
 
 TREE = DraftTree.from_paths([(0, 0, 0), (0, 1), (1, 0), (2,)])
 
 
-def step_logits(model: PreTrainedModel, device: str, way: Any) -> torch.Tensor:
-    """(1, N, V) of a step with TREE after the prompt, attending the given way."""
+def step_logits(model: PreTrainedModel, device: str) -> torch.Tensor:
+    """(1, N, V) of a step with TREE after the prompt."""
     tokens = torch.arange(TREE.size, device=device)[None] + 3
     with torch.inference_mode(), BaseModel(model, 64, 1) as base:
         base.prefill(prompt(device))
-        base._use(way)
         return base.step(tokens, TREE.on(tokens.device))[1]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["llama", "qwen2-window", "mistral", "gpt2"])
-def test_both_ways_agree_with_each_path_on_its_own(name: str, implementation: str, device: str) -> None:
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "mistral", "gpt2", "gemma2"])
+def test_nodes_agree_with_each_path_on_its_own(name: str, implementation: str, device: str) -> None:
     model = tiny_model(name, device)
-    windows = layer_windows(model.config)
+    if name == "gemma2":
+        implementation = "eager"  # torch's function has no soft caps
     before = model.config._attn_implementation
     model.set_attn_implementation(implementation)
     try:
-        ours = step_logits(model, device, TreeAttention(windows))
-        theirs = step_logits(model, device, MaskAttention(model, windows))
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+        ours = step_logits(model, device)
         for node, parent in enumerate(TREE.parents):
             path = [node]
             while parent >= 0:
@@ -47,6 +49,7 @@ def test_both_ways_agree_with_each_path_on_its_own(name: str, implementation: st
             alone = torch.cat([prompt(device), torch.tensor([path], device=device) + 3], 1)
             with torch.inference_mode():
                 torch.testing.assert_close(ours[0, node], model(alone).logits[0, -1], atol=1e-4, rtol=1e-4)
+        assert model.config._attn_implementation == implementation
     finally:
         model.set_attn_implementation(before)
 
@@ -59,53 +62,26 @@ def test_windows(name: str, windows: tuple[int, ...]) -> None:
     assert layer_windows(tiny_model(name).config) == windows
 
 
-def attentions_used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Notes, from here on, the way of every step."""
-    used: list[str] = []
-    for way in (TreeAttention, MaskAttention):
-        real = way.arguments
-
-        def arguments(self: Any, *args: Any, real: Any = real, name: str = way.__name__) -> Any:
-            used.append(name)
-            return real(self, *args)
-
-        monkeypatch.setattr(way, "arguments", arguments)
-    return used
+def test_windows_of_layers_that_share_keys() -> None:
+    assert layer_windows(tiny_family("gemma3n-shared").config) == (6, 0, 6, 0)
 
 
-@pytest.mark.parametrize(
-    ("name", "way"), [("llama", TreeAttention), ("gpt2", TreeAttention), ("gemma2", MaskAttention)]
-)
-def test_way_of_a_model(name: str, way: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """gemma2's soft caps show only when its attention is called: the first step is done twice, the others once."""
-    used = attentions_used(monkeypatch)
-    text = generated(name, "cpu", 6)
-    heads = OracleHeads(text, 1, VOCAB)
-    out = decode(tiny_model(name), heads, prompt(), max_new_tokens=6, tree=DraftTree.chain(1), streamer=heads)
-    assert out.sequences.equal(text)
-    assert used == ["TreeAttention"] * (name == "gemma2") + [way.__name__] * out.stats.steps
-
-
-def test_model_without_the_interface(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
-    monkeypatch.setattr(type(model), "_supports_attention_backend", False)
-    assert isinstance(find_attention(model, (0, 0, 0)), MaskAttention)
-    used = attentions_used(monkeypatch)
-    text = generated("llama", "cpu", 12)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_text(name: str) -> None:
+    text = generated(name, "cpu", 12)
     heads = OracleHeads(text, 3, VOCAB)
-    out = decode(model, heads, prompt(), max_new_tokens=12, tree=TREE, streamer=heads)
-    assert out.sequences.equal(text) and set(used) == {"MaskAttention"} and out.stats.tokens_per_step > 2
-
-
-def test_mask_needs_an_attention_that_takes_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
-    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
-    with pytest.raises(ValueError, match="attention implementation 'sdpa' or 'eager'.* got 'flash_attention_2'"):
-        MaskAttention(model, (0, 0, 0))
+    out = decode(tiny_model(name), heads, prompt(), max_new_tokens=12, tree=TREE, streamer=heads)
+    assert out.sequences.equal(text) and out.stats.tokens_per_step > 2
 
 
 QUERY, CACHE = torch.zeros(1, 4, 1, 8), torch.zeros(1, 2, 4, 8)
-STEP = attention.TreeStep(torch.zeros(1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.int64), (0, 6))
+MASK = torch.zeros(1, 1, 1, 1)
+
+
+def a_step() -> TreeStep:
+    step = TreeStep(torch.zeros(1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.int64), (0, 6), MASK)
+    step.planes[CACHE.data_ptr()] = 1
+    return step
 
 
 def layer(index: int | None) -> torch.nn.Module:
@@ -115,29 +91,116 @@ def layer(index: int | None) -> torch.nn.Module:
     return module
 
 
+class TestByName:
+    @pytest.mark.parametrize(
+        ("index", "arguments", "message"),
+        [
+            (0, {"head_mask": torch.zeros(4)}, "calls its attention with head_mask"),
+            (0, {"is_causal": False}, "calls its attention with is_causal"),
+            (0, {"sliding_window": 6}, "does not say which window layer 0 has"),
+            (1, {}, "does not say which window layer 1 has"),
+            (None, {}, "does not say which window layer None has"),
+            (0, {"attention_mask": MASK}, "makes an attention mask of its own"),
+        ],
+    )
+    def test_what_the_op_cannot_do_is_noticed(self, index: int | None, arguments: dict[str, Any], message: str) -> None:
+        mask = arguments.pop("attention_mask", None)
+        with running(a_step()), pytest.raises(UnsupportedAttention, match=message):
+            attention.tree_attention_forward("sdpa", layer(index), QUERY, CACHE, CACHE, mask, **arguments)
+
+    def test_a_module_that_is_not_causal(self) -> None:
+        module = layer(0)
+        module.is_causal = False
+        with running(a_step()), pytest.raises(UnsupportedAttention, match="Identity is not causal"):
+            attention.tree_attention_forward("sdpa", module, QUERY, CACHE, CACHE, None)
+
+    def test_arguments_that_do_not_matter(self) -> None:
+        harmless = {"softcap": None, "is_causal": True, "position_ids": torch.zeros(1, 1), "output_attentions": False}
+        with running(a_step()) as step:
+            output, weights = attention.tree_attention_forward(
+                "sdpa", layer(1), QUERY, CACHE, CACHE, None, 1.0, sliding_window=6, **harmless
+            )
+        assert output.shape == (1, 1, 4, 8) and weights is None and step.attended == 1
+
+    @pytest.mark.parametrize("own", ["sdpa", "eager"])
+    def test_outside_of_a_step_it_is_the_model_s_own(self, own: str) -> None:
+        model = tiny_model("llama")
+        module = model.model.layers[0].self_attn
+        query, key, value = torch.randn(3, 1, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+        key, value = key[:, :2], value[:, :2]
+        mask = torch.ones(5, 5).tril().log()[None, None]
+        arguments = (module, query, key, value, mask)
+        if own == "sdpa":
+            want = attention._ATTENTIONS["sdpa"](*arguments, scaling=0.3)[0]
+        else:
+            want = sys.modules[type(module).__module__].eager_attention_forward(*arguments, scaling=0.3)[0]
+        got = attention.tree_attention_forward(own, *arguments, scaling=0.3)[0]
+        assert got.equal(want)
+
+    def test_an_implementation_that_is_not_there(self) -> None:
+        with pytest.raises(UnsupportedAttention, match="Identity has no attention implementation 'flash_attention_9'"):
+            attention.tree_attention_forward("flash_attention_9", layer(0), QUERY, CACHE, CACHE, None)
+
+
+class TestByCall:
+    """Of models that call torch's scaled_dot_product_attention themselves."""
+
+    def test_with_a_layer_of_the_cache(self) -> None:
+        query = torch.randn(1, 4, 1, 8)
+        with running(a_step()) as step:
+            output = attention.tree_attention_call(query, CACHE, CACHE, MASK)
+        assert output.shape == (1, 4, 1, 8) and step.attended == 1
+
+    def test_with_anything_else_it_is_torch_s(self) -> None:
+        assert attention.tree_attention_call(QUERY, CACHE, CACHE) is NotImplemented
+        with running(a_step()) as step:
+            assert attention.tree_attention_call(QUERY, CACHE.clone(), CACHE) is NotImplemented
+        assert step.attended == 0
+
+    def test_a_bias_is_noticed(self) -> None:
+        with running(a_step()), pytest.raises(UnsupportedAttention, match="adds something to its attention scores"):
+            attention.tree_attention_call(QUERY, CACHE, CACHE, MASK + 0.0)
+
+    def test_falcon_attends_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In both layers of every step."""
+        model = tiny_family("falcon")
+        decode(model, None, prompt(), max_new_tokens=1)  # what it can is found
+        calls: list[int] = []
+        real = ops.tree_attention
+
+        def tree_attention(query: torch.Tensor, *rest: Any) -> torch.Tensor:
+            calls.append(query.shape[1])
+            return real(query, *rest)
+
+        monkeypatch.setattr(attention.ops, "tree_attention", tree_attention)
+        assert decode(model, None, prompt(), max_new_tokens=8, tree=2, gate=AlwaysClosed()).stats.steps == 7
+        assert calls == [1] * 14
+
+
 @pytest.mark.parametrize(
-    ("index", "arguments", "message"),
+    ("name", "message"),
     [
-        (0, {}, "does not hand keyword arguments down"),
-        (0, {"tree_step": STEP, "softcap": 30.0}, "calls its attention with softcap"),
-        (0, {"tree_step": STEP, "s_aux": torch.zeros(4)}, "calls its attention with s_aux"),
-        (0, {"tree_step": STEP, "is_causal": False}, "calls its attention with is_causal"),
-        (0, {"tree_step": STEP, "sliding_window": 6}, "does not say which window layer 0 has"),
-        (1, {"tree_step": STEP}, "does not say which window layer 1 has"),
-        (None, {"tree_step": STEP}, "does not say which window layer None has"),
+        ("falcon-alibi", "ALiBi, which goes by the place in the cache"),
+        ("mpt", "neither transformers' attention interface nor torch's scaled_dot_product_attention"),
     ],
 )
-def test_what_the_op_cannot_do_is_noticed(index: int | None, arguments: dict[str, Any], message: str) -> None:
+def test_attention_that_is_not_known(name: str, message: str) -> None:
     with pytest.raises(UnsupportedAttention, match=message):
-        attention.tree_attention_forward(layer(index), QUERY, CACHE, CACHE, None, **arguments)
+        check_attention(tiny_family(name))
 
 
-def test_arguments_that_do_not_matter() -> None:
-    harmless = {"softcap": None, "is_causal": True, "position_ids": torch.zeros(1, 1), "output_attentions": False}
-    output, weights = attention.tree_attention_forward(
-        layer(1), QUERY, CACHE, CACHE, None, 1.0, sliding_window=6, tree_step=STEP, **harmless
-    )
-    assert output.shape == (1, 1, 4, 8) and weights is None
+@pytest.mark.parametrize("name", ["llama", "falcon", "gpt_oss"])
+def test_attention_that_is_known(name: str) -> None:
+    check_attention(tiny_family(name))
+
+
+def test_a_layer_that_does_not_attend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of its layers attend in a way of their own: found before anything is printed."""
+    model = make_family("llama")
+    monkeypatch.setattr(model.model.layers[1].self_attn, "forward", lambda hidden_states, **_: (hidden_states, None))
+    with pytest.raises(ValueError, match="^decode: model must have .* LlamaForCausalLM has not: 1 of its 2"):
+        decode(model, None, prompt(), max_new_tokens=3)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_other_caches_are_refused() -> None:
@@ -151,10 +214,26 @@ def test_other_caches_are_refused() -> None:
         layer_windows(chunked)
 
 
-def test_implementation_is_restored_also_inside() -> None:
-    model = tiny_model("llama")
-    before = model.config._attn_implementation
-    with pytest.raises(KeyError), attention.attention_implementation(model, attention.NAME):
-        assert model.config._attn_implementation == attention.NAME
-        raise KeyError
-    assert model.config._attn_implementation == before
+class TestSwitch:
+    def test_implementation_is_restored_after_an_error(self) -> None:
+        model = tiny_model("llama")
+        before = model.config._attn_implementation
+        with pytest.raises(KeyError), attention_switch(model):
+            assert model.config._attn_implementation == f"{attention.NAME}_{before}"
+            raise KeyError
+        assert model.config._attn_implementation == before
+
+    def test_the_last_one_out_switches_back(self) -> None:
+        """Of two models that share a config."""
+        first = tiny_model("llama")
+        second = type(first)(first.config)
+        assert second.config is first.config
+        outer, inner = attention_switch(first), attention_switch(second)
+        with outer:
+            inner.__enter__()
+        assert first.config._attn_implementation == f"{attention.NAME}_sdpa"
+        inner.__exit__(None, None, None)
+        assert first.config._attn_implementation == "sdpa"
+
+    def test_no_name_that_transformers_treats_in_its_own_way(self) -> None:
+        assert "flash" not in attention._stand_in("flash_attention_2")

@@ -10,10 +10,12 @@ import pytest
 import torch
 from static_stand_ins import StaticHeads
 from tape import TapeRecorder
+from tiny_families import make_family
 from tiny_models import generate, generated, prompt, tiny_model
 from transformers import PreTrainedModel
 
 from cerberus_ext import graphs
+from cerberus_ext.capability import capability_of
 from cerberus_ext.decode import decode
 from cerberus_ext.gate import AlwaysOpen, ConfidenceGate, EntropyGate
 from cerberus_ext.stats import DecodeStats
@@ -21,7 +23,6 @@ from cerberus_ext.tree import DraftTree
 
 NEW = 12
 TREE = DraftTree.from_paths([(0, 0, 0), (0, 1), (1, 0)])
-MASKED = "the model's attention needs a mask, which grows with the text"
 
 
 def run(model: PreTrainedModel, **options: Any) -> DecodeStats:
@@ -60,12 +61,8 @@ class TestRecordable:
         assert reason in str(caught.value)
         assert not model.lm_head._forward_pre_hooks and run(model, graphs=False, **options).fallback is None
 
-    def test_attention_that_shows_itself_at_the_first_step(self) -> None:
-        self.falls_back(copy.deepcopy(tiny_model("gemma2")), MASKED)
-
-    def test_attention_without_the_interface(self, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(type(model), "_supports_attention_backend", False)
-        self.falls_back(model, MASKED)
+    def test_attention_without_the_interface(self) -> None:
+        self.falls_back(make_family("falcon"), "the model computes its attention itself")
 
     def test_hooks(self, model: PreTrainedModel, recorders: list[TapeRecorder]) -> None:
         seen = []
@@ -151,6 +148,7 @@ def test_an_error_inside_the_model_is_not_hidden(
     def fail(*arguments: Any) -> None:
         raise RuntimeError("broken")
 
+    capability_of(model)  # where a model that fails at once is refused
     monkeypatch.setattr("cerberus_ext.cache.ops.write_cache", fail)
     with pytest.raises(RuntimeError, match="broken"):
         decode(model, heads, prompt(), max_new_tokens=NEW, tree=TREE)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cerberus_ext import CerberusConfig, CerberusHeads, ops
-from cerberus_ext.base_model import BaseModel
+from cerberus_ext.base_model import BaseModel, StepWay
 from cerberus_ext.dynamic_tree import StepTree
 from cerberus_ext.static_step import (
     StaticGuesses,
@@ -165,7 +165,7 @@ def test_a_step_never_leaves_the_device(name: str, drafts: str, nodes: int) -> N
     device = torch.device("meta")
     model = tiny_model(name, device="meta")
     drafter = CerberusHeads(CerberusConfig("tiny", 32, VOCAB, num_heads=3, draft_vocab=50)).to(device).bind(model)
-    with torch.inference_mode(), BaseModel(model, 64, 1) as base:
+    with torch.inference_mode(), BaseModel(model, 64, 1, way=StepWay.plain(model)) as base:
         hidden, logits = base.prefill(torch.zeros(1, 9, dtype=torch.int64, device=device))
         state = StaticState(hidden.clone(), logits.argmax(-1))
         guesses = StaticGuesses(drafter, 1, 3, 4, device)
@@ -184,7 +184,8 @@ def test_a_step_never_leaves_the_device(name: str, drafts: str, nodes: int) -> N
 def test_a_step_without_heads_never_leaves_the_device(nodes: int) -> None:
     """Its tokens are all given."""
     device = torch.device("meta")
-    with torch.inference_mode(), BaseModel(tiny_model("llama", device="meta"), 64, 1) as base:
+    model = tiny_model("llama", device="meta")
+    with torch.inference_mode(), BaseModel(model, 64, 1, way=StepWay.plain(model)) as base:
         hidden, logits = base.prefill(torch.zeros(1, 9, dtype=torch.int64, device=device))
         state = StaticState(hidden.clone(), logits.argmax(-1))
         result, static = StaticResult(1, nodes, None, device), StaticNodes(1, nodes, device)
