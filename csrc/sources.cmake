@@ -1,4 +1,8 @@
 # The ops, each of a file of its name: csrc/cuda/<op>.cu and csrc/cpu/<op>.cpp. For the build and for the emulation.
 # Those that take longest to compile come first.
 set(CUDA_OPS tree_attention choose_tokens draft_topk head_stack hidden_entropy write_cache verify_tree commit_cache)
-set(CPU_OPS ${CUDA_OPS} linear activation)  # linear.cpp: grouped_linear, too
+
+# What is compiled for each level of the instruction set, so that dispatch.cpp finds it there.
+set(CPU_PRODUCTS gemm linear draft_topk head_stack)  # linear.cpp: grouped_linear, too
+set(CPU_KERNELS ${CPU_PRODUCTS} tree_attention choose_tokens activation hidden_entropy)
+set(CPU_MOVES write_cache verify_tree commit_cache)  # vectors gain nothing here: level portable alone

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "cpu/amx_tiles.h"
-#include "cpu/vec.h"
+#include "cpu/product.h"
 
 namespace cerberus::CERBERUS_ISA {
 
@@ -51,20 +51,21 @@ static inline void load_weights(const BFloat16* w, int64_t outputs, int64_t bloc
   }
 }
 
-// One tile of sums, 16 outputs x 16 rows, to those that exist: put(m, n, dots) for each row.
-template <int kWeights, int kRows, typename Store>
-static inline void put_sums(int64_t m, int64_t rows, int64_t n, int64_t outputs, const Store& put) {
+// One tile of sums, 16 outputs x 16 rows, to where those that exist go.
+template <int kWeights, int kRows>
+static inline void put_sums(int64_t m, int64_t rows, int64_t n, int64_t outputs,
+                            const Output<BFloat16>& output) {
   alignas(64) float sums[kTile][kTile];
   tiles::store_sums<kWeights, kRows>(sums);
   for (int64_t row = 0; row < rows; ++row) {
     if (outputs == kTile) {
       float dots[1][kTile];
       for (int64_t i = 0; i < kTile; ++i) dots[0][i] = sums[i][row];
-      put(m + row, n, dots);
+      output.put(m + row, n, dots);
     } else {
       for (int64_t i = 0; i < outputs; ++i) {
         const float one[1][1] = {{sums[i][row]}};
-        put(m + row, n + i, one);
+        output.put(m + row, n + i, one);
       }
     }
   }
@@ -73,9 +74,9 @@ static inline void put_sums(int64_t m, int64_t rows, int64_t n, int64_t outputs,
 // 16 or 32 outputs from number n on and 16 or 32 rows from number m on, of which the last `outputs` and
 // `rows`
 // <= 16 may be fewer.
-template <int kWeights, int kRows, typename Store>
+template <int kWeights, int kRows>
 static void multiply_tiles(const BFloat16* packed, int64_t m, int64_t rows, const BFloat16* w, int64_t n,
-                           int64_t outputs, int64_t size, const Store& put) {
+                           int64_t outputs, int64_t size, const Output<BFloat16>& output) {
   const int64_t blocks = tile_blocks(size);
   const BFloat16* x = packed + m / kTile * blocks * kTileElements;
   w += n * size;
@@ -94,30 +95,29 @@ static void multiply_tiles(const BFloat16* packed, int64_t m, int64_t rows, cons
       if constexpr (kRows == 2) tiles::multiply_add<1, 1>();
     }
   }
-  put_sums<0, 0>(m, kRows == 1 ? rows : kTile, n, kWeights == 1 ? outputs : kTile, put);
-  if constexpr (kRows == 2) put_sums<0, 1>(m + kTile, rows, n, kWeights == 1 ? outputs : kTile, put);
-  if constexpr (kWeights == 2) put_sums<1, 0>(m, kRows == 1 ? rows : kTile, n + kTile, outputs, put);
-  if constexpr (kWeights == 2 && kRows == 2) put_sums<1, 1>(m + kTile, rows, n + kTile, outputs, put);
+  put_sums<0, 0>(m, kRows == 1 ? rows : kTile, n, kWeights == 1 ? outputs : kTile, output);
+  if constexpr (kRows == 2) put_sums<0, 1>(m + kTile, rows, n, kWeights == 1 ? outputs : kTile, output);
+  if constexpr (kWeights == 2) put_sums<1, 0>(m, kRows == 1 ? rows : kTile, n + kTile, outputs, output);
+  if constexpr (kWeights == 2 && kRows == 2) put_sums<1, 1>(m + kTile, rows, n + kTile, outputs, output);
 }
 
-template <int kWeights, typename Store>
+template <int kWeights>
 static void all_packed_rows(const BFloat16* packed, int64_t rows, const BFloat16* w, int64_t n,
-                            int64_t outputs, int64_t size, const Store& put) {
+                            int64_t outputs, int64_t size, const Output<BFloat16>& output) {
   int64_t m = 0;
   for (; rows - m > kTile; m += 2 * kTile)
-    multiply_tiles<kWeights, 2>(packed, m, smaller(kTile, rows - m - kTile), w, n, outputs, size, put);
-  if (m < rows) multiply_tiles<kWeights, 1>(packed, m, rows - m, w, n, outputs, size, put);
+    multiply_tiles<kWeights, 2>(packed, m, smaller(kTile, rows - m - kTile), w, n, outputs, size, output);
+  if (m < rows) multiply_tiles<kWeights, 1>(packed, m, rows - m, w, n, outputs, size, output);
 }
 
-// As rows_times_weights does, with rows that pack_rows has packed: put(m, n, dots) for every tile.
-template <typename Store>
-static void tiles_times_packed(const BFloat16* packed, int64_t rows, const BFloat16* w, int64_t begin,
-                               int64_t end, int64_t size, const Store& put) {
+// As rows_times_weights does, with rows that pack_rows has packed.
+static inline void tiles_times_packed(const BFloat16* packed, int64_t rows, const BFloat16* w, int64_t begin,
+                                      int64_t end, int64_t size, const Output<BFloat16>& output) {
   tiles::begin();
   int64_t n = begin;
   for (; end - n > kTile; n += 2 * kTile)
-    all_packed_rows<2>(packed, rows, w, n, smaller(kTile, end - n - kTile), size, put);
-  if (n < end) all_packed_rows<1>(packed, rows, w, n, end - n, size, put);
+    all_packed_rows<2>(packed, rows, w, n, smaller(kTile, end - n - kTile), size, output);
+  if (n < end) all_packed_rows<1>(packed, rows, w, n, end - n, size, output);
   tiles::end();
 }
 

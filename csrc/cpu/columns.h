@@ -5,7 +5,7 @@
 // other rows are, and wherever in a vector the output stands.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/product.h"
 
 namespace cerberus::CERBERUS_ISA {
 
@@ -54,50 +54,49 @@ static inline void column_tile(const float* x, int64_t size, const W* w, int64_t
 }
 
 // A tile of one vector, of which only `kCount` columns exist, in a shape of its own for what takes the tile.
-template <int kRows, typename W, typename Store>
+template <int kRows, typename W>
 static inline void last_columns(const float* x, int64_t size, const W* w, int64_t out_size, int64_t count,
-                                int64_t m, int64_t n, const Store& put) {
+                                int64_t m, int64_t n, const Output<W>& output) {
   float out[kRows][kLanes];
   column_tile<kRows, 1>(x, size, w, out_size, [count](const W* p) { return load_part(p, count); }, out);
   for (int row = 0; row < kRows; ++row)
     for (int64_t i = 0; i < count; ++i) {
       const float one[1][1] = {{out[row][i]}};
-      put(m + row, n + i, one);
+      output.put(m + row, n + i, one);
     }
 }
 
-template <int kRows, typename W, typename Store>
+template <int kRows, typename W>
 static void tile_of_rows(const float* x, int64_t size, const W* w, int64_t begin, int64_t end,
-                         int64_t out_size, int64_t m, const Store& put) {
+                         int64_t out_size, int64_t m, const Output<W>& output) {
   constexpr int kVectors = column_vectors(kRows);
   const auto load_all = [](const W* p) { return load(p); };
   int64_t n = begin;
   for (; n + kVectors * kLanes <= end; n += kVectors * kLanes) {
     float out[kRows][kVectors * kLanes];
     column_tile<kRows, kVectors>(x + m * size, size, w + n, out_size, load_all, out);
-    put(m, n, out);
+    output.put(m, n, out);
   }
   for (; n + kLanes <= end; n += kLanes) {
     float out[kRows][kLanes];
     column_tile<kRows, 1>(x + m * size, size, w + n, out_size, load_all, out);
-    put(m, n, out);
+    output.put(m, n, out);
   }
-  if (n < end) last_columns<kRows>(x + m * size, size, w + n, out_size, end - n, m, n, put);
+  if (n < end) last_columns<kRows>(x + m * size, size, w + n, out_size, end - n, m, n, output);
 }
 
-// Calls put(m, n, dots) for every tile: dots[i][j] is out[m + i][n + j]. Together they are all m in [0, rows)
-// and n in [begin, end). x (rows, size), w (size, out_size).
-template <typename W, typename Store>
+// Every m in [0, rows) and n in [begin, end). x (rows, size), w (size, out_size).
+template <typename W>
 static void rows_times_columns(const float* x, int64_t size, int64_t rows, const W* w, int64_t begin,
-                               int64_t end, int64_t out_size, const Store& put) {
+                               int64_t end, int64_t out_size, const Output<W>& output) {
   int64_t m = 0;
   const auto rest = [&](auto row_count) {
     constexpr int kRows = decltype(row_count)::value;
     if constexpr (kRows < kColumnRows)
-      if (rows - m == kRows) tile_of_rows<kRows>(x, size, w, begin, end, out_size, m, put);
+      if (rows - m == kRows) tile_of_rows<kRows>(x, size, w, begin, end, out_size, m, output);
   };
   for (; m + kColumnRows <= rows; m += kColumnRows)
-    tile_of_rows<kColumnRows>(x, size, w, begin, end, out_size, m, put);
+    tile_of_rows<kColumnRows>(x, size, w, begin, end, out_size, m, output);
   rest(Count<1>{});
   rest(Count<2>{});
   rest(Count<3>{});

@@ -77,32 +77,53 @@ bool has_amx_bf16() {
 }
 #endif
 
-// A level whose products are of `isa`, and all other kernels those of `others`.
-#define CERBERUS_LEVEL(isa, others, runs_here) \
-  {#isa,                                       \
-   runs_here,                                  \
-   &others::hidden_entropy,                    \
-   &others::head_stack,                        \
-   &others::draft_topk,                        \
-   &others::choose_tokens,                     \
-   &others::tree_attention,                    \
-   &others::write_cache,                       \
-   &others::verify_tree,                       \
-   &others::commit_cache,                      \
-   &isa::linear,                               \
-   &others::activation}
+#if defined(__x86_64__)
+// Levels beyond avx512 have instructions for bfloat16 alone, and only the kernels that use them.
+bool in_bfloat16(const LinearArgs& a) { return a.dtype == DType::kBFloat16 && !a.transposed; }
+bool in_bfloat16(const HeadStackArgs& a) { return a.dtype == DType::kBFloat16; }
+bool in_bfloat16(const DraftTopkArgs& a) { return a.dtype == DType::kBFloat16; }
+
+template <typename Args, void (*kBFloat16)(const Args&, const Parallel&),
+          void (*kOther)(const Args&, const Parallel&)>
+void choose(const Args& a, const Parallel& parallel) {
+  (in_bfloat16(a) ? kBFloat16 : kOther)(a, parallel);
+}
+#define CERBERUS_BFLOAT16(isa, op, Args) (&choose<Args, &isa::op, &avx512::op>)
+#endif
+
+// A level whose products are those named, its other kernels those of `isa`. Those of `portable` only move or
+// compare integers.
+#define CERBERUS_LEVEL(name, isa, runs_here, linear, head_stack, draft_topk) \
+  {name,                                                                     \
+   runs_here,                                                                \
+   &isa::hidden_entropy,                                                     \
+   head_stack,                                                               \
+   draft_topk,                                                               \
+   &isa::choose_tokens,                                                      \
+   &isa::tree_attention,                                                     \
+   &portable::write_cache,                                                   \
+   &portable::verify_tree,                                                   \
+   &portable::commit_cache,                                                  \
+   linear,                                                                   \
+   &isa::activation}
+#define CERBERUS_WHOLE_LEVEL(isa, runs_here) \
+  CERBERUS_LEVEL(#isa, isa, runs_here, &isa::linear, &isa::head_stack, &isa::draft_topk)
 
 // Best first.
 const Level kLevels[] = {
 #if defined(CERBERUS_AMX)
-    CERBERUS_LEVEL(amx_bf16, avx512_bf16, has_amx_bf16),
+    CERBERUS_LEVEL("amx_bf16", avx512, has_amx_bf16, CERBERUS_BFLOAT16(amx_bf16, linear, LinearArgs),
+                   CERBERUS_BFLOAT16(avx512_bf16, head_stack, HeadStackArgs),
+                   CERBERUS_BFLOAT16(avx512_bf16, draft_topk, DraftTopkArgs)),
 #endif
 #if defined(__x86_64__)
-    CERBERUS_LEVEL(avx512_bf16, avx512_bf16, has_avx512_bf16),
-    CERBERUS_LEVEL(avx512, avx512, has_avx512),
-    CERBERUS_LEVEL(avx2, avx2, has_avx2),
+    CERBERUS_LEVEL("avx512_bf16", avx512, has_avx512_bf16, CERBERUS_BFLOAT16(avx512_bf16, linear, LinearArgs),
+                   CERBERUS_BFLOAT16(avx512_bf16, head_stack, HeadStackArgs),
+                   CERBERUS_BFLOAT16(avx512_bf16, draft_topk, DraftTopkArgs)),
+    CERBERUS_WHOLE_LEVEL(avx512, has_avx512),
+    CERBERUS_WHOLE_LEVEL(avx2, has_avx2),
 #endif
-    CERBERUS_LEVEL(portable, portable, always),
+    CERBERUS_WHOLE_LEVEL(portable, always),
 };
 
 const Level& choose_level() {

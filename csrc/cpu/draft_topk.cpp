@@ -1,9 +1,9 @@
 // The P largest of log_softmax(projection @ state). A task owns one part of the vocabulary: logits of a few
 // rows at a time in the L1 cache, of which it keeps maximum, sum of exponentials and the P best. Then the
 // parts are merged in order.
-#include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/parts.h"
+#include "cpu/product.h"
 
 namespace cerberus::CERBERUS_ISA {
 namespace {
@@ -50,9 +50,9 @@ void part(const DraftTopkArgs& a, const Row<T>* states, int64_t index) {
   float logits[kRowsAtOnce * stride];
   for (int64_t row = 0; row < a.rows; row += kRowsAtOnce) {
     const int64_t rows = smaller(kRowsAtOnce, a.rows - row);
-    rows_times_weights(
-        states + row * a.size, a.size, rows, static_cast<const T*>(a.projection), begin, begin + count,
-        a.size, one_by_one([&](int64_t m, int64_t n, float dot) { logits[m * stride + n - begin] = dot; }));
+    rows_times_weights(states + row * a.size, a.size, rows,
+                       static_cast<const T*>(a.projection) + begin * a.size, 0, count, a.size,
+                       Output<T>{nullptr, logits, stride, nullptr});
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t slot = (row + m) * a.parts + index;
       float* best = a.part_logits + slot * a.guesses;

@@ -1,8 +1,8 @@
 // x[k,l] = x[k,l-1] + silu(W[l,k] @ concat(x[k,l-1], n[k,l]) + b[l,k]). One parallel pass a layer; a task
 // owns a range of one head's outputs for all rows. The concatenated inputs are a few KiB of scratch; only
 // the weights are large.
-#include "cpu/gemm.h"
 #include "cpu/kernels.h"
+#include "cpu/product.h"
 
 namespace cerberus::CERBERUS_ISA {
 namespace {
@@ -44,12 +44,17 @@ void run(const HeadStackArgs& a, const Parallel& parallel) {
       const int64_t head = task / tasks_per_head, begin = task % tasks_per_head * per_task;
       const X* input = inputs.data + (below ? head : 0) * a.rows * width;
       const int64_t block = layer * a.heads + head;
-      rows_times_weights(
-          input, width, a.rows, weight + block * size * width, begin, smaller(size, begin + per_task), width,
-          one_by_one([&](int64_t row, int64_t n, float dot) {
-            const float update = silu(dot + to_float(bias[block * size + n]));
-            from_float(to_float(input[row * width + n]) + update, above[(row * a.heads + head) * size + n]);
-          }));
+      const int64_t outputs = smaller(size, begin + per_task) - begin;
+      Scratch dots(a.rows * outputs);
+      rows_times_weights(input, width, a.rows, weight + (block * size + begin) * width, 0, outputs, width,
+                         Output<T>{nullptr, dots.data, outputs, nullptr});
+      for (int64_t row = 0; row < a.rows; ++row) {
+        for (int64_t i = 0; i < outputs; ++i) {
+          const int64_t n = begin + i;
+          const float update = silu(dots.data[row * outputs + i] + to_float(bias[block * size + n]));
+          from_float(to_float(input[row * width + n]) + update, above[(row * a.heads + head) * size + n]);
+        }
+      }
     });
     below = above;
   }

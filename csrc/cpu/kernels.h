@@ -1,6 +1,6 @@
-// The kernels of one level of the instruction set: each <op>.cpp is compiled once per level, with
-// CERBERUS_ISA defined as the name of the level, which is also the namespace that everything it defines lives
-// in.
+// The kernels of one level of the instruction set: an <op>.cpp is compiled once for each level that makes a
+// difference to it (CMakeLists.txt says which, dispatch.cpp what a level takes instead), with CERBERUS_ISA
+// defined as the name of the level, which is also the namespace that everything it defines lives in.
 //
 // Why that matters: the linker merges inline functions of the same name, and would take, say, an AVX-512 copy
 // of one for all levels. So the code compiled per level defines nothing outside of its namespace, and uses

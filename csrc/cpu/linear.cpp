@@ -1,8 +1,8 @@
 // input @ weight^T + bias, row-invariant; rows may come in groups with a weight each. A task owns some rows
 // of one group and a range of its outputs: it streams their weights once for all these rows.
 #include "cpu/columns.h"
-#include "cpu/gemm.h"
 #include "cpu/kernels.h"
+#include "cpu/product.h"
 #if defined(CERBERUS_AMX)
 #include "cpu/amx.h"
 #endif
@@ -24,29 +24,6 @@ int64_t groups_with_rows(const LinearArgs& a, Span* groups) {
     first = end;
   }
   return count;
-}
-
-// A tile of dot products, with the bias if there is one, into the output. `to` and `bias` are where the tile
-// begins.
-template <typename T, int kRows, int kWeights>
-void store_tile(const float (&dots)[kRows][kWeights], const T* bias, T* to, int64_t stride) {
-  constexpr int kAll = kRows * kWeights, kFours = kAll / 4;
-  const float* all = &dots[0][0];
-  float with_bias[kAll];
-  if (bias) {
-    for (int n = 0; n < kWeights; ++n) {
-      const float added = to_float(bias[n]);
-      for (int m = 0; m < kRows; ++m) with_bias[m * kWeights + n] = dots[m][n] + added;
-    }
-    all = with_bias;
-  }
-  T rounded[kAll];
-#pragma GCC unroll 8
-  for (int i = 0; i < kFours; ++i) from_four(all + 4 * i, rounded + 4 * i);
-  for (int i = 4 * kFours; i < kAll; ++i) from_float(all[i], rounded[i]);
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m)
-    __builtin_memcpy(to + m * stride, rounded + m * kWeights, kWeights * sizeof(T));
 }
 
 // Rows a span has at least where a group is cut into several, so that there is work for all threads.
@@ -83,13 +60,10 @@ void run(const LinearArgs& a, const Parallel& parallel) {
   parallel_tasks(parallel, count * ranges, [&](int64_t task) {
     const int64_t begin = task / count * per_task;
     const Span& span = spans.data[task % count];
-    const T* added = bias ? bias + span.group * a.out_size : nullptr;
-    T* to = output + span.first * a.out_size;
+    const Output<T> to{output + span.first * a.out_size, nullptr, a.out_size,
+                       bias ? bias + span.group * a.out_size : nullptr};
     kernel.multiply(task % count, weight + span.group * a.out_size * a.in_size, begin,
-                    smaller(a.out_size, begin + per_task), a.out_size,
-                    [&](int64_t m, int64_t n, const auto& dots) {
-                      store_tile(dots, added ? added + n : nullptr, to + m * a.out_size + n, a.out_size);
-                    });
+                    smaller(a.out_size, begin + per_task), a.out_size, to);
   });
 }
 
@@ -129,10 +103,10 @@ struct ByRows {
     }
   }
   static int64_t outputs_per_task(int64_t in_size) { return weight_rows_per_task(in_size, sizeof(T)); }
-  template <typename Store>
-  void multiply(int64_t span, const T* weight, int64_t begin, int64_t end, int64_t, const Store& put) const {
+  void multiply(int64_t span, const T* weight, int64_t begin, int64_t end, int64_t,
+                const Output<T>& output) const {
     rows_times_weights(x + spans[span].first * stride, stride, spans[span].count, weight, begin, end, size,
-                       put);
+                       output);
   }
 
   // Rows that lie such a multiple of bytes apart, and the weights beside them, want the same few sets of the
@@ -156,11 +130,10 @@ struct ByColumns {
                  [&](int64_t row) { copy_row(input + row * size, size, scratch.data + row * size); });
   }
   static int64_t outputs_per_task(int64_t) { return kColumnsAtOnce; }
-  template <typename Store>
   void multiply(int64_t span, const T* weight, int64_t begin, int64_t end, int64_t out_size,
-                const Store& put) const {
+                const Output<T>& output) const {
     rows_times_columns(scratch.data + spans[span].first * size, size, spans[span].count, weight, begin, end,
-                       out_size, put);
+                       out_size, output);
   }
 
   int64_t size;
@@ -186,10 +159,9 @@ struct ByTiles {
   static int64_t outputs_per_task(int64_t in_size) {
     return weight_rows_per_task(in_size, sizeof(BFloat16), 2 * kTile);
   }
-  template <typename Store>
   void multiply(int64_t span, const BFloat16* weight, int64_t begin, int64_t end, int64_t,
-                const Store& put) const {
-    tiles_times_packed(packed.data + starts.data[span], spans[span].count, weight, begin, end, size, put);
+                const Output<BFloat16>& output) const {
+    tiles_times_packed(packed.data + starts.data[span], spans[span].count, weight, begin, end, size, output);
   }
 
   // Where every span starts in `packed`; returns how large that is.
@@ -224,11 +196,10 @@ void linear(const LinearArgs& a, const Parallel& parallel) {
   if (a.rows == 0) return;
   with_type(a.dtype, [&](auto type) {
     using T = decltype(type);
-    if (a.transposed) {
-      run<T, ByColumns<T>>(a, parallel);
-    } else {
-      run<T, typename ByRowsKernel<T>::Type>(a, parallel);
-    }
+#if !defined(CERBERUS_BFLOAT16_ONLY)
+    if (a.transposed) return run<T, ByColumns<T>>(a, parallel);
+#endif
+    run<T, typename ByRowsKernel<T>::Type>(a, parallel);
   });
 }
 

@@ -140,13 +140,29 @@ static inline Vec load(const Float16* p) {
 #endif
 }
 
-// The first `count` < kLanes elements, zeros in the other lanes.
+// The first `count` < kLanes elements, zeros in the other lanes. Few instructions: every tile of a product
+// has many of these.
+#if defined(__AVX512F__)
+static inline Vec load_part(const float* p, int64_t count) {
+  return bit_cast<Vec>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p));
+}
+static inline __m256i load_half_part(const void* p, int64_t count) {
+  return _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p);
+}
+static inline Vec load_part(const BFloat16* p, int64_t count) {
+  return bit_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half_part(p, count)), 16));
+}
+static inline Vec load_part(const Float16* p, int64_t count) {
+  return bit_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, load_half_part(p, count)));
+}
+#else
 template <typename T>
 static inline Vec load_part(const T* p, int64_t count) {
-  float lanes[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) lanes[i] = to_float(p[i]);
-  return load(lanes);
+  T part[kLanes] = {};
+  __builtin_memcpy(part, p, static_cast<size_t>(count) * sizeof(T));
+  return load(part);
 }
+#endif
 
 static inline void store(Vec v, float* p) { __builtin_memcpy(p, &v, sizeof(v)); }
 
@@ -314,9 +330,13 @@ struct Count {
   static constexpr int value = kValue;
 };
 
-// Calls body(T{}) with the C++ type of a dtype.
+// Calls body(T{}) with the C++ type of a dtype. The levels that exist for bfloat16 see no other:
+// dispatch.cpp.
 template <typename Body>
-static inline void with_type(DType dtype, const Body& body) {
+static inline void with_type([[maybe_unused]] DType dtype, const Body& body) {
+#if defined(CERBERUS_BFLOAT16_ONLY)
+  body(BFloat16{});
+#else
   switch (dtype) {
     case DType::kFloat32:
       return body(float{});
@@ -325,6 +345,7 @@ static inline void with_type(DType dtype, const Body& body) {
     case DType::kFloat16:
       return body(Float16{});
   }
+#endif
 }
 
 // Calls body(task) for every task, through the C interface of Parallel.

@@ -8,25 +8,10 @@
 //
 // With the processor's bfloat16 instructions a lane takes a pair of k at a time (vdpbf16ps): rows stay
 // bfloat16, and an instruction does twice the work. Else rows are widened to float once.
-#pragma once
-
-#include "cpu/vec.h"
+#include "cpu/product.h"
 
 namespace cerberus::CERBERUS_ISA {
-
-// The type that rows are in beside weights of T.
-template <typename T>
-struct RowOf {
-  using Type = float;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct RowOf<BFloat16> {
-  using Type = BFloat16;
-};
-#endif
-template <typename T>
-using Row = typename RowOf<T>::Type;
+namespace {
 
 // A tile is rows x weights, a register for each of their sums. The more of them, the more sums are in flight,
 // and the less often a weight or a row is loaded; the others hold the weights and a row.
@@ -96,8 +81,8 @@ struct Ahead {
 };
 
 template <int kRows, int kWeights, typename X, typename W>
-static inline void dot_tile(const X* x, int64_t x_stride, const W* w, int64_t size, Ahead ahead,
-                            float (&out)[kRows][kWeights]) {
+inline void dot_tile(const X* x, int64_t x_stride, const W* w, int64_t size, Ahead ahead,
+                     float (&out)[kRows][kWeights]) {
   using Product = Product<X>;
   Vec sums[kRows][kWeights] = {};
   int64_t k = 0;
@@ -136,9 +121,9 @@ static inline void dot_tile(const X* x, int64_t x_stride, const W* w, int64_t si
 
 // All rows against kWeights weight rows at w, the first of which is number first_weight: `tiles` tiles of
 // kMostRows rows or one less.
-template <int kMostRows, int kWeights, typename X, typename W, typename Store>
-static inline void all_rows(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w,
-                            int64_t first_weight, int64_t size, const Store& put) {
+template <int kMostRows, int kWeights, typename X, typename W>
+inline void all_rows(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w,
+                     int64_t first_weight, int64_t size, const Output<W>& output) {
   // Every tile asks for its share of the next weights.
   const int64_t weight_bytes = kWeights * static_cast<int64_t>(sizeof(W)),
                 share = weight_bytes * size / tiles;
@@ -149,7 +134,7 @@ static inline void all_rows(const X* x, int64_t x_stride, int64_t rows, int64_t 
     float out[kRows][kWeights];
     dot_tile<kRows, kWeights>(x + m * x_stride, x_stride, w, size, ahead, out);
     ahead.p += share;
-    put(m, first_weight, out);
+    output.put(m, first_weight, out);
   };
   int64_t m = 0;
   for (const int64_t full = rows - tiles * (kMostRows - 1); m < full * kMostRows; m += kMostRows)
@@ -158,19 +143,19 @@ static inline void all_rows(const X* x, int64_t x_stride, int64_t rows, int64_t 
     for (; m < rows; m += kMostRows - 1) tile(m, Count<kMostRows - 1>{});
 }
 
-template <int kMostRows, typename X, typename W, typename Store>
-static void tiles_times_weights(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w,
-                                int64_t begin, int64_t end, int64_t size, const Store& put) {
+template <int kMostRows, typename X, typename W>
+void tiles_times_weights(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w, int64_t begin,
+                         int64_t end, int64_t size, const Output<W>& output) {
   constexpr int kWeights = kSums / kMostRows < kSingleRowWeights ? kSums / kMostRows : kSingleRowWeights;
   int64_t n = begin;
   for (; n + kWeights <= end; n += kWeights)
-    all_rows<kMostRows, kWeights>(x, x_stride, rows, tiles, w + n * size, n, size, put);
-  for (; n < end; ++n) all_rows<kMostRows, 1>(x, x_stride, rows, tiles, w + n * size, n, size, put);
+    all_rows<kMostRows, kWeights>(x, x_stride, rows, tiles, w + n * size, n, size, output);
+  for (; n < end; ++n) all_rows<kMostRows, 1>(x, x_stride, rows, tiles, w + n * size, n, size, output);
 }
 
-template <typename X, typename W, typename Store>
-static void block_times_weights(const X* x, int64_t x_stride, int64_t rows, const W* w, int64_t begin,
-                                int64_t end, int64_t size, const Store& put) {
+template <typename X, typename W>
+void block_times_weights(const X* x, int64_t x_stride, int64_t rows, const W* w, int64_t begin, int64_t end,
+                         int64_t size, const Output<W>& output) {
   // As few tiles as possible, of as even sizes as possible: a tile of few rows takes as long as a larger one.
   constexpr int kTileRows = Product<X>::kTileRows;
   const int64_t many = rows <= kTileRows ? kTileRows : Product<X>::kManyTileRows;
@@ -178,7 +163,8 @@ static void block_times_weights(const X* x, int64_t x_stride, int64_t rows, cons
   const auto run = [&](auto row_count) {
     constexpr int kRows = decltype(row_count)::value;
     if constexpr (kRows <= kTileRows)
-      if (most_rows == kRows) tiles_times_weights<kRows>(x, x_stride, rows, tiles, w, begin, end, size, put);
+      if (most_rows == kRows)
+        tiles_times_weights<kRows>(x, x_stride, rows, tiles, w, begin, end, size, output);
   };
   run(Count<1>{});
   run(Count<2>{});
@@ -191,68 +177,30 @@ static void block_times_weights(const X* x, int64_t x_stride, int64_t rows, cons
 // Rows are read again for every tile of weights: so many bytes of them at a time, from the L2 cache.
 constexpr int64_t kBlockBytes = 64 << 10, kLeastBlockRows = 16;
 
-static inline int64_t row_blocks(int64_t rows, int64_t row_bytes) {
+int64_t row_blocks(int64_t rows, int64_t row_bytes) {
   const int64_t fitting = larger(kLeastBlockRows, kBlockBytes / larger(1, row_bytes));
   return (rows + fitting - 1) / fitting;
 }
 
-// Calls put(m, n, dots) for every tile: dots[i][j] = dot(x[m + i], w[n + j]). Together they are all m in
-// [0, rows) and n in [begin, end). x (rows, size) with row stride x_stride; w[n] at w + n * size.
-template <typename X, typename W, typename Store>
-static void rows_times_weights(const X* x, int64_t x_stride, int64_t rows, const W* w, int64_t begin,
-                               int64_t end, int64_t size, const Store& put) {
-  const int64_t blocks = row_blocks(rows, size * static_cast<int64_t>(sizeof(X)));
+}  // namespace
+
+template <typename T>
+void rows_times_weights(const Row<T>* x, int64_t x_stride, int64_t rows, const T* w, int64_t begin,
+                        int64_t end, int64_t size, const Output<T>& output) {
+  const int64_t blocks = row_blocks(rows, size * static_cast<int64_t>(sizeof(*x)));
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
-    block_times_weights(x + first * x_stride, x_stride, count, w, begin, end, size,
-                        [&](int64_t m, int64_t n, const auto& dots) { put(first + m, n, dots); });
+    block_times_weights(x + first * x_stride, x_stride, count, w, begin, end, size, output.from_row(first));
   }
 }
 
-// A tile's dot products one by one: put(m, n, dot(x[m], w[n])).
-template <typename Put>
-static inline auto one_by_one(const Put& put) {
-  return [put](int64_t m, int64_t n, const auto& dots) {
-    int64_t row = m;
-    for (const auto& of_row : dots) {
-      int64_t weight = n;
-      for (const float dot : of_row) put(row, weight++, dot);
-      ++row;
-    }
-  };
-}
-
-// x widened to float: the array itself where it is float already.
-template <typename T>
-static inline const float* widen(const T* x, int64_t count, float* scratch) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(load(x + i), scratch + i);
-  for (; i < count; ++i) scratch[i] = to_float(x[i]);
-  return scratch;
-}
-static inline const float* widen(const float* x, int64_t, float*) { return x; }
-
-// x as rows beside weights of T, and how many elements of scratch that takes.
-template <typename T>
-static inline const Row<T>* as_rows(const T* x, int64_t count, Row<T>* scratch) {
-  if constexpr (sizeof(Row<T>) == sizeof(T)) {
-    return x;
-  } else {
-    return widen(x, count, scratch);
-  }
-}
-template <typename T>
-constexpr int64_t row_scratch(int64_t count) {
-  return sizeof(Row<T>) == sizeof(T) ? 0 : count;
-}
-
-constexpr int64_t kWholeTiles = 24;  // weight rows: tiles of every shape end there
-
-// Weight rows a task, a multiple of `whole`: about 128 KiB of weights, so that handing out a task costs
-// little and threads finish together.
-static inline int64_t weight_rows_per_task(int64_t size, int64_t element_bytes, int64_t whole = kWholeTiles) {
-  const int64_t rows = (128 << 10) / larger(1, size * element_bytes);
-  return larger(whole, rows / whole * whole);
-}
+template void rows_times_weights(const Row<BFloat16>*, int64_t, int64_t, const BFloat16*, int64_t, int64_t,
+                                 int64_t, const Output<BFloat16>&);
+#if !defined(CERBERUS_BFLOAT16_ONLY)
+template void rows_times_weights(const float*, int64_t, int64_t, const float*, int64_t, int64_t, int64_t,
+                                 const Output<float>&);
+template void rows_times_weights(const float*, int64_t, int64_t, const Float16*, int64_t, int64_t, int64_t,
+                                 const Output<Float16>&);
+#endif
 
 }  // namespace cerberus::CERBERUS_ISA

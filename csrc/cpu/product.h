@@ -1,0 +1,114 @@
+// Products of rows with weights, for the kernels of a level: what gemm.cpp defines, and how it wants its
+// rows.
+//
+// The tile kernels are many and large, so that one file of a level has them, and all of its products are
+// theirs.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace cerberus::CERBERUS_ISA {
+
+// The type that rows are in beside weights of T.
+template <typename T>
+struct RowOf {
+  using Type = float;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct RowOf<BFloat16> {
+  using Type = BFloat16;
+};
+#endif
+template <typename T>
+using Row = typename RowOf<T>::Type;
+
+// A tile of sums, with the bias if there is one, into the output. `to` and `bias` are where the tile begins.
+template <typename T, int kRows, int kWeights>
+static inline __attribute__((always_inline)) void store_tile(const float (&dots)[kRows][kWeights],
+                                                             const T* bias, T* to, int64_t stride) {
+  constexpr int kAll = kRows * kWeights, kFours = kAll / 4;
+  const float* all = &dots[0][0];
+  float with_bias[kAll];
+  if (bias) {
+    for (int n = 0; n < kWeights; ++n) {
+      const float added = to_float(bias[n]);
+      for (int m = 0; m < kRows; ++m) with_bias[m * kWeights + n] = dots[m][n] + added;
+    }
+    all = with_bias;
+  }
+  T rounded[kAll];
+#pragma GCC unroll 8
+  for (int i = 0; i < kFours; ++i) from_four(all + 4 * i, rounded + 4 * i);
+  for (int i = 4 * kFours; i < kAll; ++i) from_float(all[i], rounded[i]);
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m)
+    __builtin_memcpy(to + m * stride, rounded + m * kWeights, kWeights * sizeof(T));
+}
+
+// Where a product goes: the sum of row m and weight n to place n of row m, rounded after `bias` is added, or
+// as it is. Which one is asked once a tile: a type for each would double the tile kernels.
+template <typename T>
+struct Output {
+  T* rounded;      // (rows, stride)
+  float* sums;     // not null: here instead, without bias
+  int64_t stride;  // from row to row
+  const T* bias;   // for each weight, or null
+
+  Output from_row(int64_t row) const {
+    return {rounded ? rounded + row * stride : nullptr, sums ? sums + row * stride : nullptr, stride, bias};
+  }
+
+  // A tile of sums: dots[i][j] is that of row m + i and weight n + j.
+  template <int kRows, int kWeights>
+  inline __attribute__((always_inline)) void put(int64_t m, int64_t n,
+                                                 const float (&dots)[kRows][kWeights]) const {
+    if (sums) {
+#pragma GCC unroll 8
+      for (int row = 0; row < kRows; ++row)
+        __builtin_memcpy(sums + (m + row) * stride + n, dots[row], sizeof(dots[row]));
+    } else {
+      store_tile(dots, bias ? bias + n : nullptr, rounded + m * stride + n, stride);
+    }
+  }
+};
+
+// Rows x (rows, size), x_stride apart, times weights w[n] at w + n * size, n from `begin` to `end`.
+template <typename T>
+void rows_times_weights(const Row<T>* x, int64_t x_stride, int64_t rows, const T* w, int64_t begin,
+                        int64_t end, int64_t size, const Output<T>& output);
+
+// x widened to float: the array itself where it is float already.
+template <typename T>
+static inline const float* widen(const T* x, int64_t count, float* scratch) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(load(x + i), scratch + i);
+  for (; i < count; ++i) scratch[i] = to_float(x[i]);
+  return scratch;
+}
+static inline const float* widen(const float* x, int64_t, float*) { return x; }
+
+// x as rows beside weights of T, and how many elements of scratch that takes.
+template <typename T>
+static inline const Row<T>* as_rows(const T* x, int64_t count, Row<T>* scratch) {
+  if constexpr (sizeof(Row<T>) == sizeof(T)) {
+    return x;
+  } else {
+    return widen(x, count, scratch);
+  }
+}
+template <typename T>
+constexpr int64_t row_scratch(int64_t count) {
+  return sizeof(Row<T>) == sizeof(T) ? 0 : count;
+}
+
+constexpr int64_t kWholeTiles = 24;  // weight rows: tiles of every shape end there
+
+// Weight rows a task, a multiple of `whole`: about 128 KiB of weights, so that handing out a task costs
+// little and threads finish together.
+static inline int64_t weight_rows_per_task(int64_t size, int64_t element_bytes, int64_t whole = kWholeTiles) {
+  const int64_t rows = (128 << 10) / larger(1, size * element_bytes);
+  return larger(whole, rows / whole * whole);
+}
+
+}  // namespace cerberus::CERBERUS_ISA
