@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from cerberus_ext import SuffixSource, compiled_step
 from cerberus_ext.base_model import BaseModel
-from cerberus_ext.compiled_step import CompileError, check_compilable, compiled_steps
+from cerberus_ext.compiled_step import CompileError, compiled_steps
 from cerberus_ext.decode import decode
 from cerberus_ext.dynamic_tree import DynamicTree
 from cerberus_ext.gate import AlwaysClosed, AlwaysOpen
