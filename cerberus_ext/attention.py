@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Collection
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -108,6 +108,8 @@ def tree_attention_forward(
         raise UnsupportedAttention(f"{name} is not causal")
     if attention_mask is not None:
         raise UnsupportedAttention(f"{name} makes an attention mask of its own")
+    if softcap and "softcap" not in _parameters(_own_attention(own, module)):
+        softcap = None  # as the model's own does: torch's function has none, and older versions leave it out
     layer = getattr(module, "layer_idx", None)
     if layer is None or (window or 0) != step.windows[layer]:
         raise UnsupportedAttention(f"{name} does not say which window layer {layer} has")
@@ -157,6 +159,11 @@ def _attend(
     return ops.tree_attention(q, key, value, step.length, step.ancestors, scale, window, softcap, sinks)
 
 
+@cache
+def _parameters(function: Callable[..., Any]) -> Collection[str]:
+    return inspect.signature(function).parameters
+
+
 def _own_attention(own: str, module: torch.nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     if own in _ATTENTIONS:
         return _ATTENTIONS[own]
@@ -169,8 +176,13 @@ def _own_attention(own: str, module: torch.nn.Module) -> Callable[..., tuple[Ten
 
 def names_attention(model: PreTrainedModel) -> bool:
     """Whether the model calls the implementation of attention that its config names."""
+    if model._supports_attention_backend:
+        return True
     ask = getattr(type(model), "_can_set_attn_implementation", None)
-    return bool(model._supports_attention_backend or (ask is not None and ask()))
+    try:
+        return ask is not None and bool(ask())
+    except (KeyError, OSError, TypeError):  # it reads the source of a class that was made without a file
+        return False
 
 
 def check_attention(model: PreTrainedModel) -> None:
@@ -200,7 +212,8 @@ def layer_windows(config: PreTrainedConfig) -> tuple[int, ...]:
         )
     windows = []
     for index, layer in enumerate(DynamicCache(config=config).layers):
-        if type(layer).__name__ == "DummyLayer" and types[index] in _SHARING:  # it reads the keys of an earlier layer
+        shares = type(layer).__name__ == "DummyLayer" and index < len(types) and types[index] in _SHARING
+        if shares:  # the keys of an earlier layer
             windows.append(text.sliding_window if types[index] == "sliding_attention" else 0)
             continue
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -209,6 +222,8 @@ def layer_windows(config: PreTrainedConfig) -> tuple[int, ...]:
                 f" layer {index} of {config.model_type} has a {type(layer).__name__}"
             )
         windows.append(getattr(layer, "sliding_window", 0))
+    # Up to 5.5 there is nothing in the cache for layers at the end that read the keys of earlier ones.
+    windows += [text.sliding_window if kind == "sliding_attention" else 0 for kind in types[len(windows) :]]
     return tuple(windows)
 
 

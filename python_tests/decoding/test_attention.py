@@ -122,6 +122,21 @@ class TestByName:
             )
         assert output.shape == (1, 1, 4, 8) and weights is None and step.attended == 1
 
+    @pytest.mark.parametrize("takes", [True, False])
+    def test_a_soft_cap_that_the_model_s_own_leaves_out(self, takes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As torch's function does with older versions of transformers: `generate` writes the text without it."""
+
+        def with_cap(module: Any, query: Any, key: Any, value: Any, mask: Any, softcap: Any = None) -> None: ...
+        def without(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> None: ...
+
+        monkeypatch.setattr(attention, "_own_attention", lambda *_: with_cap if takes else without)
+        query, cache = 9 * torch.randn(1, 4, 1, 8), 9 * torch.randn(1, 2, 4, 8)
+        step = TreeStep(torch.full((1,), 3), torch.ones(1, 1, dtype=torch.int64), (0,))
+        with running(step):
+            capped = attention.tree_attention_forward("any", layer(0), query, cache, cache, None, softcap=0.5)[0]
+            plain = attention.tree_attention_forward("any", layer(0), query, cache, cache, None)[0]
+        assert capped.equal(plain) is not takes
+
     @pytest.mark.parametrize("own", ["sdpa", "eager"])
     def test_outside_of_a_step_it_is_the_model_s_own(self, own: str) -> None:
         model = tiny_model("llama")

@@ -1,7 +1,7 @@
 """README's table of families: with whatever drafts, the text is the one without drafts; or there is one sentence.
 
 By default a share of the combinations, in which every family meets all heads, gates and trees, and every two of these
-meet each other. CERBERUS_FULL_MATRIX=1 runs all of them, in about four minutes.
+meet each other. CERBERUS_FULL_MATRIX=1 runs all of them, in about two minutes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from stand_ins import OracleHeads, RandomGate, RandomHeads
 from tiny_families import EXACT, REFUSED, tiny_family
 from tiny_models import VOCAB, generate, prompt
 from torch import Tensor
+from transformers import DynamicCache
 
 from cerberus_ext import SuffixSource
+from cerberus_ext.attention import names_attention
 from cerberus_ext.decode import decode
 from cerberus_ext.gate import AlwaysClosed, AlwaysOpen
 
@@ -51,6 +53,15 @@ def cases() -> list[tuple[str, str, str, str, int]]:
     return list(dict.fromkeys(share))
 
 
+def skip_where_it_is_older(family: str) -> None:
+    """With the oldest transformers that setup.py admits, some families are not yet what they are now."""
+    model = tiny_family(family)
+    if family == "gptj" and not names_attention(model):
+        pytest.skip("this transformers' gptj computes its attention itself")
+    if not DynamicCache(config=model.config).layers:
+        pytest.skip(f"this transformers has no cache for {family}")
+
+
 @cache
 def without_drafts(family: str, dtype: str) -> Tensor:
     """(1, 9 + NEW)"""
@@ -63,12 +74,14 @@ def without_drafts(family: str, dtype: str) -> Tensor:
 
 @pytest.mark.parametrize("family", EXACT)
 def test_without_drafts_it_is_what_generate_writes(family: str) -> None:
+    skip_where_it_is_older(family)
     want = generate(tiny_family(family), prompt(), max_new_tokens=NEW)
     assert without_drafts(family, "float32").equal(want)
 
 
 @pytest.mark.parametrize(("family", "dtype", "heads", "gate", "nodes"), cases())
 def test_drafts_change_nothing(family: str, dtype: str, heads: str, gate: str, nodes: int) -> None:
+    skip_where_it_is_older(family)
     text = without_drafts(family, dtype)
     drafter = None if heads == "suffix" else HEADS[heads](text, 4, VOCAB)
     out = decode(
