@@ -24,7 +24,9 @@ from build_backend import find_torch, torch_requirement  # noqa: E402
 REQUIREMENTS = [
     torch_requirement(),  # depends on what is installed: why `dependencies` is dynamic in pyproject.toml
     "numpy",
-    "transformers>=5.5,<6",  # the first whose cache says which layers keep no keys and values, before a model has run
+    # The first whose tokenizer of a GGUF file, saved and loaded again, gives texts back as they were; its cache says,
+    # too, which layers keep no keys and values, before a model has run.
+    "transformers>=5.6,<6",
     "accelerate",  # transformers wants it, and gguf, to read the default model's GGUF file
     "gguf",
     "safetensors",

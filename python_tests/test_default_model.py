@@ -11,6 +11,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from tiny_gguf import tiny_gguf
 from training_runs import model_folder
 
 from cerberus_ext import default_model
@@ -269,3 +270,20 @@ def test_the_conversion_says_nothing(
 def test_a_folder_that_is_not_there(name: str) -> None:
     with pytest.raises(FileNotFoundError if name else OSError, match="there is no folder|has no config.json"):
         default_model.load_model(name)
+
+
+def test_the_converted_tokenizer_gives_every_text_back(tmp_path: Path) -> None:
+    """Before transformers 5.6 it answered with raw bytes, and began every text with a token of its own."""
+    tiny_gguf(tmp_path / "model.gguf")
+    default_model._convert_gguf(tmp_path / "model.gguf", tmp_path / "folder")
+    model, tokenizer = default_model.load_model(tmp_path / "folder", device="cpu")
+    for text in (
+        "hello world, it's 2026",
+        "  two spaces\n\n\ttab ",
+        "Gr\u00fc\u00dfe \u65e5\u672c",
+        "<|im_start|>user\nhi<|im_end|>",
+    ):
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids) == text
+        assert max(ids) < model.config.vocab_size
+    assert tokenizer.tokenize(" world") == ["\u0120wo", "r", "ld"]
