@@ -7,6 +7,8 @@ from typing import Any
 
 from ..files import whole
 
+MADE_BY = "cerberus calibrate"  # stands in the picture, so that only ours is ever written over
+
 
 def plot(details: dict[str, Any], file: Path) -> None:
     """details: `Calibration.details`. Written whole or not at all."""
@@ -47,4 +49,4 @@ def plot(details: dict[str, Any], file: Path) -> None:
     axes[7].set_axis_off()
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole(file) as partial:
-        figure.savefig(partial, format="png", dpi=110)
+        figure.savefig(partial, format="png", dpi=110, metadata={"Software": MADE_BY})

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..base_model import position_limit
-from ..files import write_json, write_text
+from ..files import remove_partial, write_json, write_text
 from ..heads import fingerprint, output_matrix
 from .answer_writer import AnswerWriter
 from .answers import Answer, Answers, parse_answers, read_answers
@@ -137,6 +137,7 @@ class SelfDistillation:
         identity = self.writer.identity() | {"model_fingerprint": fingerprint(self.model.parameters(), rows=16)}
         record = self.folder / RECORD
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_partial(self.folder)
         if not record.exists():
             if self.file(0).exists():
                 raise ValueError(f"train: {FOLDER}/{RECORD} of the output is missing, but there are answers beside it")

@@ -137,9 +137,8 @@ def test_a_stage_that_is_cut_short_ends_with_the_same_files(
     with pytest.raises(KeyboardInterrupt):
         load(chat, tmp_path / "parts")
     assert len(files(tmp_path / "parts")) == 3
-    (tmp_path / "parts" / "data" / "answers-00002.jsonl.partial").write_text(
-        '{"p": [1'
-    )  # of a kill while it was written
+    # Of a kill while it was written.
+    (tmp_path / "parts" / "data" / "answers-00002.jsonl.17-0123abcd.partial").write_text('{"p": [1')
     monkeypatch.setattr(AnswerWriter, "write", write)
     assert plain(load(chat, tmp_path / "parts")) == whole
     assert files(tmp_path / "parts") == expected
