@@ -28,6 +28,8 @@ constexpr int kSingleRowWeights =
 constexpr int64_t kAheadBytes =
     4096;  // beyond the tile's own weights: measured, 1 KiB to 16 KiB differ little
 
+constexpr int64_t kLongRow = 8192;  // bytes
+
 // How rows of X and weights are multiplied: kStep of k at a time.
 template <typename X>
 struct Product {
@@ -69,12 +71,14 @@ struct Ahead {
   template <int kWeights>
   void prefetch() {
     constexpr int64_t kLine = 64;
+    if (step == 0) return;
     if (step >= kWeights * kLine) {  // one tile of rows: all of the next weights
 #pragma GCC unroll 8
       for (int64_t line = 0; line < kWeights; ++line) __builtin_prefetch(p + line * kLine, 0, 2);
     } else {
       __builtin_prefetch(p, 0, 2);
       if (step > kLine) __builtin_prefetch(p + kLine, 0, 2);
+      if (step > 2 * kLine) __builtin_prefetch(p + 2 * kLine, 0, 2);
     }
     p += step;
   }
@@ -124,11 +128,13 @@ inline void dot_tile(const X* x, int64_t x_stride, const W* w, int64_t size, Ahe
 template <int kMostRows, int kWeights, typename X, typename W>
 inline void all_rows(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w,
                      int64_t first_weight, int64_t size, const Output<W>& output) {
-  // Every tile asks for its share of the next weights.
+  // Every tile asks for its share of the next weights, but where a single one reads long rows of them: these
+  // the processor's own prefetcher finds, and asking costs more than it brings (measured, rows of 8 KiB).
   const int64_t weight_bytes = kWeights * static_cast<int64_t>(sizeof(W)),
                 share = weight_bytes * size / tiles;
+  const bool found = tiles == 1 && size * static_cast<int64_t>(sizeof(W)) >= kLongRow;
   Ahead ahead{reinterpret_cast<const char*>(w + kWeights * size) + kAheadBytes,
-              weight_bytes * Product<X>::kStep / tiles};
+              found ? 0 : weight_bytes * Product<X>::kStep / tiles};
   const auto tile = [&](int64_t m, auto row_count) {
     constexpr int kRows = decltype(row_count)::value;
     float out[kRows][kWeights];
