@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import ops
 from .attention import tree_attention_call
+from .weight_swap import WeightSwap
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,8 +34,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def step_forward(model: Any, mode: Callable[[], TorchFunctionMode] | None) -> Callable[..., Any]:
     """What to call in place of `model` for decoding steps.
 
-    mode: sees every call of the model; None: only those with weights on a CPU are seen. For these,
-    `torch.func.functional_call` swaps the weights for the time of each call, for tensors that share their memory.
+    mode: sees every call of the model; None: only those with weights on a CPU are seen. These are swapped for the time
+    of each call, for tensors that share their memory.
     """
     if mode is not None:
 
@@ -44,12 +45,14 @@ def step_forward(model: Any, mode: Callable[[], TorchFunctionMode] | None) -> Ca
 
         return watched
 
-    weights: dict[str, Tensor] = {name: InvariantWeight.of(weight) for name, weight in product_weights(model).items()}
+    weights = {name: InvariantWeight.of(plain(weight)) for name, weight in product_weights(model).items()}
+    swap = WeightSwap(model, weights)
 
     def forward(**arguments: Any) -> Any:
         before, _thread.swapped = _thread.swapped, True
         try:
-            return torch.func.functional_call(model, weights, (), arguments, tie_weights=False)
+            with swap:
+                return model(**arguments)
         finally:
             _thread.swapped = before
 
