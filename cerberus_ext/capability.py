@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ from .attention import UnsupportedAttention, check_attention
 from .base_model import BaseModel, StepWay
 from .cache import UnevenLayers
 from .replayable import memory_of
+from .row_invariant import RowInvariant
+from .stand_ins import current_step
 from .stats import DecodeStats
 from .step_audit import Audit, padded_nodes
 from .transformers_names import cache_argument
@@ -34,6 +36,7 @@ from .tree import DraftTree
 _TREE = DraftTree.from_paths([(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0)])  # 11 nodes
 _PATHS = ((0, 1, 6), (0, 2, 7))  # of its nodes
 _PROMPT = 5  # tokens
+_MOST_NODES = 256  # of a step
 _CAPACITY = 32
 _STRIDE = 7919  # between the token ids of the proof; any, as long as they differ
 # Largest difference from the model itself, as a share of the logits' norm: rounding stays far below.
@@ -62,11 +65,12 @@ _found: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Any, Capability]] = wea
 
 
 def capability_of(model: PreTrainedModel) -> Capability:
-    """Found at the first call for a model with these weights, modules and threads; later ones return it.
+    """Found at the first call for a model with these weights, modules, hooks and threads; later ones return it.
 
     Raises ValueError, naming the model's class and the reason, where the model's steps cannot run.
     """
-    key = (memory_of(model), torch.get_num_threads(), model.dtype)
+    hooks = tuple((*module._forward_hooks, *module._forward_pre_hooks) for module in model.modules())  # their numbers
+    key = (memory_of(model), hooks, torch.get_num_threads(), model.dtype)
     kept = _found.get(model)
     if kept is None or kept[0] != key:
         kept = _found[model] = (key, _examine(model))
@@ -105,12 +109,22 @@ def _read(model: PreTrainedModel) -> Capability:
         reason = f"products on {model.device.type} are summed in an order that depends on the number of tokens"
         return Capability(way, inexact_because=reason)
     audit = Audit(_TREE.size)
-    with BaseModel(model, _CAPACITY, 1, way=StepWay(way.names_attention, sees_all=True), mode=lambda: audit) as base:
+
+    def mode() -> RowInvariant:  # where torch's products are slow, the prompt goes through it, too
+        return RowInvariant() if current_step() is None else audit
+
+    with BaseModel(model, _CAPACITY, 1, way=StepWay(way.names_attention, sees_all=True), mode=mode) as base:
         base.prefill(_tokens(model))
         base.step(_tokens(model, range(_TREE.size)), _TREE.on(model.device))
-    sees_all = way.sees_all or audit.sees_all or padded_nodes(1, audit.widths, torch.get_num_threads()) is None
+    sees_all = way.sees_all or audit.sees_all or not _can_be_padded(audit.widths)
     widths = frozenset() if sees_all else frozenset(audit.widths)
     return Capability(StepWay(way.names_attention, sees_all, widths), audit.uncovered)
+
+
+def _can_be_padded(widths: Set[int]) -> bool:
+    """Whether every step, however many nodes its tree has, can be filled up to a number that vector code computes."""
+    threads = torch.get_num_threads()
+    return all(padded_nodes(nodes, widths, threads) is not None for nodes in range(1, _MOST_NODES + 1))
 
 
 def _prove(model: PreTrainedModel, capability: Capability) -> Capability:

@@ -48,12 +48,18 @@ def _is_idle(hook: Any) -> bool:
 def memory_of(model: PreTrainedModel) -> tuple[Any, ...]:
     """Changes when recordings of the model are of no use any more, but not when its weights change in place.
 
-    Where its tensors lie; and the types, switches and names in its modules, with which adapters are turned on and off.
+    Where its tensors lie; and the types, switches and names in its modules, with which adapters are turned on and off,
+    and the forwards that were put in the place of their own.
     """
     tensors = tuple(tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers()))
-    modules = tuple((type(module), *filter(_is_plain, vars(module).values())) for module in model.modules())
+    modules = tuple((*_kind(module), *filter(_is_plain, vars(module).values())) for module in model.modules())
     products = (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled())
     return tensors, modules, products
+
+
+def _kind(module: torch.nn.Module) -> tuple[type, int]:
+    """What its call runs: its class's forward, or the one that somebody gave this module alone."""
+    return type(module), id(vars(module).get("forward"))
 
 
 def _is_plain(value: Any) -> bool:

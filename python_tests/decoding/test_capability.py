@@ -16,7 +16,8 @@ from tiny_models import VOCAB, generate, prompt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cerberus_ext.capability import capability_of
+from cerberus_ext import row_invariant
+from cerberus_ext.capability import _can_be_padded, capability_of
 from cerberus_ext.decode import decode
 from cerberus_ext.gate import AlwaysClosed
 
@@ -75,6 +76,23 @@ class TestOnce:
         llama.model.layers[0].mlp.act_fn = nn.GELU()
         assert forwards.during(lambda: capability_of(llama)) > 5
 
+    def test_hooks(self, llama: PreTrainedModel, forwards: Forwards) -> None:
+        """One may mix tokens, as the one here does."""
+        hook = llama.model.layers[0].register_forward_hook(lambda module, inputs, output: output + output.mean(1, True))
+        with pytest.warns(RuntimeWarning, match="^decode: no drafts"):
+            assert forwards.during(lambda: decode(llama, None, prompt(), max_new_tokens=1)) > 5
+        hook.remove()
+        assert capability_of(llama).no_drafts_because is None
+
+    def test_a_forward_of_its_own(self, llama: PreTrainedModel, forwards: Forwards) -> None:
+        mlp = llama.model.layers[0].mlp
+        forward = mlp.forward
+        mlp.forward = lambda hidden: forward(hidden) + hidden.mean(1, keepdim=True)
+        with pytest.warns(RuntimeWarning, match="^decode: no drafts"):
+            assert forwards.during(lambda: decode(llama, None, prompt(), max_new_tokens=1)) > 5
+        del mlp.forward
+        assert capability_of(llama).no_drafts_because is None
+
     def test_another_number_of_threads(self, llama: PreTrainedModel, forwards: Forwards) -> None:
         threads = torch.get_num_threads()
         torch.set_num_threads(threads + 1)
@@ -113,6 +131,20 @@ def test_a_module_that_mixes_tokens(share: float, llama: PreTrainedModel) -> Non
     assert out.sequences.equal(want)
     assert out.stats.no_drafts_because == reason and out.stats.open_steps == 0 and out.stats.steps == NEW - 1
     assert out.stats.exact is True and out.stats.inexact_because is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_the_prompt_calls_is_not_read(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where torch's products are slow, and it goes the way of the steps: it is the same in all decodes."""
+    monkeypatch.setattr(row_invariant, "_is_native", lambda weight: False)
+    assert capability_of(make_family("llama", dtype)).inexact_because is None
+
+
+@pytest.mark.parametrize(("threads", "can"), [(1, True), (16, True), (32, False)])
+def test_widths_that_cannot_be_padded_at_every_size(threads: int, can: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """34 nodes of Llama 2 7B on 32 threads: no number up to 50 makes whole vectors of all 12 to 17 shares."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert _can_be_padded({11008}) is can
 
 
 def test_a_module_that_might_mix_tokens(llama: PreTrainedModel) -> None:
