@@ -122,10 +122,11 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return output.view(*input.shape[:-1], output.shape[-1])
 
 
-def _matmul(input: Tensor, weight: Tensor) -> Tensor:
+def _matmul(*factors: Tensor, **named: Any) -> Tensor:
     """input (..., I) @ weight (I, O), as of a linear that is written so; or a small product for every token."""
-    if input.dim() < 2 or weight.dim() < 2:
+    if named or any(factor.dim() < 2 for factor in factors):
         return NotImplemented
+    input, weight = factors
     if weight.dim() == 2:
         return _linear(input, plain(weight).t())
     if not 1 < weight.shape[-2] <= _MOST_TERMS or not is_ours(input) or not is_ours(weight):
@@ -134,10 +135,11 @@ def _matmul(input: Tensor, weight: Tensor) -> Tensor:
     return reduce(torch.add, terms).to(input.dtype)
 
 
-def _addmm(bias: Tensor, input: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+def _addmm(*terms: Tensor, **named: Any) -> Tensor:
     """bias + input @ weight (I, O), as of transformers' Conv1D."""
-    if beta != 1 or alpha != 1 or bias.dim() != 1:
+    if named or terms[0].dim() != 1:
         return NotImplemented
+    bias, input, weight = terms
     return _linear(input, plain(weight).t(), bias)
 
 
@@ -161,7 +163,8 @@ def _elementwise(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def stand_in(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not is_ours(input) or any(args) or any(value for value in kwargs.values()):
+        # Of keywords, only False is the default; an output tensor is none.
+        if not is_ours(input) or args or any(value is not False for value in kwargs.values()):
             return NotImplemented
         return ops.activation(plain(input).contiguous(), kind)
 
@@ -197,7 +200,7 @@ ELEMENTWISE: dict[Callable[..., Any], Callable[..., Any]] = {
 
 def _sum(input: Tensor, dim: int | None = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
     """A sum of few terms that do not lie along the last axis, written out."""
-    if kwargs or not isinstance(dim, int) or not is_ours(input) or dim % input.dim() == input.dim() - 1:
+    if kwargs or not isinstance(dim, int) or not is_ours(input) or dim % max(1, input.dim()) >= input.dim() - 1:
         return NotImplemented
     if not 1 <= input.shape[dim] <= _MOST_TERMS:
         return NotImplemented

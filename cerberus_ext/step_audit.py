@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,7 +33,7 @@ _ROW_BY_ROW = frozenset(
     logical_and logical_or logical_not nonzero argsort sort unique greater add add_ multiply
     subtract divide true_divide __add__ __radd__ __iadd__ sub sub_ __sub__ __rsub__ __isub__ mul mul_ __mul__
     __rmul__ __imul__ div div_ __truediv__ __rtruediv__ __rdiv__ __itruediv__ __floordiv__ __mod__ remainder neg
-    __neg__ abs sign square sqrt rsqrt reciprocal clamp clamp_ clip relu relu_ maximum minimum eq ne lt le gt ge
+    __neg__ abs sign square sqrt reciprocal clamp clamp_ clip relu relu_ maximum minimum eq ne lt le gt ge
     __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__ __xor__ __invert__ bitwise_and bitwise_or floor ceil
     round hardtanh relu6 is_autocast_enabled get_autocast_dtype
     """.split()  # noqa: SIM905
@@ -44,6 +45,7 @@ _ALONG_ROWS = frozenset(
     max min amax amin
     """.split()  # noqa: SIM905
 )
+_PLACE_OF_DIM = {"topk": 2, "norm": 2, "normalize": 2}  # among the arguments; of all others 1
 _WHOLE_ROWS = {"layer_norm", "rms_norm"}  # along the last axis without saying so
 _LANES = 64  # elements that torch's vector code takes at a time, at most: two AVX-512 registers of bfloat16
 MOST_PADDING = 16  # nodes; as many as a step is ever filled up by
@@ -100,14 +102,24 @@ class Audit(RowInvariant):
             # A sum of one product, of positions and frequencies say, has one order.
             return len(args) > 1 and isinstance(args[0], Tensor) and args[0].dim() > 1 and args[0].shape[-1] == 1
         if name in ("pow", "__pow__", "pow_"):  # computed by products, divisions and roots
-            return len(args) > 1 and not isinstance(args[1], Tensor) and args[1] in (2, 3, 0.5, -0.5, -1, -2)
+            power = args[1] if len(args) > 1 else None
+            if isinstance(power, Tensor) or power not in (2, 3, 0.5, -0.5, -1, -2):
+                return False
+            return power != -0.5 or not _is_16_bit(args[0])
+        if name == "rsqrt":
+            return not _is_16_bit(args[0])
         if name in ("any", "all"):  # of all tokens: models ask so whether something has overflown
             return False
-        if name in _WHOLE_ROWS or name in _ROW_BY_ROW:
-            return True
+        if name in _WHOLE_ROWS:
+            return len(kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())) == 1
+        if name in ("sort", "argsort") and _is_floating(args):
+            return kwargs.get("dim", args[1] if len(args) > 1 else -1) in (-1, args[0].dim() - 1)
+        if name in _ROW_BY_ROW:
+            return kwargs.get("alpha", 1) == 1  # or vector code rounds once, and the rest twice
         if name in _ALONG_ROWS:
             tensors = [argument for argument in args if isinstance(argument, Tensor)]
-            along = kwargs.get("dim", args[1] if len(args) > 1 and name not in ("topk", "norm", "max", "min") else None)
+            place = _PLACE_OF_DIM.get(name, 1)
+            along = kwargs.get("dim", args[place] if len(args) > place else None)
             if name == "topk" or func is F.softmax and along is None:
                 along = -1 if along is None else along
             if tensors and tensors[0].dim() and tensors[0].shape[-1] >= _SHARE:  # one such row is split over threads
@@ -126,6 +138,11 @@ class Audit(RowInvariant):
 
 def _is_floating(values: Iterable[Any]) -> bool:
     return any(isinstance(value, Tensor) and value.is_floating_point() for value in values)
+
+
+def _is_16_bit(tensor: Tensor) -> bool:
+    """Of such, torch rounds 1 / root(x) twice where it does not use vector code, and once where it does."""
+    return tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 def _caller() -> nn.Module | None:

@@ -157,6 +157,25 @@ def test_options_of_functions_are_left_to_torch() -> None:
     assert soft.equal(F.softplus(x, beta=2)) and in_place.equal(F.silu(x))
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.matmul(x, other=x.t()),
+        lambda x: torch.mm(x, x.t(), out=torch.empty(3, 3)),
+        lambda x: torch.addmm(input=torch.ones(3), mat1=x, mat2=x.t()),
+        lambda x: torch.addmm(torch.ones(3), x, x.t(), out=torch.empty(3, 3)),
+        lambda x: torch.sigmoid(x, out=torch.empty_like(x)),
+        lambda x: torch.sum(x.max(), 0),
+        lambda x: torch.mean(x.max(), -1),
+    ],
+)
+def test_other_ways_of_calling_are_left_to_torch(function: Any) -> None:
+    x = torch.randn(3, 8)
+    with RowInvariant():
+        output = function(x)
+    assert output.equal(function(x))
+
+
 @pytest.mark.parametrize("function", [torch.sum, Tensor.sum, torch.mean, Tensor.mean])
 def test_small_sums(function: Any) -> None:
     """Of terms that do not lie along the last axis; they cancel, so that another order shows."""

@@ -75,6 +75,8 @@ def read(function: Any, *arguments: Any) -> Audit:
         lambda x: torch.arange(NODES).float()[None, :, None] @ torch.ones(1, 1, 4),  # rotary frequencies
         lambda x: x.norm(dim=-1),
         lambda x: x**2 / 3 + x.clamp(-1, 1),
+        lambda x: x.sort(-1).values + x.topk(2, -1).values[..., :1] + x.norm(2, -1, True),
+        lambda x: F.normalize(x, 2.0, -1),
         lambda x: (x > 0).cumsum(1),  # integers are exact in any order
     ],
 )
@@ -97,6 +99,17 @@ def test_covered(function: Any) -> None:
         (lambda x: F.batch_norm(x[0], torch.zeros(64), torch.ones(64)), "batch_norm"),
         (lambda x: F.conv1d(x.transpose(1, 2), torch.ones(64, 64, 3), padding=1), "conv1d"),
         (lambda x: x.norm(), "norm"),
+        (lambda x: x.norm(2, 1), "norm"),
+        (lambda x: F.normalize(x, 2.0), "normalize"),
+        (lambda x: F.normalize(x, 2.0, 1), "normalize"),
+        (lambda x: x.topk(2, 1), "topk"),
+        (lambda x: x.topk(2, dim=1), "topk"),
+        (lambda x: x.sort(1), "sort"),
+        (lambda x: x.argsort(dim=1), "argsort"),
+        (lambda x: F.layer_norm(x, (NODES, 64)), "layer_norm"),
+        (lambda x: x.add(x, alpha=0.3), "add"),
+        (lambda x: x.bfloat16().rsqrt(), "rsqrt"),
+        (lambda x: x.half() ** -0.5, "pow"),
         (lambda x: x.clamp(max=1) if x.isinf().any() else x, "any"),
         (lambda x: x.abs().max(), "max"),
         (lambda x: x**1.7, "pow"),
