@@ -1,7 +1,7 @@
 """What `decode` can do with a model: found once per model, before any text is generated, by running a few steps.
 
-    reading    one step over a small tree, call by call: is a token's result independent of the other tokens by
-               construction (step_audit.py)? The answer is `exact` and `inexact_because`.
+    reading    a step over a small tree and one of a single token, call by call: is a token's result independent of the
+               other tokens by construction (step_audit.py)? The answer is `exact` and `inexact_because`.
     proof      the same tree against its paths decoded token by token, and these against what the model itself computes.
                A model that fails the first decodes without drafts; one that fails the second is refused.
 
@@ -28,7 +28,7 @@ from .replayable import memory_of
 from .row_invariant import RowInvariant
 from .stand_ins import current_step
 from .stats import DecodeStats
-from .step_audit import Audit, padded_nodes
+from .step_audit import Audit, padded_nodes, unreadable
 from .transformers_names import cache_argument
 from .tree import DraftTree
 
@@ -116,9 +116,11 @@ def _read(model: PreTrainedModel) -> Capability:
     with BaseModel(model, _CAPACITY, 1, way=StepWay(way.names_attention, sees_all=True), mode=mode) as base:
         base.prefill(_tokens(model))
         base.step(_tokens(model, range(_TREE.size)), _TREE.on(model.device))
+        audit.nodes = 1  # some models go another way with a single token
+        base.step(_tokens(model, [0]), DraftTree.root().on(model.device))
     sees_all = way.sees_all or audit.sees_all or not _can_be_padded(audit.widths)
     widths = frozenset() if sees_all else frozenset(audit.widths)
-    return Capability(StepWay(way.names_attention, sees_all, widths), audit.uncovered)
+    return Capability(StepWay(way.names_attention, sees_all, widths), audit.uncovered or unreadable(model))
 
 
 def _can_be_padded(widths: Set[int]) -> bool:

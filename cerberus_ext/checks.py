@@ -29,6 +29,10 @@ def check_model(model: Any) -> None:
         raise ValueError(f"decode: model must be decoder-only, {name} is an encoder-decoder")
     if model.get_output_embeddings() is None:
         raise ValueError(f"decode: model must have an LM head, {name} has none")
+    if isinstance(model.get_output_embeddings(), torch.nn.Embedding):
+        raise ValueError(
+            f"decode: model must call its LM head, of {name} it is the embedding itself: add a Linear with its weight"
+        )
     if model.training:
         raise ValueError("decode: model must be in evaluation mode, got one in training mode: call model.eval()")
     devices = {parameter.device for parameter in model.parameters()}

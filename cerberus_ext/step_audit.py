@@ -53,7 +53,7 @@ _SHARE = 32768  # elements from which on torch gives another thread a share
 
 
 class Audit(RowInvariant):
-    """While active, notes what a step over a tree of `nodes` nodes calls.
+    """While active, notes what a step over a tree of `nodes` nodes calls; another step may follow, of another number.
 
     uncovered: the first call that is not known to treat rows one by one, None: there is none.
     widths: elements per node of the functions that torch computes by vector code; None where some are laid out
@@ -62,7 +62,7 @@ class Audit(RowInvariant):
 
     def __init__(self, nodes: int) -> None:
         super().__init__()
-        self._nodes = nodes
+        self.nodes = nodes
         self.uncovered: str | None = None
         self.widths: set[int] = set()
         self.sees_all = False
@@ -130,10 +130,22 @@ class Audit(RowInvariant):
 
     def _note_width(self, input: Tensor) -> None:
         """input: of a function of single elements, which torch computes by vector code and the rest by other code."""
-        if input.numel() % self._nodes or not input.is_contiguous():
+        if input.numel() % self.nodes or not input.is_contiguous():
             self.sees_all = True
         else:
-            self.widths.add(input.numel() // self._nodes)
+            self.widths.add(input.numel() // self.nodes)
+
+
+def unreadable(model: nn.Module) -> str | None:
+    """A module whose calls an Audit does not see, as it is compiled; None: there is none."""
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"{module.original_name} is compiled by TorchScript"
+        own = vars(module)
+        compiled = own.get("_compiled_call_impl") is not None or "_orig_mod" in module._modules
+        if compiled or hasattr(own.get("forward"), "_torchdynamo_orig_callable"):
+            return f"{type(module).__name__} is compiled by torch.compile"
+    return None
 
 
 def _is_floating(values: Iterable[Any]) -> bool:

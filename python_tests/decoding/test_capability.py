@@ -20,6 +20,7 @@ from cerberus_ext import row_invariant
 from cerberus_ext.capability import _can_be_padded, capability_of
 from cerberus_ext.decode import decode
 from cerberus_ext.gate import AlwaysClosed
+from cerberus_ext.step_audit import unreadable
 
 NEW = 16
 
@@ -145,6 +146,42 @@ def test_widths_that_cannot_be_padded_at_every_size(threads: int, can: bool, mon
     """34 nodes of Llama 2 7B on 32 threads: no number up to 50 makes whole vectors of all 12 to 17 shares."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert _can_be_padded({11008}) is can
+
+
+class ByItself(nn.Linear):
+    """Goes another way with a single token."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if input.shape[1] > 1 else torch.einsum("bni,oi->bno", input, self.weight)
+
+
+@pytest.mark.filterwarnings("ignore:decode. no drafts:RuntimeWarning")  # the bits may differ, or not
+def test_what_is_done_with_a_single_token_is_read(llama: PreTrainedModel) -> None:
+    llama.model.layers[0].mlp = ByItself(64, 64, bias=False)
+    assert capability_of(llama).inexact_because == "ByItself calls einsum"
+
+
+@pytest.mark.filterwarnings("ignore:decode. no drafts:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:Dynamo does not know:UserWarning")
+@pytest.mark.parametrize("by", ["TorchScript", "torch.compile"])
+def test_what_cannot_be_read_is_not_exact(by: str, llama: PreTrainedModel) -> None:
+    linear = nn.Linear(64, 64).eval()
+    if by == "TorchScript":
+        llama.model.layers[0].mlp = torch.jit.script(linear)
+    else:
+        linear.forward = torch.compile(linear.forward, backend="eager")
+        llama.model.layers[0].mlp = linear
+    assert capability_of(llama).inexact_because == f"Linear is compiled by {by}"
+
+
+def test_unreadable() -> None:
+    """Compiled in place, or wrapped."""
+    in_place = nn.Linear(2, 2)
+    in_place.compile(backend="eager")
+    wrapped = torch.compile(nn.Linear(2, 2), backend="eager")
+    assert unreadable(nn.Sequential(nn.Linear(2, 2))) is None
+    assert unreadable(nn.Sequential(in_place)) == "Linear is compiled by torch.compile"
+    assert unreadable(nn.Sequential(wrapped)) == "OptimizedModule is compiled by torch.compile"
 
 
 def test_a_module_that_might_mix_tokens(llama: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,6 +174,16 @@ def test_encoder_decoder() -> None:
         ValueError, match="decode: model must be decoder-only, T5ForConditionalGeneration is an encoder"
     ):
         call(model=encoder_decoder())
+
+
+def test_an_embedding_as_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its input are tokens: the hidden states are seen by nobody."""
+    model = copy.copy(tiny_model("llama"))
+    monkeypatch.setattr(model, "get_output_embeddings", model.get_input_embeddings)
+    with pytest.raises(
+        ValueError, match="decode: model must call its LM head, of LlamaForCausalLM it is the embedding"
+    ):
+        decode(model, None, prompt())
 
 
 def test_model_without_lm_head() -> None:
