@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList
 
 from .dynamic_tree import DynamicTree
 from .gate import Gate, wants_draft_trees
@@ -228,12 +228,28 @@ def most_new_tokens(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) ->
     """max_new_tokens, or as many as the model has positions for. The last token of a text needs none."""
     table = position_table(model)
     if table is None:
-        return max_new_tokens
+        turn = rotary_turn(model)
+        if turn is None or ids.shape[1] > turn:
+            return max_new_tokens
+        return min(max_new_tokens, turn - ids.shape[1] + 1)
     if ids.shape[1] > table:
         raise ValueError(
             f"decode: ids must have at most {table} tokens, the positions of {type(model).__name__}, got {ids.shape[1]}"
         )
     return min(max_new_tokens, table - ids.shape[1] + 1)
+
+
+def rotary_turn(model: PreTrainedModel) -> int | None:
+    """Tokens from which on `generate` reads the whole text again, with other rotary frequencies; None: it never does.
+
+    Phi-3's models of long texts say so in a prepare_inputs_for_generation of their own.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    own = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+    if not own or rope.get("rope_type") != "longrope":
+        return None
+    return getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
 
 
 def position_table(model: PreTrainedModel) -> int | None:

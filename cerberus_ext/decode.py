@@ -140,7 +140,7 @@ def decode(
     if len(text.tokens) == most < max_new_tokens and not text.stopped:
         warnings.warn(
             f"decode: max_new_tokens is {max_new_tokens}, but the text ends after {most} tokens:"
-            f" {type(model).__name__} has no more positions",
+            f" {type(model).__name__} has no more positions, or would have to read all of it again",
             stacklevel=3,
         )
     stats.new_tokens = len(text.tokens)
