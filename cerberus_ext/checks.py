@@ -246,7 +246,8 @@ def rotary_turn(model: PreTrainedModel) -> int | None:
     """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    own = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+    prepare = getattr(type(model), "prepare_inputs_for_generation", None)
+    own = prepare is not GenerationMixin.prepare_inputs_for_generation
     if not own or rope.get("rope_type") != "longrope":
         return None
     return getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
