@@ -49,10 +49,11 @@ sys.exit(status)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_decodes_in_a_forked_child() -> None:
+def test_decodes_in_a_forked_child(tmp_path: Path) -> None:
     import cerberus_ext
 
     paths = [str(Path(cerberus_ext.__file__).parent.parent), str(Path(__file__).parent.parent)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
-    run = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=280)
+    command = [sys.executable, "-c", PROGRAM]  # elsewhere: `-c` puts the current folder on sys.path
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, (run.returncode, run.stdout, run.stderr)

@@ -53,14 +53,15 @@ def test_malformed_calls():
     assert accepted > CALLS / 20 and refused > CALLS / 2, (accepted, refused)
 
 
-def test_a_worker_is_ended_by_a_crash_or_a_hang():
+def test_a_worker_is_ended_by_a_crash_or_a_hang(tmp_path: Path):
     """What the test above relies on: another return code, and the number of the call."""
     path = os.pathsep.join([str(WORKER.parent), str(_load.PACKAGE.parent)])
     for last_words in ("os.abort()", "[None for _ in iter(int, 1)]"):
         text = "import os, malformed_calls as m; m.SECONDS = 0.5\n"
         text += f"for op in m.EXAMPLES: setattr(m.ops, op, lambda **arguments: {last_words})\nm.run(3, 9)"
         environment = os.environ | {"PYTHONPATH": path}
-        done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True)
+        command = [sys.executable, "-c", text]  # elsewhere: `-c` puts the current folder on sys.path
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode < 0 and done.stdout.splitlines() == ["3"]
 
 
