@@ -226,9 +226,14 @@ def test_nobody_reads_standard_output_or_it_is_full(root: Path) -> None:
 
 def test_an_interrupt_is_one_line(root: Path, tmp_path: Path) -> None:
     """Ctrl-C while the data stage runs; what it wrote stays for the next start."""
-    process = start(
-        "train", "--model", root / "model", "--output", tmp_path / "heads", "--rows", "8", "--device", "cpu"
-    )
+    # A child of a process that ignores the signal, as one in the background of a script does, would ignore it, too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = start(
+            "train", "--model", root / "model", "--output", tmp_path / "heads", "--rows", "8", "--device", "cpu"
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     for line in process.stdout:
         if "time about" in line:  # the last line before the first shard
