@@ -50,11 +50,6 @@ def _yes_unless(because: str | None) -> str:
     return "yes" if because is None else f"no: {because}"
 
 
-def print_info() -> None:
-    """Prints `collect()`."""
-    print_sections(collect())
-
-
 def print_sections(sections: dict[str, dict[str, str]]) -> None:
     """As plain text, one label a line."""
     width = max(len(label) for section in sections.values() for label in section)

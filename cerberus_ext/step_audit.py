@@ -56,8 +56,8 @@ class Audit(RowInvariant):
     """While active, notes what a step over a tree of `nodes` nodes calls; another step may follow, of another number.
 
     uncovered: the first call that is not known to treat rows one by one, None: there is none.
-    widths: elements per node of the functions that torch computes by vector code; None where some are laid out
-        otherwise, so that every call has to be seen (`sees_all`).
+    widths: elements per node of the functions that torch computes by vector code.
+    sees_all: every call has to be seen: some of these are laid out otherwise, or nothing else finds what is replaced.
     """
 
     def __init__(self, nodes: int) -> None:

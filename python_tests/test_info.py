@@ -45,7 +45,7 @@ def test_a_library_that_is_not_loaded_says_why(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_printed_as_one_label_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    info.print_info()
+    info.print_sections(info.collect())
     lines = capsys.readouterr().out.splitlines()
     sections = info.collect()
     assert len(lines) == len(sections) + sum(len(section) for section in sections.values())
