@@ -32,12 +32,12 @@ from cerberus_ext import AlwaysOpen, CerberusHeads, DraftTree
 from cerberus_ext.calibration.cost import StepCosts
 from cerberus_ext.calibration.trace import Answer, TracedText, trace, write_answers
 from cerberus_ext.calibration.walk import Tally, walk
-from cerberus_ext.draft_sources import SourceMaker
-from cerberus_ext.dynamic_tree import DynamicTree
-from cerberus_ext.evaluation.machine import commit
+from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.proposers import SourceMaker
 from cerberus_ext.evaluation.ways import BOTH, DYNAMIC, STATIC, SUFFIX, Context
-from cerberus_ext.json_lines import read_json_lines
-from cerberus_ext.prompts import Question, read_questions
+from cerberus_ext.io.json_lines import read_json_lines
+from cerberus_ext.io.machine import commit
+from cerberus_ext.io.prompts import Question, read_questions
 
 UNIT = StepCosts((1, 1 << 20), (1,), ((1.0,), (1.0,)), ((1.0,), (1.0,)))  # every step takes one second
 SHAPE = ("num_heads", "num_layers", "anchor", "chained", "context_layer", "draft_vocab")

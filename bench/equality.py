@@ -24,11 +24,11 @@ from torch import Tensor
 
 import cerberus_ext
 from cerberus_ext import AlwaysClosed, AlwaysOpen, DraftTree
-from cerberus_ext.evaluation.machine import describe_machine
+from cerberus_ext.drafting.static_tree import default_tree
 from cerberus_ext.evaluation.results import Results
 from cerberus_ext.evaluation.texts import difference
-from cerberus_ext.prompts import encode_chat, read_questions
-from cerberus_ext.tree import default_tree
+from cerberus_ext.io.machine import describe_machine
+from cerberus_ext.io.prompts import encode_chat, read_questions
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
 from stand_ins import AdversarialHeads, OracleHeads, RandomGate, RandomHeads  # noqa: E402

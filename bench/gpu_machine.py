@@ -14,9 +14,8 @@ import machine
 import stage
 import torch
 
-from cerberus_ext import _load
-from cerberus_ext.evaluation.machine import commit, describe_processor
-from cerberus_ext.info import package_version
+from cerberus_ext.io.machine import commit, describe_processor, package_version
+from cerberus_ext.ops import libraries
 
 _SMI = (
     "name", "driver_version", "memory.total", "power.limit", "power.draw", "temperature.gpu", "clocks.sm",
@@ -35,8 +34,8 @@ def nvidia_smi() -> dict[str, str]:
 
 
 def body(run: stage.Stage) -> None:
-    record = _load.build_record()
-    libraries = {library.name: library.reason or "loaded" for library in _load.load_libraries()}
+    record = libraries.build_record()
+    loaded = {library.name: library.reason or "loaded" for library in libraries.load_libraries()}
     run.result.update(
         versions={
             "cerberus_ext": record.get("version") or package_version("cerberus_ext"),
@@ -46,7 +45,7 @@ def body(run: stage.Stage) -> None:
             "torch": torch.__version__,
             "transformers": package_version("transformers"),
         },
-        libraries=libraries,
+        libraries=loaded,
         processor=describe_processor(),
     )
     if run.device == "cuda":

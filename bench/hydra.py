@@ -31,8 +31,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cerberus_ext import CerberusConfig, DraftTree
+from cerberus_ext.drafting.heads import CONFIG_FILE, WEIGHTS_FILE, input_matrix, output_matrix
 from cerberus_ext.evaluation.ways import Context, Way, open_way
-from cerberus_ext.heads import CONFIG_FILE, WEIGHTS_FILE, input_matrix, output_matrix
 
 
 class HydraHeads(nn.Module):

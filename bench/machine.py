@@ -13,14 +13,14 @@ from functools import cache
 import torch
 from timing import Call, seconds_of
 
-from cerberus_ext import _load
-from cerberus_ext.evaluation.machine import describe_processor
+from cerberus_ext.io.machine import describe_processor
+from cerberus_ext.ops import libraries
 
 
 @cache
 def describe() -> dict[str, str]:
     """Label -> value, in the order to print."""
-    version = _load.build_record().get("version", "of unknown version")
+    version = libraries.build_record().get("version", "of unknown version")
     ours = f"cerberus_ext {version}, {torch.ops.cerberus_ext.cpu_isa()} kernels"
     found = {
         "processor": describe_processor(),

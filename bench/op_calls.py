@@ -17,7 +17,8 @@ from shapes import Shapes
 from torch import Tensor
 from torch.nn import functional as F
 
-from cerberus_ext import ops, reference
+from cerberus_ext import ops
+from cerberus_ext.ops import reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
 from op_cases import random_parents, tree  # noqa: E402

@@ -16,7 +16,7 @@ from hydra import HydraHeads
 from torch import Tensor
 
 from cerberus_ext import load_default_model
-from cerberus_ext.default_model import HUB_ID, load_model
+from cerberus_ext.io.default_model import HUB_ID, load_model
 from cerberus_ext.training.checkpoint import digest
 from cerberus_ext.training.held_out import ROWS, HeldOut
 from cerberus_ext.training.options import TrainOptions

@@ -6,24 +6,20 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from ._load import load_libraries
-
-load_libraries()
-
 # What needs no transformers: importing that takes seconds, which `cerberus --help` should not.
-from .compile_ahead import compile_ahead  # noqa: E402
-from .decode import decode  # noqa: E402
-from .draft_sources import DraftSource  # noqa: E402
-from .dynamic_tree import DynamicTree  # noqa: E402
-from .gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate  # noqa: E402
-from .stats import DecodeOutput, DecodeStats  # noqa: E402
-from .suffix import DocumentSource, SuffixSource  # noqa: E402
-from .tree import DraftTree  # noqa: E402
+from .drafting.dynamic_tree import DynamicTree
+from .drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from .drafting.proposers import DraftSource
+from .drafting.static_tree import DraftTree
+from .drafting.suffix import DocumentSource, SuffixSource
+from .engine.compile_ahead import compile_ahead
+from .engine.decode import decode
+from .runtime.stats import DecodeOutput, DecodeStats
 
 if TYPE_CHECKING:
-    from .default_model import load_default_model
-    from .graphs import release_graphs
-    from .heads import CerberusConfig, CerberusHeads
+    from .drafting.heads import CerberusConfig, CerberusHeads
+    from .io.default_model import load_default_model
+    from .runtime.graphs import release_graphs
 
 try:
     __version__ = version("cerberus_ext")
@@ -52,10 +48,10 @@ __all__ = [
 ]
 
 _LATER = {
-    "CerberusConfig": "heads",
-    "CerberusHeads": "heads",
-    "load_default_model": "default_model",
-    "release_graphs": "graphs",
+    "CerberusConfig": "drafting.heads",
+    "CerberusHeads": "drafting.heads",
+    "load_default_model": "io.default_model",
+    "release_graphs": "runtime.graphs",
 }
 
 

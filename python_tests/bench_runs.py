@@ -11,9 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 from cerberus_ext import CerberusHeads, DraftTree
-from cerberus_ext.calibration.store import Calibration, Expected, heads_fingerprint, key_of, save
-from cerberus_ext.cli import app
-from cerberus_ext.dynamic_tree import DynamicTree
+from cerberus_ext.cli.main import app
+from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.engine.calibration_store import Calibration, Expected, heads_fingerprint, key_of, save
 
 
 def bench(folder: Path, out: Path, *arguments: str, dtype: str = "float32") -> Any:

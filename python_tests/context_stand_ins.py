@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cerberus_ext import CerberusConfig, CerberusHeads
-from cerberus_ext.context_layer import attention_sizes
-from cerberus_ext.draft_sources import SourceMaker
+from cerberus_ext.drafting.context_layer import attention_sizes
+from cerberus_ext.drafting.proposers import SourceMaker
 
 
 def heads_for(model: PreTrainedModel, dtype: torch.dtype = torch.float32, **changes: Any) -> CerberusHeads:

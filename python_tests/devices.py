@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from cerberus_ext import _load
+from cerberus_ext.ops import libraries
 
 DEVICES = ["cpu"]
-if torch.cuda.is_available() and all(library.loaded for library in _load.load_libraries()):
+if torch.cuda.is_available() and all(library.loaded for library in libraries.load_libraries()):
     DEVICES.append("cuda")
 
 

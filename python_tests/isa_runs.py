@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cerberus_ext import _load
+from cerberus_ext.ops import libraries
 
 FOLDER = Path(__file__).parent
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
@@ -20,7 +20,7 @@ def run(script: str, isa: str | None) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "CERBERUS_ISA"}
     if isa is not None:
         environment["CERBERUS_ISA"] = isa
-    environment["PYTHONPATH"] = os.pathsep.join([str(FOLDER), str(_load.PACKAGE.parent)])
+    environment["PYTHONPATH"] = os.pathsep.join([str(FOLDER), str(libraries.PACKAGE.parent)])
     command = [sys.executable, str(FOLDER / script)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 

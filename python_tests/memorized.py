@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cerberus_ext import AlwaysClosed, CerberusConfig, CerberusHeads, decode, reference
+from cerberus_ext import AlwaysClosed, CerberusConfig, CerberusHeads, decode
 from cerberus_ext.calibration.trace import Answer, TracedText, trace
-from cerberus_ext.heads import input_matrix, output_matrix
+from cerberus_ext.drafting.heads import input_matrix, output_matrix
+from cerberus_ext.ops import reference
 
 
 def untrained(model: PreTrainedModel, num_heads: int = 3, draft_vocab: int | None = None) -> CerberusHeads:

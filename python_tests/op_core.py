@@ -20,7 +20,8 @@ from op_cases import (
     random_parents,
 )
 
-from cerberus_ext import ops, reference
+from cerberus_ext import ops
+from cerberus_ext.ops import reference
 
 
 def check_examples(dtype: torch.dtype) -> None:

@@ -30,7 +30,7 @@ from op_cases import (
 )
 from simt_library import Emulation
 
-from cerberus_ext import reference
+from cerberus_ext.ops import reference
 
 SEEDS = 6
 SECONDS = 60  # of one library

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cerberus_ext.draft_sources import SourceMaker
-from cerberus_ext.suffix import DocumentSource, SuffixSource
+from cerberus_ext.drafting.proposers import SourceMaker
+from cerberus_ext.drafting.suffix import DocumentSource, SuffixSource
 
 Answer = Callable[[list[int], int], tuple[Any, Any]]  # (what follows in the text, most) -> tokens, chances
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from cerberus_ext.gate import Gate
+from cerberus_ext.drafting.gate import Gate
 
 
 class StandInHeads:

@@ -64,7 +64,7 @@ class Tape(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """A `cerberus_ext.graphs.Recorder`. replays: how many there were."""
+    """A `cerberus_ext.runtime.graphs.Recorder`. replays: how many there were."""
 
     def __init__(self) -> None:
         self.replays = 0

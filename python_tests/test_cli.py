@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from cerberus_ext import CerberusConfig, CerberusHeads, compiled_step
-from cerberus_ext.cli import app
+from cerberus_ext import CerberusConfig, CerberusHeads
+from cerberus_ext.cli.main import app
+from cerberus_ext.runtime import compiled_step
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(61))]
 runner = CliRunner()

@@ -14,8 +14,8 @@ import torch
 from tiny_gguf import tiny_gguf
 from training_runs import model_folder
 
-from cerberus_ext import default_model
-from cerberus_ext.manifest import MANIFEST, find_damage, write_manifest
+from cerberus_ext.io import default_model
+from cerberus_ext.io.manifest import MANIFEST, find_damage, write_manifest
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_files_are_hashed_only_where_they_were_changed(tmp_path: Path, monkeypat
     (tmp_path / "config.json").write_text("{}")
     write_manifest(tmp_path)
     read: list[Path] = []
-    monkeypatch.setattr("cerberus_ext.manifest.sha256", lambda files: read.extend(files))
+    monkeypatch.setattr("cerberus_ext.io.manifest.sha256", lambda files: read.extend(files))
     assert find_damage(tmp_path) is None and read == []
     (tmp_path / "config.json").write_text("[]")
     assert find_damage(tmp_path) == "config.json has another SHA-256" and read == [tmp_path / "config.json"]

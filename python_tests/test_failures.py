@@ -16,8 +16,8 @@ from training_runs import CLI, WORDS, model_folder, start
 from typer.testing import CliRunner
 
 from cerberus_ext import CerberusConfig, CerberusHeads
-from cerberus_ext.cli import app
-from cerberus_ext.commands import generate as generate_command
+from cerberus_ext.cli import generate as generate_command
+from cerberus_ext.cli.main import app
 
 runner = CliRunner()
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cerberus_ext import files
-from cerberus_ext.json_lines import read_json_lines
+from cerberus_ext.io import files
+from cerberus_ext.io.json_lines import read_json_lines
 
 BYTES = 4096
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import SIZE, VOCAB, make_llama, tiny_llama
 from transformers import LlamaForCausalLM
 
-from cerberus_ext import heads as heads_module
-from cerberus_ext import reference
-from cerberus_ext.heads import CerberusConfig, CerberusHeads, fingerprint
+from cerberus_ext.drafting import heads as heads_module
+from cerberus_ext.drafting.heads import CerberusConfig, CerberusHeads, fingerprint
+from cerberus_ext.ops import reference
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-from cerberus_ext import _load, info
-from cerberus_ext.cli import app
-from cerberus_ext.stepper import Stepper
+from cerberus_ext.cli import info_text as info
+from cerberus_ext.cli.main import app
+from cerberus_ext.ops import libraries
+from cerberus_ext.runtime.stepper import Stepper
 
 runner = CliRunner()
 
@@ -27,8 +28,8 @@ def test_sections_and_what_they_must_name() -> None:
     assert all(isinstance(value, str) and value for section in sections.values() for value in section.values())
     assert torch.__version__ in sections["Versions"]["torch"]
     assert platform.python_version() in sections["Versions"]["Python"]
-    assert sections["Libraries"]["_C.so"] == f"loaded from {_load.PACKAGE / '_C.so'}"
-    assert f"torch {_load.build_record()['torch']}" in sections["Libraries"]["built"]
+    assert sections["Libraries"]["_C.so"] == f"loaded from {libraries.PACKAGE / '_C.so'}"
+    assert f"torch {libraries.build_record()['torch']}" in sections["Libraries"]["built"]
 
 
 def test_the_chosen_kernels_are_among_those_built() -> None:
@@ -39,8 +40,8 @@ def test_the_chosen_kernels_are_among_those_built() -> None:
 
 
 def test_a_library_that_is_not_loaded_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = _load.Library("_cuda.so", _load.PACKAGE / "_cuda.so", loaded=False, reason="no GPU today")
-    monkeypatch.setattr(_load, "load_libraries", lambda: (missing,))
+    missing = libraries.Library("_cuda.so", libraries.PACKAGE / "_cuda.so", loaded=False, reason="no GPU today")
+    monkeypatch.setattr(libraries, "load_libraries", lambda: (missing,))
     assert info.collect()["Libraries"]["_cuda.so"] == "not loaded: no GPU today"
 
 
@@ -106,7 +107,7 @@ class TestModel:
         ]  # fmt: skip
 
     def test_without_a_model_none_is_loaded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("cerberus_ext.commands.info.load_base", lambda *_: pytest.fail("a model is loaded"))
+        monkeypatch.setattr("cerberus_ext.cli.info.load_base", lambda *_: pytest.fail("a model is loaded"))
         assert runner.invoke(app, ["info"]).exit_code == 0
 
     def test_a_model_that_is_refused(self, tmp_path: Path) -> None:

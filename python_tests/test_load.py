@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import cerberus_ext
-from cerberus_ext import _load
+from cerberus_ext.ops import libraries
 
 RECORD = {
     "system": "Linux riscv64",
@@ -44,12 +44,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_libraries_are_loaded_once() -> None:
-    libraries = _load.load_libraries()
-    assert [library.name for library in libraries] == ["_C.so", "_host", "_cuda.so"]
-    assert all(library.loaded for library in libraries[:2])
-    assert all(library.path.is_file() for library in libraries if library.loaded)
-    assert libraries[2].loaded or libraries[2].reason
-    assert _load.load_libraries() is libraries
+    loaded = libraries.load_libraries()
+    assert [library.name for library in loaded] == ["_C.so", "_host", "_cuda.so"]
+    assert all(library.loaded for library in loaded[:2])
+    assert all(library.path.is_file() for library in loaded if library.loaded)
+    assert loaded[2].loaded or loaded[2].reason
+    assert libraries.load_libraries() is loaded
 
 
 @pytest.mark.parametrize("version", ["2.9.1+cu128", "1.13.0", "2.9.0a0+git1234"])
@@ -57,26 +57,26 @@ def test_torch_that_is_too_old(monkeypatch: pytest.MonkeyPatch, version: str) ->
     monkeypatch.setattr(torch, "__version__", version)
     found = f"found {version} in {Path(torch.__file__).parent}"
     with pytest.raises(ImportError) as error:
-        _load.load_libraries.__wrapped__()
+        libraries.load_libraries.__wrapped__()
     assert str(error.value) == f"cerberus_ext: needs torch >= 2.10, {found}"
 
 
 @pytest.mark.parametrize("version", ["2.10.0", "2.13.0+cpu", "3.0.0", "2.11.0a0+git1234"])
 def test_torch_that_is_new_enough(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(torch, "__version__", version)
-    _load._check_torch()
+    libraries._check_torch()
 
 
 def test_incomplete_installation(folder: Path) -> None:
     with pytest.raises(ImportError) as error:
-        _load._load_cpu(folder)
+        libraries._load_cpu(folder)
     assert f"expected the library {folder / '_C.so'}, found none: the installation is incomplete" in str(error.value)
 
 
 def test_source_folder(folder: Path) -> None:
     (folder.parent / "CMakeLists.txt").touch()
     with pytest.raises(ImportError) as error:
-        _load._load_cpu(folder)
+        libraries._load_cpu(folder)
     message = str(error.value)
     assert f"expected the library {folder / '_C.so'}, found a source folder in which nothing is built" in message
     assert "pip install -e . --no-build-isolation" in message
@@ -91,7 +91,7 @@ def test_source_folder_that_hides_the_installed_package(
     (installed / "_C.so").touch()
     monkeypatch.setattr(sys, "path", [str(folder.parent), str(installed.parent)])
     with pytest.raises(ImportError, match="comes first on sys.path") as error:
-        _load._load_cpu(folder)
+        libraries._load_cpu(folder)
     assert f"The installed package is {installed}" in str(error.value)
 
 
@@ -99,7 +99,7 @@ def test_library_that_does_not_load(folder: Path) -> None:
     path = folder / "_C.so"
     path.write_bytes(b"no library")
     with pytest.raises(ImportError) as error:
-        _load._load_cpu(folder)
+        libraries._load_cpu(folder)
     said, found, expected, _ = str(error.value).splitlines()
     assert said.startswith(f"cerberus_ext: {path} does not load: ")
     assert f"torch {torch.__version__}" in found and str(Path(torch.__file__).parent) in found
@@ -111,7 +111,7 @@ def test_host_library_of_another_python(folder: Path) -> None:
     (folder / "_host.cpython-39-x86_64-linux-gnu.so").touch()
     expected = folder / f"_host{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     with pytest.raises(ImportError) as error:
-        _load._load_host(folder)
+        libraries._load_host(folder)
     assert f"expected {expected} for this Python {sys.version.split()[0]}" in str(error.value)
     assert "found _host.cpython-39-x86_64-linux-gnu.so" in str(error.value)
 
@@ -120,21 +120,21 @@ def test_no_cuda_library_where_torch_has_no_cuda(folder: Path, monkeypatch: pyte
     monkeypatch.setattr(torch.version, "cuda", None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        library = _load._load_cuda(folder)
+        library = libraries._load_cuda(folder)
     assert not library.loaded
     assert library.reason == f"torch {torch.__version__} is built without CUDA"
 
 
 def test_no_cuda_library_where_there_is_no_gpu(folder: Path, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    library = _load._load_cuda(folder)
+    library = libraries._load_cuda(folder)
     assert not library.loaded
     assert library.reason == f"torch {torch.__version__} sees no GPU"
 
 
 def test_gpu_without_cuda_library_warns(folder: Path, gpu: None) -> None:
     with pytest.warns(RuntimeWarning, match="this machine has a GPU, but there are no CUDA ops") as caught:
-        library = _load._load_cuda(folder)
+        library = libraries._load_cuda(folder)
     assert not library.loaded
     assert f"{folder / '_cuda.so'} was not built (no nvcc was found)" in library.reason
     assert library.reason in str(caught[0].message)
@@ -143,15 +143,15 @@ def test_gpu_without_cuda_library_warns(folder: Path, gpu: None) -> None:
 def test_gpu_with_a_cuda_library_that_does_not_load_warns(folder: Path, gpu: None) -> None:
     (folder / "_cuda.so").write_bytes(b"no library")
     with pytest.warns(RuntimeWarning, match="_cuda.so does not load"):
-        library = _load._load_cuda(folder)
+        library = libraries._load_cuda(folder)
     assert not library.loaded
     assert "(CUDA 13.0)" in library.reason and "expected: torch >= 2.10" in library.reason
 
 
 def test_build_record_of_a_folder_without_one(tmp_path: Path) -> None:
-    assert _load.build_record(tmp_path) == {}
+    assert libraries.build_record(tmp_path) == {}
     (tmp_path / "build.json").write_text("{")
-    assert _load.build_record(tmp_path) == {}
+    assert libraries.build_record(tmp_path) == {}
 
 
 def import_in_a_new_process(path: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cerberus_ext.prompts import Question, encode_chat, read_questions
+from cerberus_ext.io.prompts import Question, encode_chat, read_questions
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}{% endfor %}"

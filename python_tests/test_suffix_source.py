@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cerberus_ext.draft_sources import Guesses, HeadsSource, ask_source, join_places
-from cerberus_ext.suffix import DocumentSource, SuffixSource, chances_by_match
+from cerberus_ext.drafting.proposers import Guesses, HeadsSource, ask_source, join_places
+from cerberus_ext.drafting.suffix import DocumentSource, SuffixSource, chances_by_match
 
 LIST = [7, 1, 2, 3, 9, 7, 1, 2, 4, 9, 7, 1]  # after 7 1: twice 2
 

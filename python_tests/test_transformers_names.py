@@ -13,8 +13,8 @@ from tiny_models import prompt, tiny_model
 from torch import nn
 from transformers import DynamicCache, GenerationMixin
 
-from cerberus_ext import transformers_names
-from cerberus_ext.transformers_names import CACHE_ARGUMENTS, cache_argument
+from cerberus_ext.io import transformers_names
+from cerberus_ext.io.transformers_names import CACHE_ARGUMENTS, cache_argument
 
 GENERATES = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 GENERATES_WITH = next(name for name in CACHE_ARGUMENTS if name in GENERATES)

@@ -1,6 +1,6 @@
 """`cerberus` with chunks of 4 lines, so that a few answers are many chunks. Run as a script, by a launcher."""
 
-from cerberus_ext.cli import main
+from cerberus_ext.cli.main import main
 from cerberus_ext.training import hidden_cache, positions
 
 CHUNK_LINES = 4

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..dynamic_tree import DynamicTree
-from ..gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
-from ..plan import compiled_sizes
-from ..simulate import best_paths
-from ..tree import DraftTree
+from ..drafting.dynamic_tree import DynamicTree
+from ..drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from ..drafting.simulate import best_paths
+from ..drafting.static_tree import DraftTree
+from ..engine.plan import compiled_sizes
 from .cost import StepCosts
 from .signals import fit_corrections
 from .trace import TracedText

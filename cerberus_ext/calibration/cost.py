@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..compiled_step import compiled_steps
-from ..decode import ask, take_step
-from ..gate import ConfidenceGate, EntropyGate, Gate, answers
-from ..graphs import open_stepper
-from ..stats import DecodeStats
-from ..stepper import Sampling, Stepper
-from ..tree import DraftTree
+from ..drafting.gate import ConfidenceGate, EntropyGate, Gate, answers
+from ..drafting.static_tree import DraftTree
+from ..engine.decode import ask, take_step
+from ..runtime.compiled_step import compiled_steps
+from ..runtime.graphs import open_stepper
+from ..runtime.stats import DecodeStats
+from ..runtime.stepper import Sampling, Stepper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..heads import CerberusHeads
+    from ..drafting.heads import CerberusHeads
 
 PASSES = 3  # over everything, each with steppers of its own
 # Timed one after the other, behind one that is not: `decode` mostly repeats a size, and the first step after one of

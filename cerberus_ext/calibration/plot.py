@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..files import whole
+from ..io.files import whole
 
 MADE_BY = "cerberus calibrate"  # stands in the picture, so that only ours is ever written over
 

@@ -7,7 +7,7 @@ So all have two turns, some bring a text along, and they are asked for in equal 
 
 from __future__ import annotations
 
-from ..prompts import Question
+from ..io.prompts import Question
 
 _TEXTS = {
     "writing": (

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..corrections import Corrections
-from ..dynamic_tree import DynamicTree
-from ..gate import AlwaysOpen
-from ..tree import DraftTree
+from ..drafting.dynamic_tree import DynamicTree
+from ..drafting.gate import AlwaysOpen
+from ..drafting.platt import Corrections
+from ..drafting.static_tree import DraftTree
+from ..engine.calibration_store import Calibration
 from .choice import KINDS, PLAIN, UNGATED, Choice, Fit, halves
 from .cost import StepCosts
 from .signals import auc, by_quantile, head_reliability
-from .store import Calibration
 from .trace import TracedText
 from .validate import GateGain, Measured
 from .walk import walk

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..corrections import Corrections, reading
+from ..drafting.platt import Corrections, reading
 
 _BINS = 10
 _NEWTON_STEPS = 30

@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..base_model import BaseModel, position_limit, sole_decode
-from ..decode import decode
-from ..dynamic_tree import MOST_GUESSES
-from ..heads import input_matrix
-from ..prompts import Question, encode_chat
-from ..simulate import ABSENT, accepted_length
-from ..stepper import prefill
-from ..tree import DraftTree, default_tree
+from ..drafting.dynamic_tree import MOST_GUESSES
+from ..drafting.heads import input_matrix
+from ..drafting.simulate import ABSENT, accepted_length
+from ..drafting.static_tree import DraftTree, default_tree
+from ..engine.decode import decode
+from ..io.prompts import Question, encode_chat
+from ..runtime.stepper import prefill
+from ..target.model import BaseModel, position_limit, sole_decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..cache import TreeCache
-    from ..context_layer import BoundContext
-    from ..heads import CerberusHeads, Drafter
+    from ..drafting.context_layer import BoundContext
+    from ..drafting.heads import CerberusHeads, Drafter
+    from ..target.cache import TreeCache
 
 _PIECE = 64  # tokens a forward
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..compile_ahead import compile_ahead
-from ..decode import decode
+from ..engine.compile_ahead import compile_ahead
+from ..engine.decode import decode
 from ..evaluation.bootstrap import bootstrap_interval, ratio_of_totals
 from ..evaluation.rotation import rotated
 from .choice import PLAIN, Choice, Setting
@@ -30,8 +30,8 @@ from .walk import walk
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..heads import CerberusHeads
-    from ..stats import DecodeOutput
+    from ..drafting.heads import CerberusHeads
+    from ..runtime.stats import DecodeOutput
 
 
 _WARM_UP = 16  # tokens

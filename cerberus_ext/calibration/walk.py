@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..checks import check_sources
-from ..decode import ask
-from ..draft_sources import SourceMaker
-from ..dynamic_tree import DynamicTree, StepTree, TreeGrower, filled_size
-from ..gate import Gate
-from ..plan import begin_trees, compiled_sizes, makers_for, most_guesses
-from ..stats import StepCounts
-from ..tree import DraftTree
+from ..drafting.dynamic_tree import DynamicTree, StepTree, TreeGrower, filled_size
+from ..drafting.gate import Gate
+from ..drafting.proposers import SourceMaker
+from ..drafting.static_tree import DraftTree
+from ..engine.checks import check_sources
+from ..engine.decode import ask
+from ..engine.plan import begin_trees, compiled_sizes, makers_for, most_guesses
+from ..runtime.stats import StepCounts
 from .cost import StepCosts
 from .trace import TracedText
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..gate import Gate
-from ..prompts import Question, encode_chat
-from ..stats import DecodeStats
+from ..drafting.gate import Gate
+from ..io.prompts import Question, encode_chat
+from ..runtime.stats import DecodeStats
 from .results import Results
 from .rotation import rotated
 from .texts import difference

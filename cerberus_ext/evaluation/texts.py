@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..base_model import BaseModel
+from ..target.model import BaseModel
 
 # Two sums of the same products, in another order and rounded to 8 or 11 bits between the layers, differ by a few units
 # in the last place of the largest logit.

@@ -36,17 +36,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from ..calibration.store import Calibration, find
-from ..compile_ahead import compile_ahead
-from ..decode import decode
-from ..draft_sources import SourceMaker
-from ..dynamic_tree import DynamicTree
-from ..gate import AlwaysOpen, EntropyGate, Gate
-from ..heads import CerberusHeads
-from ..plan import default_dynamic_tree
-from ..stats import DecodeStats
-from ..stepper import HeadsLike
-from ..tree import DraftTree, default_tree
+from ..drafting.dynamic_tree import DynamicTree
+from ..drafting.gate import AlwaysOpen, EntropyGate, Gate
+from ..drafting.heads import CerberusHeads
+from ..drafting.proposers import SourceMaker
+from ..drafting.static_tree import DraftTree, default_tree
+from ..engine.calibration_store import Calibration, find
+from ..engine.compile_ahead import compile_ahead
+from ..engine.decode import decode
+from ..engine.plan import default_dynamic_tree
+from ..runtime.stats import DecodeStats
+from ..runtime.stepper import HeadsLike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from ..base_model import position_limit
-from ..files import sha256
-from ..heads import output_matrix
-from ..prompts import Question, encode_chat, read_questions
-from ..transformers_names import cache_argument
+from ..drafting.heads import output_matrix
+from ..io.files import sha256
+from ..io.prompts import Question, encode_chat, read_questions
+from ..io.transformers_names import cache_argument
+from ..target.model import position_limit
 from .answers import Answer
 from .estimate import duration, model_bytes, size
 from .options import TrainOptions

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..files import write_tensors
+from ..io.files import write_tensors
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq", "step")

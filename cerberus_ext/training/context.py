@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..context_layer import ContextLayer, rotate
+from ..drafting.context_layer import ContextLayer, rotate
 from .positions import Positions
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..files import whole
+from ..io.files import whole
 
 
 def draw_curves(curve: list[dict[str, Any]], file: Path) -> None:

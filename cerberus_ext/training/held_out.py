@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..simulate import ABSENT, RankPath, best_paths, conditional_accuracy, tokens_per_step
+from ..drafting.simulate import ABSENT, RankPath, best_paths, conditional_accuracy, tokens_per_step
 from .positions import Positions
 
 GUESSES = 16  # ranks that trees may use and that the stored accuracies cover

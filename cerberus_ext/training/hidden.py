@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..heads import output_matrix
+from ..drafting.heads import output_matrix
 from .answers import Answer
 
 FORWARD_TOKENS = 2048  # tokens, padding included, in one forward: enough rows for GEMMs to run at full speed

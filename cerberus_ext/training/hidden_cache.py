@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..files import write_json, write_tensors
-from ..heads import fingerprint, output_matrix
+from ..drafting.heads import fingerprint, output_matrix
+from ..io.files import write_json, write_tensors
 from .answers import Answers
 from .hidden import hidden_states
 from .positions import CHUNK_LINES, Piece, pieces, stored_rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..heads import CerberusConfig
+from ..drafting.heads import CerberusConfig
 from .held_out import BEST_SIZE
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

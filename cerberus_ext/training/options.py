@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..context_layer import check_has_anchor
+from ..drafting.context_layer import check_has_anchor
 
 SEGMENT = 8  # consecutive positions drawn together: they share teacher rows, 8 + K - 1 instead of 8 * K
 DRAFT_VOCAB = 8192

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files import check_writable, read_object, remove_partial, write_json
-from ..heads import CerberusConfig, CerberusHeads
-from ..heads_file import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from ..drafting.heads import CerberusConfig, CerberusHeads
+from ..io.files import check_writable, read_object, remove_partial, write_json
+from ..io.heads_file import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from .checkpoint import CHECKPOINT_FILE
 from .options import TrainOptions
 from .record import CURVES_FILE, MADE_BY, RECORD_FILE

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 
-from ..prompts import encode_chat
+from ..io.prompts import encode_chat
 from .sampler import Text
 
 if TYPE_CHECKING:

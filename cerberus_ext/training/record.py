@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from ..files import read_object, sha256, write_json, write_text
-from ..heads_file import CARD_FILE
-from ..info import device_name
+from ..io.files import read_object, sha256, write_json, write_text
+from ..io.heads_file import CARD_FILE
+from ..io.machine import device_name
 from .curves import draw_curves
 from .estimate import coverage
 from .held_out import BEST_SIZE

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from ..transformers_names import cache_argument
+from ..io.transformers_names import cache_argument
 
 ROOM = 128  # tokens by which the cache grows
 LIKELY = 256  # tokens that are sorted first; where they have less than top_p of the mass, all are

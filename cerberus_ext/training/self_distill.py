@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..base_model import position_limit
-from ..files import remove_partial, write_json, write_text
-from ..heads import fingerprint, output_matrix
+from ..drafting.heads import fingerprint, output_matrix
+from ..io.files import remove_partial, write_json, write_text
+from ..target.model import position_limit
 from .answer_writer import AnswerWriter
 from .answers import Answer, Answers, parse_answers, read_answers
 from .options import TrainOptions

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..context_layer import attention_sizes
-from ..heads import CerberusConfig, CerberusHeads, fingerprint, input_matrix, output_matrix
+from ..drafting.context_layer import attention_sizes
+from ..drafting.heads import CerberusConfig, CerberusHeads, fingerprint, input_matrix, output_matrix
 from .distill import frequent_tokens
 from .options import DRAFT_VOCAB, TrainOptions
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..heads import output_matrix
+from ..drafting.heads import output_matrix
 from .answers import Answers
 from .hidden import hidden_states
 from .hidden_cache import HiddenCache

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..files import write_tensors
-from ..heads import CerberusHeads, input_matrix, output_matrix
-from ..heads_file import write_heads
+from ..drafting.heads import CerberusHeads, input_matrix, output_matrix
+from ..io.files import write_tensors
+from ..io.heads_file import write_heads
 from .answers import Answers
 from .batch import Batch, cut
 from .checkpoint import digest, load_checkpoint, save_checkpoint

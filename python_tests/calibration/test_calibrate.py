@@ -19,21 +19,22 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from cerberus_ext import CerberusHeads, compiled_step, decode
-from cerberus_ext import calibrate as calibrate_module
-from cerberus_ext.calibrate import CalibrateOptions, by_turn, calibrate, find, spread
+from cerberus_ext import CerberusHeads, decode
+from cerberus_ext.calibration import calibrate as calibrate_module
 from cerberus_ext.calibration import cost, questions, report
 from cerberus_ext.calibration import trace as trace_module
+from cerberus_ext.calibration.calibrate import CalibrateOptions, by_turn, calibrate, find, spread
 from cerberus_ext.calibration.choice import PLAIN, Choice, choose
-from cerberus_ext.calibration.store import place, read_entries
 from cerberus_ext.calibration.trace import Answer
 from cerberus_ext.calibration.validate import GateGain
-from cerberus_ext.cli import app
-from cerberus_ext.compiled_step import CompileError
-from cerberus_ext.decode import take_step
-from cerberus_ext.gate import ConfidenceGate
-from cerberus_ext.prompts import Question
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.cli.main import app
+from cerberus_ext.drafting.gate import ConfidenceGate
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.engine.calibration_store import place, read_entries
+from cerberus_ext.engine.decode import take_step
+from cerberus_ext.io.prompts import Question
+from cerberus_ext.runtime import compiled_step
+from cerberus_ext.runtime.compiled_step import CompileError
 
 WORDS = [f"w{i}" for i in range(VOCAB)]
 QUESTIONS = [

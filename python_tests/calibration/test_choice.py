@@ -12,9 +12,9 @@ from memorized import hand_made
 from cerberus_ext.calibration.choice import GATE_GAIN, PLAIN, Fit, choose, halves
 from cerberus_ext.calibration.cost import StepCosts
 from cerberus_ext.calibration.trace import TracedText
-from cerberus_ext.gate import AlwaysOpen, ConfidenceGate, EntropyGate
-from cerberus_ext.simulate import ABSENT
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate
+from cerberus_ext.drafting.simulate import ABSENT
+from cerberus_ext.drafting.static_tree import DraftTree
 
 SIZES = (1, 2, 3, 4)
 

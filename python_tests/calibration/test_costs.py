@@ -9,10 +9,10 @@ from memorized import answer, memorize, untrained
 from tape import TapeRecorder
 from tiny_models import prompt, tiny_model
 
-from cerberus_ext import graphs
 from cerberus_ext.calibration import cost
 from cerberus_ext.calibration.cost import measure_costs
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.runtime import graphs
 
 
 @pytest.mark.parametrize("recorded", [False, True])

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cerberus_ext.calibration.signals import auc, by_quantile, fit_corrections, head_reliability, reliability
-from cerberus_ext.corrections import corrected
-from cerberus_ext.simulate import ABSENT
+from cerberus_ext.drafting.platt import corrected
+from cerberus_ext.drafting.simulate import ABSENT
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=40))

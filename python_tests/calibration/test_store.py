@@ -15,13 +15,14 @@ from memorized import untrained
 from tiny_models import prompt, tiny_model
 
 from cerberus_ext import decode
-from cerberus_ext.calibration import entries, store
-from cerberus_ext.calibration.store import Calibration, Expected, find, heads_fingerprint, key_of, place, save
-from cerberus_ext.dynamic_tree import DynamicTree
-from cerberus_ext.gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
-from cerberus_ext.heads import CerberusHeads
-from cerberus_ext.plan import make_plan
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from cerberus_ext.drafting.heads import CerberusHeads
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.engine import calibration_entries as entries
+from cerberus_ext.engine import calibration_store as store
+from cerberus_ext.engine.calibration_store import Calibration, Expected, find, heads_fingerprint, key_of, place, save
+from cerberus_ext.engine.plan import make_plan
 
 CPU = torch.device("cpu")
 TREE = DraftTree.from_paths([(0,), (1,), (0, 0), (0, 2)])

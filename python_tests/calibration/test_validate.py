@@ -16,9 +16,9 @@ from cerberus_ext.calibration.choice import PLAIN, Choice, Setting
 from cerberus_ext.calibration.cost import StepCosts
 from cerberus_ext.calibration.validate import Measured, gate_gain
 from cerberus_ext.calibration.walk import Tally
-from cerberus_ext.dynamic_tree import DynamicTree
-from cerberus_ext.gate import AlwaysOpen
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.gate import AlwaysOpen
+from cerberus_ext.drafting.static_tree import DraftTree
 
 CHOICE = Choice("gate", "tree", {}, {"gate": Tally(tokens=105, seconds=1.0), "tree": Tally(tokens=100, seconds=1.0)})
 

@@ -13,11 +13,11 @@ from tiny_models import VOCAB, prompt, tiny_model
 from cerberus_ext.calibration.cost import StepCosts
 from cerberus_ext.calibration.trace import Answer, TracedText, trace
 from cerberus_ext.calibration.walk import walk
-from cerberus_ext.decode import decode
-from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
-from cerberus_ext.heads import CerberusConfig, CerberusHeads
-from cerberus_ext.simulate import ABSENT
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from cerberus_ext.drafting.heads import CerberusConfig, CerberusHeads
+from cerberus_ext.drafting.simulate import ABSENT
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.engine.decode import decode
 
 NEW = 80  # more than one piece of the pass over a text
 TREE = DraftTree.from_widths([3, 2, 1])

@@ -16,14 +16,14 @@ from tiny_models import VOCAB, prompt, tiny_model
 from cerberus_ext.calibration.cost import StepCosts
 from cerberus_ext.calibration.trace import Answer, TracedText, trace
 from cerberus_ext.calibration.walk import Tally, accepted_by, walk
-from cerberus_ext.decode import decode
-from cerberus_ext.draft_sources import SourceMaker
-from cerberus_ext.dynamic_tree import DynamicTree, StepTree
-from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
-from cerberus_ext.heads import CerberusHeads
-from cerberus_ext.stats import DecodeStats
-from cerberus_ext.suffix import DocumentSource, SuffixSource
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.drafting.dynamic_tree import DynamicTree, StepTree
+from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from cerberus_ext.drafting.heads import CerberusHeads
+from cerberus_ext.drafting.proposers import SourceMaker
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.suffix import DocumentSource, SuffixSource
+from cerberus_ext.engine.decode import decode
+from cerberus_ext.runtime.stats import DecodeStats
 
 NEW = 60
 FLAT = StepCosts((1, 65), (10,), ((1.0,), (1.0,)), ((1.0,), (1.0,)))

@@ -12,8 +12,8 @@ from stand_ins import OracleHeads
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 from transformers import BatchEncoding, PreTrainedModel
 
-from cerberus_ext.decode import decode
-from cerberus_ext.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.engine.decode import decode
 
 NEW = 12
 IDS = prompt()

@@ -12,13 +12,14 @@ from tiny_families import make_family, tiny_family
 from tiny_models import VOCAB, generated, prompt, tiny_model
 from transformers import MambaConfig, PreTrainedModel
 
-from cerberus_ext import attention, ops
-from cerberus_ext.attention import UnsupportedAttention, attention_switch, check_attention, layer_windows
-from cerberus_ext.base_model import BaseModel
-from cerberus_ext.decode import decode
-from cerberus_ext.gate import AlwaysClosed
-from cerberus_ext.stand_ins import TreeStep, running
-from cerberus_ext.tree import DraftTree
+from cerberus_ext import ops
+from cerberus_ext.drafting.gate import AlwaysClosed
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.engine.decode import decode
+from cerberus_ext.target import attention
+from cerberus_ext.target.attention import UnsupportedAttention, attention_switch, check_attention, layer_windows
+from cerberus_ext.target.model import BaseModel
+from cerberus_ext.target.stand_ins import TreeStep, running
 
 TREE = DraftTree.from_paths([(0, 0, 0), (0, 1), (1, 0), (2,)])
 

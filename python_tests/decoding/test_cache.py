@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cerberus_ext.cache import TreeCache
+from cerberus_ext.target.cache import TreeCache
 
 LAYERS, HEADS, SIZE = 2, 3, 4
 

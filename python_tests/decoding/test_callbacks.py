@@ -12,10 +12,10 @@ from tiny_models import prompt
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cerberus_ext.base_model import BaseModel
-from cerberus_ext.capability import capability_of
-from cerberus_ext.decode import decode
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.engine.decode import decode
+from cerberus_ext.runtime.capability import capability_of
+from cerberus_ext.target.model import BaseModel
 
 NEW = 6
 # Named attention, seen call by call; with swapped weights; with windows; with soft caps; with experts; of its own.

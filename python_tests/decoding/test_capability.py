@@ -16,11 +16,11 @@ from tiny_models import VOCAB, generate, prompt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cerberus_ext import row_invariant
-from cerberus_ext.capability import _can_be_padded, capability_of
-from cerberus_ext.decode import decode
-from cerberus_ext.gate import AlwaysClosed
-from cerberus_ext.step_audit import unreadable
+from cerberus_ext.drafting.gate import AlwaysClosed
+from cerberus_ext.engine.decode import decode
+from cerberus_ext.runtime.capability import _can_be_padded, capability_of
+from cerberus_ext.target import row_invariant
+from cerberus_ext.target.step_audit import unreadable
 
 NEW = 16
 

@@ -22,14 +22,15 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import PreTrainedModel
 
-from cerberus_ext import SuffixSource, compiled_step
-from cerberus_ext.base_model import BaseModel
-from cerberus_ext.compiled_step import CompileError, compiled_steps
-from cerberus_ext.decode import decode
-from cerberus_ext.dynamic_tree import DynamicTree
-from cerberus_ext.gate import AlwaysClosed, AlwaysOpen
-from cerberus_ext.stats import DecodeOutput, DecodeStats
-from cerberus_ext.tree import DraftTree
+from cerberus_ext import SuffixSource
+from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.engine.decode import decode
+from cerberus_ext.runtime import compiled_step
+from cerberus_ext.runtime.compiled_step import CompileError, compiled_steps
+from cerberus_ext.runtime.stats import DecodeOutput, DecodeStats
+from cerberus_ext.target.model import BaseModel
 
 NEW = 24
 # Of 4 nodes each: nothing but this size and 1 is compiled for most of the tests, since each size takes seconds.
@@ -305,7 +306,7 @@ class TestErrors:
     def test_model_that_computes_with_the_cache(
         self, checked: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from cerberus_ext.cache import TreeCacheLayer
+        from cerberus_ext.target.cache import TreeCacheLayer
 
         real = TreeCacheLayer.update
 

@@ -17,16 +17,17 @@ from stand_ins import RandomGate
 from tiny_models import VOCAB, generated, prompt, tiny_model
 from torch import Tensor
 
-from cerberus_ext import CerberusConfig, CerberusHeads, compiled_step
-from cerberus_ext.base_model import BaseModel
+from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.calibration.trace import Answer, trace
-from cerberus_ext.context_layer import BoundContext, rotate
-from cerberus_ext.decode import decode
-from cerberus_ext.dynamic_tree import DynamicTree
-from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate
-from cerberus_ext.heads import Drafter
-from cerberus_ext.stats import DecodeOutput
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.drafting.context_layer import BoundContext, rotate
+from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate
+from cerberus_ext.drafting.heads import Drafter
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.engine.decode import decode
+from cerberus_ext.runtime import compiled_step
+from cerberus_ext.runtime.stats import DecodeOutput
+from cerberus_ext.target.model import BaseModel
 
 NEW = 40
 GATES = {

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 
 from cerberus_ext import ops
-from cerberus_ext.decode import decode
-from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.engine.decode import decode
 
 NEW = 24
 HEADS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": OracleHeads, "last guess": LastGuessHeads}
@@ -297,7 +297,7 @@ def test_interrupted_it_leaves_the_model_as_it_was(where: str, error, llama: Pre
         options["gate"] = RandomGate()
         options["gate"].opens = fail
     elif where == "op":
-        monkeypatch.setattr("cerberus_ext.cache.ops.write_cache", fail)
+        monkeypatch.setattr("cerberus_ext.target.cache.ops.write_cache", fail)
     else:
         real = heads.put
         heads.put = lambda tokens: real(tokens) if fail() else None

@@ -15,11 +15,11 @@ from stand_ins import RandomHeads
 from tiny_models import VOCAB, prompt, tiny_model
 from transformers import T5Config, T5ForConditionalGeneration
 
-from cerberus_ext.decode import decode
-from cerberus_ext.dynamic_tree import DynamicTree
-from cerberus_ext.gate import ConfidenceGate, Gate
-from cerberus_ext.suffix import SuffixSource
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.gate import ConfidenceGate, Gate
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.suffix import SuffixSource
+from cerberus_ext.engine.decode import decode
 
 
 class DeepGate(Gate):

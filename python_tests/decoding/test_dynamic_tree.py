@@ -16,11 +16,11 @@ from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 from transformers import MaxLengthCriteria, PreTrainedModel
 
 from cerberus_ext import CerberusConfig, CerberusHeads
-from cerberus_ext.decode import decode
-from cerberus_ext.dynamic_tree import DynamicTree
-from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
-from cerberus_ext.stats import DecodeOutput
-from cerberus_ext.suffix import SuffixSource
+from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from cerberus_ext.drafting.suffix import SuffixSource
+from cerberus_ext.engine.decode import decode
+from cerberus_ext.runtime.stats import DecodeOutput
 
 NEW = 24
 SIZES = [2, 3, 8, 33, 64, 70]

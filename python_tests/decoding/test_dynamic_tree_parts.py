@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cerberus_ext import CerberusConfig, CerberusHeads
-from cerberus_ext.base_model import BaseModel
-from cerberus_ext.decode import decode
-from cerberus_ext.dynamic_tree import DynamicTree, StepTree, padded_size
-from cerberus_ext.gate import ConfidenceGate, Gate
-from cerberus_ext.suffix import DocumentSource, SuffixSource
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.drafting.dynamic_tree import DynamicTree, StepTree, padded_size
+from cerberus_ext.drafting.gate import ConfidenceGate, Gate
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.suffix import DocumentSource, SuffixSource
+from cerberus_ext.engine.decode import decode
+from cerberus_ext.target.model import BaseModel
 
 NEW = 24
 

@@ -10,10 +10,10 @@ from tiny_families import make_family, tiny_family
 from tiny_models import prompt
 from torch import Tensor, nn
 
-from cerberus_ext import experts
-from cerberus_ext.decode import decode
-from cerberus_ext.experts import experts_forward, experts_switch
-from cerberus_ext.stand_ins import TreeStep, running
+from cerberus_ext.engine.decode import decode
+from cerberus_ext.target import experts
+from cerberus_ext.target.experts import experts_forward, experts_switch
+from cerberus_ext.target.stand_ins import TreeStep, running
 
 # gpt_oss's have biases and lie transposed; the others' neither.
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")

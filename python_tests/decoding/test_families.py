@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from cerberus_ext import SuffixSource
-from cerberus_ext.attention import names_attention
-from cerberus_ext.decode import decode
-from cerberus_ext.gate import AlwaysClosed, AlwaysOpen
+from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen
+from cerberus_ext.engine.decode import decode
+from cerberus_ext.target.attention import names_attention
 
 NEW = 24
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

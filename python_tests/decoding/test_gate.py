@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from cerberus_ext.corrections import corrected
-from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate, answers
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate, answers
+from cerberus_ext.drafting.platt import corrected
+from cerberus_ext.drafting.static_tree import DraftTree
 
 HIDDEN = torch.zeros(1, 8)  # uniform: entropy log 8
 CHAIN, WIDE = DraftTree.chain(2), DraftTree.from_widths([4, 2])

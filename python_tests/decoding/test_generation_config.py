@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
 from cerberus_ext import ops
-from cerberus_ext.decode import decode
-from cerberus_ext.gate import AlwaysClosed
-from cerberus_ext.logit_rules import REFUSED, RULES, logit_rules
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.drafting.gate import AlwaysClosed
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.engine.decode import decode
+from cerberus_ext.runtime.logit_rules import REFUSED, RULES, logit_rules
 
 NEW = 24
 EOS = 26  # the tiny llama writes it soon

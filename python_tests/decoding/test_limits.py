@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from cerberus_ext.attention import names_attention
-from cerberus_ext.checks import position_table
-from cerberus_ext.decode import decode
+from cerberus_ext.engine.checks import position_table
+from cerberus_ext.engine.decode import decode
+from cerberus_ext.target.attention import names_attention
 
 
 def opt() -> PreTrainedModel:

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cerberus_ext import CerberusConfig, CerberusHeads
-from cerberus_ext.corrections import reading
-from cerberus_ext.decode import decode
-from cerberus_ext.dynamic_tree import DynamicTree
-from cerberus_ext.gate import AlwaysClosed, ConfidenceGate
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.gate import AlwaysClosed, ConfidenceGate
+from cerberus_ext.drafting.platt import reading
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.engine.decode import decode
 
 NEW = 24
 STATIC = DraftTree.from_widths([3, 2])

@@ -12,12 +12,14 @@ from tiny_models import VOCAB, prompt, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cerberus_ext import ops, row_invariant
-from cerberus_ext.base_model import BaseModel, StepWay
-from cerberus_ext.capability import capability_of
-from cerberus_ext.decode import decode
-from cerberus_ext.gate import AlwaysClosed
-from cerberus_ext.row_invariant import (
+from cerberus_ext import ops
+from cerberus_ext.drafting.gate import AlwaysClosed
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.engine.decode import decode
+from cerberus_ext.runtime.capability import capability_of
+from cerberus_ext.target import row_invariant
+from cerberus_ext.target.model import BaseModel, StepWay
+from cerberus_ext.target.row_invariant import (
     InvariantWeight,
     RowInvariant,
     plain,
@@ -25,7 +27,6 @@ from cerberus_ext.row_invariant import (
     prompt_forward,
     step_forward,
 )
-from cerberus_ext.tree import DraftTree
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -241,7 +242,7 @@ class TestPadding:
         assert capability.way == StepWay(names_attention=True, sees_all=False, widths=frozenset({256}))
         want = decode(model, None, prompt(), max_new_tokens=40, gate=AlwaysClosed()).sequences
         padded: list[tuple[int, int]] = []
-        from cerberus_ext import base_model
+        from cerberus_ext.target import model as base_model
 
         def fill(nodes: int, tokens: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             nodes += 3 * (tokens.shape[1] > 1)  # any number of copies of the root

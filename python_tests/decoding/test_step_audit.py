@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cerberus_ext import row_invariant, step_audit
-from cerberus_ext.capability import _TREE
-from cerberus_ext.row_invariant import InvariantWeight
-from cerberus_ext.step_audit import Audit, padded_nodes
+from cerberus_ext.runtime.capability import _TREE
+from cerberus_ext.target import row_invariant, step_audit
+from cerberus_ext.target.row_invariant import InvariantWeight
+from cerberus_ext.target.step_audit import Audit, padded_nodes
 
 NODES = _TREE.size
 X = torch.randn(1, NODES, 64)

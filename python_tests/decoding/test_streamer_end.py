@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from cerberus_ext.decode import decode
-from cerberus_ext.gate import Gate
+from cerberus_ext.drafting.gate import Gate
+from cerberus_ext.engine.decode import decode
 
 NEW = 12
 PROMPT, END = prompt().tolist(), "end"
@@ -107,7 +107,7 @@ def test_nothing_is_put_before_everything_is_checked(
     elif case == "positions":
         llama, ids = tiny_model("gpt2"), prompt(length=97)
     elif case == "prefill":
-        monkeypatch.setattr("cerberus_ext.cache.TreeCache.extend", fail)
+        monkeypatch.setattr("cerberus_ext.target.cache.TreeCache.extend", fail)
     else:
         wrong = {"argument": ("max_new_tokens", -1), "tree": ("tree", 1), "graphs": ("graphs", True)}
         name, value = wrong.get(case, ("sources", [make]))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cerberus_ext.tree import DraftTree, default_tree
+from cerberus_ext.drafting.static_tree import DraftTree, default_tree
 
 #        0
 #      / | \        ranks  0 1 3

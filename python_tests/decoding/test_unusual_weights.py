@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from cerberus_ext.decode import decode
-from cerberus_ext.gate import AlwaysClosed
+from cerberus_ext.drafting.gate import AlwaysClosed
+from cerberus_ext.engine.decode import decode
 
 NEW = 24
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cerberus_ext.row_invariant import InvariantWeight, step_forward
-from cerberus_ext.weight_swap import WeightSwap
+from cerberus_ext.target.row_invariant import InvariantWeight, step_forward
+from cerberus_ext.target.weight_swap import WeightSwap
 
 
 class Waiting(nn.Module):

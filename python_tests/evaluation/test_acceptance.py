@@ -14,9 +14,9 @@ import torch
 
 from cerberus_ext import CerberusHeads
 from cerberus_ext.calibration.trace import TracedText, trace
-from cerberus_ext.default_model import load_model
 from cerberus_ext.evaluation.ways import Context, built_in_ways
-from cerberus_ext.prompts import Question, read_questions
+from cerberus_ext.io.default_model import load_model
+from cerberus_ext.io.prompts import Question, read_questions
 
 NEW = 40
 SIZES = (2, 9, 32)

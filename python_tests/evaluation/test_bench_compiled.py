@@ -11,14 +11,15 @@ import pytest
 import torch
 from bench_runs import bench, calibrated, rows_of, way_file
 
-from cerberus_ext import AlwaysOpen, CerberusHeads, compile_ahead, compiled_step, decode
-from cerberus_ext.compiled_step import CompileError
-from cerberus_ext.default_model import load_model
-from cerberus_ext.dynamic_tree import DynamicTree
-from cerberus_ext.evaluate import BenchOptions, evaluate
+from cerberus_ext import AlwaysOpen, CerberusHeads, compile_ahead, decode
+from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.evaluation.evaluate import BenchOptions, evaluate
 from cerberus_ext.evaluation.ways import COMPILED
-from cerberus_ext.prompts import read_questions
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.io.default_model import load_model
+from cerberus_ext.io.prompts import read_questions
+from cerberus_ext.runtime import compiled_step
+from cerberus_ext.runtime.compiled_step import CompileError
 
 SMALL = ("--limit", "2", "--turns", "1")
 

@@ -15,7 +15,7 @@ from cerberus_ext.evaluation.bootstrap import bootstrap_interval, median_of_rati
 from cerberus_ext.evaluation.numbers import summarize, typical_rounds
 from cerberus_ext.evaluation.results import Results
 from cerberus_ext.evaluation.tables import markdown
-from cerberus_ext.stats import DecodeStats
+from cerberus_ext.runtime.stats import DecodeStats
 
 NAMES = ["autoregressive", "generate", "medusa", "cerberus"]
 

@@ -14,11 +14,11 @@ import torch
 from tiny_chat import save_model
 
 from cerberus_ext import CerberusHeads
-from cerberus_ext.default_model import load_model
-from cerberus_ext.evaluate import BenchOptions, evaluate, report
+from cerberus_ext.evaluation.evaluate import BenchOptions, evaluate, report
 from cerberus_ext.evaluation.page import code, span
 from cerberus_ext.evaluation.tokens import Guess, guesses_of, pieces_of
-from cerberus_ext.prompts import Question
+from cerberus_ext.io.default_model import load_model
+from cerberus_ext.io.prompts import Question
 
 VOID = {"meta", "img", "br", "hr"}
 OPTIONAL = {"dt", "dd"}  # whose ends may be left out

@@ -15,11 +15,11 @@ from bench_runs import bench, calibrated, rows_of, way_file
 from typer.testing import CliRunner
 
 from cerberus_ext import CerberusHeads, ConfidenceGate, DraftTree, EntropyGate
-from cerberus_ext.cli import app
-from cerberus_ext.default_model import load_model
-from cerberus_ext.dynamic_tree import DynamicTree
-from cerberus_ext.evaluate import BenchOptions, Context, evaluate
-from cerberus_ext.prompts import encode_chat, read_questions
+from cerberus_ext.cli.main import app
+from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.evaluation.evaluate import BenchOptions, Context, evaluate
+from cerberus_ext.io.default_model import load_model
+from cerberus_ext.io.prompts import encode_chat, read_questions
 
 BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
 OUTPUTS = {"bench.json", "bench.md", "index.html", "speed_up.png", "accepted.png", "time.png"}

@@ -15,7 +15,8 @@ from tape import TapeRecorder
 from tiny_llama import make_llama, tiny_llama
 from tiny_models import generate, tiny_model
 
-from cerberus_ext import AlwaysOpen, CerberusConfig, ConfidenceGate, DraftTree, decode, graphs
+from cerberus_ext import AlwaysOpen, CerberusConfig, ConfidenceGate, DraftTree, decode
+from cerberus_ext.runtime import graphs
 from cerberus_ext.training.options import TrainOptions
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "bench"))

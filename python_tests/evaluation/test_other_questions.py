@@ -11,7 +11,7 @@ from pathlib import Path
 import other_questions
 import pytest
 
-from cerberus_ext.prompts import read_questions
+from cerberus_ext.io.prompts import read_questions
 
 
 @pytest.fixture

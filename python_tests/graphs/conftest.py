@@ -7,7 +7,7 @@ import torch
 from devices import device
 from tape import TapeRecorder
 
-from cerberus_ext import graphs
+from cerberus_ext.runtime import graphs
 
 __all__ = ["device"]
 

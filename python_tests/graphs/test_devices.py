@@ -13,9 +13,9 @@ from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 
 import cerberus_ext
 from cerberus_ext import CerberusConfig, CerberusHeads
-from cerberus_ext.decode import decode
-from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.engine.decode import decode
 
 NEW = 24
 TREE = DraftTree.from_accuracies([[0.6, 0.3, 0.1, 0.05]] * 4, 16)
@@ -81,7 +81,7 @@ def test_goes_on_where_recording_fails(device: str) -> None:
 def test_recorder(device: str, recorders: list[TapeRecorder]) -> None:
     """By itself: a replay repeats, and `fetch` waits until the copy is there."""
     kind = torch.device(device)
-    recorder = cerberus_ext.graphs.RECORDERS[kind.type](kind)
+    recorder = cerberus_ext.runtime.graphs.RECORDERS[kind.type](kind)
     x, total = torch.full((1 << 20,), 2.0, device=device), torch.zeros(1 << 20, device=device)
     host = torch.zeros(1 << 20, pin_memory=device == "cuda")
 

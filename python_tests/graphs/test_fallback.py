@@ -14,12 +14,12 @@ from tiny_families import make_family
 from tiny_models import generate, generated, prompt, tiny_model
 from transformers import PreTrainedModel
 
-from cerberus_ext import graphs
-from cerberus_ext.capability import capability_of
-from cerberus_ext.decode import decode
-from cerberus_ext.gate import AlwaysOpen, ConfidenceGate, EntropyGate
-from cerberus_ext.stats import DecodeStats
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.engine.decode import decode
+from cerberus_ext.runtime import graphs
+from cerberus_ext.runtime.capability import capability_of
+from cerberus_ext.runtime.stats import DecodeStats
 
 NEW = 12
 TREE = DraftTree.from_paths([(0, 0, 0), (0, 1), (1, 0)])
@@ -149,6 +149,6 @@ def test_an_error_inside_the_model_is_not_hidden(
         raise RuntimeError("broken")
 
     capability_of(model)  # where a model that fails at once is refused
-    monkeypatch.setattr("cerberus_ext.cache.ops.write_cache", fail)
+    monkeypatch.setattr("cerberus_ext.target.cache.ops.write_cache", fail)
     with pytest.raises(RuntimeError, match="broken"):
         decode(model, heads, prompt(), max_new_tokens=NEW, tree=TREE)

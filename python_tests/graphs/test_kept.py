@@ -17,11 +17,12 @@ from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 from transformers import PreTrainedModel
 
 import cerberus_ext
-from cerberus_ext import CerberusConfig, CerberusHeads, graphs
-from cerberus_ext.decode import decode
-from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, Gate
-from cerberus_ext.stats import DecodeOutput
-from cerberus_ext.tree import DraftTree
+from cerberus_ext import CerberusConfig, CerberusHeads
+from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, Gate
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.engine.decode import decode
+from cerberus_ext.runtime import graphs
+from cerberus_ext.runtime.stats import DecodeOutput
 
 NEW = 16
 TREE = DraftTree.from_paths([(0, 0, 0), (0, 1), (1, 0)])
@@ -359,7 +360,7 @@ def test_heads_that_moved_are_recorded_again(model: PreTrainedModel) -> None:
 
 
 def test_heads_that_do_not_fit_any_more_are_an_error(model: PreTrainedModel) -> None:
-    heads = trained(lm_head_fingerprint=cerberus_ext.heads.fingerprint([model.lm_head.weight]))
+    heads = trained(lm_head_fingerprint=cerberus_ext.drafting.heads.fingerprint([model.lm_head.weight]))
     run(model, heads)
     with torch.no_grad():
         model.lm_head.weight.neg_()

@@ -11,10 +11,10 @@ from tape import TapeRecorder
 from tiny_models import VOCAB, generated, prompt, tiny_model
 from torch import Tensor
 
-from cerberus_ext.decode import decode
-from cerberus_ext.dynamic_tree import DynamicTree
-from cerberus_ext.gate import AlwaysOpen, ConfidenceGate
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.gate import AlwaysOpen, ConfidenceGate
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.engine.decode import decode
 
 NEW = 12
 

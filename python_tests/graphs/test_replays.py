@@ -11,10 +11,10 @@ from static_stand_ins import StaticHeads
 from tape import TapeRecorder
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 
-from cerberus_ext.decode import decode
-from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
-from cerberus_ext.stats import DecodeOutput
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.engine.decode import decode
+from cerberus_ext.runtime.stats import DecodeOutput
 
 NEW = 24
 TABLE = [[0.6, 0.3, 0.1, 0.05]] * 4

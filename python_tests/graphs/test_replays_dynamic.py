@@ -14,13 +14,13 @@ from static_stand_ins import StaticHeads
 from tape import TapeRecorder
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 
-from cerberus_ext import graphs
-from cerberus_ext.decode import decode
-from cerberus_ext.dynamic_tree import DynamicTree, padded_size
-from cerberus_ext.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
-from cerberus_ext.stats import DecodeOutput
-from cerberus_ext.suffix import SuffixSource
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.drafting.dynamic_tree import DynamicTree, padded_size
+from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.suffix import SuffixSource
+from cerberus_ext.engine.decode import decode
+from cerberus_ext.runtime import graphs
+from cerberus_ext.runtime.stats import DecodeOutput
 
 NEW = 24
 RANKS = {"oracle": [0] * 4, "mixed": [1, 0, 2, 0], "never": [-1] * 4}

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cerberus_ext import CerberusConfig, CerberusHeads, ops
-from cerberus_ext.base_model import BaseModel, StepWay
-from cerberus_ext.dynamic_tree import StepTree
-from cerberus_ext.static_step import (
+from cerberus_ext.drafting.dynamic_tree import StepTree
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.runtime.static_step import (
     StaticGuesses,
     StaticNodes,
     StaticResult,
@@ -24,8 +24,8 @@ from cerberus_ext.static_step import (
     pack_tree,
     run_step,
 )
-from cerberus_ext.stepper import Sampling
-from cerberus_ext.tree import DraftTree
+from cerberus_ext.runtime.stepper import Sampling
+from cerberus_ext.target.model import BaseModel, StepWay
 
 CPU = torch.device("cpu")
 SMALL = DraftTree.from_paths([(0,), (2,), (0, 1)])  # nodes 1 and 2 after the root, 3 after 1

@@ -9,7 +9,8 @@ import torch
 from op_cases import DTYPES, assert_close, assert_same_bits, normal
 from torch import Tensor
 
-from cerberus_ext import ops, reference
+from cerberus_ext import ops
+from cerberus_ext.ops import reference
 
 KINDS = ("silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "exp", "erf", "softplus", "cos", "sin")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

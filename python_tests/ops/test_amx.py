@@ -14,7 +14,7 @@ from linear_core import OUTPUTS, cancelling
 from op_cases import assert_close, assert_same_bits, normal
 from torch import Tensor
 
-from cerberus_ext import reference
+from cerberus_ext.ops import reference
 
 TESTS = Path(__file__).parent.parent
 CSRC = TESTS.parent / "csrc"

@@ -8,7 +8,8 @@ import pytest
 import torch
 from op_cases import DTYPES, SIZES, integers, normal
 
-from cerberus_ext import ops, reference
+from cerberus_ext import ops
+from cerberus_ext.ops import reference
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from isa_runs import ISAS, check
 
-from cerberus_ext import _load
+from cerberus_ext.ops import libraries
 
 
 def compiled_isas() -> list[str]:
-    return _load.build_record()["cpu_levels"].split()
+    return libraries.build_record()["cpu_levels"].split()
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -41,8 +41,9 @@ def import_says(isa: str | None) -> str:
     if isa is not None:
         environment["CERBERUS_ISA"] = isa
     code = (
-        f"import sys; sys.path.insert(0, {str(_load.PACKAGE.parent)!r}); from cerberus_ext import _load; import torch; "
-        "_load.load_libraries(); print(torch.ops.cerberus_ext.cpu_isa())"
+        f"import sys; sys.path.insert(0, {str(libraries.PACKAGE.parent)!r}); from cerberus_ext.ops import libraries;"
+        " import torch; "
+        "libraries.load_libraries(); print(torch.ops.cerberus_ext.cpu_isa())"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     return (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1]

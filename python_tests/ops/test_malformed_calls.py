@@ -15,7 +15,8 @@ import malformed_calls
 import pytest
 import torch
 
-from cerberus_ext import _load, ops
+from cerberus_ext import ops
+from cerberus_ext.ops import libraries
 
 WORKER = Path(malformed_calls.__file__)
 CALLS = int(os.environ.get("CERBERUS_MALFORMED_CALLS", "3000"))
@@ -23,7 +24,7 @@ WORKERS = 2
 
 
 def start(first: int, count: int) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(WORKER.parent), str(_load.PACKAGE.parent)])
+    path = os.pathsep.join([str(WORKER.parent), str(libraries.PACKAGE.parent)])
     return subprocess.Popen(
         [sys.executable, str(WORKER), str(first), str(count)],
         env=os.environ | {"PYTHONPATH": path},
@@ -55,7 +56,7 @@ def test_malformed_calls():
 
 def test_a_worker_is_ended_by_a_crash_or_a_hang(tmp_path: Path):
     """What the test above relies on: another return code, and the number of the call."""
-    path = os.pathsep.join([str(WORKER.parent), str(_load.PACKAGE.parent)])
+    path = os.pathsep.join([str(WORKER.parent), str(libraries.PACKAGE.parent)])
     for last_words in ("os.abort()", "[None for _ in iter(int, 1)]"):
         text = "import os, malformed_calls as m; m.SECONDS = 0.5\n"
         text += f"for op in m.EXAMPLES: setattr(m.ops, op, lambda **arguments: {last_words})\nm.run(3, 9)"

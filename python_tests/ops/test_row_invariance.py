@@ -14,7 +14,8 @@ from op_cases import DTYPES, assert_close, assert_same_bits, attention_inputs, i
 from torch import Tensor
 from torch.nn import functional as F
 
-from cerberus_ext import ops, reference
+from cerberus_ext import ops
+from cerberus_ext.ops import reference
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 ROWS = 33

@@ -9,7 +9,8 @@ import torch
 from op_cases import DTYPES, SMALL_TREE, assert_close, assert_same_bits, attention_inputs, normal, random_parents
 from op_texts import commit, make_text, step
 
-from cerberus_ext import ops, reference
+from cerberus_ext import ops
+from cerberus_ext.ops import reference
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

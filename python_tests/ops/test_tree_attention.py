@@ -20,7 +20,8 @@ from op_cases import (
 )
 from op_texts import commit, make_text, step
 
-from cerberus_ext import ops, reference
+from cerberus_ext import ops
+from cerberus_ext.ops import reference
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import SIZES, integers, random_parents, tree
 
-from cerberus_ext import ops, reference
+from cerberus_ext import ops
+from cerberus_ext.ops import reference
 
 #         0
 #       / | \

@@ -4,7 +4,7 @@ import pytest
 import torch
 from op_cases import DTYPES, assert_same_bits, integers, normal, random_parents, tree
 
-from cerberus_ext import reference
+from cerberus_ext.ops import reference
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SHAPES = [(0, 5, 2, 8), (1, 0, 2, 8), (1, 1, 1, 1), (3, 5, 3, 7), (2, 33, 1, 8), (1, 9, 2, 64), (2, 3, 1, 129)]

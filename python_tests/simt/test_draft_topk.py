@@ -6,7 +6,7 @@ import pytest
 import torch
 from op_cases import DTYPES, assert_close, assert_same_bits, integers, normal
 
-from cerberus_ext import reference
+from cerberus_ext.ops import reference
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

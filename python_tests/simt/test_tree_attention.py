@@ -9,7 +9,7 @@ import pytest
 import torch
 from op_cases import DTYPES, SMALL_TREE, assert_close, assert_same_bits, attention_inputs, chain, normal, random_parents
 
-from cerberus_ext import reference
+from cerberus_ext.ops import reference
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

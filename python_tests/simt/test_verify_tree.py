@@ -4,7 +4,7 @@ import pytest
 import torch
 from op_cases import chain, integers, random_parents, tree
 
-from cerberus_ext import reference
+from cerberus_ext.ops import reference
 
 
 def check(simt, parents, rows, tokens, more_depth=0):

@@ -11,15 +11,15 @@ from training_runs import options
 from transformers import LlamaForCausalLM
 
 from cerberus_ext import decode
-from cerberus_ext.base_model import BaseModel, sole_decode
-from cerberus_ext.dynamic_tree import DynamicTree
-from cerberus_ext.heads import CerberusHeads
-from cerberus_ext.train import train
+from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.heads import CerberusHeads
+from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.target.model import BaseModel, sole_decode
 from cerberus_ext.training.answers import read_answers
 from cerberus_ext.training.options import SEGMENT
 from cerberus_ext.training.processes import Processes
+from cerberus_ext.training.train import train
 from cerberus_ext.training.trainer import Trainer
-from cerberus_ext.tree import DraftTree
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cerberus_ext import reference
+from cerberus_ext.ops import reference
 from cerberus_ext.training.distill import counted, distillation, frequent_tokens, head_states, learning_rate
 
 

@@ -11,9 +11,10 @@ import safetensors
 from training_runs import options
 from transformers import LlamaForCausalLM
 
-from cerberus_ext import CerberusHeads, files
-from cerberus_ext.train import train
+from cerberus_ext import CerberusHeads
+from cerberus_ext.io import files
 from cerberus_ext.training.output import NAMES, check_output
+from cerberus_ext.training.train import train
 
 QUICK = {"steps": 4, "eval_every": 2, "warmup": 1, "heads": 1, "layers": 1}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cerberus_ext.simulate import ABSENT, best_paths, conditional_accuracy, tokens_per_step
+from cerberus_ext.drafting.simulate import ABSENT, best_paths, conditional_accuracy, tokens_per_step
 
 # Guess ranks of two heads at seven positions of one text; A: absent.
 A = ABSENT

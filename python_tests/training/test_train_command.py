@@ -18,7 +18,7 @@ from training_runs import CLI, model_folder, start
 from typer.testing import CliRunner
 
 from cerberus_ext import CerberusHeads
-from cerberus_ext.cli import app
+from cerberus_ext.cli.main import app
 from cerberus_ext.training import hidden_cache, positions
 
 ARGUMENTS = [

@@ -16,14 +16,14 @@ from tiny_llama import VOCAB, make_llama
 from training_runs import options
 from transformers import LlamaForCausalLM
 
-from cerberus_ext.heads import CerberusConfig, CerberusHeads
-from cerberus_ext.train import train
+from cerberus_ext.drafting.heads import CerberusConfig, CerberusHeads
 from cerberus_ext.training import hidden_cache, positions
 from cerberus_ext.training.answers import read_answers
 from cerberus_ext.training.batch import cut
 from cerberus_ext.training.curves import draw_curves
 from cerberus_ext.training.options import TrainOptions
 from cerberus_ext.training.processes import Processes
+from cerberus_ext.training.train import train
 from cerberus_ext.training.trainer import Trainer
 
 GB = 1e9

@@ -1,0 +1,240 @@
+"""Finds the tree and the gate that are fastest for heads on a machine; `cerberus calibrate` is the same from the shell.
+
+    texts       the model's greedy answers, and what the heads guess at every place of them    calibration/trace.py
+    costs       seconds of a step by size of the tree and length of the text                   calibration/cost.py
+    choice      walks through the texts with every tree and gate, in predicted time    calibration/walk.py, choice.py
+    validation  the winner, the best tree without a gate, and plain decoding, by the clock     calibration/validate.py
+    storing     with the heads, where `decode` finds it                                        calibration/store.py
+
+The walk asks the gates themselves, with the numbers that they get from `decode`, so on a CPU its steps are those that
+`decode` takes, one by one. What is chosen changes the speed, and never the text.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from ..drafting.heads import CerberusHeads, fingerprint, output_matrix
+from ..engine import checks
+from ..engine.calibration_entries import MOST_NODES, Calibration, Expected
+from ..engine.calibration_store import FILE, find, heads_fingerprint, key_of, place, read_entries, save
+from ..engine.forked import threads_after_fork
+from ..io.files import check_writable, read_object, write_json
+from ..io.prompts import Question
+from ..runtime.compiled_step import check_compilable
+from ..target.model import position_limit
+from . import report
+from .choice import PLAIN, Choice, Fit, Setting, choose
+from .cost import measure_costs
+from .plot import MADE_BY, plot
+from .questions import OWN_QUESTIONS
+from .trace import Answer, TracedText, trace, write_answers
+from .validate import Measured, gate_gain, validate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Calibration", "CalibrateOptions", "Expected", "calibrate", "find"]
+
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+COMPILED_SIZES = (1, 4, 8, 16, 24, 32, 48, 64)  # each takes half a minute to compile
+CONTEXTS = (64, 512, 1024)
+REPORT, PICTURE = "calibration-report.json", "calibration.png"
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """What `calibrate` is asked to do.
+
+    questions   what the model answers; several turns are a conversation
+    tokens      at most so many tokens are answered in all: fewer questions, evenly spread, where they would be more;
+                by default enough for all of its own, since texts differ much in how often they repeat themselves
+    new_tokens  longest answer
+    sizes       nodes of the trees that are tried; 1, plain decoding, always is. None: SIZES or COMPILED_SIZES
+    contexts    tokens of text at which a step is timed; None: those of CONTEXTS that the model has positions for
+    rounds      of timing, in each of three passes
+    validate    texts that are decoded once more at the end, to check the prediction, and whether a gate is slower than
+                its absence after all; 0: none
+    compile     of compiled steps: what `decode(..., compile=True)` then uses
+    output      folder for calibration.png and calibration-report.json; None: only the picture, beside the calibration
+    """
+
+    questions: Sequence[Question] = OWN_QUESTIONS
+    tokens: int = 12288
+    new_tokens: int = 256
+    sizes: Sequence[int] | None = None
+    contexts: Sequence[int] | None = None
+    rounds: int = 2
+    validate: int = 8
+    compile: bool = False
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("tokens", 4), ("new_tokens", 2), ("rounds", 1), ("validate", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"calibrate: {name} must be >= {least}, got {getattr(self, name)}")
+        for name in ("questions", "sizes", "contexts"):
+            if getattr(self, name) is not None and not len(getattr(self, name)):
+                raise ValueError(f"calibrate: {name} must have at least one entry, got none")
+        for name in ("sizes", "contexts"):
+            for value in getattr(self, name) or ():
+                if value < 1:
+                    raise ValueError(f"calibrate: {name} must be >= 1, got {value}")
+        if self.sizes is not None and max(self.sizes) > MOST_NODES:
+            raise ValueError(f"calibrate: sizes must be at most {MOST_NODES}, got {max(self.sizes)}")
+
+
+def calibrate(
+    model: PreTrainedModel, heads: CerberusHeads, tokenizer: Any, options: CalibrateOptions | None = None
+) -> Calibration:
+    """Measures, chooses and stores what `decode(model, heads, ids)` then uses on this device, dtype and, on a CPU,
+    number of threads, with or without compiled steps.
+
+    model: a transformers causal LM in evaluation mode; its dtype and device are those that are measured. It is left as
+    it was. It takes about as long as decoding twice as many tokens as options.tokens, and a few minutes more.
+    Returns what was stored. Raises TypeError on other heads than CerberusHeads, ValueError on options, heads, answers
+    or an existing file that do not fit, and where steps cannot be compiled, and OSError where the result cannot be
+    written.
+    """
+    threads_after_fork()
+    options = options or CalibrateOptions()
+    checks.check_model(model)
+    if not isinstance(heads, CerberusHeads):
+        raise TypeError(f"calibrate: heads must be CerberusHeads, got {type(heads).__name__}")
+    heads.bind(model)
+    check_places(place(heads), options.output)  # better than after minutes of measuring
+    contexts = _contexts(model, heads, options.contexts)
+    if options.compile:
+        check_compilable(model)
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+
+    texts = _texts(model, heads, tokenizer, options)
+    traced = [text for _, text in texts]
+    sizes = sorted({1, *(options.sizes or (COMPILED_SIZES if options.compile else SIZES))})
+    costs = measure_costs(model, heads, Fit(traced, sizes).trees, contexts, options.rounds, options.compile)
+    choice = choose(traced, sizes, costs)
+    measured: dict[str, Measured] = {}
+    if options.validate:
+        measured = validate(model, heads, spread(by_turn(texts), options.validate), _compared(choice), costs)
+    gain = gate_gain(choice, measured)
+    if gain is not None and gain.slower:
+        choice = replace(choice, chosen=choice.best_ungated)
+
+    setting, tally = choice.settings[choice.chosen], choice.tallies[choice.chosen]
+    paces = {name: one.pace for name, one in measured.items()}
+    device, dtype, threads, _ = key_of(model.device, model.dtype, torch.get_num_threads(), options.compile)
+    found = Calibration(
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        heads=heads_fingerprint(heads),
+        model=fingerprint([output_matrix(model)]),
+        tree=setting.tree,
+        gate=setting.gate,
+        expected=Expected(
+            tokens_per_second=tally.tokens_per_second * paces.get(choice.chosen, 1.0),
+            plain_tokens_per_second=choice.tallies[PLAIN].tokens_per_second * paces.get(PLAIN, 1.0),
+            tokens_per_step=tally.tokens_per_step,
+            gate_open_rate=tally.gate_open_rate,
+            wasted_step_rate=tally.wasted_step_rate,
+        ),
+        details=report.details(traced, choice, costs, measured, gain),
+        compiled=options.compile,
+    )
+    file = save(heads, found)
+    if options.output is None:
+        plot(found.details, file.with_suffix(".png"))
+    else:
+        write_json(options.output / REPORT, found.to_json())
+        plot(found.details, options.output / PICTURE)
+    return found
+
+
+def check_places(file: Path, output: Path | None) -> None:
+    """Writes nothing. file: of the calibrations; output: as in CalibrateOptions.
+
+    Raises ValueError, naming the file, where one would be written over that calibration has not made, OSError where one
+    cannot be written.
+    """
+    read_entries(file)
+    check_writable("calibrate", file.parent)
+    picture = file.with_suffix(".png")
+    if output is not None:
+        check_output(output)
+    elif picture.exists() and not file.exists() and MADE_BY.encode() not in picture.read_bytes():
+        raise ValueError(f"calibrate: output: {picture} would be written over; name another folder for the picture")
+
+
+def check_output(output: Path) -> None:
+    """The same for the folder of the picture and the report."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"calibrate: output: {output} is a file, not a folder")
+    report = read_object(output / REPORT) or {}
+    ours = {"device", "threads", "tree", "gate"} <= report.keys()
+    for name in (REPORT, PICTURE):
+        made = ours or name == PICTURE and bool(read_entries(output / FILE))  # the picture of a calibration beside it
+        if (output / name).exists() and not made:
+            raise ValueError(
+                f"calibrate: output: {output / name} is there already, and was not made by cerberus calibrate;"
+                " choose another folder"
+            )
+    check_writable("calibrate: output", output)
+
+
+def _contexts(model: PreTrainedModel, heads: CerberusHeads, wanted: Sequence[int] | None) -> list[int]:
+    """Where steps are timed: a tree has to have positions there."""
+    most = position_limit(model) - 1 - heads.config.num_heads
+    if most < 1:
+        raise ValueError(f"calibrate: the model must have positions for a draft, it has {position_limit(model)}")
+    for context in wanted or ():
+        if context > most:
+            raise ValueError(f"calibrate: contexts must be at most {most} for this model, got {context}")
+    return sorted(set(wanted)) if wanted else sorted({min(context, most) for context in CONTEXTS})
+
+
+def _texts(
+    model: PreTrainedModel, heads: CerberusHeads, tokenizer: Any, options: CalibrateOptions
+) -> list[tuple[Answer, TracedText]]:
+    """Answers of at least two tokens, with what was traced in them."""
+    turns = max(len(question.turns) for question in options.questions)
+    least = min(2, len(options.questions))  # one half of them is there to fit, the other one to judge
+    new_tokens = min(options.new_tokens, max(2, options.tokens // (least * turns)))
+    questions = spread(options.questions, max(least, options.tokens // (new_tokens * turns)))
+    answers, texts = write_answers(model, heads, tokenizer, questions, new_tokens), []
+    total = sum(len(question.turns) for question in questions)
+    for answer in tqdm(answers, total=total, desc="texts", unit="text"):
+        if answer.new >= 2:
+            texts.append((answer, trace(model, heads, answer)))
+    if not texts:
+        raise ValueError(
+            "calibrate: questions must get answers of at least 2 tokens, all were shorter, or prompts too long"
+        )
+    return texts
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """`count` of the items, evenly spread; all, where there are no more."""
+    count = min(count, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
+
+
+def by_turn(texts: Sequence[tuple[Answer, TracedText]]) -> list[tuple[Answer, TracedText]]:
+    """First turns before second ones: then some of each are among those that are spread over all."""
+    turns, found = Counter[int](), []
+    for pair in texts:
+        found.append((turns[pair[0].question], pair))
+        turns[pair[0].question] += 1
+    return [pair for _, pair in sorted(found, key=lambda one: one[0])]
+
+
+def _compared(choice: Choice) -> dict[str, Setting]:
+    """What the clock is asked about: plain decoding, the best tree alone and the winner."""
+    return {name: choice.settings[name] for name in (PLAIN, choice.best_ungated, choice.chosen)}

@@ -1,0 +1,5 @@
+"""`python -m cerberus_ext.cli`"""
+
+from .main import main
+
+main()

@@ -1,0 +1,115 @@
+"""`cerberus bench`: how fast heads make a model, next to other ways, over questions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .failures import fail, option
+from .shared import (
+    PACKAGED_HEADS,
+    Device,
+    DTypeName,
+    Heads,
+    Model,
+    Threads,
+    begin,
+    check_heads_named,
+    dtype_of,
+    load_base,
+    load_heads,
+)
+
+TURNS = {"1": (1,), "2": (2,), "both": (1, 2)}
+
+
+def bench(
+    questions: Annotated[
+        Path | None, typer.Option(help='JSON lines, as of MT-Bench: {"turns": [...]} or {"prompt": ...}.')
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results and report; a run that was stopped goes on from it.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Only makes the report of the results in this folder anew.")
+    ] = None,
+    model: Model = None,
+    heads: Heads = None,
+    medusa: Annotated[str | None, typer.Option(help="Medusa's heads, as `cerberus train --no-chained` makes.")] = None,
+    draft_model: Annotated[str | None, typer.Option(help="Folder or Hub id: for assisted generation.")] = None,
+    way: Annotated[list[str] | None, typer.Option(help="FILE.py[:ARGUMENT] with more ways; may be repeated.")] = None,
+    ways: Annotated[str | None, typer.Option(help="Only these, separated by commas. Default: all.")] = None,
+    turns: Annotated[str, typer.Option(help="1, 2 or both: a second turn follows the model's own answer.")] = "both",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions, the first ones.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    rounds: Annotated[int, typer.Option(min=1, help="How often everything is run; the median counts.")] = 1,
+    tree_size: Annotated[
+        int | None, typer.Option(min=2, help="Nodes of all trees. Default: calibrated, or the device's default.")
+    ] = None,
+    entropy_threshold: Annotated[
+        float | None, typer.Option(help="Of the entropy gate. Default: calibrated, or the median of the first answers.")
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option(help="On a CPU: also the ways with compiled steps, compiled before anything is timed.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap intervals.")] = 0,
+    dtype: DTypeName = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Times ways to generate over questions, in turns, checks that their texts are the same, and writes a report.
+
+    Ends with status 1 where texts differ that must not.
+    """
+    if report is not None:
+        if questions is not None or out is not None:
+            fail("--report: it makes a report of what is measured already; give it alone")
+        from ..evaluation.evaluate import report as make_report
+
+        with option("--report"):
+            summary = make_report(report)
+        finish(summary, report)
+        return
+    if questions is None or out is None:
+        fail("--questions FILE and --out DIR are needed, or --report DIR")
+    if turns not in TURNS:
+        fail(f"--turns must be one of {', '.join(TURNS)}, got {turns}")
+    check_heads_named(model, heads)
+
+    from ..evaluation.evaluate import BenchOptions, begin_folder, evaluate
+    from ..io.default_model import load_model
+    from ..io.prompts import read_questions
+
+    begin(threads)
+    with option("--questions"):
+        asked = read_questions(questions, limit)
+    options = BenchOptions(
+        turns=TURNS[turns], new_tokens=new_tokens, rounds=rounds, way_files=tuple(way or ()), tree_size=tree_size,
+        ways=None if ways is None else tuple(name.strip() for name in ways.split(",")),
+        entropy_threshold=entropy_threshold, seed=seed, compile=compile,
+    )  # fmt: skip
+    begin_folder(out)
+    base, tokenizer = load_base(model, dtype_of(dtype), device)
+    trained = load_heads(heads or PACKAGED_HEADS, base)
+    others = None if medusa is None else load_heads(medusa, base, "--medusa")
+    given = {"questions": questions, "model": model, "heads": heads or PACKAGED_HEADS, "medusa": medusa}
+    names = {name: Path(value).name for name, value in {**given, "draft": draft_model}.items() if value is not None}
+    with option("--draft-model"):
+        draft = None if draft_model is None else load_model(draft_model, base.dtype, base.device)
+    summary = evaluate(base, tokenizer, trained, asked, out, options, names=names, medusa=others, draft=draft)
+    finish(summary, out)
+
+
+def finish(summary: dict, folder: Path) -> None:
+    """Prints the most important, and ends with status 1 where texts differ that must not."""
+    from ..evaluation.tables import equality_lines, lines_of
+
+    for line in (*lines_of(summary), *equality_lines(summary["equality"])):
+        typer.echo(line)
+    for name, reason in summary["about"]["left_out"].items():
+        typer.echo(f"left out: {name}: {reason}")
+    typer.echo(f"report: {folder / 'index.html'}")
+    if summary["equality"]["violations"]:
+        raise typer.Exit(1)

@@ -1,0 +1,31 @@
+"""The `cerberus` command."""
+
+from __future__ import annotations
+
+import warnings
+
+import typer
+
+from .bench import bench
+from .calibrate import calibrate
+from .failures import Commands
+from .generate import generate
+from .info import info
+from .train import train
+
+app = typer.Typer(
+    name="cerberus",
+    cls=Commands,
+    help="Lossless faster generation for Hugging Face causal language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (generate, train, calibrate, bench, info):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point of the `cerberus` command."""
+    warnings.formatwarning = lambda message, *_: f"cerberus: {message}\n"
+    app()

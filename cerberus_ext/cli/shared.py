@@ -1,0 +1,117 @@
+"""What the commands share: options, and loading of models and heads."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .failures import fail, option
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..drafting.heads import CerberusHeads
+
+PACKAGED_HEADS = "smollm2-135m-instruct"
+NO_HEADS = "none"
+
+Model = Annotated[
+    str | None, typer.Option(help="Local folder or Hub id of the base model. Default: SmolLM2-135M-Instruct.")
+]
+Heads = Annotated[
+    str | None, typer.Option(help="Packaged name, local folder or Hub id. Default: those of the default model.")
+]
+DTypeName = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 where it is fast.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: CUDA where there is one.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")]
+
+
+MOST_THREADS = max(1024, 4 * (os.cpu_count() or 1))  # many more end in a segmentation fault of OpenMP
+
+
+def begin(threads: int | None) -> None:
+    """What a command does before it loads a model."""
+    import torch
+    from transformers.utils import logging
+
+    if threads is not None and threads > MOST_THREADS:
+        fail(f"--threads: must be in 1..{MOST_THREADS}, got {threads}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif torch.get_num_threads() > MOST_THREADS:
+        fail(f"OMP_NUM_THREADS: must be in 1..{MOST_THREADS}, got {torch.get_num_threads()}")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def check_heads_named(model: str | None, heads: str | None) -> None:
+    """Another model than the default one needs heads of its own."""
+    if model is not None and heads is None:
+        fail(
+            "--heads: the packaged heads fit the default model only; name heads trained for this --model,"
+            f" or {NO_HEADS!r}, to guess from the text alone"
+        )
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in known:
+        fail(f"--dtype must be one of {', '.join(known)}, got {name}")
+    return known[name] if name else None
+
+
+def device_of(name: str | None) -> str | None:
+    """Refuses what is not there, before anything is loaded."""
+    import torch
+
+    if name is None:
+        return None
+    found = re.fullmatch(r"(?:cpu|cuda(?::(\d{1,4}))?)", name)
+    if found is None:
+        fail(f"--device: must be cpu, cuda or cuda:0, cuda:1 ..., got {name}")
+    if name != "cpu" and not torch.cuda.is_available():
+        reason = "torch sees no GPU" if torch.version.cuda else "this torch is built without CUDA"
+        fail(f"--device: {name} cannot be used: {reason}")
+    if name != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
+        fail(f"--device: there is no {name}, the last one is cuda:{torch.cuda.device_count() - 1}")
+    return name
+
+
+def load_base(
+    model: str | None, dtype: torch.dtype | None, device: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The default model where `model` is None."""
+    from ..io.default_model import load_default_model, load_model
+
+    device = device_of(device)
+    with option("--model"):
+        return load_default_model(dtype, device) if model is None else load_model(model, dtype, device)
+
+
+def load_heads(name: str, base: PreTrainedModel, option_name: str = "--heads") -> CerberusHeads:
+    from ..drafting.heads import CerberusHeads
+    from ..io.default_model import HUB_ID
+
+    with option(option_name):
+        heads = CerberusHeads.from_pretrained(name)
+        if name == PACKAGED_HEADS and base.name_or_path == HUB_ID:
+            # Trained on the Q4_1 weights of the same model. They fit the original nearly as well, and what is generated
+            # never depends on them.
+            heads.config.lm_head_fingerprint = None
+        heads.bind(base)
+        return heads
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool) -> torch.Tensor:
+    """Token ids of the prompt, (1, S), with the chat template where the tokenizer has one."""
+    from ..io.prompts import encode_chat
+
+    return tokenizer(text, return_tensors="pt").input_ids if raw else encode_chat(tokenizer, [text])

@@ -1,0 +1,236 @@
+"""Draft trees: which of the heads' guesses one step checks, and how they hang together.
+
+Node 0 is the root, the token the base model has already chosen. A node at depth d is one guess of head d (heads counted
+from 1), the one of the given rank among that head's guesses, 0 the best. Every path from the root is a guess of how
+the text goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _host
+
+Path = tuple[int, ...]
+
+
+class TreeTensors(NamedTuple):
+    """A tree on a device. N nodes, W = ceil(N / 64) words."""
+
+    parents: Tensor  # (N,) int64, -1 for the root
+    ancestors: Tensor  # (N, W) int64: bit j of row i says that node j is on the path from the root to i, i included
+    depths: Tensor  # (N,) int64
+    heads: Tensor  # (N - 1,) int64: the head, counted from 0, that guesses node 1, 2, ...
+    ranks: Tensor  # (N - 1,) int64: which of its guesses it is
+
+
+def _integers(what: str, values: Any) -> tuple[int, ...]:
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise TypeError(f"{what} must be a sequence of integers, got {values!r}")
+    numbers = tuple(values)
+    for value in numbers:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise TypeError(f"{what} must be integers, got {value!r}")
+    return tuple(int(value) for value in numbers)
+
+
+def _at_least(what: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{what} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{what} must be >= {least}, got {value}")
+    return value
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """A tree, checked once, here; equal trees compare equal.
+
+    parents: parents[0] = -1 and parents[i] < i, so that node order is depth order along every path.
+    ranks: ranks[0] = 0, not used; node i is guess number ranks[i] of head depths[i]. Siblings have different ranks.
+
+    Example: the root, its two best continuations, and one guess of what follows the better one (ranks along the paths
+    (0), (1) and (0, 0)):
+
+        DraftTree(parents=(-1, 0, 0, 1), ranks=(0, 0, 1, 0)) == DraftTree.from_paths([(0,), (1,), (0, 0)])
+    """
+
+    parents: tuple[int, ...]
+    ranks: tuple[int, ...]
+    _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("parents", "ranks"):
+            object.__setattr__(self, name, _integers(f"DraftTree: {name}", getattr(self, name)))
+        if len(self.parents) != len(self.ranks):
+            raise ValueError(
+                f"DraftTree: ranks must have one entry per node ({len(self.parents)}), got {len(self.ranks)}"
+            )
+        if not self.parents or self.parents[0] != -1:
+            raise ValueError(f"DraftTree: parents must begin with -1, the root's, got {self.parents[:1]}")
+        if self.ranks[0] != 0:
+            raise ValueError(f"DraftTree: ranks must begin with 0, the root's, got {self.ranks[0]}")
+        seen: dict[tuple[int, int], int] = {}
+        for node, (parent, rank) in enumerate(zip(self.parents, self.ranks, strict=True)):
+            if node and not 0 <= parent < node:
+                raise ValueError(f"DraftTree: parents[{node}] must be in 0..{node - 1}, got {parent}")
+            if rank < 0:
+                raise ValueError(f"DraftTree: ranks[{node}] must be >= 0, got {rank}")
+            if (parent, rank) in seen:
+                raise ValueError(
+                    f"DraftTree: siblings must have different ranks, nodes {seen[parent, rank]} and {node}"
+                    f" are both guess {rank} after node {parent}"
+                )
+            seen[parent, rank] = node
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """Depth of every node, the root's is 0."""
+        return tuple(int(depth) for depth in _host.depths(list(self.parents)))
+
+    @cached_property
+    def size(self) -> int:
+        """N: nodes, the root included."""
+        return len(self.parents)
+
+    @cached_property
+    def depth(self) -> int:
+        """Guesses on the longest path: how many heads the tree needs, and the most a step can accept."""
+        return max(self.depths)
+
+    @cached_property
+    def guesses(self) -> int:
+        """P: how many guesses of every head the tree needs; 0 for a tree that is only a root."""
+        return max(self.ranks[1:], default=-1) + 1
+
+    def paths(self) -> list[Path]:
+        """The ranks along the path to every node but the root, in node order."""
+        paths: list[Path] = [()]
+        for parent, rank in zip(self.parents[1:], self.ranks[1:], strict=True):
+            paths.append((*paths[parent], rank))
+        return paths[1:]
+
+    def cut(self, depth: int) -> DraftTree:
+        """The tree without the nodes deeper than `depth`; itself, where there are none."""
+        if depth >= self.depth:
+            return self
+        if depth not in self._cache:
+            self._cache[depth] = DraftTree.from_paths([path for path in self.paths() if len(path) <= depth])
+        return self._cache[depth]
+
+    def on(self, device: torch.device) -> TreeTensors:
+        """The tree's tensors on `device`, made once per device."""
+        if device not in self._cache:
+            ancestors = np.asarray(_host.ancestors(list(self.parents))).reshape(self.size, -1)
+            # Outside of inference mode, so that the tensors serve every caller.
+            with torch.inference_mode(False):
+                self._cache[device] = TreeTensors(
+                    parents=torch.tensor(self.parents, device=device),
+                    ancestors=torch.from_numpy(ancestors.astype(np.int64)).to(device),
+                    depths=torch.tensor(self.depths, device=device),
+                    heads=torch.tensor(self.depths[1:], dtype=torch.int64, device=device) - 1,
+                    ranks=torch.tensor(self.ranks[1:], dtype=torch.int64, device=device),
+                )
+        return self._cache[device]
+
+    @staticmethod
+    def root() -> DraftTree:
+        """The tree without guesses: a step with it is an autoregressive step."""
+        return _ROOT
+
+    @staticmethod
+    def chain(depth: int) -> DraftTree:
+        """The best guess of each of the first `depth` heads: one path."""
+        return DraftTree.from_widths([1] * _at_least("DraftTree.chain: depth", depth, 0))
+
+    @staticmethod
+    def from_widths(widths: Sequence[int]) -> DraftTree:
+        """Every node at depth d - 1 is followed by head d's widths[d - 1] best guesses: [3, 2] has 1 + 3 + 6 nodes."""
+        paths: list[Path] = []
+        level: list[Path] = [()]
+        for index, width in enumerate(widths):
+            _at_least(f"DraftTree.from_widths: widths[{index}]", width, 1)
+            level = [(*path, rank) for path in level for rank in range(width)]
+            paths += level
+        return DraftTree.from_paths(paths)
+
+    @staticmethod
+    def from_paths(paths: Iterable[Sequence[int]]) -> DraftTree:
+        """From the ranks along each path: (1, 0) is head 1's second guess followed by head 2's best.
+
+        The beginnings of a path come with it. Nodes are ordered by depth, then by ranks, whatever the order of `paths`.
+        """
+        wanted: set[Path] = set()
+        for index, ranks in enumerate(paths):
+            path = _integers(f"DraftTree.from_paths: paths[{index}]", ranks)
+            if not path:
+                raise ValueError(f"DraftTree.from_paths: paths[{index}] must have at least one rank, got none")
+            if min(path) < 0:
+                raise ValueError(f"DraftTree.from_paths: paths[{index}] must be ranks >= 0, got {path}")
+            wanted.update(path[:end] for end in range(1, len(path) + 1))
+        ordered = sorted(wanted, key=lambda path: (len(path), path))
+        node = {(): 0} | {path: i for i, path in enumerate(ordered, start=1)}
+        return DraftTree((-1, *(node[path[:-1]] for path in ordered)), (0, *(path[-1] for path in ordered)))
+
+    @staticmethod
+    def from_accuracies(accuracy: Any, size: int) -> DraftTree:
+        """The tree of `size` nodes, the root included, with the most tokens to be expected a step.
+
+        accuracy: (K, P), anything numpy understands: entry [k][r] is the probability that guess r of head k + 1 is
+        right where the guesses before it on the path are right. A node is worth the product along its path; the best
+        nodes are taken first. Fewer nodes come back where the K x P guesses do not make that many.
+        """
+        table = np.asarray(accuracy, dtype=np.float64)
+        if table.ndim != 2 or 0 in table.shape:
+            raise ValueError(
+                f"DraftTree.from_accuracies: accuracy must be a (heads, guesses) table, got shape {table.shape}"
+            )
+        if not ((table >= 0) & (table <= 1)).all():  # false for NaN too
+            raise ValueError("DraftTree.from_accuracies: accuracy must be probabilities in 0..1, got others")
+        _at_least("DraftTree.from_accuracies: size", size, 1)
+        heads, guesses = table.shape
+        possible = sum(guesses**depth for depth in range(heads + 1))
+        parents, ranks = _host.best_tree(table, min(size, possible))
+        return DraftTree(tuple(parents), tuple(ranks))
+
+
+_ROOT = DraftTree((-1,), (0,))
+
+_MOST_DEFAULT_HEADS = 5
+_DEFAULT_GUESSES = 8
+
+
+def default_size(device: torch.device) -> int:
+    """Nodes of the tree where the caller names none: about what a forward carries for little more than a plain step.
+
+    A GPU reads the weights once for all nodes. A CPU computes every node: with AMX 16 of them cost little, without it a
+    step's time grows with every few. `cerberus calibrate` measures what is best on a machine.
+    """
+    if device.type != "cpu":
+        return 32
+    return 16 if torch.cpu._is_amx_tile_supported() else 4
+
+
+def default_tree(heads: Any, device: torch.device, size: int | None = None) -> DraftTree:
+    """The tree for heads on a device: what was measured with the heads, else a general one.
+
+    size: nodes, the root included; None: `default_size(device)`. There are fewer where heads do not guess so much.
+    heads: `heads.config.paths` (best paths first) is preferred to `heads.config.accuracy` (K, P). Without either, head
+    k + 1's guess r is taken to be right with probability 0.6 * 0.8^k * 0.4^r, roughly what lightly trained heads reach.
+    """
+    size = default_size(device) if size is None else size
+    config = heads.config
+    if paths := getattr(config, "paths", None):
+        return DraftTree.from_paths(paths[: size - 1])
+    accuracy = getattr(config, "accuracy", None)
+    if accuracy is None:
+        depth = min(config.num_heads, _MOST_DEFAULT_HEADS)
+        accuracy = [[0.6 * 0.8**k * 0.4**r for r in range(_DEFAULT_GUESSES)] for k in range(depth)]
+    return DraftTree.from_accuracies(accuracy, size)

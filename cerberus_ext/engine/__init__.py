@@ -1,0 +1,1 @@
+"""Decoding: the loop, its arguments and the text that it generates."""

@@ -1,0 +1,175 @@
+"""What calibration stores, and as JSON: everything is checked when it is read back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..drafting.dynamic_tree import DynamicTree
+from ..drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from ..drafting.static_tree import DraftTree
+
+MOST_NODES = 1024  # of a tree: far beyond what is ever fastest
+MOST_DEPTH = 128
+
+Key = tuple[str, str, int, bool]  # device, dtype, threads, compiled: what an entry belongs to
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What decoding is expected to do, on texts that nothing was fitted on.
+
+    tokens_per_second, plain_tokens_per_second: of the steps, without the prompt; with the setting, and without guesses;
+        at a pace that validation has corrected, see calibration/validate.py
+    """
+
+    tokens_per_second: float
+    plain_tokens_per_second: float
+    tokens_per_step: float
+    gate_open_rate: float
+    wasted_step_rate: float
+
+    @property
+    def speed_up(self) -> float:
+        return self.tokens_per_second / self.plain_tokens_per_second
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is fastest for heads on a device.
+
+    device: its name; dtype: the model's; threads: of torch on a CPU, 0 on other devices
+    heads, model: fingerprints, see `heads.fingerprint`; the model's is that of its LM head
+    details: everything that was measured, as plain numbers
+    compiled: whether it is of compiled steps, see `decode`'s `compile`
+    """
+
+    device: str
+    dtype: str
+    threads: int
+    heads: str
+    model: str
+    tree: DraftTree | DynamicTree
+    gate: Gate
+    expected: Expected
+    details: dict[str, Any] = field(default_factory=dict)
+    compiled: bool = False
+
+    @property
+    def key(self) -> Key:
+        return self.device, self.dtype, self.threads, self.compiled
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "threads": self.threads,
+            "compiled": self.compiled,
+            "heads": self.heads,
+            "model": self.model,
+            "tree": tree_to_json(self.tree),
+            "gate": gate_to_json(self.gate),
+            "expected": asdict(self.expected),
+            "details": self.details,
+        }
+
+    @staticmethod
+    def from_json(entry: dict[str, Any]) -> Calibration:
+        """Raises ValueError on anything that `to_json` does not write."""
+        try:
+            return Calibration(
+                **{name: _text(entry, name) for name in ("device", "dtype", "heads", "model")},
+                threads=_integer("threads", entry["threads"], 0),
+                tree=tree_from_json(entry["tree"]),
+                gate=gate_from_json(entry["gate"]),
+                expected=Expected(**{name: _number(name, value) for name, value in entry["expected"].items()}),
+                details=dict(entry["details"]),
+                compiled=is_compiled(entry),
+            )
+        except (AttributeError, KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"an entry is not complete: {type(error).__name__}: {error}") from error
+
+
+def is_compiled(entry: dict[str, Any]) -> bool:
+    """Entries from before there were compiled steps do not say it."""
+    return bool(entry.get("compiled", False))
+
+
+def tree_to_json(tree: DraftTree | DynamicTree) -> str | dict[str, Any]:
+    return asdict(tree) if isinstance(tree, DynamicTree) else tree_to_text(tree)
+
+
+def tree_from_json(tree: str | dict[str, Any]) -> DraftTree | DynamicTree:
+    if not isinstance(tree, dict):
+        return tree_from_text(tree)
+    _integer("size", tree.get("size"), 2, MOST_NODES)
+    return DynamicTree(**tree)
+
+
+def tree_to_text(tree: DraftTree) -> str:
+    """The ranks along every path: "0 1 0.0" is the root's two best continuations, and the best one of the first."""
+    return " ".join(".".join(map(str, path)) for path in tree.paths())
+
+
+def tree_from_text(text: str) -> DraftTree:
+    paths = [[int(rank) for rank in path.split(".")] for path in text.split()]
+    if len(paths) >= MOST_NODES or any(len(path) > MOST_DEPTH for path in paths):
+        raise ValueError(f"a tree must have at most {MOST_NODES} nodes and depth {MOST_DEPTH}, got more")
+    return DraftTree.from_paths(paths)
+
+
+def gate_to_json(gate: Gate) -> dict[str, Any]:
+    """Of the gates that calibration picks from."""
+    if isinstance(gate, EntropyGate):
+        return {"kind": "entropy", "threshold": gate.threshold}
+    if isinstance(gate, ConfidenceGate):
+        return {
+            "kind": "confidence",
+            "costs": {str(size): cost for size, cost in gate.costs.items()},
+            "trees": None if gate.own_trees is None else [tree_to_text(tree) for tree in gate.own_trees],
+            "margin": gate.margin,
+            "rate": gate.rate,
+            "corrections": None if gate.corrections is None else [list(line) for line in gate.corrections],
+        }
+    return {"kind": "open"}
+
+
+def gate_from_json(values: dict[str, Any]) -> Gate:
+    kind = values["kind"]
+    if kind == "open":
+        return AlwaysOpen()
+    if kind == "entropy":
+        return EntropyGate(_number("threshold", values["threshold"]))
+    if kind == "confidence":
+        return ConfidenceGate(
+            costs={
+                _integer("size", int(size), 1, MOST_NODES): _number("cost", cost)
+                for size, cost in values["costs"].items()
+            },
+            trees=None if values["trees"] is None else [tree_from_text(text) for text in values["trees"]],
+            margin=_number("margin", values["margin"]),
+            rate=None if values["rate"] is None else _number("rate", values["rate"]),
+            corrections=None
+            if values["corrections"] is None
+            else [(_number("slope", slope), _number("shift", shift)) for slope, shift in values["corrections"]],
+        )
+    raise ValueError(f"gate must be open, entropy or confidence, got {kind!r}")
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _integer(name: str, value: Any, least: int, most: int = 1 << 20) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} must be an integer in {least}..{most}, got {value!r}")
+    return value
+
+
+def _text(entry: dict[str, Any], name: str) -> str:
+    if not isinstance(entry[name], str):
+        raise ValueError(f"{name} must be a text, got {entry[name]!r}")
+    return entry[name]

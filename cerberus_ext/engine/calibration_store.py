@@ -1,0 +1,176 @@
+"""Where calibrations are kept: one JSON file for each set of heads, one entry for each machine.
+
+    beside the heads    calibration.json in their folder, where it can be written
+    cache folder        calibration/<fingerprint of the heads>.json, for heads of this package and of the Hub, and for
+                        folders that cannot be written
+
+An entry belongs to a device, a dtype, on a CPU a number of threads, and to steps that are compiled or not. Heads that
+were trained on have another fingerprint: what was measured with the old ones is not used for them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+import weakref
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..drafting.dynamic_tree import MOST_GUESSES, DynamicTree
+from ..drafting.gate import ConfidenceGate
+from ..drafting.heads import PRETRAINED, CerberusHeads, fingerprint
+from ..io.default_model import cache_dir
+from ..io.files import write_json
+from ..io.machine import device_name
+from .calibration_entries import Calibration, Expected, Key, is_compiled
+
+FILE = "calibration.json"
+FORMAT_VERSION = 1
+
+__all__ = ["Calibration", "Expected", "find", "save"]
+
+
+def heads_fingerprint(heads: CerberusHeads) -> str:
+    return fingerprint([parameter.flatten() for _, parameter in sorted(heads.named_parameters())], rows=1 << 20)
+
+
+def key_of(device: torch.device, dtype: torch.dtype, threads: int, compiled: bool = False) -> Key:
+    """What an entry belongs to. Threads count on a CPU only."""
+    return _device_name(device), str(dtype).removeprefix("torch."), threads if device.type == "cpu" else 0, compiled
+
+
+def _key_of_entry(entry: dict[str, Any]) -> Key:
+    return entry["device"], entry["dtype"], entry["threads"], is_compiled(entry)
+
+
+_device_name = cache(device_name)  # asked at every decode, and reads a file
+
+
+def places(heads: CerberusHeads, own_print: str) -> list[Path]:
+    """The files in which to look for calibrations of the heads, whose fingerprint is `own_print`."""
+    try:
+        own = [cache_dir() / "calibration" / f"{own_print}.json"]
+    except RuntimeError:  # there is no home folder
+        own = []
+    if heads.folder is None:
+        return own
+    beside = heads.folder / FILE
+    mine = PRETRAINED.resolve() not in beside.parents and os.access(heads.folder, os.W_OK)
+    return [beside, *own] if mine else [*own, beside]
+
+
+def place(heads: CerberusHeads) -> Path:
+    """The file to which calibrations of the heads are written."""
+    files = places(heads, heads_fingerprint(heads))
+    if not files:
+        raise OSError("calibrate: there is no home folder to keep the result in: set CERBERUS_CACHE to a folder")
+    return files[0]
+
+
+def read_entries(file: Path) -> list[dict[str, Any]]:
+    """The entries of a file, none where there is no file. Raises ValueError where it is not such a file."""
+    try:
+        content = json.loads(file.read_bytes())
+        version, entries = content["format_version"], content["entries"]
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format_version must be {FORMAT_VERSION}, got {version!r}")
+        if not isinstance(entries, list):
+            raise ValueError(f"entries must be a list, got {type(entries).__name__}")
+        for entry in entries:
+            hash(_key_of_entry(entry)), entry["heads"]
+        return entries
+    except FileNotFoundError:
+        return []
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} is no file of calibrations ({reason}); remove it and calibrate again") from error
+
+
+def save(heads: CerberusHeads, calibration: Calibration) -> Path:
+    """Puts an entry into its file, in the place of an older one with the same key; returns the file.
+
+    Entries of other machines stay, those of other heads do not. Raises ValueError where the file is damaged.
+    """
+    file = place(heads)
+    kept = [
+        entry
+        for entry in read_entries(file)
+        if entry["heads"] == calibration.heads and _key_of_entry(entry) != calibration.key
+    ]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"format_version": FORMAT_VERSION, "entries": [*kept, calibration.to_json()]})
+    _found.pop(heads, None)
+    return file
+
+
+_found: weakref.WeakKeyDictionary[CerberusHeads, dict[Key, Calibration | None]]
+_found = weakref.WeakKeyDictionary()
+_said: set[str] = set()
+
+
+def find(
+    heads: Any, device: torch.device, dtype: torch.dtype, threads: int, compiled: bool = False
+) -> Calibration | None:
+    """What was calibrated for the heads, or None. Looked for once for each object.
+
+    compiled: preferably of compiled steps; where there is no such calibration, that of the others serves, too.
+
+    Other heads than CerberusHeads have none. What is damaged, or was made with other heads, is warned of, once, and
+    not used.
+    """
+    if not isinstance(heads, CerberusHeads):
+        return None
+    known = _found.setdefault(heads, {})
+    key = key_of(device, dtype, threads, compiled)
+    if key not in known:
+        known[key] = _read(heads, key)
+    if known[key] is None and compiled:
+        return find(heads, device, dtype, threads)
+    return known[key]
+
+
+def _read(heads: CerberusHeads, key: Key) -> Calibration | None:
+    own = heads_fingerprint(heads)
+    for file in places(heads, own):
+        try:
+            entries = read_entries(file)
+        except (OSError, ValueError) as error:
+            _warn(str(error))
+            continue
+        for entry in entries:
+            if _key_of_entry(entry) != key:
+                continue
+            if entry["heads"] != own:
+                _warn(f"{file} was made with other heads, such as these before more training; calibrate again")
+                continue
+            try:
+                return _checked(Calibration.from_json(entry), heads)
+            except ValueError as error:
+                _warn(f"{file}: {error}; calibrate again")
+    return None
+
+
+def _checked(calibration: Calibration, heads: CerberusHeads) -> Calibration:
+    gate = calibration.gate
+    if isinstance(gate, ConfidenceGate) and gate.corrections and len(gate.corrections) != heads.config.num_heads:
+        raise ValueError("a calibrated gate has corrections for another number of heads")
+    if isinstance(calibration.tree, DynamicTree):
+        gate.check_size(calibration.tree.size)
+        if len(calibration.tree.corrections or range(heads.config.num_heads)) != heads.config.num_heads:
+            raise ValueError("a calibrated tree has corrections for another number of heads")
+        return calibration
+    for tree in {calibration.tree, *gate.trees(calibration.tree)}:
+        most = min(MOST_GUESSES, heads.config.draft_vocab or heads.config.vocab_size)
+        if tree.depth > heads.config.num_heads or tree.guesses > most:
+            raise ValueError("a calibrated tree is larger than what the heads can guess")
+    return calibration
+
+
+def _warn(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(f"decode: no calibrated tree and gate, the defaults are used: {message}", stacklevel=2)

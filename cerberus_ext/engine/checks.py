@@ -1,0 +1,298 @@
+"""Checks of the arguments of `decode`: every message names the argument, what it must be and what it is."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList
+
+from ..drafting.dynamic_tree import DynamicTree
+from ..drafting.gate import Gate, wants_draft_trees
+from ..drafting.static_tree import DraftTree
+from ..runtime.stepper import Drafter, Sampling, guesses_along_paths
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_model(model: Any) -> None:
+    """A decoder-only model with an LM head, in evaluation mode, on one CPU or GPU, of a dtype of the ops."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"decode: model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"decode: model must be decoder-only, {name} is an encoder-decoder")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"decode: model must have an LM head, {name} has none")
+    if isinstance(model.get_output_embeddings(), torch.nn.Embedding):
+        raise ValueError(
+            f"decode: model must call its LM head, of {name} it is the embedding itself: add a Linear with its weight"
+        )
+    if model.training:
+        raise ValueError("decode: model must be in evaluation mode, got one in training mode: call model.eval()")
+    devices = {parameter.device for parameter in model.parameters()}
+    if "meta" in {device.type for device in devices}:
+        raise ValueError(
+            f"decode: model must have its weights in memory, some of {name} are on meta: offloaded, or not loaded"
+        )
+    if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        raise ValueError(f"decode: model must be on one device, cpu or cuda, got {sorted(map(str, devices))}")
+    if model.dtype not in _DTYPES:
+        raise ValueError(f"decode: model must be float32, bfloat16 or float16, got {model.dtype}")
+
+
+def check_autocast(model: PreTrainedModel) -> None:
+    """No autocast to another dtype: keys would have another one than values, and weights other bits than their own."""
+    kind = model.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != model.dtype:
+        raise ValueError(
+            f"decode: model must not run under autocast to another dtype than its own, {model.dtype}, got"
+            f" {torch.get_autocast_dtype(kind)}: leave torch.autocast, and load the model in that dtype instead"
+        )
+
+
+def check_heads(heads: Any) -> None:
+    """Something like CerberusHeads."""
+    if isinstance(heads, str | os.PathLike):
+        raise TypeError(
+            f"decode: heads must be CerberusHeads, got the {type(heads).__name__} {str(heads)!r}:"
+            f" load them with CerberusHeads.from_pretrained({str(heads)!r})"
+        )
+    if not callable(getattr(heads, "bind", None)) or not hasattr(getattr(heads, "config", None), "num_heads"):
+        raise TypeError(f"decode: heads must be CerberusHeads, got {type(heads).__name__}")
+
+
+def check_looking_ahead(drafter: Drafter, tree: DraftTree | DynamicTree) -> None:
+    """Heads that guess without a tree, where the tree or the gate wants to see what they guess before it decides."""
+    if guesses_along_paths(drafter):
+        dynamic = isinstance(tree, DynamicTree)
+        must = "tree must be a DraftTree" if dynamic else "gate must not choose by the guesses' probabilities"
+        raise ValueError(f"decode: {must} with these heads, which guess along the paths of a tree that has been chosen")
+
+
+def prompt_ids(ids: Any, attention_mask: Any, model: PreTrainedModel) -> Tensor:
+    """decode's `ids` and `attention_mask`, checked -> (1, S) int64 on the model's device."""
+    if isinstance(ids, Mapping):
+        ids, attention_mask = _from_mapping(ids, attention_mask)
+    tensor = _integer_tensor(ids, model.device)
+    if tensor is None:
+        got = str(ids.dtype) if isinstance(ids, Tensor | np.ndarray) else type(ids).__name__
+        raise TypeError(f"decode: ids must be a tensor or a list of integers, or have them as input_ids, got {got}")
+    if tensor.dim() not in (1, 2) or tensor.shape[-1] == 0:
+        raise ValueError(f"decode: ids must be (1, S) or (S,) with S >= 1, got shape {tuple(tensor.shape)}")
+    tensor = tensor if tensor.dim() == 2 else tensor[None]
+    if tensor.shape[0] != 1:
+        raise ValueError(f"decode: ids must have 1 row, more are not supported yet, got {tensor.shape[0]}")
+    if tensor.device != model.device:
+        raise ValueError(f"decode: ids must be on the model's device, {model.device}, got {tensor.device}")
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)
+    least, most, vocab = int(tensor.min()), int(tensor.max()), embeddings.shape[0]
+    if least < 0 or most >= vocab:
+        raise ValueError(f"decode: ids must be in 0..{vocab - 1}, got {least if least < 0 else most}")
+    _check_attention_mask(attention_mask, tensor)
+    return tensor.to(torch.int64)
+
+
+def _from_mapping(inputs: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any]:
+    """What a tokenizer returns -> ids and mask; a mask that `decode` was given itself counts."""
+    others = set(inputs) - {"input_ids", "attention_mask"}
+    types = inputs.get("token_type_ids")
+    if types is not None and not torch.as_tensor(types).any():
+        others.discard("token_type_ids")  # of many tokenizers: all tokens are of the same kind
+    if others or "input_ids" not in inputs:
+        raise ValueError(f"decode: ids must have input_ids, and attention_mask at most, got {sorted(map(str, inputs))}")
+    return inputs["input_ids"], inputs.get("attention_mask") if attention_mask is None else attention_mask
+
+
+def _integer_tensor(values: Any, device: torch.device) -> Tensor | None:
+    """A tensor, an array or (nested) lists of integers -> a tensor; None: they are something else."""
+    if not isinstance(values, Tensor):
+        if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
+            return None
+        try:
+            array = np.asarray(values)
+        except (TypeError, ValueError, RuntimeError):  # lists of several lengths; tensors of a GPU
+            return None
+        if array.size and array.dtype.kind not in "iu":
+            return None
+        values = torch.from_numpy(array.astype(np.int64)).to(device)
+    return None if values.dtype == torch.bool or values.is_floating_point() or values.is_complex() else values
+
+
+def _check_attention_mask(attention_mask: Any, ids: Tensor) -> None:
+    """None, or all ones: with one row there is no padding. ids: (1, S)."""
+    if attention_mask is None:
+        return
+    mask = attention_mask if isinstance(attention_mask, Tensor) else _integer_tensor(attention_mask, ids.device)
+    if mask is None or mask.shape not in (ids.shape, ids.shape[1:]):
+        got = type(attention_mask).__name__ if mask is None else tuple(mask.shape)
+        raise ValueError(f"decode: attention_mask must be a tensor of ids' shape, {tuple(ids.shape)}, got {got}")
+    if not bool(mask.to(torch.bool).all()):
+        raise ValueError("decode: attention_mask must be all ones, since ids has one row without padding, got zeros")
+
+
+def check_tree(tree: Any, num_heads: int) -> DraftTree | DynamicTree:
+    """A number of nodes is the DynamicTree with so many."""
+    if (nodes := _number(tree, int)) is not None:
+        tree = DynamicTree(check_integer("tree", nodes, 2))
+    if not isinstance(tree, DraftTree | DynamicTree):
+        raise TypeError(
+            f"decode: tree must be a number of nodes, a DraftTree, a DynamicTree or None, got {type(tree).__name__}"
+        )
+    if isinstance(tree, DynamicTree):
+        if tree.corrections is not None and len(tree.corrections) != num_heads:
+            raise ValueError(
+                f"decode: tree must have a correction for each of the {num_heads} heads, or None,"
+                f" got {len(tree.corrections)}"
+            )
+    elif tree.depth > num_heads:
+        raise ValueError(f"decode: tree must not be deeper than the heads, {num_heads}, got a depth of {tree.depth}")
+    return tree
+
+
+def check_gate(gate: Any, tree: DraftTree | DynamicTree) -> Gate:
+    if not isinstance(gate, Gate):
+        raise TypeError(f"decode: gate must be a Gate or None, got {type(gate).__name__}")
+    if isinstance(tree, DynamicTree) and wants_draft_trees(gate):
+        raise ValueError(
+            "decode: gate must have choose_size, and no trees of its own, for a DynamicTree,"
+            f" this {type(gate).__name__} chooses among DraftTrees"
+        )
+    return gate
+
+
+def check_sources(sources: Any, tree: Any) -> None:
+    """A sequence of what makes sources, for a tree that has a place for their guesses."""
+    if not isinstance(sources, Sequence) or not all(map(callable, sources)):
+        raise TypeError(
+            "decode: sources must be None or a sequence of callables that make a DraftSource of a prompt,"
+            f" got {type(sources).__name__}"
+        )
+    if sources and isinstance(tree, DraftTree):
+        raise ValueError("decode: sources must be None or empty with a DraftTree, whose guesses are the heads'")
+
+
+def _number(value: Any, kind: type) -> Any:
+    """Python's number for its own, numpy's and tensors without dimensions, of kind int or float; None: it is none."""
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    kinds = int | np.integer if kind is int else int | float | np.integer | np.floating
+    return kind(value) if isinstance(value, kinds) and not isinstance(value, bool) else None
+
+
+def check_integer(name: str, value: Any, least: int, most: int | None = None) -> int:
+    number = _number(value, int)
+    if number is None:
+        raise TypeError(f"decode: {name} must be an integer, got {value!r}")
+    if number < least or most is not None and number > most:
+        bounds = f">= {least}" if most is None else f"in {least}..{most}"
+        raise ValueError(f"decode: {name} must be {bounds}, got {number}")
+    return int(number)
+
+
+def check_sampling(temperature: Any, top_k: Any, top_p: Any, seed: Any) -> Sampling:
+    numbers = {"temperature": temperature, "top_p": top_p}
+    for name, value in numbers.items():
+        numbers[name] = _number(value, float)
+        if numbers[name] is None:
+            raise TypeError(f"decode: {name} must be a number, got {value!r}")
+    if not 0 <= numbers["temperature"] < math.inf:
+        raise ValueError(f"decode: temperature must be >= 0 and finite, got {numbers['temperature']}")
+    if not 0 < numbers["top_p"] <= 1:
+        raise ValueError(f"decode: top_p must be > 0 and <= 1, got {numbers['top_p']}")
+    top_k, seed = check_integer("top_k", top_k, 0), check_integer("seed", seed, -(2**63), 2**63 - 1)
+    # Greedily all seeds are alike, and so are recordings of a step.
+    return Sampling(seed, numbers["temperature"], top_k, numbers["top_p"]) if numbers["temperature"] else Sampling()
+
+
+def eos_token_ids(eos_token_id: Any, model: PreTrainedModel) -> frozenset[int]:
+    """The tokens that end a text; None takes those of the model's generation_config."""
+    if eos_token_id is None:
+        eos_token_id = getattr(model.generation_config, "eos_token_id", None)
+    if eos_token_id is None:
+        return frozenset()
+    several = isinstance(eos_token_id, Sequence | set | frozenset) or getattr(eos_token_id, "ndim", 0) == 1
+    tokens = [_number(token, int) for token in (eos_token_id if several else [eos_token_id])]
+    if None in tokens:
+        raise TypeError(f"decode: eos_token_id must be None, an integer or a list of integers, got {eos_token_id!r}")
+    return frozenset(tokens)
+
+
+def most_new_tokens(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> int:
+    """max_new_tokens, or as many as the model has positions for. The last token of a text needs none."""
+    table = position_table(model)
+    if table is None:
+        turn = rotary_turn(model)
+        if turn is None or ids.shape[1] > turn:
+            return max_new_tokens
+        return min(max_new_tokens, turn - ids.shape[1] + 1)
+    if ids.shape[1] > table:
+        raise ValueError(
+            f"decode: ids must have at most {table} tokens, the positions of {type(model).__name__}, got {ids.shape[1]}"
+        )
+    return min(max_new_tokens, table - ids.shape[1] + 1)
+
+
+def rotary_turn(model: PreTrainedModel) -> int | None:
+    """Tokens from which on `generate` reads the whole text again, with other rotary frequencies; None: it never does.
+
+    Phi-3's models of long texts say so in a prepare_inputs_for_generation of their own.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    prepare = getattr(type(model), "prepare_inputs_for_generation", None)
+    own = prepare is not GenerationMixin.prepare_inputs_for_generation
+    if not own or rope.get("rope_type") != "longrope":
+        return None
+    return getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
+
+
+def position_table(model: PreTrainedModel) -> int | None:
+    """Positions of a model that looks them up in a table; None: it computes them, and goes on beyond those that it was
+    made for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    known = model.get_input_embeddings()
+    for module in model.modules():
+        # Some tables have one or two rows more, for padding.
+        if isinstance(module, torch.nn.Embedding) and module is not known and 0 <= module.num_embeddings - limit <= 2:
+            return limit
+    for _, buffer in model.named_buffers():  # gptj's and codegen's sines
+        if buffer.dim() == 2 and buffer.shape[0] == limit:
+            return limit
+    return None
+
+
+def stopping_criteria_list(stopping_criteria: Any) -> StoppingCriteriaList | None:
+    """None or a list of transformers' stopping criteria -> one callable."""
+    if stopping_criteria is None:
+        return None
+    if not isinstance(stopping_criteria, list) or not all(map(callable, stopping_criteria)):
+        raise TypeError(
+            f"decode: stopping_criteria must be None or a StoppingCriteriaList, got {type(stopping_criteria).__name__}"
+        )
+    return StoppingCriteriaList(stopping_criteria) if stopping_criteria else None
+
+
+def check_streamer(streamer: Any) -> None:
+    if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+        raise TypeError(f"decode: streamer must have put and end, as transformers' have, got {type(streamer).__name__}")
+
+
+def check_graphs(graphs: Any) -> None:
+    if graphs is not None and not isinstance(graphs, bool):
+        raise TypeError(f"decode: graphs must be None, True or False, got {graphs!r}")
+
+
+def check_compile(compile: Any, graphs: Any) -> None:
+    if not isinstance(compile, bool):
+        raise TypeError(f"decode: compile must be True or False, got {compile!r}")
+    if compile and graphs:
+        raise ValueError("decode: graphs must be None or False where compile is True, got True")

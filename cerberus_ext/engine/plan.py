@@ -1,0 +1,151 @@
+"""How one decode drafts: heads, tree, gate and sources, checked together and with their defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..drafting.dynamic_tree import DynamicTree, TreeGrower, padded_size
+from ..drafting.gate import AlwaysClosed, AlwaysOpen, Gate, answers, wants_draft_trees
+from ..drafting.heads import CerberusHeads, input_matrix
+from ..drafting.proposers import SourceMaker, make_source
+from ..drafting.static_tree import DraftTree, default_size, default_tree
+from ..drafting.suffix import SuffixSource
+from ..runtime.stepper import HeadsLike
+from . import checks
+from .calibration_store import find
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LEAST_DYNAMIC = 6  # nodes; a CPU without AMX computes each of them, and was fastest with so many (calibrated, AVX2)
+# Of a DynamicTree that has not found as many nodes as it may have. Each of them takes seconds to compile.
+_FILLED_SIZES = (4, 8, 16, 32, 64)
+
+
+class NoHeads:
+    """For decoding with other sources alone."""
+
+    config = SimpleNamespace(num_heads=0)
+
+    def bind(self, model: PreTrainedModel) -> Any:
+        return None  # nobody asks it: no tree has guesses of heads
+
+
+@dataclass(frozen=True)
+class Plan:
+    """makers: of the sources besides the heads; none for a DraftTree. vocabulary: the model's, in tokens."""
+
+    heads: HeadsLike
+    tree: DraftTree | DynamicTree
+    gate: Gate
+    makers: tuple[SourceMaker, ...]
+    vocabulary: int
+
+    @property
+    def guesses(self) -> int:
+        """P: how many guesses of each head any step looks at; 0: the heads are not asked."""
+        guesses = most_guesses(self.tree, self.gate)
+        if isinstance(self.tree, DynamicTree):
+            known = getattr(self.heads.config, "draft_vocab", None) or self.vocabulary
+            return min(guesses, known) if self.heads.config.num_heads else 0
+        return guesses
+
+    @property
+    def most_nodes(self) -> int:
+        """Of any step's tree."""
+        if isinstance(self.tree, DynamicTree):
+            return padded_size(self.tree.size)
+        return max(one.size for one in self.gate.trees(self.tree))
+
+    @property
+    def sizes(self) -> set[int]:
+        """Numbers of nodes that steps are compiled for."""
+        return compiled_sizes(self.tree, self.gate)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the host wants to see the heads' guesses before it chooses a tree."""
+        return isinstance(self.tree, DynamicTree) or answers(self.gate, "choose")
+
+    def without_drafts(self) -> Plan:
+        """For a model that cannot verify any."""
+        return Plan(NoHeads(), DraftTree.root(), AlwaysClosed(), (), self.vocabulary)
+
+    def begin(self, text: list[int]) -> DraftTree | TreeGrower:
+        """text: the prompt and the first token behind it -> what makes the trees of this text."""
+        return begin_trees(self.tree, self.makers, text, self.vocabulary)
+
+
+def most_guesses(tree: DraftTree | DynamicTree, gate: Gate) -> int:
+    """Of each head, that any step's tree may hold."""
+    return tree.useful_guesses if isinstance(tree, DynamicTree) else max(one.guesses for one in gate.trees(tree))
+
+
+def compiled_sizes(tree: DraftTree | DynamicTree, gate: Gate) -> set[int]:
+    """Numbers of nodes that steps are compiled for; a step with another one is filled up to the next of them."""
+    if isinstance(tree, DynamicTree):
+        return {1, tree.size, *(size for size in _FILLED_SIZES if size < tree.size)}
+    return {1, *(one.size for one in gate.trees(tree))}
+
+
+def begin_trees(
+    tree: DraftTree | DynamicTree, makers: Sequence[SourceMaker], text: list[int], vocabulary: int
+) -> DraftTree | TreeGrower:
+    """What makes the trees of a text: a DraftTree itself, else a grower with sources of its own."""
+    if isinstance(tree, DraftTree):
+        return tree
+    sources = [make_source(maker, number, list(text)) for number, maker in enumerate(makers)]
+    return TreeGrower(tree, sources, vocabulary)
+
+
+def makers_for(tree: DraftTree | DynamicTree, sources: Sequence[SourceMaker] | None) -> tuple[SourceMaker, ...]:
+    """decode's `sources`; None: the text's own past for a DynamicTree, nobody for a DraftTree."""
+    if sources is not None:
+        return tuple(sources)
+    return (SuffixSource(),) if isinstance(tree, DynamicTree) else ()
+
+
+def default_dynamic_tree(device: torch.device) -> DynamicTree:
+    """Of about as many nodes as a forward carries for little more than a plain step."""
+    return DynamicTree(max(default_size(device), _LEAST_DYNAMIC))
+
+
+def make_plan(
+    model: PreTrainedModel,
+    heads: HeadsLike | None,
+    tree: int | DraftTree | DynamicTree | None,
+    gate: Gate | None,
+    sources: Sequence[SourceMaker] | None,
+    compiled: bool = False,
+) -> Plan:
+    """The arguments of `decode`, checked and completed as described there. compiled: its `compile`."""
+    heads = NoHeads() if heads is None else heads
+    checks.check_heads(heads)
+    if tree is not None:
+        tree = checks.check_tree(tree, heads.config.num_heads)
+    if sources is not None:
+        checks.check_sources(sources, tree)
+    if isinstance(gate, AlwaysClosed):
+        tree = DraftTree.root()  # nothing is to be drafted
+    if tree is None:
+        calibrated = find(heads, model.device, model.dtype, torch.get_num_threads(), compiled)
+        static = isinstance(gate, Gate) and wants_draft_trees(gate)
+        if calibrated and (not static if isinstance(calibrated.tree, DynamicTree) else sources is None):
+            tree, gate = calibrated.tree, calibrated.gate if gate is None else gate
+        elif sources is None and not isinstance(heads, NoHeads) and (static or not isinstance(heads, CerberusHeads)):
+            tree = default_tree(heads, model.device)  # other heads may guess along the paths of a given tree
+        else:
+            tree = default_dynamic_tree(model.device)
+    gate = AlwaysOpen() if gate is None else checks.check_gate(gate, tree)
+    if isinstance(tree, DynamicTree):
+        gate.check_size(tree.size)
+    else:
+        for one in gate.trees(tree):
+            checks.check_tree(one, heads.config.num_heads)
+    vocabulary = input_matrix(model).shape[0]
+    return Plan(heads, tree, gate, makers_for(tree, sources), vocabulary)

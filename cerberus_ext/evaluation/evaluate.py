@@ -1,0 +1,230 @@
+"""How fast heads make a model over questions, next to other ways; `cerberus bench` is the same from the shell.
+
+    evaluate   runs all ways in turns over the questions, then writes what `report` writes
+    report     results.jsonl of a folder -> bench.json, bench.md, PNG plots and index.html in it
+
+A run that was stopped goes on when it is started again with the same arguments; with others it is refused.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..drafting.gate import EntropyGate
+from ..drafting.heads import CerberusHeads, fingerprint
+from ..engine.calibration_entries import gate_to_json, tree_to_json
+from ..io.files import check_writable, write_bytes, write_text
+from ..io.machine import commit, describe_machine, describe_versions
+from ..io.prompts import Question
+from ..runtime.compiled_step import check_compilable
+from .measuring import Measuring, make_tasks, median_entropy
+from .numbers import summarize
+from .page import html
+from .plots import TITLES, draw
+from .results import Results
+from .tables import markdown
+from .ways import Context, Way, built_in_ways, model_name, select, ways_of_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["BenchOptions", "Context", "Way", "evaluate", "report"]
+
+RESULTS_FILE = "results.jsonl"
+REPORT_FILES = ("bench.json", "bench.md", "index.html", *(f"{name}.png" for name in TITLES))
+ENTROPY_WAY = "cerberus-entropy"
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What `evaluate` is asked to do.
+
+    turns              which turns of the questions, counted from 1; a later one follows the model's own answers
+    new_tokens         longest answer
+    rounds             how often everything is run; of each text the round with the median time counts
+    ways               names of those to run; None: all that there is everything for. The autoregressive way always runs
+    way_files          files with more ways, FILE.py or FILE.py:ARGUMENT, see evaluation/ways.py
+    tree_size          nodes of all trees, but for the calibrated way's; None: calibrated, or the default
+    entropy_threshold  of the entropy gate, in nats; None: the one that calibration stored, where it chose that gate;
+                       else the median over the first answers to these questions
+    seed               of the bootstrap intervals
+    compile            on a CPU, the ways with compiled steps, too
+    """
+
+    turns: tuple[int, ...] = (1, 2)
+    new_tokens: int = 256
+    rounds: int = 1
+    ways: tuple[str, ...] | None = None
+    way_files: tuple[str, ...] = ()
+    tree_size: int | None = None
+    entropy_threshold: float | None = None
+    seed: int = 0
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("new_tokens", 1), ("rounds", 1), ("seed", 0), ("tree_size", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"bench: {name} must be >= {least}, got {value}")
+        threshold = self.entropy_threshold
+        if threshold is not None and math.isnan(threshold):
+            raise ValueError("bench: entropy_threshold must be a number, got nan")
+        if not self.turns or min(self.turns) < 1 or sorted(set(self.turns)) != list(self.turns):
+            raise ValueError(f"bench: turns must be ascending numbers >= 1, got {self.turns}")
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    heads: CerberusHeads,
+    questions: Sequence[Question],
+    out: Path,
+    options: BenchOptions | None = None,
+    *,
+    names: dict[str, str] | None = None,
+    medusa: CerberusHeads | None = None,
+    draft: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+) -> dict[str, Any]:
+    """Measures, writes the report into the folder `out`, and returns the summary, as in bench.json.
+
+    medusa: heads with chained=False to compare with. draft: model and tokenizer for assisted generation.
+    names: what to call "model", "heads", "medusa", "draft" and "questions" in the report.
+    Raises ValueError on options that do not fit, on results in `out` of other settings or of another machine, and on
+    files in it that no run has made; OSError where it cannot be written to.
+    """
+    options = options or BenchOptions()
+    names = names or {}
+    context = Context(model, tokenizer, heads, options.tree_size)
+    tasks = make_tasks(questions, options.turns)
+    if medusa is not None:
+        if medusa.config.chained:
+            raise ValueError("bench: medusa must be heads with chained=False, got chained ones")
+        medusa.bind(model)  # raises where they do not fit
+    if options.compile:
+        check_compilable(model)
+    results = begin_folder(out)
+    threshold = options.entropy_threshold
+    if threshold is None and (options.ways is None or ENTROPY_WAY in options.ways):
+        threshold = find_threshold(context, questions, results)
+    ways, missing = built_in_ways(context, medusa, draft, threshold, options.compile)
+    for file in options.way_files:
+        ways += ways_of_file(file, context)
+    ways = select(ways, missing, options.ways)
+    results.begin(
+        identity={
+            "model": names.get("model", model_name(model)),
+            **{name: names.get(name) for name in ("questions", "heads", "medusa", "draft")},
+            "prints": {
+                "model": fingerprint(model.parameters(), rows=16),
+                "heads": fingerprint(heads.parameters()),
+                "medusa": None if medusa is None else fingerprint(medusa.parameters()),
+                "draft": None if draft is None else fingerprint(draft[0].parameters(), rows=16),
+            },
+            "calibration": {
+                name: None if stored is None else [tree_to_json(stored.tree), gate_to_json(stored.gate)]
+                for name, stored in (
+                    ("heads", context.calibration(heads)),
+                    ("medusa", context.calibration(medusa)),
+                    *([("compiled", context.calibration(heads, compiled=True))] if options.compile else []),
+                )
+            },
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": model.device.type,
+            "turns": options.turns,
+            "new_tokens": options.new_tokens,
+            "rounds": options.rounds,
+            "tree_size": options.tree_size,
+            "seed": options.seed,
+            "ways": {way.name: getattr(way, "description", "") for way in ways},
+            "machine": describe_machine(model.device),
+            "versions": describe_versions(),
+        },
+        about={
+            "date": datetime.date.today().isoformat(),
+            "commit": commit(),
+            "command": command_of(names, options, model),
+            "left_out": missing if options.ways is None else {},
+            "entropy_threshold": threshold,
+            "expected": {way.name: value for way in ways if (value := getattr(way, "expected", None)) is not None},
+        },
+    )
+    Measuring(context, ways, results, options.new_tokens, options.rounds).run(tasks)
+    return report(out)
+
+
+def begin_folder(out: Path) -> Results:
+    """The results in the folder of a run, none where it is new; makes nothing.
+
+    Raises ValueError where it holds files that a run would write over and that none has made, OSError where it cannot
+    be written to.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"bench: out: {out} is a file, not a folder")
+    try:
+        results = Results(out / RESULTS_FILE)
+    except ValueError as error:
+        raise ValueError(f"bench: out: {error}") from None
+    for name in () if results.identity is not None else REPORT_FILES:
+        if (out / name).exists():
+            raise ValueError(
+                f"bench: out: {out / name} is there already, and was not made by cerberus bench; choose another folder"
+            )
+    check_writable("bench: out", out)
+    return results
+
+
+def find_threshold(context: Context, questions: Sequence[Question], results: Results) -> float:
+    """Where no threshold was given: that of the run to go on with, or the calibrated one, or the median."""
+    begun = results.about.get("entropy_threshold")
+    if begun is not None:
+        return begun
+    calibration = context.calibration(context.heads)
+    if calibration is not None and isinstance(calibration.gate, EntropyGate):
+        return calibration.gate.threshold
+    return median_entropy(context, questions)
+
+
+def command_of(names: dict[str, str], options: BenchOptions, model: PreTrainedModel) -> str:
+    """What repeats the run, with the names of files and folders for their paths."""
+    words = ["cerberus bench", f"--questions {names.get('questions', 'FILE')}", "--out DIR"]
+    words += [f"--{flag} {names[name]}" for name, flag in (
+        ("model", "model"), ("heads", "heads"), ("medusa", "medusa"), ("draft", "draft-model"),
+    ) if name in names]  # fmt: skip
+    words += ["--way " + ":".join(Path(part).name for part in file.split(":")) for file in options.way_files]
+    words.append(f"--turns {'both' if len(options.turns) > 1 else options.turns[0]}")
+    words.append(f"--new-tokens {options.new_tokens} --rounds {options.rounds} --seed {options.seed}")
+    if options.compile:
+        words.append("--compile")
+    if options.ways is not None:
+        words.append(f"--ways {','.join(options.ways)}")
+    for name in ("tree_size", "entropy_threshold"):
+        if getattr(options, name) is not None:
+            words.append(f"--{name.replace('_', '-')} {getattr(options, name)}")
+    words.append(f"--dtype {str(model.dtype).removeprefix('torch.')} --device {model.device.type}")
+    if model.device.type == "cpu":
+        words.append(f"--threads {torch.get_num_threads()}")
+    return " ".join(words)
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """Writes bench.json, bench.md, the plots and index.html of the results in `folder`, and returns the summary.
+
+    Texts that not all ways have made yet are left out. Raises ValueError where there is nothing to report.
+    """
+    results = Results(folder / RESULTS_FILE)
+    summary = summarize(results)
+    plots = draw(summary)
+    write_text(folder / "bench.json", json.dumps(summary, indent=1) + "\n")
+    write_text(folder / "bench.md", markdown(summary))
+    for name, image in plots.items():
+        write_bytes(folder / f"{name}.png", image)
+    write_text(folder / "index.html", html(summary, results, plots))
+    return summary

@@ -1,0 +1,1 @@
+"""Files and machines: what is read, written and described outside of decoding."""

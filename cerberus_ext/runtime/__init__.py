@@ -1,0 +1,1 @@
+"""How a step runs: op by op, compiled, or recorded and replayed."""

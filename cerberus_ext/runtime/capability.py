@@ -1,0 +1,188 @@
+"""What `decode` can do with a model: found once per model, before any text is generated, by running a few steps.
+
+    reading    a step over a small tree and one of a single token, call by call: is a token's result independent of the
+               other tokens by construction (step_audit.py)? The answer is `exact` and `inexact_because`.
+    proof      the same tree against its paths decoded token by token, and these against what the model itself computes.
+               A model that fails the first decodes without drafts; one that fails the second is refused.
+
+The proof finds faults of kinds that nobody thought of. That it passes proves nothing: `exact` never rests on it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from ..drafting.static_tree import DraftTree
+from ..io.transformers_names import cache_argument
+from ..target.attention import UnsupportedAttention, check_attention
+from ..target.cache import UnevenLayers
+from ..target.model import BaseModel, StepWay
+from ..target.row_invariant import RowInvariant
+from ..target.stand_ins import current_step
+from ..target.step_audit import Audit, padded_nodes, unreadable
+from .replayable import memory_of
+from .stats import DecodeStats
+
+# More nodes than a sum may have terms to be written out (row_invariant.py): one over nodes is none of these.
+_TREE = DraftTree.from_paths([(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0)])  # 11 nodes
+_PATHS = ((0, 1, 6), (0, 2, 7))  # of its nodes
+_PROMPT = 5  # tokens
+_MOST_NODES = 256  # of a step
+_CAPACITY = 32
+_STRIDE = 7919  # between the token ids of the proof; any, as long as they differ
+# Largest difference from the model itself, as a share of the logits' norm: rounding stays far below.
+_LARGEST_DIFFERENCE = {torch.float32: 0.02, torch.float16: 0.3, torch.bfloat16: 0.3}
+
+
+@dataclass(frozen=True)
+class Capability:
+    """way: how steps run. inexact_because, no_drafts_because: as in DecodeStats."""
+
+    way: StepWay
+    inexact_because: str | None = None
+    no_drafts_because: str | None = None
+
+    def stats(self, compiled: bool = False) -> DecodeStats:
+        """Those of a decode that begins. compiled: whether its steps are."""
+        because = self.inexact_because
+        if compiled and because is None:
+            because = "compiled steps are summed in an order that the compiler chooses"
+        if self.no_drafts_because:
+            because = None
+        return DecodeStats(exact=because is None, inexact_because=because, no_drafts_because=self.no_drafts_because)
+
+
+_found: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Any, Capability]] = weakref.WeakKeyDictionary()
+
+
+def capability_of(model: PreTrainedModel) -> Capability:
+    """Found at the first call for a model with these weights, modules, hooks and threads; later ones return it.
+
+    Raises ValueError, naming the model's class and the reason, where the model's steps cannot run.
+    """
+    hooks = tuple((*module._forward_hooks, *module._forward_pre_hooks) for module in model.modules())  # their numbers
+    key = (memory_of(model), hooks, torch.get_num_threads(), model.dtype)
+    kept = _found.get(model)
+    if kept is None or kept[0] != key:
+        kept = _found[model] = (key, _examine(model))
+    return kept[1]
+
+
+def _examine(model: PreTrainedModel) -> Capability:
+    name = type(model).__name__
+    try:
+        check_attention(model)
+        with torch.inference_mode():
+            return _prove(model, _read(model))
+    except UnsupportedAttention as error:
+        reason = str(error)
+        raise ValueError(
+            f"decode: model must have an attention that is known here, {name} has not: {reason}"
+        ) from error
+    except UnevenLayers as error:
+        reason = str(error).removeprefix("TreeCache: ")
+        raise ValueError(
+            f"decode: model must have keys and values of one shape in all layers, {name} has not: {reason}"
+        ) from error
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
+        if str(error).startswith("decode:"):
+            raise
+        reason = next(iter(str(error).splitlines()), "") or "no reason given"
+        raise ValueError(
+            f"decode: model must run over a tree of drafts, {name} does not: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _read(model: PreTrainedModel) -> Capability:
+    """How steps run, and whether they are exact by construction."""
+    way = StepWay.plain(model)
+    if model.device.type != "cpu":
+        reason = f"products on {model.device.type} are summed in an order that depends on the number of tokens"
+        return Capability(way, inexact_because=reason)
+    audit = Audit(_TREE.size)
+
+    def mode() -> RowInvariant:  # where torch's products are slow, the prompt goes through it, too
+        return RowInvariant() if current_step() is None else audit
+
+    with BaseModel(model, _CAPACITY, 1, way=StepWay(way.names_attention, sees_all=True), mode=mode) as base:
+        base.prefill(_tokens(model))
+        base.step(_tokens(model, range(_TREE.size)), _TREE.on(model.device))
+        audit.nodes = 1  # some models go another way with a single token
+        base.step(_tokens(model, [0]), DraftTree.root().on(model.device))
+    sees_all = way.sees_all or audit.sees_all or not _can_be_padded(audit.widths)
+    widths = frozenset() if sees_all else frozenset(audit.widths)
+    return Capability(StepWay(way.names_attention, sees_all, widths), audit.uncovered or unreadable(model))
+
+
+def _can_be_padded(widths: Set[int]) -> bool:
+    """Whether every step, however many nodes its tree has, can be filled up to a number that vector code computes."""
+    threads = torch.get_num_threads()
+    return all(padded_nodes(nodes, widths, threads) is not None for nodes in range(1, _MOST_NODES + 1))
+
+
+def _prove(model: PreTrainedModel, capability: Capability) -> Capability:
+    """The capability, with what the proof finds."""
+    same = True
+    with BaseModel(model, _CAPACITY, 1, way=capability.way) as base:
+        base.prefill(_tokens(model))
+        hidden, logits = base.step(_tokens(model, range(_TREE.size)), _TREE.on(model.device))
+        for path in _PATHS:
+            for node, own in zip(path, _own_logits(model, path), strict=True):
+                alone_hidden, alone_logits = base.step(_tokens(model, [node]), DraftTree.root().on(model.device))
+                base.cache.extend(1)
+                difference = _difference(alone_logits[0, 0], own)
+                if not difference <= _LARGEST_DIFFERENCE[model.dtype]:
+                    raise ValueError(
+                        f"decode: model must compute in a step what it computes by itself, {type(model).__name__} does"
+                        f" not: its logits differ by {difference:.0%}"
+                    )
+                same = (
+                    same and _agree(alone_logits[0, 0], logits[0, node]) and _agree(alone_hidden[0, 0], hidden[0, node])
+                )
+            base.cache.extend(-len(path))
+    if same:
+        return capability
+    name = type(model).__name__
+    reason = f"{name} computes other numbers for a token of a tree than for the token by itself"
+    warnings.warn(f"decode: no drafts: {reason}", RuntimeWarning, stacklevel=2)
+    return Capability(capability.way, capability.inexact_because, no_drafts_because=reason)
+
+
+def _own_logits(model: PreTrainedModel, path: Sequence[int]) -> list[Tensor]:
+    """(V,) after each node of the path: token by token, with a cache and an attention of its own, as in `generate`."""
+    cache = {cache_argument(model): DynamicCache(config=model.config)}
+    model(input_ids=_tokens(model), use_cache=True, **cache)
+    return [model(input_ids=_tokens(model, [node]), use_cache=True, **cache).logits[0, -1] for node in path]
+
+
+def _tokens(model: PreTrainedModel, nodes: Sequence[int] | None = None) -> Tensor:
+    """(1, T): the proof's prompt, or the tokens of nodes of its tree."""
+    places = torch.arange(_PROMPT) if nodes is None else torch.tensor(list(nodes)) + _PROMPT
+    embeddings: Any = model.get_input_embeddings()
+    return (places * _STRIDE % embeddings.weight.shape[0])[None].to(model.device)
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    """On a CPU, bit for bit; on another device, up to rounding. What is no number in both agrees."""
+    if one.device.type == "cpu":
+        return one.nan_to_num().equal(other.nan_to_num())
+    return _difference(one, other) <= _LARGEST_DIFFERENCE[one.dtype]
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """As a share of the norm; NaN where only one is finite. What is finite in neither does not count."""
+    one, other = one.float(), other.float()
+    finite = other.isfinite()
+    if not finite.equal(one.isfinite()):
+        return math.nan
+    one, other = one[finite], other[finite]
+    return float((one - other).norm() / other.norm().clamp(min=torch.finfo(torch.float32).tiny))

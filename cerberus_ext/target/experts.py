@@ -1,0 +1,75 @@
+"""The experts of a mixture model in a decoding step: grouped products by `ops.grouped_linear`, a fixed order of sums.
+
+Models that call transformers' ExpertsInterface call `experts_forward` while a step runs on a CPU. What a token gets
+then depends on its own experts alone, not on how many other tokens chose the same ones.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
+
+from .. import ops
+from .attention import configs_of
+from .row_invariant import plain
+from .stand_ins import Switch, current_step
+
+NAME = "cerberus_rows"
+_EXPERTS = ExpertsInterface()
+
+
+def experts_switch(model: PreTrainedModel) -> Switch | None:
+    """While inside, `model` calls `experts_forward`; None where there is nothing to switch."""
+    if model.device.type != "cpu" or not any(hasattr(module, "is_transposed") for module in model.modules()):
+        return None
+    configs = [config for config in configs_of(model) if getattr(config, "_experts_implementation", None)]
+    return Switch(configs, "_experts_implementation", _stand_in) if configs else None
+
+
+def _stand_in(own: str) -> str:
+    """The name under which `experts_forward` takes the place of the implementation `own`."""
+    name = f"{NAME}_{own}"
+    if name not in _EXPERTS:
+        ExpertsInterface.register(name, partial(experts_forward, own))
+    return name
+
+
+def experts_forward(own: str, module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, *args: Any) -> Tensor:
+    """The function that transformers calls.
+
+    hidden (M, D); chosen, weights (M, k): the experts of every row and what each counts. Returns (M, D).
+    Outside of a step it is the implementation `own`.
+    """
+    if current_step() is None or args:
+        forward = type(module).forward.__wrapped__ if own == "eager" else _EXPERTS[own]
+        return forward(module, hidden, chosen, weights, *args)
+    rows, most = chosen.shape
+    experts = chosen.flatten()
+    order = experts.argsort(stable=True)
+    ends = torch.bincount(experts, minlength=module.num_experts).cumsum(0)
+    gated = getattr(module, "has_gate", True)
+    first = "gate_up_proj" if gated else "up_proj"
+    inner = _product(module, first, hidden[order // most].contiguous(), ends)
+    inner = module._apply_gate(inner) if gated else module.act_fn(inner)
+    outer = _product(module, "down_proj", inner.contiguous(), ends)
+    if getattr(module, "has_post_expert_norm", False):
+        outer = module.post_expert_norm(outer)
+    weighted = torch.empty_like(outer, dtype=torch.float32)
+    weighted[order] = outer.float() * weights.flatten()[order][:, None].float()
+    parts = weighted.view(rows, most, -1)
+    total = parts[:, 0]
+    for index in range(1, most):
+        total = total + parts[:, index]
+    return total.to(hidden.dtype)
+
+
+def _product(module: Any, name: str, rows: Tensor, ends: Tensor) -> Tensor:
+    """rows (S, I) sorted by expert, each times the weight of its expert, (S, O)."""
+    bias = getattr(module, f"{name}_bias") if getattr(module, "has_bias", False) else None
+    weight = plain(getattr(module, name))
+    return ops.grouped_linear(rows, weight, None if bias is None else plain(bias), ends, module.is_transposed)

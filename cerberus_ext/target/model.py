@@ -1,0 +1,261 @@
+"""The base model during one decode: forwards over a prompt and over trees, with everything put back at the end."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from ..io.transformers_names import cache_argument
+from .attention import Topology, UnsupportedAttention, attention_switch, layer_windows, names_attention
+from .cache import TreeCache
+from .experts import experts_switch
+from .row_invariant import RowInvariant, prompt_forward, step_forward
+from .stand_ins import TreeStep, running
+from .step_audit import MOST_PADDING, padded_nodes
+
+if TYPE_CHECKING:
+    from ..runtime.compiled_step import CompiledSteps
+
+_CAPACITY_STEP = 64
+
+
+@dataclass(frozen=True)
+class StepWay:
+    """How the steps of a model run so that a node's bits do not depend on the others; capability.py finds it.
+
+    names_attention: the model calls the attention that its config names; False: torch's scaled_dot_product_attention.
+    sees_all: every call of the model has to be seen, not only those with weights, see row_invariant.py.
+    widths: elements per node of functions that are left to torch, see `padded_nodes`.
+    """
+
+    names_attention: bool
+    sees_all: bool
+    widths: frozenset[int] = frozenset()
+
+    @staticmethod
+    def plain(model: PreTrainedModel) -> StepWay:
+        """As far as it can be told without running the model."""
+        names = names_attention(model)
+        return StepWay(names, sees_all=not names)
+
+
+class BaseModel:
+    """Use as a context manager; inside, first `prefill` once, then `step` as often as needed.
+
+    Nothing of the model is changed but, while inside, a hook on the input of its LM head, from where the hidden states
+    are read; and, while a step runs, what its configs name for its attention and its experts (stand_ins.py).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        capacity: int,
+        batch: int,
+        cache: TreeCache | None = None,
+        compiled: CompiledSteps | None = None,
+        context: bool = False,
+        way: StepWay | None = None,
+        mode: Callable[[], TorchFunctionMode] = RowInvariant,
+    ) -> None:
+        """capacity: tokens that the cache has to hold, nodes of the last step included. cache: one to use again.
+
+        compiled: does the steps in the model's place. context: whether the cache needs room for a context layer.
+        way: None: as capability.py finds it, which runs the model where it has not been found before. mode: what sees
+        every call of a step, where the way says so.
+        """
+        if way is None:
+            from ..runtime.capability import capability_of  # which runs steps
+
+            way = capability_of(model).way
+        self.model = model
+        self.way = way
+        self.windows = layer_windows(model.config)
+        if cache is None:
+            capacity = round_capacity(capacity + MOST_PADDING * bool(way.widths))
+            cache = TreeCache(len(self.windows), capacity, batch, model.device, context)
+        self.cache = cache
+        self.cache.reset()
+        self.max_positions = position_limit(model)
+        self._step_forward = step_forward(model, mode if way.sees_all else None)
+        self._prompt_forward = prompt_forward(model, self._step_forward)
+        self._compiled = compiled
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._switches = [attention_switch(model)] if way.names_attention else []
+        if (experts := experts_switch(model)) is not None:
+            self._switches.append(experts)
+        self._mask = None if way.names_attention else torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
+        self._thread: int | None = None  # that runs the model for us at this moment
+        self._hidden: Tensor | None = None
+
+    def __enter__(self) -> BaseModel:
+        self._hook = self.model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hook.remove()
+        self._hidden = None
+
+    def prefill(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids (B, T) -> hidden (B, D) and logits (B, V) of the last position; the cache then holds the prompt.
+
+        The model runs with its own attention, as in `generate`.
+        """
+        hidden, logits = self._run_prompt(ids)
+        return hidden[:, -1], logits
+
+    def prefill_all(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As `prefill`, with the hidden states of all positions, (B, T, D).
+
+        Raises ValueError where the model does not show them.
+        """
+        found: list[Any] = []
+        body: Any = self.model.base_model
+        with body.register_forward_hook(lambda module, inputs, output: found.append(output)):
+            last, logits = self._run_prompt(ids)
+        hidden = getattr(found[-1], "last_hidden_state", None) if found else None
+        # What the LM head gets has to be what the heads were trained on: some models change it on the way.
+        if hidden is None or hidden.shape[:2] != ids.shape or not torch.equal(hidden[:, -1], last[:, -1]):
+            raise ValueError(
+                "decode: heads must have no context layer with this model, whose LM head does not read what"
+                f" {type(body).__name__} returns"
+            )
+        return hidden, logits
+
+    def _run_prompt(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """-> hidden (B, at least 1, D), the last position's at the end, and its logits (B, V)."""
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        only_last = {"logits_to_keep": 1} if self._keeps_logits else {}
+        hidden, logits = self.run(self._prompt_forward, ids, positions, only_last)
+        self.cache.extend(ids.shape[1])
+        self.cache.whole = True
+        return hidden, logits[:, -1]
+
+    def prepare(self, nodes: int) -> None:
+        """Before a step over so many nodes: what it needs is compiled, where that has not been done."""
+        if self._compiled is not None:
+            self._compiled.prepare(self, nodes)
+
+    def step(self, tokens: Tensor, tree: Topology) -> tuple[Tensor, Tensor]:
+        """tokens (B, N) of the tree's nodes -> hidden (B, N, D), logits (B, N, V). Nothing is committed."""
+        positions = self.cache.length[:, None] + tree.depths  # (B, N)
+        if self._compiled is not None:
+            return self._compiled.step(self, tokens, positions, tree.ancestors)
+        nodes = tokens.shape[1]
+        size = nodes
+        if self.way.widths:
+            size = padded_nodes(nodes, self.way.widths, torch.get_num_threads()) or nodes
+        tokens, positions, ancestors = filled(size, tokens, positions, tree.ancestors)
+        hidden, logits = self.attend(self._step_forward, tokens, positions, ancestors, self.cache)
+        return hidden[:, :nodes], logits[:, :nodes]
+
+    def deepest(self) -> int:
+        """How deep a tree may be at the next step, for no node to have a position that the model does not know."""
+        return max(0, self.max_positions - 1 - self.cache.committed)
+
+    def attend(
+        self, forward: Any, tokens: Tensor, positions: Tensor, ancestors: Tensor, cache: TreeCache
+    ) -> tuple[Tensor, Tensor]:
+        """A step by `forward`, the model or what stands in for it: tokens, positions (B, N), ancestors (N, W).
+
+        -> hidden (B, N, D), logits (B, N, V).
+        """
+        step = TreeStep(cache.length, ancestors, self.windows, self._mask)
+        if not self.way.names_attention:
+            step.planes = {keys.data_ptr(): layer for layer, keys in enumerate(cache.planes()[::2])}
+        arguments = {} if self._mask is None else {"attention_mask": self._mask}
+        with ExitStack() as inside:
+            for switch in self._switches:
+                inside.enter_context(switch)
+            inside.enter_context(running(step))
+            output = self.run(forward, tokens, positions, arguments, cache)
+        if step.attended != len(self.windows):
+            raise UnsupportedAttention(
+                f"{step.attended} of its {len(self.windows)} layers call transformers' attention interface, or torch's"
+                " scaled_dot_product_attention with the keys of their cache"
+            )
+        return output
+
+    def run(
+        self, forward: Any, tokens: Tensor, positions: Tensor, arguments: dict[str, Any], cache: TreeCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """forward: the model, or what stands in for it -> hidden (B, N, D), logits (B, N, V)."""
+        self._thread = threading.get_ident()
+        output = forward(
+            input_ids=tokens,
+            position_ids=positions,
+            use_cache=True,
+            return_dict=True,
+            **{cache_argument(self.model): self.cache if cache is None else cache},
+            **arguments,
+        )
+        self._thread = None
+        hidden, self._hidden = self._hidden, None
+        assert hidden is not None  # the hook has run
+        return hidden, output.logits
+
+    def _keep_hidden(self, module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if threading.get_ident() == self._thread:  # not for another thread's call of the model
+            self._hidden = inputs[0]
+
+
+def filled(nodes: int, tokens: Tensor, positions: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens, positions (B, N), ancestors (N, W) of a step, filled up to so many nodes with copies of the root."""
+    missing = nodes - tokens.shape[1]
+    if missing <= 0:
+        return tokens, positions, ancestors
+    tokens = torch.cat([tokens, tokens[:, :1].expand(-1, missing)], 1)
+    positions = torch.cat([positions, positions[:, :1].expand(-1, missing)], 1)
+    ancestors = torch.cat([ancestors, ancestors[:1].expand(missing, -1)])
+    return tokens, positions, F.pad(ancestors, (0, -(-nodes // 64) - ancestors.shape[1]))
+
+
+def round_capacity(tokens: int) -> int:
+    """A cache's capacity for so many tokens."""
+    return -(-tokens // _CAPACITY_STEP) * _CAPACITY_STEP
+
+
+_busy: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+_busy_lock = threading.Lock()
+
+
+@contextmanager
+def sole_decode(model: PreTrainedModel) -> Iterator[None]:
+    """While inside, another decode of the same model is refused: both would switch its attention and use its graphs."""
+    with _busy_lock:
+        if model in _busy:
+            raise RuntimeError(
+                "decode: model must not be decoding already, another thread, or a gate, streamer or stopping criterion"
+                " that was called from a decode, uses it at this moment: take turns, or decode with a copy of it"
+            )
+        _busy.add(model)
+    try:
+        yield
+    finally:
+        with _busy_lock:
+            _busy.discard(model)
+
+
+def position_limit(model: PreTrainedModel) -> int:
+    """Positions that trees may use: those the model was made for.
+
+    Beyond, decoding goes on without drafts, like `generate`. Rotary encodings that change with the longest position of
+    the call (dynamic, longrope) do so from their original length on, where a draft would change its neighbours.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or torch.iinfo(torch.int64).max
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in [rope] if "rope_type" in rope else rope.values():  # one for all layers, or one per layer type
+        if kind.get("rope_type") in ("dynamic", "longrope"):
+            limit = min(limit, kind.get("original_max_position_embeddings") or limit)
+    return limit
