@@ -2,7 +2,7 @@
 
     python bench/acceptance.py --questions mt_bench.jsonl --heads smollm2-135m-instruct my-heads --out acceptance.jsonl
 
-The model writes its greedy answers once, both turns, into `--answers`. One pass over an answer tells what heads guess
+The model writes its greedy answers once, both turns, into `--answers`. One pass over an answer tells what heads draft
 at every place, and a walk through it takes the steps that `decode` would take (calibration/walk.py), so the numbers are
 those of `cerberus bench --tree-size N`, in a fraction of the time. One row is added to `--out` for each heads, way and
 size; the ways are those of that command, see evaluation/ways.py. Where a calibration is stored with the heads, it says
@@ -10,7 +10,7 @@ how their probabilities are corrected, as there.
 
     tokens_per_step   the last step of a text counts as far as the text goes
     nodes_per_step    that a forward checks, the root included; at most the size
-    accept_nothing    share of all steps that gain one token, those without a guess among them
+    accept_nothing    share of all steps that gain one token, those without a draft among them
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from cerberus_ext.calibration.cost import StepCosts
 from cerberus_ext.calibration.trace import Answer, TracedText, trace, write_answers
 from cerberus_ext.calibration.walk import Tally, walk
 from cerberus_ext.drafting.dynamic_tree import DynamicTree
-from cerberus_ext.drafting.proposers import SourceMaker
+from cerberus_ext.drafting.proposers import ProposerFactory
 from cerberus_ext.evaluation.ways import BOTH, DYNAMIC, STATIC, SUFFIX, Context
 from cerberus_ext.io.json_lines import read_json_lines
 from cerberus_ext.io.machine import commit
@@ -85,10 +85,10 @@ def by_category(
     texts: Sequence[TracedText], questions: Sequence[Question], way: str, tree: DraftTree | DynamicTree
 ) -> dict[str, dict[str, float]]:
     """What `way` comes to with a tree. texts: traced with its heads."""
-    sources: list[SourceMaker] | None = [] if way == DYNAMIC else None
+    proposers: list[ProposerFactory] | None = [] if way == DYNAMIC else None
     tallies = defaultdict[str, Tally](Tally)
     for text in texts:
-        one = walk([text.without_heads() if way == SUFFIX else text], tree, AlwaysOpen(), UNIT, sources)
+        one = walk([text.without_heads() if way == SUFFIX else text], tree, AlwaysOpen(), UNIT, proposers)
         for name in ("all", questions[text.question].category):
             tallies[name] += one
     return {name: rates(tally) for name, tally in tallies.items()}
@@ -125,7 +125,7 @@ def main() -> None:
             found = by_category(texts, questions, way, tree)
             row = {
                 "questions": arguments.questions.name, "way": way, "tree_size": size, **about, "texts": len(texts),
-                "corrections": getattr(tree, "corrections", None),
+                "platt": getattr(tree, "platt", None),
                 "dtype": arguments.dtype, "device": "cpu", "date": datetime.date.today().isoformat(),
                 "commit": commit(), "by_category": found,
             }  # fmt: skip

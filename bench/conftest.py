@@ -57,7 +57,7 @@ def ops_table(terminalreporter: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def suffix_table(terminalreporter: Any, rows: list[dict[str, Any]]) -> None:
-    terminalreporter.section("suffix index: medians; append: of one token; step: of appending one and guessing")
+    terminalreporter.section("suffix index: medians; append: of one token; step: of appending one and drafting")
     form = "{:<22} {:<7} {:>11} {:>16}"
     terminalreporter.write_line(form.format("text", "call", "time", "bytes per token"))
     for row in rows:

@@ -72,7 +72,7 @@ def settings(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
 
 
 def full_depth(histogram: list[int], depth: int) -> bool:
-    """Whether every step accepted `depth` guesses, but the last one, which the text's end may cut."""
+    """Whether every step accepted `depth` drafts, but the last one, which the text's end may cut."""
     return sum(histogram) - (histogram[depth] if len(histogram) > depth else 0) <= 1
 
 

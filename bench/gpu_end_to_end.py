@@ -94,7 +94,7 @@ def body(run: stage.Stage) -> None:
 
 
 def our_loop(measured: set[str]) -> str | None:
-    """Our loop without guesses: what guesses have to be faster than, and must not change the text of."""
+    """Our loop without drafts: what drafts have to be faster than, and must not change the text of."""
     return next((way for way in ("loop, graphs", "loop, eager") if way in measured), None)
 
 

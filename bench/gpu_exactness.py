@@ -35,7 +35,7 @@ def body(run: stage.Stage) -> None:
     wanted: dict[int, list[Tensor]] = {}
 
     def references(index: int, ids: Tensor) -> list[Tensor]:
-        """The texts of `generate` and of our loop without guesses."""
+        """The texts of `generate` and of our loop without drafts."""
         if index not in wanted:
             loop = next(iter(ways.values()))
             wanted[index] = [way(ids, new)[0] for way in (generate(subject), loop)]

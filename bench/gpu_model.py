@@ -71,7 +71,7 @@ def tiny(prompts: int) -> Subject:
 
 
 def random_heads(vocab: int, size: int, draft_vocab: int | None = None, **options: Any) -> CerberusHeads:
-    """Heads that guess anything, nearly never what comes: what a step costs does not depend on what they guess."""
+    """Heads that draft anything, nearly never what comes: what a step costs does not depend on what they draft."""
     heads = CerberusHeads(CerberusConfig("random weights", size, vocab, draft_vocab=draft_vocab, **options))
     with torch.no_grad():
         heads.weight.normal_(std=4 * (2 * size) ** -0.5)  # states that have little left of h
@@ -90,7 +90,7 @@ def generate(subject: Subject, **options: Any) -> Way:
 
 
 def decode(model: PreTrainedModel, heads: CerberusHeads, device: str, nodes: int, graphs: bool) -> Way:
-    """This project's loop, with a tree of so many nodes; 1: without guesses."""
+    """This project's loop, with a tree of so many nodes; 1: without drafts."""
     options: dict[str, Any] = {"gate": AlwaysClosed()} if nodes == 1 else {}
     if nodes > 1:
         options["tree"] = default_tree(heads, torch.device(device), nodes)
@@ -105,7 +105,7 @@ def decode(model: PreTrainedModel, heads: CerberusHeads, device: str, nodes: int
 
 
 def our_ways(subject: Subject, device: str, graphs: bool, trees: tuple[int, ...] = TREES) -> dict[str, Way]:
-    """Name -> our loop without guesses, and with trees of several sizes."""
+    """Name -> our loop without drafts, and with trees of several sizes."""
     mode = "graphs" if graphs else "eager"
     everyone = {"cerberus": subject.heads, "medusa": subject.medusa}
     ways = {f"loop, {mode}": decode(subject.model, subject.heads, device, 1, graphs)}

@@ -3,7 +3,7 @@
     python bench/gpu_steps.py --out steps.json
 
 The models have random weights, made on the device: a step costs the same whatever they say. So have the heads, of which
-nearly no guess is accepted. Two decodes of different lengths are subtracted from each other: what is left is the steps
+nearly no draft is accepted. Two decodes of different lengths are subtracted from each other: what is left is the steps
 that one has and the other has not, without the prompt and without the last steps, whose trees are cut.
 """
 

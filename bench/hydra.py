@@ -2,12 +2,12 @@
 
     cerberus bench --way bench/hydra.py:FOLDER ...
 
-Head k reads the hidden state and the embeddings of the tokens on the path so far: the root and the guesses of the k - 1
-heads before it. So a step's guesses are made one depth after the other, and those after different nodes differ.
+Head k reads the hidden state and the embeddings of the tokens on the path so far: the root and the drafts of the k - 1
+heads before it. So a step's drafts are made one depth after the other, and those after different nodes differ.
 
-    inputs = concat(h, anchor_scale * embed[root], ..., anchor_scale * embed[guess k - 1])       (k + 1) D numbers
+    inputs = concat(h, anchor_scale * embed[root], ..., anchor_scale * embed[draft k - 1])       (k + 1) D numbers
     x = h + silu(first[k] @ inputs + bias);  x = x + silu(upper[k, l] @ x + bias)  for l = 2..L
-    guesses of head k: the best rows of the LM head's product with x
+    drafts of head k: the best rows of the LM head's product with x
 
 Differences to Hydra's own heads: residual layers that start at zero, the scaled anchor and the draft vocabulary, all
 as in CerberusHeads, so that what is compared is the dependence on the path. `bench/train_hydra.py` trains them.
@@ -36,7 +36,7 @@ from cerberus_ext.evaluation.ways import Context, Way, open_way
 
 
 class HydraHeads(nn.Module):
-    """K heads of L layers. New heads are zero: they predict what the base model predicts.
+    """K heads of L layers. New heads are zero: they predict what the target model predicts.
 
     first[k] (D, (k + 2) D); first_bias (K, D); upper (L - 1, K, D, D); upper_bias (L - 1, K, D); anchor_scale ();
     draft_vocab (Vd,) int64, where config.draft_vocab is set.
@@ -111,17 +111,17 @@ def product(inputs: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Level(NamedTuple):
-    """What one head has to guess in a tree: what follows the nodes of one depth that have children.
+    """What one head has to draft in a tree: what follows the nodes of one depth that have children.
 
     paths (M, depth): the nodes from the root to each of these; children (C,): the nodes that follow them;
-    rows, ranks (C,): whose child it is, counted from 0, and which guess; guesses: how many of each are needed.
+    rows, ranks (C,): whose child it is, counted from 0, and which draft; drafts: how many of each are needed.
     """
 
     paths: Tensor
     children: Tensor
     rows: Tensor
     ranks: Tensor
-    guesses: int
+    drafts: int
 
 
 @lru_cache(maxsize=256)
@@ -166,8 +166,8 @@ class HydraDrafter:
         for k, level in enumerate(levels_of(tree, root.device)):
             path = self.embeddings[tokens[:, level.paths]].to(self.dtype)  # (B, M, k + 1, D)
             states = self.heads.state(k, hidden.expand(-1, path.shape[1], -1), path, self.dtype)  # (B, M, D)
-            guesses = (states @ self.projection.T).topk(level.guesses).indices[:, level.rows, level.ranks]  # (B, C)
-            tokens[:, level.children] = guesses if self.draft_vocab is None else self.draft_vocab[guesses]
+            drafts = (states @ self.projection.T).topk(level.drafts).indices[:, level.rows, level.ranks]  # (B, C)
+            tokens[:, level.children] = drafts if self.draft_vocab is None else self.draft_vocab[drafts]
         return tokens
 
 

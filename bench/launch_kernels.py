@@ -45,7 +45,7 @@ def head_stacks(dtype: torch.dtype, device: str) -> Iterator[Call]:
 
 def draft_topks(dtype: torch.dtype, device: str) -> Iterator[Call]:
     given: dict[str, Any] = {"dtype": dtype, "device": device}
-    for rows, heads, size, vocab, guesses in (
+    for rows, heads, size, vocab, drafts in (
         (1, 4, 64, 4099, 8),
         (1, 4, 64, 130, 32),
         (3, 3, 40, 1000, 1),
@@ -55,7 +55,7 @@ def draft_topks(dtype: torch.dtype, device: str) -> Iterator[Call]:
     ):
         states = normal(rows, heads, size, **given)
         projection = normal(vocab, size, seed=1, **given)
-        yield partial(ops.draft_topk, states, projection, guesses)
+        yield partial(ops.draft_topk, states, projection, drafts)
 
 
 def attentions(dtype: torch.dtype, device: str) -> Iterator[Call]:

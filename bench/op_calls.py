@@ -116,14 +116,14 @@ def draft_topk(shapes: Shapes, dtype: torch.dtype, device: str, vocab: int | Non
     """vocab: rows of the projection; None: all of the LM head."""
     states = normal(rows, shapes.num_heads, shapes.hidden, dtype=dtype, device=device)
     projection = normal(vocab or shapes.vocab, shapes.hidden, scale=0.04, dtype=dtype, device=device)
-    guesses = shapes.guesses
+    drafts = shapes.drafts
 
     def eager() -> tuple[Tensor, Tensor]:
-        logprobs, ids = F.linear(states, projection).float().log_softmax(-1).topk(guesses)
+        logprobs, ids = F.linear(states, projection).float().log_softmax(-1).topk(drafts)
         return ids, logprobs
 
     return Calls(
-        lambda: ops.draft_topk(states, projection, guesses),
+        lambda: ops.draft_topk(states, projection, drafts),
         eager,
         size_of(projection),
         lambda: F.linear(states, projection),

@@ -21,7 +21,7 @@ class Shapes:
     tied: bool  # the LM head is the embeddings' matrix
     num_heads: int = 4  # K
     head_layers: int = 2  # L
-    guesses: int = 8  # P
+    drafts: int = 8  # P
 
 
 _ALL = (

@@ -3,7 +3,7 @@
     pytest bench/test_suffix_bench.py --benchmark-only
 
 `append` indexes the whole text in one call. `step` goes on from there as decoding does, a token at a time: each is
-appended, then 8 tokens are guessed; both calls from Python are in it. The words are a text that people wrote, Python's
+appended, then 8 tokens are drafted; both calls from Python are in it. The words are a text that people wrote, Python's
 reference manual; the other texts ask for the most memory or the most work. The table at the end is conftest.py's.
 """
 
@@ -22,7 +22,7 @@ from cerberus_ext._host import SuffixIndex
 
 TOKENS = 100_000
 STEPS = 2_000
-GUESSES = 8
+DRAFTS = 8
 ROUNDS = 7
 
 
@@ -89,7 +89,7 @@ def test_step(kind, benchmark):
     def decode():
         for token in steps:
             index.extend(token)
-            index.guess(GUESSES)
+            index.propose(DRAFTS)
 
     benchmark.group = "suffix index, step"
     benchmark.pedantic(decode, setup=setup, rounds=ROUNDS, warmup_rounds=1)

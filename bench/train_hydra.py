@@ -29,7 +29,7 @@ from cerberus_ext.training.trainer import Trainer
 
 class HydraTrainer(Trainer):
     """The trainer, with other heads. Where it has the token that a state produced, here are the K tokens from there on,
-    those of the text: a guess is of use only where the ones before it on its path are right.
+    those of the text: a draft is of use only where the ones before it on its path are right.
     """
 
     def __init__(self, *arguments: object) -> None:

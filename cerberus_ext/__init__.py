@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 # What needs no transformers: importing that takes seconds, which `cerberus --help` should not.
 from .drafting.dynamic_tree import DynamicTree
 from .drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
-from .drafting.proposers import DraftSource
+from .drafting.proposers import Proposer
 from .drafting.static_tree import DraftTree
-from .drafting.suffix import DocumentSource, SuffixSource
+from .drafting.suffix import DocumentProposer, SuffixProposer
 from .engine.compile_ahead import compile_ahead
 from .engine.decode import decode
 from .runtime.stats import DecodeOutput, DecodeStats
@@ -34,13 +34,13 @@ __all__ = [
     "ConfidenceGate",
     "DecodeOutput",
     "DecodeStats",
-    "DocumentSource",
-    "DraftSource",
+    "DocumentProposer",
+    "Proposer",
     "DraftTree",
     "DynamicTree",
     "EntropyGate",
     "Gate",
-    "SuffixSource",
+    "SuffixProposer",
     "compile_ahead",
     "decode",
     "load_default_model",

@@ -3,7 +3,7 @@
 // prepare.cpp checks the tensors, allocates the results and fills these structs, once for both devices. A
 // kernel may therefore rely on everything said here: dtypes, contiguity and sizes. It may not rely on values.
 //
-// Letters as everywhere in the project: B rows, N tree nodes, K heads, L layers, P guesses per head, D hidden
+// Letters as everywhere in the project: B rows, N tree nodes, K heads, L layers, P drafts per head, D hidden
 // size, V vocabulary, S cache capacity, Hq / Hkv attention heads, E head size, W words of 64 nodes, C cache
 // planes (keys and values of every layer). All arrays are contiguous, last index fastest. Any of the outer
 // sizes may be 0.
@@ -43,9 +43,9 @@ struct HeadStackArgs {
 // The P largest of log_softmax(projection @ state), best first, ties to the lowest id.
 struct DraftTopkArgs {
   DType dtype;
-  int64_t rows, size, vocab, guesses;  // B * K, D >= 1, Vd >= P, 1 <= P <= 32
-  const void* states;                  // (B * K, D)
-  const void* projection;              // (Vd, D)
+  int64_t rows, size, vocab, drafts;  // B * K, D >= 1, Vd >= P, 1 <= P <= 32
+  const void* states;                 // (B * K, D)
+  const void* projection;             // (Vd, D)
   // Scratch for partial results: at most `parts` pieces of the vocabulary, chosen by the device, which lays
   // them out as it likes.
   int64_t parts;

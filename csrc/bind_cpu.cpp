@@ -39,8 +39,8 @@ Tensor head_stack(const Tensor& hidden, const Tensor& anchor, const Tensor& weig
   return call.states;
 }
 
-std::tuple<Tensor, Tensor> draft_topk(const Tensor& states, const Tensor& projection, int64_t guesses) {
-  const DraftTopkCall call = prepare_draft_topk(states, projection, guesses, draft_topk_parts_cpu);
+std::tuple<Tensor, Tensor> draft_topk(const Tensor& states, const Tensor& projection, int64_t drafts) {
+  const DraftTopkCall call = prepare_draft_topk(states, projection, drafts, draft_topk_parts_cpu);
   draft_topk_cpu(call.args, torch_threads());
   return {call.ids, call.logprobs};
 }

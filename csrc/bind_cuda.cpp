@@ -68,10 +68,10 @@ Tensor head_stack(const Tensor& hidden, const Tensor& anchor, const Tensor& weig
   return call.states;
 }
 
-std::tuple<Tensor, Tensor> draft_topk(const Tensor& states, const Tensor& projection, int64_t guesses) {
+std::tuple<Tensor, Tensor> draft_topk(const Tensor& states, const Tensor& projection, int64_t drafts) {
   const OnDevice device(states);
   const DraftTopkCall call = prepare_draft_topk(
-      states, projection, guesses, [](int64_t) { return draft_topk_parts(multiprocessors("draft_topk")); });
+      states, projection, drafts, [](int64_t) { return draft_topk_parts(multiprocessors("draft_topk")); });
   check_at_most("draft_topk", "states", "D", kMaxRowStates, call.args.size);
   check_launch("draft_topk", draft_topk_cuda(call.args, device.stream()));
   return {call.ids, call.logprobs};

@@ -5,7 +5,7 @@
 STABLE_TORCH_LIBRARY(cerberus_ext, m) {
   m.def("hidden_entropy(Tensor hidden) -> Tensor");
   m.def("head_stack(Tensor hidden, Tensor anchor, Tensor weight, Tensor bias) -> Tensor");
-  m.def("draft_topk(Tensor states, Tensor projection, int guesses) -> (Tensor, Tensor)");
+  m.def("draft_topk(Tensor states, Tensor projection, int drafts) -> (Tensor, Tensor)");
   m.def(
       "choose_tokens(Tensor logits, Tensor positions, int seed, float temperature, int top_k, float top_p) "
       "-> Tensor");

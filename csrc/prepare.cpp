@@ -11,7 +11,7 @@
 namespace cerberus {
 namespace {
 
-constexpr int64_t kMaxGuesses = 32;  // what the kernels keep in registers or on the stack per row
+constexpr int64_t kMaxDrafts = 32;  // what the kernels keep in registers or on the stack per row
 
 // An uninitialized contiguous tensor on the device of `like`. By the C function, not by
 // torch::stable::new_empty, which looks the op up by its name at every call: three times slower, and a
@@ -135,7 +135,7 @@ HeadStackCall prepare_head_stack(const Tensor& hidden, const Tensor& anchor, con
   return call;
 }
 
-DraftTopkCall prepare_draft_topk(const Tensor& states, const Tensor& projection, int64_t guesses,
+DraftTopkCall prepare_draft_topk(const Tensor& states, const Tensor& projection, int64_t drafts,
                                  const std::function<int64_t(int64_t vocab)>& parts_of) {
   Check check("draft_topk");
   check.floating(states, "states", 3, "(B, K, D)");
@@ -144,24 +144,23 @@ DraftTopkCall prepare_draft_topk(const Tensor& states, const Tensor& projection,
   check.floating(projection, "projection", 2, "(Vd, D)");
   const int64_t vocab = projection.size(0);
   check.sizes(projection, "projection", "(Vd, D)", {vocab, size});
-  check.that(guesses >= 1 && guesses <= kMaxGuesses, "guesses", "1 to " + std::to_string(kMaxGuesses),
-             guesses);
-  check.that(guesses <= vocab, "guesses", "at most Vd = " + std::to_string(vocab), guesses);
+  check.that(drafts >= 1 && drafts <= kMaxDrafts, "drafts", "1 to " + std::to_string(kMaxDrafts), drafts);
+  check.that(drafts <= vocab, "drafts", "at most Vd = " + std::to_string(vocab), drafts);
   if (vocab > std::numeric_limits<int32_t>::max())
     check.fail("projection", "(Vd, D) with Vd < 2^31", shape_text(projection));
 
   const int64_t parts = parts_of(vocab);
   DraftTopkCall call{{},
-                     empty(check, states, {rows, parts, guesses + 2}, ScalarType::Float),
-                     empty(check, states, {rows, parts, guesses}, ScalarType::Int),
-                     empty(check, states, {states.size(0), states.size(1), guesses}, ScalarType::Long),
-                     empty(check, states, {states.size(0), states.size(1), guesses}, ScalarType::Float)};
+                     empty(check, states, {rows, parts, drafts + 2}, ScalarType::Float),
+                     empty(check, states, {rows, parts, drafts}, ScalarType::Int),
+                     empty(check, states, {states.size(0), states.size(1), drafts}, ScalarType::Long),
+                     empty(check, states, {states.size(0), states.size(1), drafts}, ScalarType::Float)};
   DraftTopkArgs& args = call.args;
   args.dtype = check.dtype();
   args.rows = rows;
   args.size = size;
   args.vocab = vocab;
-  args.guesses = guesses;
+  args.drafts = drafts;
   args.states = states.const_data_ptr();
   args.projection = projection.const_data_ptr();
   args.parts = parts;

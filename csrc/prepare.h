@@ -58,7 +58,7 @@ HiddenEntropyCall prepare_hidden_entropy(const Tensor& hidden);
 HeadStackCall prepare_head_stack(const Tensor& hidden, const Tensor& anchor, const Tensor& weight,
                                  const Tensor& bias);
 // parts: into how many pieces the device splits a vocabulary of that size.
-DraftTopkCall prepare_draft_topk(const Tensor& states, const Tensor& projection, int64_t guesses,
+DraftTopkCall prepare_draft_topk(const Tensor& states, const Tensor& projection, int64_t drafts,
                                  const std::function<int64_t(int64_t vocab)>& parts);
 ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& positions, int64_t seed,
                                        double temperature, int64_t top_k, double top_p);

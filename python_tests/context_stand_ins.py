@@ -1,18 +1,18 @@
-"""Heads with a context layer, and sources for steps that accept some of the guesses."""
+"""Heads with a context layer, and proposers for steps that accept some of the drafts."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from source_stand_ins import KnowingMaker, wrong
+from proposer_stand_ins import KnowingMaker, wrong
 from tiny_models import VOCAB
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.drafting.context_layer import attention_sizes
-from cerberus_ext.drafting.proposers import SourceMaker
+from cerberus_ext.drafting.proposers import ProposerFactory
 
 
 def heads_for(model: PreTrainedModel, dtype: torch.dtype = torch.float32, **changes: Any) -> CerberusHeads:
@@ -27,8 +27,8 @@ def heads_for(model: PreTrainedModel, dtype: torch.dtype = torch.float32, **chan
     return heads.to(dtype).eval()
 
 
-def accepting(text: Tensor) -> list[SourceMaker]:
-    """Steps accept various numbers of guesses; beside them stand wrong ones, in front of them, too."""
+def accepting(text: Tensor) -> list[ProposerFactory]:
+    """Steps accept various numbers of drafts; beside them stand wrong ones, in front of them, too."""
 
     def sometimes(follows: list[int], most: int) -> tuple[list[int], list[float]]:
         found = follows[: min(len(follows) // 3 % 4, most)]

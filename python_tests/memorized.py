@@ -19,7 +19,7 @@ def untrained(model: PreTrainedModel, num_heads: int = 3, draft_vocab: int | Non
 
 
 def answer(model: PreTrainedModel, ids: Tensor, new: int, question: int = 0) -> Answer:
-    """Greedily, at most `new` tokens, without guesses."""
+    """Greedily, at most `new` tokens, without drafts."""
     text = decode(model, untrained(model), ids, max_new_tokens=new, gate=AlwaysClosed()).sequences
     return Answer(question, text, ids.shape[1], new)
 
@@ -46,22 +46,22 @@ def memorize(model: PreTrainedModel, answers: list[Answer], steps: int = 60) -> 
 
 def hand_made(ranks: list[list[int]], *, prompt: int = 10, question: int = 0, **signals: object) -> TracedText:
     """A text of which only the ranks matter, and the signals that are given. All of its tokens differ."""
-    places, heads, guesses = len(ranks), len(ranks[0]), 4
+    places, heads, drafts = len(ranks), len(ranks[0]), 4
     tokens = list(range(prompt + places + 1))
-    wrong = len(tokens) + torch.arange(guesses)
+    wrong = len(tokens) + torch.arange(drafts)
     ids = wrong.repeat(places, heads, 1)
     for place, row in enumerate(ranks):
         for head, rank in enumerate(row):
-            if rank < guesses and prompt + place + head + 1 < len(tokens):
+            if rank < drafts and prompt + place + head + 1 < len(tokens):
                 ids[place, head, rank] = tokens[prompt + place + head + 1]
     values: dict = {
         "hidden": torch.zeros(places, 4),
         "entropy": [0.0] * places,
         "next_entropy": [0.0] * places,
         "ids": ids,
-        "logprobs": torch.full((places, heads, guesses), 0.25).log(),
+        "logprobs": torch.full((places, heads, drafts), 0.25).log(),
         "tokens": tokens,
-        "vocabulary": len(tokens) + guesses,
+        "vocabulary": len(tokens) + drafts,
         "deepest": [places] * places,
         "agreeing": 1.0,
         **signals,

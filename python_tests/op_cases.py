@@ -150,7 +150,7 @@ def _draft_topk(dtype: torch.dtype, device: str) -> dict[str, Any]:
     return {
         "states": integers(-2, 3, 2, 3, 33, seed=1, device=device).to(dtype),
         "projection": integers(-2, 3, 129, 33, seed=2, device=device).to(dtype),
-        "guesses": 5,
+        "drafts": 5,
     }
 
 

@@ -1,4 +1,4 @@
-"""Heads and gates that know, guess or contradict what comes next: whatever they do, the text must stay the same."""
+"""Heads and gates that know, draft or contradict what comes next: whatever they do, the text must stay the same."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class StandInHeads:
     def bind(self, model: torch.nn.Module) -> StandInHeads:
         return self
 
-    def draft(self, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
+    def draft(self, hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
         assert hidden.dim() == 2 and root.tolist() == [self.text[self.seen - 1]]
-        ids = self.guess(guesses).to(root.device)
-        logprobs = torch.linspace(-0.1, -3, guesses, device=root.device).expand(ids.shape)
+        ids = self.propose(drafts).to(root.device)
+        logprobs = torch.linspace(-0.1, -3, drafts, device=root.device).expand(ids.shape)
         return ids[None], logprobs[None]
 
     def next_tokens(self) -> Tensor:
@@ -44,35 +44,35 @@ class StandInHeads:
         follows = self.text[self.seen : self.seen + self.config.num_heads]
         return torch.tensor(follows + [0] * (self.config.num_heads - len(follows)))
 
-    def guess(self, guesses: int) -> Tensor:
-        """-> (K, guesses)"""
+    def propose(self, drafts: int) -> Tensor:
+        """-> (K, drafts)"""
         raise NotImplementedError
 
 
 class RandomHeads(StandInHeads):
-    def guess(self, guesses: int) -> Tensor:
-        return torch.randint(self.vocab, (self.config.num_heads, guesses), generator=self.generator)
+    def propose(self, drafts: int) -> Tensor:
+        return torch.randint(self.vocab, (self.config.num_heads, drafts), generator=self.generator)
 
 
 class OracleHeads(StandInHeads):
-    """The first guess is always right."""
+    """The first draft is always right."""
 
-    def guess(self, guesses: int) -> Tensor:
-        return (self.next_tokens()[:, None] + torch.arange(guesses)) % self.vocab
+    def propose(self, drafts: int) -> Tensor:
+        return (self.next_tokens()[:, None] + torch.arange(drafts)) % self.vocab
 
 
-class LastGuessHeads(StandInHeads):
-    """The last guess is always right, so that what is accepted is never where it stays in the cache."""
+class LastDraftHeads(StandInHeads):
+    """The last draft is always right, so that what is accepted is never where it stays in the cache."""
 
-    def guess(self, guesses: int) -> Tensor:
-        return (self.next_tokens()[:, None] + 1 + torch.arange(guesses) + self.vocab - guesses) % self.vocab
+    def propose(self, drafts: int) -> Tensor:
+        return (self.next_tokens()[:, None] + 1 + torch.arange(drafts) + self.vocab - drafts) % self.vocab
 
 
 class AdversarialHeads(StandInHeads):
-    """No guess is ever right."""
+    """No draft is ever right."""
 
-    def guess(self, guesses: int) -> Tensor:
-        return (self.next_tokens()[:, None] + 1 + torch.arange(guesses)) % self.vocab
+    def propose(self, drafts: int) -> Tensor:
+        return (self.next_tokens()[:, None] + 1 + torch.arange(drafts)) % self.vocab
 
 
 class RandomGate(Gate):

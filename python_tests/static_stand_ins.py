@@ -1,4 +1,4 @@
-"""Heads without a network whose guesses are computed on the device, so that a step can be recorded with them."""
+"""Heads without a network whose drafts are computed on the device, so that a step can be recorded with them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 
 class StaticHeads:
-    """Finds where in `text` the model is, by its hidden state, and guesses what follows there.
+    """Finds where in `text` the model is, by its hidden state, and drafts what follows there.
 
-    text: (1, S), what `decode` is expected to return. ranks (K,): which guess of each head is right; one that heads do
-    not make: none is. every: at all places but each `every`-th one, where no guess is right.
+    text: (1, S), what `decode` is expected to return. ranks (K,): which draft of each head is right; one that heads do
+    not make: none is. every: at all places but each `every`-th one, where no draft is right.
     """
 
     def __init__(self, model: PreTrainedModel, text: Tensor, ranks: list[int], every: int = 0) -> None:
@@ -27,7 +27,7 @@ class StaticHeads:
         shift = -torch.tensor(ranks)
         if every:
             shift = torch.where((places % every == 0)[:, None], 1, shift)
-        self.first = (follows[places[:, None] + heads + 2] + shift).to(text.device)  # (S - 1, K): the best guess
+        self.first = (follows[places[:, None] + heads + 2] + shift).to(text.device)  # (S - 1, K): the best draft
         self.drafts = 0
 
     def bind(self, model: PreTrainedModel) -> StaticHeads:
@@ -36,10 +36,10 @@ class StaticHeads:
     def rebind(self, heads: StaticHeads, model: PreTrainedModel) -> bool:
         return True
 
-    def draft(self, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
+    def draft(self, hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
         self.drafts += 1
         place = (self.hidden[None] - hidden[:, None]).abs().sum(-1).argmin(-1)  # (B,)
-        ranks = torch.arange(guesses, device=root.device)
+        ranks = torch.arange(drafts, device=root.device)
         ids = (self.first.index_select(0, place)[:, :, None] + ranks) % self.vocab
         # Depends on the text, so that a gate that reads it notices where it is.
         logprobs = -(1 + ranks) * (0.1 + (root[:, None, None] % 7) * 0.2)

@@ -84,7 +84,7 @@ def test_generate_compile_fails(folders: tuple[str, str], monkeypatch: pytest.Mo
 
 
 def test_generate_without_heads(folders: tuple[str, str]) -> None:
-    """The text alone is guessed from: a model that repeats itself gains, and the answer is the same."""
+    """The text alone is drafted from: a model that repeats itself gains, and the answer is the same."""
     model, _ = folders
     command = ["generate", "--model", model, "--max-new-tokens", "40", "--compare", "w3 w4 w5"]
     alone, neither = (

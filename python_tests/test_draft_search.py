@@ -14,35 +14,39 @@ from cerberus_ext import _host
 
 VOCAB = 6
 
-Table = list[list[tuple[int, float, int]]]  # of every place: (token, chance, source), best first
-Path = tuple[list[int], list[float], int]  # tokens, chances, source
+Table = list[list[tuple[int, float, int]]]  # of every place: (token, probability, proposer), best first
+Path = tuple[list[int], list[float], int]  # tokens, probabilities, proposer
 
 
 class Node(NamedTuple):
     tokens: tuple[int, ...]  # along the path from the root
-    chance: float
-    source: int
+    probability: float
+    proposer: int
 
 
 def children(table: Table, paths: list[Path], before: tuple[int, ...]) -> list[tuple[int, float, int]]:
-    """(token, chance, source) of what may follow `before`, a node's tokens."""
+    """(token, probability, proposer) of what may follow `before`, a node's tokens."""
     depth = len(before)
     places: dict[int, tuple[float, int]] = {}
-    for token, chance, source in table[depth] if depth < len(table) else []:
-        places.setdefault(token, (chance, source))  # a repetition says nothing new
+    for token, probability, proposer in table[depth] if depth < len(table) else []:
+        places.setdefault(token, (probability, proposer))  # a repetition says nothing new
     along: dict[int, tuple[float, int]] = {}
-    for tokens, chances, source in paths:
+    for tokens, probabilities, proposer in paths:
         if len(tokens) > depth and tuple(tokens[:depth]) == before:
-            known = along.setdefault(tokens[depth], (chances[depth], source))
-            if chances[depth] > known[0]:
-                along[tokens[depth]] = chances[depth], source
+            known = along.setdefault(tokens[depth], (probabilities[depth], proposer))
+            if probabilities[depth] > known[0]:
+                along[tokens[depth]] = probabilities[depth], proposer
     # A token of both is as likely as the likelier of the two says; the other places share what is left.
     likelier = {token: max(one, places.get(token, (0.0, 0)), key=lambda each: each[0]) for token, one in along.items()}
     taken, of_places = sum(c for c, _ in likelier.values()), sum(places.get(token, (0.0, 0))[0] for token in along)
     others = 1.0
     if taken > 0:
         others = (1 - taken) / (1 - of_places) if taken < 1 else 0.0
-    rest = [(token, chance * others, source) for token, (chance, source) in places.items() if token not in along]
+    rest = [
+        (token, probability * others, proposer)
+        for token, (probability, proposer) in places.items()
+        if token not in along
+    ]
     return [(token, *one) for token, one in likelier.items()] + rest
 
 
@@ -51,54 +55,54 @@ def every_node(table: Table, paths: list[Path], deepest: int) -> list[Node]:
     found = [Node((), 1.0, 0)]
     for node in found:  # which grows
         if len(node.tokens) < deepest:
-            for token, chance, source in children(table, paths, node.tokens):
-                if node.chance * chance > 0:
-                    found.append(Node((*node.tokens, token), node.chance * chance, source))
+            for token, probability, proposer in children(table, paths, node.tokens):
+                if node.probability * probability > 0:
+                    found.append(Node((*node.tokens, token), node.probability * probability, proposer))
     return found
 
 
 def search(table: Table, paths: list[Path], size: int, deepest: int = 9, vocabulary: int = VOCAB) -> list[np.ndarray]:
     shape = (len(table), len(table[0]) if table else 0)
-    tokens, chances, sources = (
-        np.array([[guess[i] for guess in row] for row in table], dtype).reshape(shape)
+    tokens, probabilities, proposers = (
+        np.array([[draft[i] for draft in row] for row in table], dtype).reshape(shape)
         for i, dtype in enumerate((np.int64, np.float64, np.int64))
     )
-    given = [(np.array(t, np.int64), np.array(c, np.float64), source) for t, c, source in paths]
-    return list(_host.best_drafts(tokens, chances, sources, given, vocabulary, size, deepest))
+    given = [(np.array(t, np.int64), np.array(c, np.float64), proposer) for t, c, proposer in paths]
+    return list(_host.best_drafts(tokens, probabilities, proposers, given, vocabulary, size, deepest))
 
 
 def nodes_of(found: list[np.ndarray]) -> list[Node]:
-    parents, tokens, sources, chances = (part.tolist() for part in found)
-    assert parents[0] == -1 and (tokens[0], sources[0], chances[0]) == (0, 0, 1.0)
+    parents, tokens, proposers, probabilities = (part.tolist() for part in found)
+    assert parents[0] == -1 and (tokens[0], proposers[0], probabilities[0]) == (0, 0, 1.0)
     nodes = [Node((), 1.0, 0)]
     for i in range(1, len(parents)):
         assert 0 <= parents[i] < i
-        nodes.append(Node((*nodes[parents[i]].tokens, tokens[i]), chances[i], sources[i]))
+        nodes.append(Node((*nodes[parents[i]].tokens, tokens[i]), probabilities[i], proposers[i]))
     return nodes
 
 
 TOKENS = st.integers(0, VOCAB - 1)
-CHANCES = st.one_of(st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0]), st.floats(0.0, 1.0))
+PROBABILITIES = st.one_of(st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0]), st.floats(0.0, 1.0))
 
 
 @st.composite
 def tables(draw: st.DrawFn) -> Table:
     """Repetitions inside a row included; rows may promise more than 1 in all."""
-    guesses = draw(st.integers(0, 3))
-    rows = draw(st.lists(st.lists(st.tuples(TOKENS, CHANCES, st.integers(0, 2)), min_size=guesses, max_size=guesses),
-                         max_size=3))  # fmt: skip
-    return [sorted(row, key=lambda guess: -guess[1]) for row in rows]
+    drafts = draw(st.integers(0, 3))
+    row = st.lists(st.tuples(TOKENS, PROBABILITIES, st.integers(0, 2)), min_size=drafts, max_size=drafts)
+    rows = draw(st.lists(row, max_size=3))
+    return [sorted(one, key=lambda draft: -draft[1]) for one in rows]
 
 
 @st.composite
 def path_lists(draw: st.DrawFn) -> list[Path]:
     """Paths that share beginnings, too."""
     paths: list[Path] = []
-    for source in draw(st.lists(st.integers(1, 9), max_size=3)):
+    for proposer in draw(st.lists(st.integers(1, 9), max_size=3)):
         tokens = draw(st.lists(TOKENS, max_size=4))
         if paths and draw(st.booleans()):
             tokens = (paths[-1][0][: draw(st.integers(0, 3))] + tokens)[:4]
-        paths.append((tokens, [draw(CHANCES) for _ in tokens], source))
+        paths.append((tokens, [draw(PROBABILITIES) for _ in tokens], proposer))
     return paths
 
 
@@ -115,9 +119,9 @@ def test_the_likeliest_nodes_of_all(table: Table, paths: list[Path], size: int, 
     assert len({node.tokens for node in nodes}) == len(nodes)
     for node in nodes:
         expected = known[node.tokens]
-        assert node.chance == pytest.approx(expected.chance, rel=1e-12) and node.source == expected.source
-    best = sorted((node.chance for node in every), reverse=True)[:size]
-    assert [node.chance for node in nodes] == pytest.approx(best, rel=1e-12), "best first"
+        assert node.probability == pytest.approx(expected.probability, rel=1e-12) and node.proposer == expected.proposer
+    best = sorted((node.probability for node in every), reverse=True)[:size]
+    assert [node.probability for node in nodes] == pytest.approx(best, rel=1e-12), "best first"
 
 
 @given(table=tables(), paths=path_lists(), size=st.integers(1, 40))
@@ -130,30 +134,30 @@ def test_the_first_nodes_are_the_smaller_tree(table: Table, paths: list[Path], s
 
 
 def test_drawn_by_hand() -> None:
-    """Heads (source 0) say 1 or 2, then 3 or 4; another source (7) says 2 3 5."""
+    """Heads (proposer 0) say 1 or 2, then 3 or 4; another proposer (7) says 2 3 5."""
     heads = [[(1, 0.6, 0), (2, 0.2, 0)], [(3, 0.5, 0), (4, 0.2, 0)]]
     nodes = nodes_of(search(heads, [([2, 3, 5], [0.6, 0.4, 0.5], 7)], 20))
     # Token 2 is now at 0.6, which leaves 0.4 of 0.8 to the others: 1 has 0.3. After 2, the heads know 3 better.
-    assert [(node.tokens, node.source) for node in nodes] == [
+    assert [(node.tokens, node.proposer) for node in nodes] == [
         ((), 0), ((2,), 7), ((1,), 0), ((2, 3), 0), ((1, 3), 0), ((2, 3, 5), 7), ((2, 4), 0), ((1, 4), 0),
     ]  # fmt: skip
-    chances = [1, 0.6, 0.3, 0.3, 0.15, 0.15, 0.12, 0.06]
-    assert [node.chance for node in nodes] == pytest.approx(chances)
+    probabilities = [1, 0.6, 0.3, 0.3, 0.15, 0.15, 0.12, 0.06]
+    assert [node.probability for node in nodes] == pytest.approx(probabilities)
 
 
-def test_ties_go_to_the_earlier_guess() -> None:
+def test_ties_go_to_the_earlier_draft() -> None:
     table = [[(5, 0.25, 0), (4, 0.25, 0), (3, 0.25, 0), (2, 0.25, 0)]]
     assert [node.tokens for node in nodes_of(search(table, [], 9))] == [(), (5,), (4,), (3,), (2,)]
     paths = [([5], [0.25], 1), ([4], [0.25], 2), ([5], [0.25], 3)]
-    assert [(n.tokens, n.source) for n in nodes_of(search([], paths, 9))] == [((), 0), ((5,), 1), ((4,), 2)]
+    assert [(n.tokens, n.proposer) for n in nodes_of(search([], paths, 9))] == [((), 0), ((5,), 1), ((4,), 2)]
 
 
 def test_of_two_paths_the_likelier_counts() -> None:
     """Token by token: the first knows better how to begin, the second how to go on."""
     paths = [([1, 2, 3], [0.9, 0.1, 0.5], 1), ([1, 2, 4], [0.2, 0.8, 0.25], 2)]
     nodes = nodes_of(search([], paths, 9))
-    assert [(n.tokens, n.source) for n in nodes[1:]] == [((1,), 1), ((1, 2), 2), ((1, 2, 3), 1), ((1, 2, 4), 2)]
-    assert [n.chance for n in nodes] == pytest.approx([1, 0.9, 0.72, 0.36, 0.18])
+    assert [(n.tokens, n.proposer) for n in nodes[1:]] == [((1,), 1), ((1, 2), 2), ((1, 2, 3), 1), ((1, 2, 4), 2)]
+    assert [n.probability for n in nodes] == pytest.approx([1, 0.9, 0.72, 0.36, 0.18])
 
 
 def test_a_certain_path_leaves_nothing_to_others() -> None:
@@ -178,20 +182,24 @@ def test_the_root_alone(table: Table, paths: list[Path], deepest: int) -> None:
 
 def test_paths_are_deeper_than_the_table() -> None:
     nodes = nodes_of(search([[(1, 0.5, 0)]], [([1] * 200, [0.999] * 200, 1)], 150, deepest=120))
-    assert len(nodes) == 121 and len(nodes[-1].tokens) == 120 and nodes[-1].chance == pytest.approx(0.999**120)
+    assert len(nodes) == 121 and len(nodes[-1].tokens) == 120 and nodes[-1].probability == pytest.approx(0.999**120)
 
 
 def test_any_layout_and_number_type() -> None:
-    tokens, chances, sources = np.array([[1, 2], [3, 4]]), np.array([[0.5, 0.25], [0.75, 0.125]]), np.zeros((2, 2), int)
-    expected = _host.best_drafts(tokens, chances, sources, [], VOCAB, 7, 9)
+    tokens, probabilities, proposers = (
+        np.array([[1, 2], [3, 4]]),
+        np.array([[0.5, 0.25], [0.75, 0.125]]),
+        np.zeros((2, 2), int),
+    )
+    expected = _host.best_drafts(tokens, probabilities, proposers, [], VOCAB, 7, 9)
     for wide in (np.asfortranarray(tokens), tokens.astype(np.uint8), tokens.tolist()):
-        again = _host.best_drafts(wide, chances.astype(np.float32), sources.astype(np.int32), [], VOCAB, 7, 9)
+        again = _host.best_drafts(wide, probabilities.astype(np.float32), proposers.astype(np.int32), [], VOCAB, 7, 9)
         for one, other in zip(expected, again, strict=True):
             np.testing.assert_array_equal(one, other)
 
 
 OK: dict[str, Any] = {
-    "tokens": [[1, 2]], "chances": [[0.5, 0.25]], "sources": [[0, 0]], "paths": [([3], [0.5], 1)],
+    "tokens": [[1, 2]], "probabilities": [[0.5, 0.25]], "proposers": [[0, 0]], "paths": [([3], [0.5], 1)],
     "vocabulary": VOCAB, "size": 4, "deepest": 3,
 }  # fmt: skip
 WRONG = [
@@ -200,19 +208,19 @@ WRONG = [
     ({"deepest": -1}, "deepest must be >= 0, got -1"),
     ({"tokens": [[1, 6]]}, "tokens must be in 0 .. 5, got 6"),
     ({"tokens": [[-1, 2]]}, "tokens must be in 0 .. 5, got -1"),
-    ({"chances": [[0.5, -0.25]]}, "chances must be in 0 .. 1, got -0.25"),
-    ({"chances": [[1.5, 0.25]]}, "chances must be in 0 .. 1, got 1.5"),
-    ({"chances": [[0.5, math.nan]]}, "chances must be in 0 .. 1, got -?nan"),
-    ({"chances": [[0.25, 0.5]]}, "the guesses of a place must be best first"),
-    ({"chances": [[0.5]]}, "tokens and chances must have one shape"),
-    ({"sources": [[0]]}, "sources must have the shape of tokens"),
+    ({"probabilities": [[0.5, -0.25]]}, "probabilities must be in 0 .. 1, got -0.25"),
+    ({"probabilities": [[1.5, 0.25]]}, "probabilities must be in 0 .. 1, got 1.5"),
+    ({"probabilities": [[0.5, math.nan]]}, "probabilities must be in 0 .. 1, got -?nan"),
+    ({"probabilities": [[0.25, 0.5]]}, "the drafts of a place must be best first"),
+    ({"probabilities": [[0.5]]}, "tokens and probabilities must have one shape"),
+    ({"proposers": [[0]]}, "proposers must have the shape of tokens"),
     ({"tokens": [1, 2]}, "tokens must be a 2-D array of integers, got 1-D"),
     ({"tokens": [[1.0, 2.0]]}, "tokens must be a 2-D array of integers, got 2-D of dtype float64"),
-    ({"chances": [[True, False]]}, "chances must be a 2-D array of real numbers, got 2-D of dtype bool"),
-    ({"sources": [[0.5, 0.5]]}, "sources must be a 2-D array of integers, got 2-D of dtype float64"),
-    ({"paths": [([3], [math.nan], 1)]}, "chances must be in 0 .. 1, got -?nan"),
+    ({"probabilities": [[True, False]]}, "probabilities must be a 2-D array of real numbers, got 2-D of dtype bool"),
+    ({"proposers": [[0.5, 0.5]]}, "proposers must be a 2-D array of integers, got 2-D of dtype float64"),
+    ({"paths": [([3], [math.nan], 1)]}, "probabilities must be in 0 .. 1, got -?nan"),
     ({"paths": [([3], [0.5], 1), ([9], [0.5], 1)]}, "tokens must be in 0 .. 5, got 9"),
-    ({"paths": [([3], [0.5, 0.5], 1)]}, "tokens and chances must have one shape"),
+    ({"paths": [([3], [0.5, 0.5], 1)]}, "tokens and probabilities must have one shape"),
     ({"paths": [([[3]], [[0.5]], 1)]}, "tokens must be a 1-D array of integers, got 2-D"),
 ]
 

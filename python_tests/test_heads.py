@@ -312,7 +312,7 @@ def test_bind_leaves_model_and_heads_alone(llama: LlamaForCausalLM) -> None:
     before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
     own = heads.state_dict().keys()
     drafter = heads.bind(llama)
-    drafter.draft(torch.randn(1, SIZE), torch.tensor([3]), guesses=4)
+    drafter.draft(torch.randn(1, SIZE), torch.tensor([3]), drafts=4)
     assert heads.state_dict().keys() == own
     assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
 
@@ -333,7 +333,7 @@ def test_new_heads_predict_what_the_base_model_does(llama: LlamaForCausalLM, cha
     logits = hidden @ llama.lm_head.weight.detach().T
     if heads.draft_vocab is not None:
         logits = logits[:, :40]  # new heads hold the lowest ids
-    ids, logprobs = heads.bind(llama).draft(hidden, torch.tensor([5, 6]), guesses=7)
+    ids, logprobs = heads.bind(llama).draft(hidden, torch.tensor([5, 6]), drafts=7)
     expected = logits.log_softmax(-1).topk(7)
     for head in range(3):
         assert torch.equal(ids[:, head], expected.indices)
@@ -351,7 +351,7 @@ def test_draft_is_the_formula_of_the_design(llama: LlamaForCausalLM, anchor: str
     index, logprobs = reference.draft_topk(states, llama.lm_head.weight.detach()[heads.draft_vocab], 5)
 
     drafter = heads.bind(llama)
-    ids, got = drafter.draft(hidden, root, guesses=5)
+    ids, got = drafter.draft(hidden, root, drafts=5)
     torch.testing.assert_close(drafter.states(hidden, root), states, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(heads(hidden, start), states, rtol=1e-4, atol=1e-4)
     assert ids.shape == (2, 3, 5) and torch.equal(ids, heads.draft_vocab[index])
@@ -361,12 +361,12 @@ def test_draft_is_the_formula_of_the_design(llama: LlamaForCausalLM, anchor: str
 def test_heads_of_another_dtype_than_the_model(llama: LlamaForCausalLM) -> None:
     heads = random_heads().bfloat16()
     drafter = heads.bind(llama)
-    ids, logprobs = drafter.draft(torch.randn(1, SIZE), torch.tensor([3]), guesses=2)
+    ids, logprobs = drafter.draft(torch.randn(1, SIZE), torch.tensor([3]), drafts=2)
     assert drafter.projection.dtype == torch.bfloat16
     assert ids.dtype == torch.int64 and logprobs.dtype == torch.float32
 
 
-@pytest.mark.parametrize("guesses", [0, 41])
-def test_draft_checks_guesses(llama: LlamaForCausalLM, guesses: int) -> None:
-    with pytest.raises(ValueError, match=f"Drafter.draft: guesses must be in 1..40, got {guesses}"):
-        random_heads(draft_vocab=40).bind(llama).draft(torch.randn(1, SIZE), torch.tensor([3]), guesses)
+@pytest.mark.parametrize("drafts", [0, 41])
+def test_draft_checks_drafts(llama: LlamaForCausalLM, drafts: int) -> None:
+    with pytest.raises(ValueError, match=f"Drafter.draft: drafts must be in 1..40, got {drafts}"):
+        random_heads(draft_vocab=40).bind(llama).draft(torch.randn(1, SIZE), torch.tensor([3]), drafts)

@@ -40,15 +40,15 @@ def paths(parents: np.ndarray, ranks: np.ndarray) -> list[tuple[int, ...]]:
     return found
 
 
-def chance(path: tuple[int, ...], accuracy: list[list[float]]) -> float:
+def probability(path: tuple[int, ...], accuracy: list[list[float]]) -> float:
     return math.prod((accuracy[depth][rank] for depth, rank in enumerate(path)), start=1.0)
 
 
 @given(accuracy=accuracies(st.floats(0.0, 1.0)), size=st.integers(1, 45))
-def test_best_tree_has_the_most_accepted_guesses_of_all_trees(accuracy: list[list[float]], size: int) -> None:
-    heads, guesses = len(accuracy), len(accuracy[0])
-    every = [p for depth in range(heads + 1) for p in itertools.product(range(guesses), repeat=depth)]
-    best = sorted((chance(path, accuracy) for path in every), reverse=True)[:size]
+def test_best_tree_has_the_most_accepted_drafts_of_all_trees(accuracy: list[list[float]], size: int) -> None:
+    heads, drafts = len(accuracy), len(accuracy[0])
+    every = [p for depth in range(heads + 1) for p in itertools.product(range(drafts), repeat=depth)]
+    best = sorted((probability(path, accuracy) for path in every), reverse=True)[:size]
 
     parents, ranks = _host.best_tree(np.array(accuracy), size)
     chosen = paths(parents, ranks)
@@ -59,7 +59,7 @@ def test_best_tree_has_the_most_accepted_guesses_of_all_trees(accuracy: list[lis
     assert len(chosen) == min(size, len(every))
     assert len(set(chosen)) == len(chosen)
     # No tree is worth more than the `size` best nodes of all, whose sum this is.
-    assert sum(chance(path, accuracy) for path in chosen) == pytest.approx(sum(best))
+    assert sum(probability(path, accuracy) for path in chosen) == pytest.approx(sum(best))
 
 
 @given(accuracy=accuracies(st.sampled_from([0.0, 0.25, 0.5, 1.0])), size=st.integers(1, 45))
@@ -78,14 +78,14 @@ def test_best_tree_drawn_by_hand() -> None:
     assert ranks.tolist() == [0, 0, 0, 1, 1, 0, 1]
 
 
-def test_best_tree_prefers_the_better_guess_whatever_its_rank() -> None:
+def test_best_tree_prefers_the_better_draft_whatever_its_rank() -> None:
     parents, ranks = _host.best_tree(np.array([[0.1, 0.7, 0.2]]), 3)
     assert parents.tolist() == [-1, 0, 0]
     assert ranks.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 4), (4, 0)])
-def test_best_tree_without_guesses_is_the_root(shape: tuple[int, int]) -> None:
+def test_best_tree_without_drafts_is_the_root(shape: tuple[int, int]) -> None:
     parents, ranks = _host.best_tree(np.zeros(shape), 5)
     assert parents.tolist() == [-1]
     assert ranks.tolist() == [0]

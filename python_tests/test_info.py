@@ -107,7 +107,7 @@ class TestModel:
         ]  # fmt: skip
 
     def test_without_a_model_none_is_loaded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("cerberus_ext.cli.info.load_base", lambda *_: pytest.fail("a model is loaded"))
+        monkeypatch.setattr("cerberus_ext.cli.info.load_target", lambda *_: pytest.fail("a model is loaded"))
         assert runner.invoke(app, ["info"]).exit_code == 0
 
     def test_a_model_that_is_refused(self, tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ class Specification:
         for token in tokens:
             if self.young.size == self.half:
                 self.old, self.young = self.young, Contexts(self.max_match)
-            length, guess = self.match(self.document)
-            self.counts[length] += (1, guess == token)
+            length, draft = self.match(self.document)
+            self.counts[length] += (1, draft == token)
             self.young.add(self.document, token)
             self.document.append(token)
 
@@ -64,29 +64,29 @@ class Specification:
     def match(self, text: Sequence[int]) -> tuple[int, int]:
         return max(self.young.match(text), self.old.match(text), key=lambda match: match[0])
 
-    def guess_after(self, tail: Sequence[int], length: int) -> list[tuple[int, int]]:
-        """(token, match) of each guess."""
-        text, guesses = list(tail), []
-        while len(guesses) < length and (match := self.match(text))[0] > 0:
+    def propose_after(self, tail: Sequence[int], length: int) -> list[tuple[int, int]]:
+        """(token, match) of each draft."""
+        text, drafts = list(tail), []
+        while len(drafts) < length and (match := self.match(text))[0] > 0:
             text.append(match[1])
-            guesses.append((match[1], match[0]))
-        return guesses
+            drafts.append((match[1], match[0]))
+        return drafts
 
-    def guess(self, length: int) -> list[tuple[int, int]]:
-        return self.guess_after(self.document, length)
+    def propose(self, length: int) -> list[tuple[int, int]]:
+        return self.propose_after(self.document, length)
 
     def __len__(self) -> int:
         return self.young.size + self.old.size
 
 
-def pairs(guesses: tuple[np.ndarray, np.ndarray]) -> list[tuple[int, int]]:
-    tokens, matches = guesses
+def pairs(drafts: tuple[np.ndarray, np.ndarray]) -> list[tuple[int, int]]:
+    tokens, matches = drafts
     assert tokens.dtype == matches.dtype == np.int64
     return list(zip(tokens.tolist(), matches.tolist(), strict=True))
 
 
 def assert_same(index: SuffixIndex, expected: Specification, length: int = 12) -> None:
-    assert pairs(index.guess(length)) == expected.guess(length)
+    assert pairs(index.propose(length)) == expected.propose(length)
     np.testing.assert_array_equal(index.record(), expected.counts)
     assert len(index) == index.size == len(expected)
 
@@ -138,7 +138,7 @@ def test_documents_and_other_texts(
         assert_same(index, expected)
         index.end_document()  # once more changes nothing
     for tail in (*tails, *documents):
-        assert pairs(index.guess_after(tail, 8)) == expected.guess_after(tail, 8)
+        assert pairs(index.propose_after(tail, 8)) == expected.propose_after(tail, 8)
     assert_same(index, expected)  # neither did the questions
 
 
@@ -148,7 +148,7 @@ def test_tokens_may_come_in_any_pieces(text: list[int], cuts: list[int], max_tok
     whole.extend(text)
     for piece in np.split(np.array(text, np.int64), sorted(cuts)):
         pieces.extend(piece)
-    assert pairs(pieces.guess(9)) == pairs(whole.guess(9))
+    assert pairs(pieces.propose(9)) == pairs(whole.propose(9))
     np.testing.assert_array_equal(pieces.record(), whole.record())
     assert len(pieces) == len(whole)
 
@@ -157,8 +157,8 @@ def test_tokens_may_come_in_any_pieces(text: list[int], cuts: list[int], max_tok
 def test_the_texts_end_is_a_tail_like_any_other(text: list[int], length: int) -> None:
     index = SuffixIndex(5)
     index.extend(text)
-    assert pairs(index.guess(length)) == pairs(index.guess_after(text, length))
-    assert pairs(index.guess(length)) == pairs(index.guess(40))[:length]
+    assert pairs(index.propose(length)) == pairs(index.propose_after(text, length))
+    assert pairs(index.propose(length)) == pairs(index.propose(40))[:length]
 
 
 def words() -> list[int]:
@@ -179,14 +179,14 @@ def test_ordinary_text(max_tokens: int) -> None:
         assert_same(index, expected, length=40)
     for start in range(0, len(text), 97):
         tail = text[start : start + 30]
-        assert pairs(index.guess_after(tail, 10)) == expected.guess_after(tail, 10)
+        assert pairs(index.propose_after(tail, 10)) == expected.propose_after(tail, 10)
 
 
 # ---------------------------------------------------------------- by hand
 
 
 @pytest.mark.parametrize(
-    ("text", "guesses"),
+    ("text", "drafts"),
     [
         ([], []),
         ([7], []),  # nothing has followed 7
@@ -204,29 +204,29 @@ def test_ordinary_text(max_tokens: int) -> None:
         ([0, MOST_TOKEN, 0], [(MOST_TOKEN, 1), (0, 2), (MOST_TOKEN, 1), (0, 2)]),
     ],
 )
-def test_drawn_by_hand(text: list[int], guesses: list[tuple[int, int]]) -> None:
+def test_drawn_by_hand(text: list[int], drafts: list[tuple[int, int]]) -> None:
     index = SuffixIndex()
     index.extend(text)
-    assert pairs(index.guess(4)) == guesses
+    assert pairs(index.propose(4)) == drafts
 
 
 def test_a_match_is_never_longer_than_max_match() -> None:
     index = SuffixIndex(max_match=2)
     index.extend([1, 2, 3, 4, 1, 2, 3, 5, 0, 2, 3, 5, 1, 2, 3])
-    assert pairs(index.guess(1)) == [(5, 2)]  # 1 2 3: once 4, once 5; 2 3: twice 5
+    assert pairs(index.propose(1)) == [(5, 2)]  # 1 2 3: once 4, once 5; 2 3: twice 5
 
 
 def test_matches_do_not_run_across_documents() -> None:
     index = SuffixIndex()
     index.extend([1, 2, 3])
     index.end_document()
-    assert pairs(index.guess(3)) == []
+    assert pairs(index.propose(3)) == []
     index.extend([4, 2])
     index.end_document()
     index.extend([3])
-    assert pairs(index.guess(3)) == []  # 3 was followed by another document only
-    assert pairs(index.guess_after([9, 1], 3)) == [(2, 1), (3, 2)]
-    assert pairs(index.guess_after([3, 4], 1)) == [(2, 1)]
+    assert pairs(index.propose(3)) == []  # 3 was followed by another document only
+    assert pairs(index.propose_after([9, 1], 3)) == [(2, 1), (3, 2)]
+    assert pairs(index.propose_after([3, 4], 1)) == [(2, 1)]
 
 
 def test_old_text_is_forgotten() -> None:
@@ -234,11 +234,11 @@ def test_old_text_is_forgotten() -> None:
     index.extend([1, 2, 3, 4])
     index.extend([5, 6, 7, 8])
     assert len(index) == 8
-    assert pairs(index.guess_after([1], 5)) == [(2, 1), (3, 2), (4, 3), (5, 4), (6, 5)]  # across the halves
+    assert pairs(index.propose_after([1], 5)) == [(2, 1), (3, 2), (4, 3), (5, 4), (6, 5)]  # across the halves
     index.extend([9])
     assert len(index) == 5
-    assert pairs(index.guess_after([1], 5)) == []
-    assert pairs(index.guess_after([3, 4], 2)) == [(5, 2), (6, 3)]  # 5 is remembered, and so is what is before it
+    assert pairs(index.propose_after([1], 5)) == []
+    assert pairs(index.propose_after([3, 4], 2)) == [(5, 2), (6, 3)]  # 5 is remembered, and so is what is before it
 
 
 def test_record_by_hand() -> None:
@@ -257,7 +257,7 @@ def test_any_integers_that_numpy_or_torch_hold() -> None:
     for same in ([1, 2, 1], (1, 2, 1), text.astype(np.uint16), text.astype(np.int8), torch.tensor([1, 2, 1])):
         index = SuffixIndex()
         index.extend(same)
-        assert pairs(index.guess(3)) == pairs(expected.guess(3)) == pairs(index.guess_after(same, 3))
+        assert pairs(index.propose(3)) == pairs(expected.propose(3)) == pairs(index.propose_after(same, 3))
         index.extend([])
         assert len(index) == 3
 
@@ -335,8 +335,8 @@ def test_bad_tokens_change_nothing(tokens: object, message: str) -> None:
     space = "" if message.startswith("\\[") else " "
     with pytest.raises(ValueError, match=f"^SuffixIndex.extend: tokens{space}{message}"):
         index.extend(tokens)
-    with pytest.raises(ValueError, match=f"^SuffixIndex.guess_after: tail{space}{message}"):
-        index.guess_after(tokens, 1)
+    with pytest.raises(ValueError, match=f"^SuffixIndex.propose_after: tail{space}{message}"):
+        index.propose_after(tokens, 1)
     assert_same(index, expected)
 
 
@@ -358,10 +358,10 @@ def test_bad_sizes(sizes: dict[str, int], message: str) -> None:
 @pytest.mark.parametrize("length", [-1, 2**20 + 1])
 def test_bad_length(length: int) -> None:
     index = SuffixIndex()
-    with pytest.raises(ValueError, match=rf"^SuffixIndex.guess: length must be in 0 .. 1048576, got {length}"):
-        index.guess(length)
-    with pytest.raises(ValueError, match=rf"^SuffixIndex.guess_after: length must be in 0 .. 1048576, got {length}"):
-        index.guess_after([1], length)
+    with pytest.raises(ValueError, match=rf"^SuffixIndex.propose: length must be in 0 .. 1048576, got {length}"):
+        index.propose(length)
+    with pytest.raises(ValueError, match=rf"^SuffixIndex.propose_after: length must be in 0 .. 1048576, got {length}"):
+        index.propose_after([1], length)
 
 
 @pytest.mark.parametrize("wrong", [None, 1.5, "3", [2], 2**70])
@@ -370,8 +370,8 @@ def test_numbers_of_another_type(wrong: object) -> None:
     calls = [
         lambda: SuffixIndex(max_match=wrong),
         lambda: SuffixIndex(max_tokens=wrong),
-        lambda: index.guess(wrong),
-        lambda: index.guess_after([1], wrong),
+        lambda: index.propose(wrong),
+        lambda: index.propose_after([1], wrong),
     ]
     for call in calls:
         with pytest.raises(TypeError):
@@ -381,6 +381,6 @@ def test_numbers_of_another_type(wrong: object) -> None:
 def test_the_limits_themselves() -> None:
     index = SuffixIndex(max_match=1024, max_tokens=2)
     index.extend([1] * 3000)
-    assert pairs(index.guess(2)) == [(1, 1024), (1, 1024)]
+    assert pairs(index.propose(2)) == [(1, 1024), (1, 1024)]
     assert (index.max_match, index.max_tokens, len(index)) == (1024, 2, 2)
-    assert len(SuffixIndex(1, 2**30).guess(2**20)[0]) == 0
+    assert len(SuffixIndex(1, 2**30).propose(2**20)[0]) == 0

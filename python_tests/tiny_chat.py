@@ -31,7 +31,7 @@ def save_model(folder: Path, seed: int = 0) -> None:
 
 
 def save_heads(folder: Path, chained: bool = True, seed: int = 1) -> None:
-    """Random ones, so that not all guess the same."""
+    """Random ones, so that not all draft the same."""
     heads = CerberusHeads(CerberusConfig("tiny", SIZE, len(WORDS), num_heads=3, chained=chained))
     with torch.no_grad():
         heads.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(seed))

@@ -1,1 +1,1 @@
-"""The parts of `calibrate`: what a step costs, what its guesses are worth, what to do about it, where that is kept."""
+"""The parts of `calibrate`: what a step costs, what its drafts are worth, what to do about it, where that is kept."""

@@ -1,6 +1,6 @@
 """Finds the tree and the gate that are fastest for heads on a machine; `cerberus calibrate` is the same from the shell.
 
-    texts       the model's greedy answers, and what the heads guess at every place of them    calibration/trace.py
+    texts       the model's greedy answers, and what the heads draft at every place of them    calibration/trace.py
     costs       seconds of a step by size of the tree and length of the text                   calibration/cost.py
     choice      walks through the texts with every tree and gate, in predicted time    calibration/walk.py, choice.py
     validation  the winner, the best tree without a gate, and plain decoding, by the clock     calibration/validate.py
@@ -144,7 +144,7 @@ def calibrate(
             plain_tokens_per_second=choice.tallies[PLAIN].tokens_per_second * paces.get(PLAIN, 1.0),
             tokens_per_step=tally.tokens_per_step,
             gate_open_rate=tally.gate_open_rate,
-            wasted_step_rate=tally.wasted_step_rate,
+            zero_accept_rate=tally.zero_accept_rate,
         ),
         details=report.details(traced, choice, costs, measured, gain),
         compiled=options.compile,

@@ -1,6 +1,6 @@
 """Which tree and which gate are fastest, from traced texts and step costs.
 
-Everything that is fitted (trees, thresholds, corrections, rates) is fitted on some texts and judged on others: one half
+Everything that is fitted (trees, thresholds, platt, rates) is fitted on some texts and judged on others: one half
 of the questions on the other, and the other way round. What wins is fitted once more, on all texts.
 """
 
@@ -22,11 +22,11 @@ from ..drafting.simulate import best_paths
 from ..drafting.static_tree import DraftTree
 from ..engine.plan import compiled_sizes
 from .cost import StepCosts
-from .signals import fit_corrections
+from .signals import fit_platt
 from .trace import TracedText
 from .walk import Tally, walk
 
-PLAIN = "open 1"  # the name of the setting that never guesses
+PLAIN = "open 1"  # the name of the setting that never drafts
 UNGATED = ("open", "dynamic")  # one tree of the heads at every step; the step's own, with the text's past
 KINDS = ("open", "entropy", "confidence", "dynamic", "dynamic gate")
 GATE_GAIN = 0.01  # by so much a gate has to be faster than the best tree alone
@@ -86,9 +86,9 @@ class Fit:
         return {1: DraftTree.root()} | {tree.size: tree for tree in trees}
 
     @cached_property
-    def corrections(self) -> list[tuple[float, float]]:
+    def platt(self) -> list[tuple[float, float]]:
         logprobs = torch.cat([text.logprobs for text in self.texts]).numpy()
-        return fit_corrections(logprobs, self._rows)
+        return fit_platt(logprobs, self._rows)
 
     def settings(self, costs: StepCosts) -> dict[str, Setting]:
         """All candidates; their names are the same whatever the texts are, where as many trees are known."""
@@ -109,8 +109,8 @@ class Fit:
         by_size = costs.by_size(self._context, asked=True)
         base_rate = max(tally.tokens_per_second for tally in alone.values())
         for name, trees in (("all", tuple(grown)), ("shapes", shapes), ("one", (widest,))):
-            for suffix, corrections in (("", None), (" corrected", self.corrections)):
-                common: dict[str, Any] = {"costs": by_size, "trees": trees, "corrections": corrections}
+            for suffix, platt in (("", None), (" corrected", self.platt)):
+                common: dict[str, Any] = {"costs": by_size, "trees": trees, "platt": platt}
                 for margin in _MARGINS:
                     gate = ConfidenceGate(margin=margin, **common)
                     found[f"confidence {name}{suffix} margin {margin}"] = Setting("confidence", widest, gate)
@@ -119,9 +119,9 @@ class Fit:
         return found
 
     def _dynamic(self, costs: StepCosts) -> dict[str, Setting]:
-        """Trees of every step's own guesses: of each size, and a gate that chooses how many nodes of the largest."""
-        corrections = tuple(self.corrections)
-        trees = [DynamicTree(size, corrections=corrections) for size in costs.sizes if size > 1]
+        """Trees of every step's own drafts: of each size, and a gate that chooses how many nodes of the largest."""
+        platt = tuple(self.platt)
+        trees = [DynamicTree(size, platt=platt) for size in costs.sizes if size > 1]
         if not trees:
             return {}
         found = {f"dynamic {tree.size}": Setting("dynamic", tree, AlwaysOpen()) for tree in trees}

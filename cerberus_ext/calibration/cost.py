@@ -43,7 +43,7 @@ class StepCosts:
     """Seconds of whole steps, with everything that `decode` does in one.
 
     sizes (S,), ascending, the first is 1; contexts (C,), ascending: tokens before the step
-    open  (S, C): where the host does not look at the guesses; size 1 is a plain step, without a draft
+    open  (S, C): where the host does not look at the drafts; size 1 is a plain step, without a draft
     asked (S, C): where it does, for a ConfidenceGate or a DynamicTree; size 1 is a plain step after having looked
     entropy   asking an EntropyGate, at every step
     spread    the distance of the quartiles, as a share of the median; the median over all that was measured
@@ -63,7 +63,7 @@ class StepCosts:
     def seconds(self, size: int, context: int, looked: bool, entropy: bool = False) -> float:
         """Of a step with a tree of `size` nodes, `context` tokens being there.
 
-        looked: the host has looked at the guesses, before it chose the tree. entropy: it has asked for the entropy.
+        looked: the host has looked at the drafts, before it chose the tree. entropy: it has asked for the entropy.
         """
         line = self._lines.setdefault((size, looked), [])
         if context >= len(line):
@@ -119,9 +119,9 @@ def measure_costs(
     entropy: list[float] = []
     grown = [tree for tree in trees.values() if tree.size > 1]
     neutral = [(1.0, 0.0)] * heads.config.num_heads
-    choosing = _Answering({1: 1.0, max(sizes): 2.0}, grown or None, rate=1.0, corrections=neutral)
+    choosing = _Answering({1: 1.0, max(sizes): 2.0}, grown or None, rate=1.0, platt=neutral)
     capacity = max(contexts) + 1 + max(sizes)
-    guesses = max(tree.guesses for tree in trees.values())
+    drafts = max(tree.drafts for tree in trees.values())
     kinds = (False, True) if grown else (False,)
     compile_seconds = 0.0
     with tqdm(total=PASSES * len(kinds) * (rounds + 1), desc="step costs", unit="round") as bar:
@@ -132,7 +132,7 @@ def measure_costs(
                 steps = compiled_steps(model, trees, stats) if compiled else None
                 with (
                     torch.inference_mode(),
-                    open_stepper(model, heads, capacity, 1, guesses, asked, sampling, stats, None, steps) as stepper,
+                    open_stepper(model, heads, capacity, 1, drafts, asked, sampling, stats, None, steps) as stepper,
                 ):
                     _fill(stepper, model)
                     for number in range(rounds + 1):  # the first one warms up, and compiles

@@ -21,7 +21,7 @@ def plot(details: dict[str, Any], file: Path) -> None:
     for axis, signal in zip(axes, details["signals"], strict=False):
         axis.plot(signal["mean"], signal["accepted"], "o-", color="tab:blue")
         value = "none" if signal["auc"] is None else f"{signal['auc']:.2f}"
-        axis.set(title=f"{signal['name']}: AUC {value}", xlabel=signal["unit"], ylabel="accepted guesses, mean")
+        axis.set(title=f"{signal['name']}: AUC {value}", xlabel=signal["unit"], ylabel="accepted drafts, mean")
         axis.set_ylim(bottom=0)
     axis = axes[4]
     axis.plot([0, 1], [0, 1], ":", color="gray")
@@ -30,7 +30,7 @@ def plot(details: dict[str, Any], file: Path) -> None:
             part = head[name]
             label = f"head {number + 1}: error {part['error']:.3f}" if name == "corrected" else None
             axis.plot(part["probability"], part["share"], style, marker=".", color=f"C{number}", label=label)
-    axis.set(title="best guess: probability (dotted), corrected (line)", xlabel="probability", ylabel="share right")
+    axis.set(title="best draft: probability (dotted), corrected (line)", xlabel="probability", ylabel="share right")
     axis.legend(fontsize="small")
     axis = axes[5]
     for style, (name, row) in zip((":", "-"), details["promises"].items(), strict=True):

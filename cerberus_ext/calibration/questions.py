@@ -1,6 +1,6 @@
 """Conversations to calibrate with where no file of questions is at hand: three of each of eight kinds.
 
-What a text is worth to guesses depends on what it is about, and on how much of it has been said before: answers that
+What a text is worth to drafts depends on what it is about, and on how much of it has been said before: answers that
 are long, and second turns, which mostly want something done with the first answer, repeat more than short first ones.
 So all have two turns, some bring a text along, and they are asked for in equal shares of each kind.
 """
@@ -115,7 +115,7 @@ _TEXTS = {
         ),
         (
             "What is the difference between nuclear fission and nuclear fusion, and which of them powers the sun?",
-            "Compare them as sources of electricity: fuel, waste, risks and the state of the technology.",
+            "Compare them as proposers of electricity: fuel, waste, risks and the state of the technology.",
         ),
     ),
     "humanities": (

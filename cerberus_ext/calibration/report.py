@@ -13,7 +13,7 @@ import torch
 
 from ..drafting.dynamic_tree import DynamicTree
 from ..drafting.gate import AlwaysOpen
-from ..drafting.platt import Corrections
+from ..drafting.platt import PlattScaling
 from ..drafting.static_tree import DraftTree
 from ..engine.calibration_store import Calibration
 from .choice import KINDS, PLAIN, UNGATED, Choice, Fit, halves
@@ -27,17 +27,17 @@ from .walk import walk
 def signal_rows(texts: Sequence[TracedText], tree: DraftTree) -> list[dict[str, Any]]:
     """Every signal of a gate against the length that a step with `tree` accepts, at all places of the texts.
 
-    auc: of the signal for "at least one guess is accepted"; of an entropy, that a low one says so. None where all
+    auc: of the signal for "at least one draft is accepted"; of an entropy, that a low one says so. None where all
     places are alike.
     """
     lengths = [length for text in texts for length in text.accepted(tree)]
     best = torch.cat([text.logprobs[:, 0] for text in texts]).double().exp()  # (places, P) of head 1
-    # A higher signal should mean more accepted guesses; an entropy is meant the other way round.
+    # A higher signal should mean more accepted drafts; an entropy is meant the other way round.
     signals = [
         ("entropy of softmax(h)", "nats", -1, [value for text in texts for value in text.entropy]),
         ("entropy of the next token", "nats", -1, [value for text in texts for value in text.next_entropy]),
-        ("head 1's best guess", "probability", 1, best[:, 0].tolist()),
-        ("head 1's three best guesses", "probability", 1, best[:, :3].sum(-1).tolist()),
+        ("head 1's best draft", "probability", 1, best[:, 0].tolist()),
+        ("head 1's three best drafts", "probability", 1, best[:, :3].sum(-1).tolist()),
     ]
     rows = []
     for name, unit, sign, values in signals:
@@ -49,23 +49,23 @@ def signal_rows(texts: Sequence[TracedText], tree: DraftTree) -> list[dict[str, 
     return rows
 
 
-def reliability_rows(judged: Sequence[TracedText], taught: Corrections) -> list[dict[str, Any]]:
-    """Per head: its best guess' probability as drafted, and corrected by what other texts taught."""
+def reliability_rows(judged: Sequence[TracedText], taught: PlattScaling) -> list[dict[str, Any]]:
+    """Per head: its best draft' probability as drafted, and corrected by what other texts taught."""
     logprobs = torch.cat([text.logprobs for text in judged]).numpy()
     ranks = [row for text in judged for row in text.ranks]
     rows: list[dict[str, Any]] = [{} for _ in ranks[0]]
-    for name, corrections in (("drafted", None), ("corrected", taught)):
-        for row, (mean, share, error) in zip(rows, head_reliability(logprobs, ranks, corrections), strict=True):
+    for name, platt in (("drafted", None), ("corrected", taught)):
+        for row, (mean, share, error) in zip(rows, head_reliability(logprobs, ranks, platt), strict=True):
             row[name] = {"probability": mean, "share": share, "error": error}
     return rows
 
 
-def promise_rows(judged: Sequence[TracedText], taught: Corrections, costs: StepCosts) -> dict[str, dict[str, Any]]:
+def promise_rows(judged: Sequence[TracedText], taught: PlattScaling, costs: StepCosts) -> dict[str, dict[str, Any]]:
     """What steps with trees of their own promise to gain against what they gain, as drafted, and corrected by what
     other texts taught: means over all steps, and over tenths of them. Empty where there are no trees."""
     rows: dict[str, dict[str, Any]] = {}
-    for name, corrections in (("drafted", None), ("corrected", tuple(taught))):
-        tree = DynamicTree(max(2, *costs.sizes), corrections=corrections)
+    for name, platt in (("drafted", None), ("corrected", tuple(taught))):
+        tree = DynamicTree(max(2, *costs.sizes), platt=platt)
         steps = np.array(walk(judged, tree, AlwaysOpen(), costs).promises, dtype=np.float64).reshape(-1, 2)
         if len(steps):
             promised, gained = by_quantile(steps[:, 0], steps[:, 1])
@@ -105,7 +105,7 @@ def details(
 ) -> dict[str, Any]:
     """measured: by the clock, by name of the setting; gain: of the gate that was expected to be the fastest."""
     fitted, judged = halves(texts)[0]
-    taught = Fit(fitted, costs.sizes).corrections
+    taught = Fit(fitted, costs.sizes).platt
     context = fmean(text.prompt + place for text in texts for place in range(len(text)))
     rates = {kind: choice.best(kind) for kind in KINDS}
     trees = {name: one.tree for name, one in choice.settings.items() if isinstance(one.tree, DraftTree)}
@@ -169,14 +169,14 @@ def text(calibration: Calibration) -> str:
             f"{kind:12}  {row['tokens_per_second']:8.1f}  {row['tokens_per_step']:13.3f}"
             f"  {100 * row['gate_open_rate']:4.0f} %  {row['name']}"
         )
-    lines += ["", "signal                       AUC for at least one accepted guess"]
+    lines += ["", "signal                       AUC for at least one accepted draft"]
     for row in found["signals"]:
         lines.append(f"{row['name']:27}  {'none' if row['auc'] is None else format(row['auc'], '.3f')}")
     errors = (
         f"head {number}: {head['drafted']['error']:.3f} -> {head['corrected']['error']:.3f}"
         for number, head in enumerate(found["reliability"], start=1)
     )
-    lines += ["", f"calibration error of the best guess, as drafted -> corrected: {', '.join(errors)}"]
+    lines += ["", f"calibration error of the best draft, as drafted -> corrected: {', '.join(errors)}"]
     for name, row in found["promises"].items():
         lines.append(
             f"tokens a step with {found['costs']['sizes'][-1]} nodes of its own, {name}:"

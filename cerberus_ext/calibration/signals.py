@@ -1,4 +1,4 @@
-"""How well a number tells beforehand whether guesses are going to be accepted, and how honest probabilities are."""
+"""How well a number tells beforehand whether drafts are going to be accepted, and how honest probabilities are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..drafting.platt import Corrections, reading
+from ..drafting.platt import PlattScaling, reading
 
 _BINS = 10
 _NEWTON_STEPS = 30
@@ -51,21 +51,21 @@ def reliability(probability: ArrayLike, hit: ArrayLike) -> tuple[list[float], li
     return mean, share, float(error)
 
 
-def fit_corrections(logprobs: np.ndarray, ranks: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
+def fit_platt(logprobs: np.ndarray, ranks: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
     """(slope, shift) of every head for `corrected`, by the likelihood of what happened.
 
-    logprobs (n, K, P), ranks n x K. Head k counts where the heads before it have the right token among their guesses:
-    there its guess is right or wrong given a right path, which is what the length of a path is made of.
+    logprobs (n, K, P), ranks n x K. Head k counts where the heads before it have the right token among their drafts:
+    there its draft is right or wrong given a right path, which is what the length of a path is made of.
     """
     right = np.asarray(ranks)  # (n, K)
-    guesses = logprobs.shape[2]
-    corrections = []
+    drafts = logprobs.shape[2]
+    platt = []
     for head in range(logprobs.shape[1]):
-        rows = (right[:, :head] < guesses).all(axis=1)
+        rows = (right[:, :head] < drafts).all(axis=1)
         p = np.clip(np.exp(logprobs[rows, head].astype(np.float64)), 1e-12, 1 - 1e-12)  # (m, P)
-        hits = right[rows, head, None] == np.arange(guesses)
-        corrections.append(_logistic(np.log(p / (1 - p)).ravel(), hits.ravel().astype(np.float64)))
-    return corrections
+        hits = right[rows, head, None] == np.arange(drafts)
+        platt.append(_logistic(np.log(p / (1 - p)).ravel(), hits.ravel().astype(np.float64)))
+    return platt
 
 
 def _logistic(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
@@ -85,11 +85,11 @@ def _logistic(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 
 def head_reliability(
-    logprobs: np.ndarray, ranks: Sequence[Sequence[int]], corrections: Corrections | None
+    logprobs: np.ndarray, ranks: Sequence[Sequence[int]], platt: PlattScaling | None
 ) -> list[tuple[list[float], list[float], float]]:
-    """`reliability` of every head's best guess, at the places where the heads before it have the right token."""
+    """`reliability` of every head's best draft, at the places where the heads before it have the right token."""
     right = np.asarray(ranks)
-    p = reading(corrections)(logprobs.astype(np.float64))
+    p = reading(platt)(logprobs.astype(np.float64))
     results = []
     for head in range(logprobs.shape[1]):
         rows = (right[:, :head] < logprobs.shape[2]).all(axis=1)

@@ -3,7 +3,7 @@
 A step at a place depends on that place alone: on its hidden state and root. So what every step of every tree and gate
 would have done can be told from one pass over the finished text, without decoding it again.
 
-Letters: n places of a text, K heads, P guesses per head, D hidden size.
+Letters: n places of a text, K heads, P drafts per head, D hidden size.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..drafting.dynamic_tree import MOST_GUESSES
+from ..drafting.dynamic_tree import MAX_DRAFTS
 from ..drafting.heads import input_matrix
 from ..drafting.simulate import ABSENT, accepted_length
 from ..drafting.static_tree import DraftTree, default_tree
 from ..engine.decode import decode
 from ..io.prompts import Question, encode_chat
 from ..runtime.stepper import prefill
-from ..target.model import BaseModel, position_limit, sole_decode
+from ..target.model import TargetModel, position_limit, sole_decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,10 +57,10 @@ class TracedText:
     question     number of the question: the turns of one belong together
     prompt       tokens before place 0
     deepest      per place, how deep a tree may be there, as `decode` has it
-    ranks        (n, K): where the right token stands among every head's guesses, see simulate.py
+    ranks        (n, K): where the right token stands among every head's drafts, see simulate.py
     hidden       (n, D); entropy (n,): in nats, of softmax(hidden)
-    next_entropy (n,): in nats, of the base model's distribution from which the root was chosen
-    ids          (n, K, P) int64: of the guesses; logprobs (n, K, P) float32
+    next_entropy (n,): in nats, of the target model's distribution from which the root was chosen
+    ids          (n, K, P) int64: of the drafts; logprobs (n, K, P) float32
     tokens       (prompt + n + 1,): of prompt and answer
     vocabulary   of the model, in tokens
     agreeing     share of the places whose root the pass over the text would have chosen, too
@@ -84,11 +84,11 @@ class TracedText:
         return len(self.ranks)
 
     def without_heads(self) -> TracedText:
-        """The same text for decoding with other sources alone."""
+        """The same text for decoding with other proposers alone."""
         return replace(self, ranks=[[] for _ in self.ranks], ids=self.ids[:, :0], logprobs=self.logprobs[:, :0])
 
     def accepted(self, tree: DraftTree) -> list[int]:
-        """Per place: how many guesses a step with `tree` accepts."""
+        """Per place: how many drafts a step with `tree` accepts."""
         if tree not in self._accepted:
             paths = set(tree.paths())
             lengths = (accepted_length(row, paths) for row in self.ranks)
@@ -128,8 +128,8 @@ def trace(model: PreTrainedModel, heads: CerberusHeads, answer: Answer) -> Trace
         tokens = answer.ids[0, answer.prompt :]
         drafter = heads.bind(model)
         hidden, read, chosen, next_entropy = _forward(model, answer, drafter.context)  # (n, D) twice, (n,) twice
-        guesses = min(MOST_GUESSES, drafter.projection.shape[0])
-        ids, logprobs = _draft(drafter, read, tokens[:-1], guesses)  # (n, K, P) each
+        drafts = min(MAX_DRAFTS, drafter.projection.shape[0])
+        ids, logprobs = _draft(drafter, read, tokens[:-1], drafts)  # (n, K, P) each
         entropy = ops.hidden_entropy(hidden)
     places = answer.new - 1
     limit = position_limit(model) - 1 - answer.prompt
@@ -166,7 +166,7 @@ def _forward(
         chosen.append(logits.argmax(-1))
         entropy.append(-(logs.exp() * logs).nan_to_num(0.0).sum(-1))
 
-    with sole_decode(model), BaseModel(model, answer.ids.shape[1], 1, context=context is not None) as base:
+    with sole_decode(model), TargetModel(model, answer.ids.shape[1], 1, context=context is not None) as base:
         keep(*prefill(base, context, prompt))
         for piece in rest.split(_PIECE, dim=1) if rest.shape[1] else ():
             count = piece.shape[1]
@@ -191,15 +191,15 @@ def _read(context: BoundContext, cache: TreeCache, hidden: Tensor, answer: Answe
     return torch.cat(read)
 
 
-def _draft(drafter: Drafter, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
+def _draft(drafter: Drafter, hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
     """hidden (n, D), root (n,) -> ids, logprobs (n, K, P)"""
     pieces = zip(hidden.split(_PIECE), root.split(_PIECE), strict=True)
-    ids, logprobs = zip(*(drafter.draft(states, roots, guesses) for states, roots in pieces), strict=True)
+    ids, logprobs = zip(*(drafter.draft(states, roots, drafts) for states, roots in pieces), strict=True)
     return torch.cat(ids), torch.cat(logprobs)
 
 
 def _ranks(ids: Tensor, tokens: Tensor) -> list[list[int]]:
-    """ids (n, K, P) of the guesses, tokens (n + 1,) of the text -> (n, K)"""
+    """ids (n, K, P) of the drafts, tokens (n + 1,) of the text -> (n, K)"""
     places, heads, _ = ids.shape
     ahead = torch.arange(places)[:, None] + torch.arange(1, heads + 1)  # (n, K)
     right = torch.where(ahead <= places, tokens[ahead.clamp(max=places)], -1)

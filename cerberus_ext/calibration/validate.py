@@ -2,7 +2,7 @@
 
 A machine is never so quiet that the seconds of a few texts could tell settings apart which differ by some percent. So
 the ways take turns on every text, and what counts is by how much more or less than foreseen one of them gains over the
-other on the same texts: whether guesses are right there more often than elsewhere is foreseen, too, and drops out.
+other on the same texts: whether drafts are right there more often than elsewhere is foreseen, too, and drops out.
 
 The machine's pace drifts, by a fifth within minutes, and two samples of it are better than one: what is expected of a
 setting in the end is what the walk says of all texts, at a pace midway between that of the step times and that at which

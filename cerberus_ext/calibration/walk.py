@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..drafting.dynamic_tree import DynamicTree, StepTree, TreeGrower, filled_size
 from ..drafting.gate import Gate
-from ..drafting.proposers import SourceMaker
+from ..drafting.proposers import ProposerFactory
 from ..drafting.static_tree import DraftTree
-from ..engine.checks import check_sources
+from ..engine.checks import check_proposers
 from ..engine.decode import ask
-from ..engine.plan import begin_trees, compiled_sizes, makers_for, most_guesses
+from ..engine.plan import begin_trees, compiled_sizes, makers_for, max_drafts
 from ..runtime.stats import StepCounts
 from .cost import StepCosts
 from .trace import TracedText
@@ -28,7 +28,7 @@ class Tally(StepCounts):
 
     tokens    those that are in the texts: a last step that goes beyond the end is counted as far as the end
     nodes     that the steps' forwards checked, the roots included
-    accepted  [a]: steps that accepted a guesses
+    accepted  [a]: steps that accepted a drafts
     promises  of every step with a tree of its own: tokens that it promised to gain, and those that it gained
     """
 
@@ -52,7 +52,7 @@ class Tally(StepCounts):
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def __iadd__(self, other: Tally) -> Tally:
-        for name in ("tokens", "nodes", "steps", "open_steps", "wasted_steps", "seconds"):
+        for name in ("tokens", "nodes", "steps", "open_steps", "zero_accept_steps", "seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.accepted.update(other.accepted)
         self.promises += other.promises
@@ -62,15 +62,15 @@ class Tally(StepCounts):
 class _Place:
     """What a gate or a tree may want to see at one place of a text, see `decode.Signals`, and what they have asked for.
 
-    looked: at the guesses. asked_entropy: for the entropy.
+    looked: at the drafts. asked_entropy: for the entropy.
     """
 
-    def __init__(self, text: TracedText, guesses: int) -> None:
-        """guesses: of each head that any tree uses."""
+    def __init__(self, text: TracedText, drafts: int) -> None:
+        """drafts: of each head that any tree uses."""
         self._text = text
-        self.most_guesses = guesses
-        self._logprobs = text.logprobs[:, :, :guesses]
-        self._tables = text.ids[:, :, :guesses].numpy(), self._logprobs.numpy()
+        self.max_drafts = drafts
+        self._logprobs = text.logprobs[:, :, :drafts]
+        self._tables = text.ids[:, :, :drafts].numpy(), self._logprobs.numpy()
         self.go_to(0)
 
     def go_to(self, index: int) -> None:
@@ -88,7 +88,7 @@ class _Place:
         self.looked = True
         return self._logprobs[self.index : self.index + 1]
 
-    def guesses(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def drafts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         self.looked = True
         ids, logprobs = self._tables
         return ids[self.index], logprobs[self.index]
@@ -99,23 +99,23 @@ def walk(
     tree: DraftTree | DynamicTree,
     gate: Gate,
     costs: StepCosts,
-    sources: Sequence[SourceMaker] | None = None,
+    proposers: Sequence[ProposerFactory] | None = None,
 ) -> Tally:
-    """The steps of `decode(..., tree=tree, gate=gate, sources=sources)` through the texts.
+    """The steps of `decode(..., tree=tree, gate=gate, proposers=proposers)` through the texts.
 
-    The gate itself is asked, at every step, and the sources guess from the text as far as it is known by then. Where
+    The gate itself is asked, at every step, and the proposers draft from the text as far as it is known by then. Where
     the costs are of compiled steps, a step costs what the compiled one does that its tree is filled up to.
-    Raises ValueError where there are sources for a DraftTree.
+    Raises ValueError where there are proposers for a DraftTree.
     """
-    if sources is not None:
-        check_sources(sources, tree)
-    guesses = most_guesses(tree, gate)
-    tally, makers = Tally(), makers_for(tree, sources)
+    if proposers is not None:
+        check_proposers(proposers, tree)
+    drafts = max_drafts(tree, gate)
+    tally, makers = Tally(), makers_for(tree, proposers)
     sizes = compiled_sizes(tree, gate) if costs.compiled else set()
     for text in texts:
         known = text.prompt + 1  # the prompt's forward has brought the first token
         trees = begin_trees(tree, makers, text.tokens[:known], text.vocabulary)
-        _walk_text(tally, text, _Place(text, guesses), trees, gate, costs, sizes)
+        _walk_text(tally, text, _Place(text, drafts), trees, gate, costs, sizes)
     return tally
 
 
@@ -132,7 +132,7 @@ def _walk_text(
     plain = DraftTree.root()
     while place.index < len(text):
         index = place.index
-        deepest = text.deepest[index] if place.most_guesses else 0
+        deepest = text.deepest[index] if place.max_drafts else 0
         chosen = ((ask(gate, trees, place, deepest) if deepest > 0 else None) or plain).cut(deepest)
         context = text.prompt + index
         if isinstance(chosen, StepTree):
@@ -145,7 +145,7 @@ def _walk_text(
         tally.steps += 1
         tally.nodes += chosen.size
         tally.open_steps += chosen.size > 1
-        tally.wasted_steps += chosen.size > 1 and accepted == 0
+        tally.zero_accept_steps += chosen.size > 1 and accepted == 0
         tally.accepted[accepted] += 1
         place.go_to(index + accepted + 1)
         if isinstance(trees, TreeGrower):
@@ -154,7 +154,7 @@ def _walk_text(
 
 
 def accepted_by(tree: StepTree, ahead: Sequence[int]) -> int:
-    """How many guesses of a tree are accepted where the text goes on with `ahead` behind the root."""
+    """How many drafts of a tree are accepted where the text goes on with `ahead` behind the root."""
     node = depth = 0
     # A node's children come behind it, and no two of them are the same token.
     for child, (parent, token) in enumerate(zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True)):

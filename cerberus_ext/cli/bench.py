@@ -18,8 +18,8 @@ from .shared import (
     begin,
     check_heads_named,
     dtype_of,
-    load_base,
     load_heads,
+    load_target,
 )
 
 TURNS = {"1": (1,), "2": (2,), "both": (1, 2)}
@@ -91,7 +91,7 @@ def bench(
         entropy_threshold=entropy_threshold, seed=seed, compile=compile,
     )  # fmt: skip
     begin_folder(out)
-    base, tokenizer = load_base(model, dtype_of(dtype), device)
+    base, tokenizer = load_target(model, dtype_of(dtype), device)
     trained = load_heads(heads or PACKAGED_HEADS, base)
     others = None if medusa is None else load_heads(medusa, base, "--medusa")
     given = {"questions": questions, "model": model, "heads": heads or PACKAGED_HEADS, "medusa": medusa}

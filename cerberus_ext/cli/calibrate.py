@@ -18,8 +18,8 @@ from .shared import (
     begin,
     check_heads_named,
     dtype_of,
-    load_base,
     load_heads,
+    load_target,
 )
 
 
@@ -83,7 +83,7 @@ def calibrate(
     )
     if output is not None:
         calibration.check_output(output)
-    base, tokenizer = load_base(model, dtype_of(dtype), device)
+    base, tokenizer = load_target(model, dtype_of(dtype), device)
     trained = load_heads(heads or PACKAGED_HEADS, base)
     found = calibration.calibrate(base, trained, tokenizer, options)
     typer.echo(report.text(found))

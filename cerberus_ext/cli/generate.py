@@ -19,8 +19,8 @@ from .shared import (
     check_heads_named,
     dtype_of,
     encode,
-    load_base,
     load_heads,
+    load_target,
 )
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def generate(
     model: Model = None,
     heads: Annotated[
         str | None,
-        typer.Option(help="As for the other commands; 'none': guess from the text alone, for any model."),
+        typer.Option(help="As for the other commands; 'none': draft from the text alone, for any model."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     tree_size: Annotated[
@@ -44,11 +44,11 @@ def generate(
             " Default: what `cerberus calibrate` chose, else 6 to 32 nodes, by the device.",
         ),
     ] = None,
-    suffix: Annotated[bool, typer.Option(help="Guess from the text's own past, too, not from the heads alone.")] = True,
+    suffix: Annotated[bool, typer.Option(help="Draft from the text's own past, too, not from the heads alone.")] = True,
     compare: Annotated[bool, typer.Option(help="Measure plain decoding, too, and print the speed-up.")] = False,
     compile: Annotated[
         bool,
-        typer.Option(help="On a CPU: compile the base model's steps, which takes a while, less the second time."),
+        typer.Option(help="On a CPU: compile the target model's steps, which takes a while, less the second time."),
     ] = False,
     raw: Annotated[bool, typer.Option(help="Give the prompt as it is, without the chat template.")] = False,
     dtype: DTypeName = None,
@@ -66,13 +66,13 @@ def generate(
     from ..runtime.compiled_step import CompileError
 
     begin(threads)
-    base, tokenizer = load_base(model, dtype_of(dtype), device)
+    base, tokenizer = load_target(model, dtype_of(dtype), device)
     trained = None if heads == NO_HEADS else load_heads(heads or PACKAGED_HEADS, base)
     ids = encode(tokenizer, text, raw).to(base.device)
     tree = None if tree_size is None else DynamicTree(tree_size)
-    sources: list[Any] | None = None if suffix else []
+    proposers: list[Any] | None = None if suffix else []
     options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens, "tree": tree, "sources": sources, "compile": compile
+        "max_new_tokens": max_new_tokens, "tree": tree, "proposers": proposers, "compile": compile
     }  # fmt: skip
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import Device, DTypeName, Threads, begin, dtype_of, load_base
+from .shared import Device, DTypeName, Threads, begin, dtype_of, load_target
 
 
 def info(
@@ -24,6 +24,6 @@ def info(
     sections = collect()
     if model is not None:
         begin(threads)
-        base, _ = load_base(model, dtype_of(dtype), device)
+        base, _ = load_target(model, dtype_of(dtype), device)
         sections["Model"] = model_section(base)
     print_sections(sections)

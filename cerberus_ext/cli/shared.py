@@ -20,7 +20,7 @@ PACKAGED_HEADS = "smollm2-135m-instruct"
 NO_HEADS = "none"
 
 Model = Annotated[
-    str | None, typer.Option(help="Local folder or Hub id of the base model. Default: SmolLM2-135M-Instruct.")
+    str | None, typer.Option(help="Local folder or Hub id of the target model. Default: SmolLM2-135M-Instruct.")
 ]
 Heads = Annotated[
     str | None, typer.Option(help="Packaged name, local folder or Hub id. Default: those of the default model.")
@@ -55,7 +55,7 @@ def check_heads_named(model: str | None, heads: str | None) -> None:
     if model is not None and heads is None:
         fail(
             "--heads: the packaged heads fit the default model only; name heads trained for this --model,"
-            f" or {NO_HEADS!r}, to guess from the text alone"
+            f" or {NO_HEADS!r}, to draft from the text alone"
         )
 
 
@@ -85,7 +85,7 @@ def device_of(name: str | None) -> str | None:
     return name
 
 
-def load_base(
+def load_target(
     model: str | None, dtype: torch.dtype | None, device: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The default model where `model` is None."""

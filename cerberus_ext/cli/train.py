@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .failures import option
-from .shared import Device, Model, Threads, begin, device_of, dtype_of, load_base
+from .shared import Device, Model, Threads, begin, device_of, dtype_of, load_target
 
 
 def train(
@@ -31,7 +31,7 @@ def train(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     rows: Annotated[int, typer.Option(min=1, help="Answers written at once; several hundred on a GPU.")] = 32,
-    heads: Annotated[int, typer.Option(min=1, help="K: tokens guessed after the root.")] = 4,
+    heads: Annotated[int, typer.Option(min=1, help="K: tokens drafted after the root.")] = 4,
     layers: Annotated[int, typer.Option(min=1, help="L: layers of every head.")] = 2,
     anchor: Annotated[str, typer.Option(help="What starts the chain: root or hidden.")] = "root",
     chained: Annotated[bool, typer.Option(help="--no-chained gives Medusa's heads.")] = True,
@@ -40,7 +40,7 @@ def train(
     ] = False,
     draft_vocab: Annotated[
         int | None,
-        typer.Option(min=0, help="Most frequent tokens that heads can guess; 0: all. Default: 8192, or all."),
+        typer.Option(min=0, help="Most frequent tokens that heads can draft; 0: all. Default: 8192, or all."),
     ] = None,
     init: Annotated[
         str | None, typer.Option(help="Trained heads to start from: a folder, a packaged name or a Hub id.")
@@ -98,7 +98,7 @@ def train(
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(device)
     chosen = dtype_of(dtype) or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
-    base, tokenizer = load_base(model, chosen, device)
+    base, tokenizer = load_target(model, chosen, device)
     training.train(base, options, tokenizer)
 
 

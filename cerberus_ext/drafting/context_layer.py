@@ -8,7 +8,7 @@ Every token of the text makes a pair with the hidden state that produced it (zer
     x       = y + silu(mixer @ concat(y, anchor) + bias)
 
 x takes the place of h in the formula of the heads (design.md, "Heads"). Keys and values lie in a layer of their own of
-the decode's cache, slot for slot beside the base model's: the pairs of a tree's nodes are written with the nodes, and
+the decode's cache, slot for slot beside the target model's: the pairs of a tree's nodes are written with the nodes, and
 kept or forgotten with them.
 
     ContextLayer   the parameters

@@ -1,11 +1,11 @@
-"""Trees made anew at every step, of the guesses that are most likely to be right.
+"""Trees new at every step, of the drafts that are most likely to be right.
 
-    DynamicTree   what `decode` is told: how large, and how many guesses of each head compete
+    DynamicTree   what `decode` is told: how large, and how many drafts of each head compete
     TreeGrower    grows the trees of one text
     StepTree      the tree of one step; its nodes are tokens
 
-A node is as likely to be accepted as the product of the chances on its path says; the most likely nodes are taken, one
-after the other (csrc/host/draft_search.h), so that the first n nodes of a tree are the best tree of n nodes.
+A node is as likely to be accepted as the product of the probabilities on its path says; the most likely nodes are
+taken, one after the other (csrc/host/draft_search.h), so that the first n nodes of a tree are the best tree of n nodes.
 """
 
 from __future__ import annotations
@@ -22,46 +22,46 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _host
-from .proposers import DraftSource, HeadsSignals, HeadsSource, ask_source, check_values, join_places
+from .proposers import HeadsProposer, HeadsSignals, Proposer, ask_proposer, check_values, join_places
 
-MOST_GUESSES = 32  # that `ops.draft_topk` gives
+MAX_DRAFTS = 32  # that `ops.draft_topk` gives
 
 
 @dataclass(frozen=True)
 class DynamicTree:
-    """Every step checks the `size` most likely nodes, the root included, of what the sources guess.
+    """Every step checks the `size` most likely nodes, the root included, of what the proposers draft.
 
-    size: >= 2. guesses: of each head that compete for a place, 1..32; of more than size - 1 none could win one.
-    corrections: (slope, shift) of every head, where its probabilities p are to be read as
+    size: >= 2. drafts: of each head that compete for a place, 1..32; of more than size - 1 none could win one.
+    platt: (slope, shift) of every head, where its probabilities p are to be read as
         sigmoid(slope * logit(p) + shift); None: as they are.
     """
 
     size: int
-    guesses: int = MOST_GUESSES
-    corrections: tuple[tuple[float, float], ...] | None = None
+    drafts: int = MAX_DRAFTS
+    platt: tuple[tuple[float, float], ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, least, most in (("size", 2, None), ("guesses", 1, MOST_GUESSES)):
+        for name, least, most in (("size", 2, None), ("drafts", 1, MAX_DRAFTS)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"DynamicTree: {name} must be an integer, got {value!r}")
             if value < least or most is not None and value > most:
                 bounds = f">= {least}" if most is None else f"in {least}..{most}"
                 raise ValueError(f"DynamicTree: {name} must be {bounds}, got {value}")
-        if self.corrections is not None:
-            message = f"DynamicTree: corrections must be (slope, shift) of every head, got {self.corrections!r}"
+        if self.platt is not None:
+            message = f"DynamicTree: platt must be (slope, shift) of every head, got {self.platt!r}"
             try:
-                lines = tuple((float(slope), float(shift)) for slope, shift in self.corrections)
+                lines = tuple((float(slope), float(shift)) for slope, shift in self.platt)
             except (TypeError, ValueError) as error:
                 raise TypeError(message) from error
             if not all(math.isfinite(number) for line in lines for number in line):
                 raise ValueError(message)
-            object.__setattr__(self, "corrections", lines)
+            object.__setattr__(self, "platt", lines)
 
     @property
-    def useful_guesses(self) -> int:
+    def useful_drafts(self) -> int:
         """Of each head: as many as may compete, and as could win a place."""
-        return min(self.guesses, self.size - 1)
+        return min(self.drafts, self.size - 1)
 
 
 class StepTensors(NamedTuple):
@@ -79,8 +79,8 @@ class StepTree:
 
     parents: NDArray[np.int64]
     tokens: NDArray[np.int64]  # [0] is not used: the root's token is where the state is
-    sources: NDArray[np.int64]  # who guessed it: 0 the heads, 1 the first of the other sources ...; [0] is not used
-    chances: NDArray[np.float64]  # that the node is accepted
+    proposers: NDArray[np.int64]  # who drafted it: 0 the heads, 1 the first of the other proposers ...; [0] is not used
+    probabilities: NDArray[np.float64]  # that the node is accepted
 
     @property
     def size(self) -> int:
@@ -97,13 +97,13 @@ class StepTree:
     @property
     def expected(self) -> NDArray[np.float64]:
         """(N,): [n - 1] is how many tokens a step with the first n nodes can be expected to gain."""
-        return np.cumsum(self.chances)
+        return np.cumsum(self.probabilities)
 
     def first(self, size: int) -> StepTree:
         """The tree of the `size` most likely nodes; itself, where there are no more."""
         if size >= self.size:
             return self
-        return StepTree(self.parents[:size], self.tokens[:size], self.sources[:size], self.chances[:size])
+        return StepTree(self.parents[:size], self.tokens[:size], self.proposers[:size], self.probabilities[:size])
 
     def cut(self, depth: int) -> StepTree:
         """Itself: it has been grown no deeper."""
@@ -119,31 +119,31 @@ class StepTree:
 class TreeGrower:
     """Grows the trees of one text.
 
-    sources: for this text, besides the heads. vocabulary: of the model, in tokens.
+    proposers: for this text, besides the heads. vocabulary: of the model, in tokens.
     """
 
-    def __init__(self, tree: DynamicTree, sources: Sequence[DraftSource], vocabulary: int) -> None:
+    def __init__(self, tree: DynamicTree, proposers: Sequence[Proposer], vocabulary: int) -> None:
         self.tree = tree
-        self._sources = tuple(sources)
+        self._proposers = tuple(proposers)
         self._vocabulary = vocabulary
 
     def extend(self, tokens: list[int]) -> None:
         """The text has grown by these."""
-        for source in self._sources:
-            source.extend(tokens)
+        for proposer in self._proposers:
+            proposer.extend(tokens)
 
     def grow(self, heads: HeadsSignals, deepest: int) -> StepTree:
-        """The tree of this step, no deeper than `deepest`. Raises ValueError for guesses that are none."""
+        """The tree of this step, no deeper than `deepest`. Raises ValueError for drafts that are none."""
         most = min(deepest, self.tree.size - 1)
-        asked = [HeadsSource(heads, self._vocabulary, self.tree.corrections), *self._sources]
-        guesses = [ask_source(source, most) for source in asked]
-        places = join_places([(one, number) for number, one in enumerate(guesses) if one.tokens.ndim == 2])
-        paths = [(*one, number) for number, one in enumerate(guesses) if one.tokens.ndim == 1 and one.tokens.size]
+        asked = [HeadsProposer(heads, self._vocabulary, self.tree.platt), *self._proposers]
+        drafts = [ask_proposer(proposer, most) for proposer in asked]
+        places = join_places([(one, number) for number, one in enumerate(drafts) if one.tokens.ndim == 2])
+        paths = [(*one, number) for number, one in enumerate(drafts) if one.tokens.ndim == 1 and one.tokens.size]
         try:
             return StepTree(*_host.best_drafts(*places, paths, self._vocabulary, self.tree.size, most))
         except ValueError:
-            for source, one in zip(asked, guesses, strict=True):
-                check_values(source, one, self._vocabulary)  # says whose they are
+            for proposer, one in zip(asked, drafts, strict=True):
+                check_values(proposer, one, self._vocabulary)  # says whose they are
             raise
 
 

@@ -1,11 +1,11 @@
-"""Gates: decide at every step whether guessing is worth it, and with which tree.
+"""Gates: decide at every step whether drafting is worth it, and with which tree.
 
-A gate is asked twice: whether to guess at all, then, knowing the heads' guesses, with which tree. Whatever it answers,
+A gate is asked twice: whether to draft at all, then, knowing the heads' drafts, with which tree. Whatever it answers,
 the text stays the same; only the speed changes. To write one, derive from `Gate` and override any of
 
     opens_at(entropy)    whether, from one number that every step brings along: the host does not wait for it
     opens(hidden)        whether, from the hidden state itself; asked instead of `opens_at`
-    choose(tree, ...)    with which tree, from the guesses' log-probabilities
+    choose(tree, ...)    with which tree, from the drafts' log-probabilities
     choose_size(...)     with how many nodes of a DynamicTree's tree, from what they promise; asked instead of `choose`
 
 What is not overridden is not asked, and its signals are not brought to the host.
@@ -28,7 +28,7 @@ class Gate:
     """Always open, with the tree that `decode` was given. The base of all gates."""
 
     def trees(self, tree: DraftTree) -> Sequence[DraftTree]:
-        """All trees that `choose` may answer with, given decode's own: they tell how many guesses the heads make."""
+        """All trees that `choose` may answer with, given decode's own: they tell how many drafts the heads make."""
         return (tree,)
 
     def opens_at(self, entropy: float) -> bool:
@@ -43,13 +43,13 @@ class Gate:
         return not answers(self, "opens_at") or self.opens_at(ops.hidden_entropy(hidden)[0].item())
 
     def choose(self, tree: DraftTree, logprobs: Tensor) -> DraftTree | None:
-        """tree: decode's own; logprobs (B, K, P) float32 on the host: of the guesses -> the tree to use, or None."""
+        """tree: decode's own; logprobs (B, K, P) float32 on the host: of the drafts -> the tree to use, or None."""
         return tree
 
     def choose_size(self, expected: NDArray[np.float64]) -> int:
         """expected (N,): [n - 1] is how many tokens a step with the n most likely nodes can be expected to gain -> n.
 
-        1: no guesses.
+        1: no drafts.
         """
         return len(expected)
 
@@ -70,11 +70,11 @@ def wants_draft_trees(gate: Gate) -> bool:
 
 
 class AlwaysOpen(Gate):
-    """Guesses at every step."""
+    """Drafts at every step."""
 
 
 class AlwaysClosed(Gate):
-    """Never guesses: plain autoregressive decoding, with the same loop and kernels."""
+    """Never drafts: plain autoregressive decoding, with the same loop and kernels."""
 
     def opens(self, hidden: Tensor) -> bool:
         return False
@@ -99,8 +99,8 @@ class ConfidenceGate(Gate):
     trees: what to choose from; None: decode's own tree, or, of a DynamicTree's tree, how many nodes.
     margin: a tree must promise this much more than a plain step, 0.05 is 5 %; with `rate`: this many tokens more.
     rate: tokens that decoding gains per unit of time on the whole; None: not known.
-    corrections: (slope, shift) of every head, where its probabilities p are to be read as
-        sigmoid(slope * logit(p) + shift); None: as they are. For a DynamicTree its own corrections
+    platt: (slope, shift) of every head, where its probabilities p are to be read as
+        sigmoid(slope * logit(p) + shift); None: as they are. For a DynamicTree its own platt
         count.
 
     A tree of expected accepted length a (from the heads' probabilities) and cost c gains (1 + a) / c tokens per unit
@@ -116,7 +116,7 @@ class ConfidenceGate(Gate):
         trees: Sequence[DraftTree] | None = None,
         margin: float = 0.0,
         rate: float | None = None,
-        corrections: Sequence[tuple[float, float]] | None = None,
+        platt: Sequence[tuple[float, float]] | None = None,
     ) -> None:
         if 1 not in costs:
             raise ValueError(f"ConfidenceGate: costs must have size 1, a plain step, got sizes {sorted(costs)}")
@@ -134,9 +134,9 @@ class ConfidenceGate(Gate):
             self.check_size(tree.size)
         self.margin = margin
         self.rate = rate
-        self.corrections = None if corrections is None else tuple((float(a), float(b)) for a, b in corrections)
+        self.platt = None if platt is None else tuple((float(a), float(b)) for a, b in platt)
         self.own_trees = None if trees is None else tuple(trees)
-        self._read = reading(self.corrections)
+        self._read = reading(self.platt)
         self._prospect: _Prospect | None = None  # of the trees that were last asked for
         self._sizes: dict[int, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}  # by nodes: sizes, their costs
 
@@ -185,7 +185,7 @@ class ConfidenceGate(Gate):
         return int(worth.argmax())
 
     def _probabilities(self, logprobs: Tensor) -> np.ndarray:
-        """logprobs (K, P) -> (K, P) float64: how likely every guess is right, where those before it are."""
+        """logprobs (K, P) -> (K, P) float64: how likely every draft is right, where those before it are."""
         return self._read(logprobs.cpu().numpy().astype(np.float64))
 
 
@@ -201,7 +201,7 @@ class _Prospect:
         paths = sorted({path for tree in trees for path in tree.paths()})
         place = {path: i for i, path in enumerate(paths)}
         longest = max(map(len, paths), default=0)
-        # A path's guesses as (head, rank); a shorter path is filled up with head -1, the certain one.
+        # A path's drafts as (head, rank); a shorter path is filled up with head -1, the certain one.
         heads = [[*range(len(path)), *[-1] * (longest - len(path))] for path in paths]
         ranks = [[*path, *[0] * (longest - len(path))] for path in paths]
         shape = (len(paths), longest)
@@ -216,8 +216,8 @@ class _Prospect:
         A node is accepted when its whole path is right, so a tree gains, over the plain step's one token, the sum over
         its nodes of the product along the path.
         """
-        heads, guesses = probabilities.shape
-        table = np.ones((heads + 1, guesses))
+        heads, drafts = probabilities.shape
+        table = np.ones((heads + 1, drafts))
         table[:heads] = probabilities
         along = table[self._heads, self._ranks]  # (nodes, longest)
         return 1 + self._in_tree @ np.multiply.reduce(along, axis=-1)

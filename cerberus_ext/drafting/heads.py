@@ -1,4 +1,4 @@
-"""Cerberus heads: what they are made of, how they are saved, and how they are bound to a base model.
+"""Cerberus heads: what they are made of, how they are saved, and how they are bound to a target model.
 
     CerberusConfig   the numbers that describe a set of heads (JSON)
     CerberusHeads    the parameters (safetensors) and the formula of design.md, "Heads"
@@ -43,7 +43,7 @@ class CerberusHeads(
     tags=["speculative-decoding"],
     paper_url="https://arxiv.org/abs/2410.13344",
 ):
-    """K heads of L layers. New heads are zero: they predict what the base model predicts.
+    """K heads of L layers. New heads are zero: they predict what the target model predicts.
 
     weight        (L, K, D, 2D), or (L, K, D, D) when not chained
     bias          (L, K, D)
@@ -255,16 +255,16 @@ class Drafter:
             anchor = self.embeddings[root].to(self.dtype) * self.anchor_scale
         return ops.head_stack(hidden, anchor, self.weight, self.bias)
 
-    def draft(self, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
-        """The `guesses` best tokens of every head, best first.
+    def draft(self, hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
+        """The `drafts` best tokens of every head, best first.
 
         hidden (B, D): what produced root (B,) int64, after `context` if there is one -> token ids of the model's
-        vocabulary (B, K, guesses) int64, and their log-probabilities within the draft vocabulary (B, K, guesses)
+        vocabulary (B, K, drafts) int64, and their log-probabilities within the draft vocabulary (B, K, drafts)
         float32.
         """
-        if not 1 <= guesses <= self.projection.shape[0]:
-            raise ValueError(f"Drafter.draft: guesses must be in 1..{self.projection.shape[0]}, got {guesses}")
-        ids, logprobs = ops.draft_topk(self.states(hidden, root), self.projection, guesses)
+        if not 1 <= drafts <= self.projection.shape[0]:
+            raise ValueError(f"Drafter.draft: drafts must be in 1..{self.projection.shape[0]}, got {drafts}")
+        ids, logprobs = ops.draft_topk(self.states(hidden, root), self.projection, drafts)
         return (ids if self.draft_vocab is None else self.draft_vocab[ids]), logprobs
 
 
@@ -274,7 +274,7 @@ def packaged_names() -> list[str]:
 
 
 def output_matrix(model: Any) -> Tensor:
-    """The (V, D) matrix of the LM head. Heads guess through a plain product with it, so a bias is refused."""
+    """The (V, D) matrix of the LM head. Heads draft through a plain product with it, so a bias is refused."""
     layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if layer is None:
         raise ValueError(f"CerberusHeads: the model must be a causal LM with an LM head, got {type(model).__name__}")

@@ -8,25 +8,25 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-Corrections = Sequence[tuple[float, float]]  # (slope, shift) of every head, see `corrected`
+PlattScaling = Sequence[tuple[float, float]]  # (slope, shift) of every head, see `corrected`
 Reading = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
-def reading(corrections: Corrections | None) -> Reading:
+def reading(platt: PlattScaling | None) -> Reading:
     """-> what turns log-probabilities (..., K, P) into probabilities.
 
-    corrections: None: they are taken as they are. What is no draft, with a probability of 0 or one that is no number,
+    platt: None: they are taken as they are. What is no draft, with a probability of 0 or one that is no number,
     before or after the correction, gets 0.
     """
     correct: Reading = np.exp
-    if corrections is not None:
-        slope, shift = np.reshape(corrections, (-1, 2)).T[:, :, None]
+    if platt is not None:
+        slope, shift = np.reshape(platt, (-1, 2)).T[:, :, None]
         correct = partial(corrected, slope=slope, shift=shift)
 
     def read(logprobs: NDArray[np.float64]) -> NDArray[np.float64]:
         known = np.isfinite(logprobs)
-        chances = correct(np.where(known, logprobs, 0.0))
-        return np.where(known & np.isfinite(chances), chances, 0.0)
+        probabilities = correct(np.where(known, logprobs, 0.0))
+        return np.where(known & np.isfinite(probabilities), probabilities, 0.0)
 
     return read
 

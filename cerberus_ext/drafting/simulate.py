@@ -1,10 +1,10 @@
 """What drafting would be worth: trees and tokens a step, from where the right token stood among every head's
-guesses.
+drafts.
 
-Everything here works on ranks: ranks[i][k] is the rank, among the guesses of head k + 1 at position i of a
-text, of the token that really stands k + 1 places after the root (0 is the best guess); ABSENT when the text
-ends before it or the head cannot guess it. Worked example: ranks [0, 2] are a step in which the first head's
-best guess was right and so was the second head's third, so the path (0, 2) would have been accepted.
+Everything here works on ranks: ranks[i][k] is the rank, among the drafts of head k + 1 at position i of a
+text, of the token that really stands k + 1 places after the root (0 is the best draft); ABSENT when the text
+ends before it or the head cannot draft it. Worked example: ranks [0, 2] are a step in which the first head's
+best draft was right and so was the second head's third, so the path (0, 2) would have been accepted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ABSENT = 1 << 30
 RankPath = tuple[int, ...]
 
 
-def best_paths(ranks: Iterable[Sequence[int]], count: int, guesses: int) -> list[RankPath]:
+def best_paths(ranks: Iterable[Sequence[int]], count: int, drafts: int) -> list[RankPath]:
     """The `count` paths that were right most often, most frequent first.
 
     A path's beginning is right at least as often as the path, and wins ties, so the root and the first n
@@ -26,7 +26,7 @@ def best_paths(ranks: Iterable[Sequence[int]], count: int, guesses: int) -> list
     seen: Counter[RankPath] = Counter()
     for row in ranks:
         for depth, rank in enumerate(row, start=1):
-            if rank >= guesses:
+            if rank >= drafts:
                 break
             seen[tuple(row[:depth])] += 1
     return sorted(seen, key=lambda path: (-seen[path], len(path), path))[:count]
@@ -55,18 +55,18 @@ def tokens_per_step(texts: Iterable[Sequence[Sequence[int]]], paths: Iterable[Ra
     return tokens / max(1, steps)
 
 
-def conditional_accuracy(ranks: Sequence[Sequence[int]], paths: Iterable[RankPath], guesses: int) -> list[list[float]]:
-    """Entry [k][r]: how often guess r of head k + 1 is right, given a right path of `paths` before it."""
+def conditional_accuracy(ranks: Sequence[Sequence[int]], paths: Iterable[RankPath], drafts: int) -> list[list[float]]:
+    """Entry [k][r]: how often draft r of head k + 1 is right, given a right path of `paths` before it."""
     tree = set(paths) | {()}
     heads = len(ranks[0]) if ranks else 0
-    table = [[0] * guesses for _ in range(heads)]
+    table = [[0] * drafts for _ in range(heads)]
     tried = [0] * heads
     for row in ranks:
         for head, rank in enumerate(row):
             if tuple(row[:head]) not in tree:
                 break
             tried[head] += 1
-            if rank >= guesses:
+            if rank >= drafts:
                 break
             table[head][rank] += 1
     return [[round(hits / max(1, total), 6) for hits in row] for row, total in zip(table, tried, strict=True)]

@@ -1,8 +1,8 @@
-"""Draft trees: which of the heads' guesses one step checks, and how they hang together.
+"""Draft trees: which of the heads' drafts one step checks, and how they hang together.
 
-Node 0 is the root, the token the base model has already chosen. A node at depth d is one guess of head d (heads counted
-from 1), the one of the given rank among that head's guesses, 0 the best. Every path from the root is a guess of how
-the text goes on.
+Node 0 is the root, the token the target model has already chosen. A node at depth d is one draft of head d (heads
+counted from 1), the one of the given rank among that head's drafts, 0 the best. Every path from the root is a draft of
+how the text goes on.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class TreeTensors(NamedTuple):
     parents: Tensor  # (N,) int64, -1 for the root
     ancestors: Tensor  # (N, W) int64: bit j of row i says that node j is on the path from the root to i, i included
     depths: Tensor  # (N,) int64
-    heads: Tensor  # (N - 1,) int64: the head, counted from 0, that guesses node 1, 2, ...
-    ranks: Tensor  # (N - 1,) int64: which of its guesses it is
+    heads: Tensor  # (N - 1,) int64: the head, counted from 0, that drafts node 1, 2, ...
+    ranks: Tensor  # (N - 1,) int64: which of its drafts it is
 
 
 def _integers(what: str, values: Any) -> tuple[int, ...]:
@@ -54,9 +54,9 @@ class DraftTree:
     """A tree, checked once, here; equal trees compare equal.
 
     parents: parents[0] = -1 and parents[i] < i, so that node order is depth order along every path.
-    ranks: ranks[0] = 0, not used; node i is guess number ranks[i] of head depths[i]. Siblings have different ranks.
+    ranks: ranks[0] = 0, not used; node i is draft number ranks[i] of head depths[i]. Siblings have different ranks.
 
-    Example: the root, its two best continuations, and one guess of what follows the better one (ranks along the paths
+    Example: the root, its two best continuations, and one draft of what follows the better one (ranks along the paths
     (0), (1) and (0, 0)):
 
         DraftTree(parents=(-1, 0, 0, 1), ranks=(0, 0, 1, 0)) == DraftTree.from_paths([(0,), (1,), (0, 0)])
@@ -86,7 +86,7 @@ class DraftTree:
             if (parent, rank) in seen:
                 raise ValueError(
                     f"DraftTree: siblings must have different ranks, nodes {seen[parent, rank]} and {node}"
-                    f" are both guess {rank} after node {parent}"
+                    f" are both draft {rank} after node {parent}"
                 )
             seen[parent, rank] = node
 
@@ -102,12 +102,12 @@ class DraftTree:
 
     @cached_property
     def depth(self) -> int:
-        """Guesses on the longest path: how many heads the tree needs, and the most a step can accept."""
+        """Drafts on the longest path: how many heads the tree needs, and the most a step can accept."""
         return max(self.depths)
 
     @cached_property
-    def guesses(self) -> int:
-        """P: how many guesses of every head the tree needs; 0 for a tree that is only a root."""
+    def drafts(self) -> int:
+        """P: how many drafts of every head the tree needs; 0 for a tree that is only a root."""
         return max(self.ranks[1:], default=-1) + 1
 
     def paths(self) -> list[Path]:
@@ -142,17 +142,17 @@ class DraftTree:
 
     @staticmethod
     def root() -> DraftTree:
-        """The tree without guesses: a step with it is an autoregressive step."""
+        """The tree without drafts: a step with it is an autoregressive step."""
         return _ROOT
 
     @staticmethod
     def chain(depth: int) -> DraftTree:
-        """The best guess of each of the first `depth` heads: one path."""
+        """The best draft of each of the first `depth` heads: one path."""
         return DraftTree.from_widths([1] * _at_least("DraftTree.chain: depth", depth, 0))
 
     @staticmethod
     def from_widths(widths: Sequence[int]) -> DraftTree:
-        """Every node at depth d - 1 is followed by head d's widths[d - 1] best guesses: [3, 2] has 1 + 3 + 6 nodes."""
+        """Every node at depth d - 1 is followed by head d's widths[d - 1] best drafts: [3, 2] has 1 + 3 + 6 nodes."""
         paths: list[Path] = []
         level: list[Path] = [()]
         for index, width in enumerate(widths):
@@ -163,7 +163,7 @@ class DraftTree:
 
     @staticmethod
     def from_paths(paths: Iterable[Sequence[int]]) -> DraftTree:
-        """From the ranks along each path: (1, 0) is head 1's second guess followed by head 2's best.
+        """From the ranks along each path: (1, 0) is head 1's second draft followed by head 2's best.
 
         The beginnings of a path come with it. Nodes are ordered by depth, then by ranks, whatever the order of `paths`.
         """
@@ -183,20 +183,20 @@ class DraftTree:
     def from_accuracies(accuracy: Any, size: int) -> DraftTree:
         """The tree of `size` nodes, the root included, with the most tokens to be expected a step.
 
-        accuracy: (K, P), anything numpy understands: entry [k][r] is the probability that guess r of head k + 1 is
-        right where the guesses before it on the path are right. A node is worth the product along its path; the best
-        nodes are taken first. Fewer nodes come back where the K x P guesses do not make that many.
+        accuracy: (K, P), anything numpy understands: entry [k][r] is the probability that draft r of head k + 1 is
+        right where the drafts before it on the path are right. A node is worth the product along its path; the best
+        nodes are taken first. Fewer nodes come back where the K x P drafts do not make that many.
         """
         table = np.asarray(accuracy, dtype=np.float64)
         if table.ndim != 2 or 0 in table.shape:
             raise ValueError(
-                f"DraftTree.from_accuracies: accuracy must be a (heads, guesses) table, got shape {table.shape}"
+                f"DraftTree.from_accuracies: accuracy must be a (heads, drafts) table, got shape {table.shape}"
             )
         if not ((table >= 0) & (table <= 1)).all():  # false for NaN too
             raise ValueError("DraftTree.from_accuracies: accuracy must be probabilities in 0..1, got others")
         _at_least("DraftTree.from_accuracies: size", size, 1)
-        heads, guesses = table.shape
-        possible = sum(guesses**depth for depth in range(heads + 1))
+        heads, drafts = table.shape
+        possible = sum(drafts**depth for depth in range(heads + 1))
         parents, ranks = _host.best_tree(table, min(size, possible))
         return DraftTree(tuple(parents), tuple(ranks))
 
@@ -204,7 +204,7 @@ class DraftTree:
 _ROOT = DraftTree((-1,), (0,))
 
 _MOST_DEFAULT_HEADS = 5
-_DEFAULT_GUESSES = 8
+_DEFAULT_DRAFTS = 8
 
 
 def default_size(device: torch.device) -> int:
@@ -221,9 +221,9 @@ def default_size(device: torch.device) -> int:
 def default_tree(heads: Any, device: torch.device, size: int | None = None) -> DraftTree:
     """The tree for heads on a device: what was measured with the heads, else a general one.
 
-    size: nodes, the root included; None: `default_size(device)`. There are fewer where heads do not guess so much.
+    size: nodes, the root included; None: `default_size(device)`. There are fewer where heads do not draft so much.
     heads: `heads.config.paths` (best paths first) is preferred to `heads.config.accuracy` (K, P). Without either, head
-    k + 1's guess r is taken to be right with probability 0.6 * 0.8^k * 0.4^r, roughly what lightly trained heads reach.
+    k + 1's draft r is taken to be right with probability 0.6 * 0.8^k * 0.4^r, roughly what lightly trained heads reach.
     """
     size = default_size(device) if size is None else size
     config = heads.config
@@ -232,5 +232,5 @@ def default_tree(heads: Any, device: torch.device, size: int | None = None) -> D
     accuracy = getattr(config, "accuracy", None)
     if accuracy is None:
         depth = min(config.num_heads, _MOST_DEFAULT_HEADS)
-        accuracy = [[0.6 * 0.8**k * 0.4**r for r in range(_DEFAULT_GUESSES)] for k in range(depth)]
+        accuracy = [[0.6 * 0.8**k * 0.4**r for r in range(_DEFAULT_DRAFTS)] for k in range(depth)]
     return DraftTree.from_accuracies(accuracy, size)

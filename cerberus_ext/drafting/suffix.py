@@ -1,6 +1,6 @@
-"""Guesses from the text itself: what followed, the last time, what the text now ends with.
+"""Drafts from the text itself: what followed, the last time, what the text now ends with.
 
-How far such a guess can be trusted depends on how long the match is, and on the text: a list repeats itself, a story
+How far such a draft can be trusted depends on how long the match is, and on the text: a list repeats itself, a story
 does not. So every text keeps its own record of matches that were right, and begins with what other texts have shown.
 """
 
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _host
 
-# Chance that the token after a match of 0, 1, 2 ... tokens is the guessed one, in 1898 answers of SmolLM2-135M-Instruct
+# Chance that the token after a match of 0, 1, 2 ... tokens is the drafted one, in 1898 answers of SmolLM2-135M-Instruct
 # (382,584 tokens; a quarter greedy, a quarter at temperature 0.3, the others at 0.7) to questions of
 # bench/training_prompts.py.
 _USUAL = np.array(
@@ -22,19 +22,19 @@ _USUAL = np.array(
     + [0.89] * 3 + [0.91] * 2 + [0.92] * 2 + [0.93] * 4 + [0.98]
 )  # fmt: skip
 _WEIGHT = 10  # tries of a text that count as much as what is usual
-_MOST = 0.995  # no guess is certain
+_MOST = 0.995  # no draft is certain
 
 
-def chances_by_match(record: NDArray[np.int64]) -> NDArray[np.float64]:
-    """record (M + 1, 2): tries and hits by length of the match, of one text -> (M + 1,) chances."""
+def probabilities_by_match(record: NDArray[np.int64]) -> NDArray[np.float64]:
+    """record (M + 1, 2): tries and hits by length of the match, of one text -> (M + 1,) probabilities."""
     usual = _USUAL[np.minimum(np.arange(len(record)), len(_USUAL) - 1)]
     tries, hits = record[:, 0], record[:, 1]
     return np.minimum((hits + _WEIGHT * usual) / (tries + _WEIGHT), _MOST)
 
 
 @dataclass(frozen=True)
-class SuffixSource:
-    """For `decode(sources=...)`: the longest match of the text's end with its own past, and what followed it.
+class SuffixProposer:
+    """For `decode(proposers=...)`: the longest match of the text's end with its own past, and what followed it.
 
     max_match: tokens that a match is followed back, >= 1. max_tokens: of a text that are remembered, about.
     """
@@ -49,7 +49,7 @@ class SuffixSource:
 
 
 class SuffixDrafts:
-    """A `DraftSource`: the continuation of one text by its own index."""
+    """A `Proposer`: the continuation of one text by its own index."""
 
     def __init__(self, index: _host.SuffixIndex) -> None:
         self._index = index
@@ -57,13 +57,13 @@ class SuffixDrafts:
     def extend(self, tokens: list[int]) -> None:
         self._index.extend(tokens)
 
-    def guess(self, most: int) -> tuple[ArrayLike, ArrayLike]:
-        tokens, matches = self._index.guess(most)
-        return tokens, chances_by_match(self._index.record())[matches]
+    def propose(self, most: int) -> tuple[ArrayLike, ArrayLike]:
+        tokens, matches = self._index.propose(most)
+        return tokens, probabilities_by_match(self._index.record())[matches]
 
 
-class DocumentSource:
-    """For `decode(sources=...)`: as SuffixSource, but matches are looked for in documents that were read before.
+class DocumentProposer:
+    """For `decode(proposers=...)`: as SuffixProposer, but matches are looked for in documents that were read before.
 
     documents: token ids of each, as the model's tokenizer gives them. They are indexed here, once; texts share the
     index. max_match: tokens that a match is followed back, >= 1. Raises ValueError for what are no token ids.
@@ -77,7 +77,7 @@ class DocumentSource:
             try:
                 self._index.extend(document)
             except ValueError as error:
-                raise ValueError(f"DocumentSource: documents[{number}] must be token ids: {error}") from error
+                raise ValueError(f"DocumentProposer: documents[{number}] must be token ids: {error}") from error
             self._index.end_document()
 
     def __call__(self, prompt: list[int]) -> DocumentDrafts:
@@ -85,7 +85,7 @@ class DocumentSource:
 
 
 class DocumentDrafts:
-    """A `DraftSource`: the continuation of a text's end by an index of other texts, which stays as it is."""
+    """A `Proposer`: the continuation of a text's end by an index of other texts, which stays as it is."""
 
     def __init__(self, index: _host.SuffixIndex, prompt: list[int]) -> None:
         self._index = index
@@ -94,10 +94,10 @@ class DocumentDrafts:
 
     def extend(self, tokens: list[int]) -> None:
         for token in tokens:
-            guessed, matches = self._index.guess_after(self._tail, 1)
-            self._record[matches[0] if len(matches) else 0] += (1, int(len(guessed) > 0 and guessed[0] == token))
+            drafted, matches = self._index.propose_after(self._tail, 1)
+            self._record[matches[0] if len(matches) else 0] += (1, int(len(drafted) > 0 and drafted[0] == token))
             self._tail = [*self._tail, token][-self._index.max_match :]
 
-    def guess(self, most: int) -> tuple[ArrayLike, ArrayLike]:
-        tokens, matches = self._index.guess_after(self._tail, most)
-        return tokens, chances_by_match(self._record)[matches]
+    def propose(self, most: int) -> tuple[ArrayLike, ArrayLike]:
+        tokens, matches = self._index.propose_after(self._tail, most)
+        return tokens, probabilities_by_match(self._record)[matches]

@@ -20,7 +20,7 @@ Key = tuple[str, str, int, bool]  # device, dtype, threads, compiled: what an en
 class Expected:
     """What decoding is expected to do, on texts that nothing was fitted on.
 
-    tokens_per_second, plain_tokens_per_second: of the steps, without the prompt; with the setting, and without guesses;
+    tokens_per_second, plain_tokens_per_second: of the steps, without the prompt; with the setting, and without drafts;
         at a pace that validation has corrected, see calibration/validate.py
     """
 
@@ -28,7 +28,7 @@ class Expected:
     plain_tokens_per_second: float
     tokens_per_step: float
     gate_open_rate: float
-    wasted_step_rate: float
+    zero_accept_rate: float
 
     @property
     def speed_up(self) -> float:
@@ -130,7 +130,7 @@ def gate_to_json(gate: Gate) -> dict[str, Any]:
             "trees": None if gate.own_trees is None else [tree_to_text(tree) for tree in gate.own_trees],
             "margin": gate.margin,
             "rate": gate.rate,
-            "corrections": None if gate.corrections is None else [list(line) for line in gate.corrections],
+            "platt": None if gate.platt is None else [list(line) for line in gate.platt],
         }
     return {"kind": "open"}
 
@@ -150,9 +150,9 @@ def gate_from_json(values: dict[str, Any]) -> Gate:
             trees=None if values["trees"] is None else [tree_from_text(text) for text in values["trees"]],
             margin=_number("margin", values["margin"]),
             rate=None if values["rate"] is None else _number("rate", values["rate"]),
-            corrections=None
-            if values["corrections"] is None
-            else [(_number("slope", slope), _number("shift", shift)) for slope, shift in values["corrections"]],
+            platt=None
+            if values["platt"] is None
+            else [(_number("slope", slope), _number("shift", shift)) for slope, shift in values["platt"]],
         )
     raise ValueError(f"gate must be open, entropy or confidence, got {kind!r}")
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..drafting.dynamic_tree import MOST_GUESSES, DynamicTree
+from ..drafting.dynamic_tree import MAX_DRAFTS, DynamicTree
 from ..drafting.gate import ConfidenceGate
 from ..drafting.heads import PRETRAINED, CerberusHeads, fingerprint
 from ..io.default_model import cache_dir
@@ -156,17 +156,17 @@ def _read(heads: CerberusHeads, key: Key) -> Calibration | None:
 
 def _checked(calibration: Calibration, heads: CerberusHeads) -> Calibration:
     gate = calibration.gate
-    if isinstance(gate, ConfidenceGate) and gate.corrections and len(gate.corrections) != heads.config.num_heads:
-        raise ValueError("a calibrated gate has corrections for another number of heads")
+    if isinstance(gate, ConfidenceGate) and gate.platt and len(gate.platt) != heads.config.num_heads:
+        raise ValueError("a calibrated gate has platt for another number of heads")
     if isinstance(calibration.tree, DynamicTree):
         gate.check_size(calibration.tree.size)
-        if len(calibration.tree.corrections or range(heads.config.num_heads)) != heads.config.num_heads:
-            raise ValueError("a calibrated tree has corrections for another number of heads")
+        if len(calibration.tree.platt or range(heads.config.num_heads)) != heads.config.num_heads:
+            raise ValueError("a calibrated tree has platt for another number of heads")
         return calibration
     for tree in {calibration.tree, *gate.trees(calibration.tree)}:
-        most = min(MOST_GUESSES, heads.config.draft_vocab or heads.config.vocab_size)
-        if tree.depth > heads.config.num_heads or tree.guesses > most:
-            raise ValueError("a calibrated tree is larger than what the heads can guess")
+        most = min(MAX_DRAFTS, heads.config.draft_vocab or heads.config.vocab_size)
+        if tree.depth > heads.config.num_heads or tree.drafts > most:
+            raise ValueError("a calibrated tree is larger than what the heads can draft")
     return calibration
 
 

@@ -15,7 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList
 from ..drafting.dynamic_tree import DynamicTree
 from ..drafting.gate import Gate, wants_draft_trees
 from ..drafting.static_tree import DraftTree
-from ..runtime.stepper import Drafter, Sampling, guesses_along_paths
+from ..runtime.stepper import Drafter, Sampling, drafts_along_paths
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -68,11 +68,11 @@ def check_heads(heads: Any) -> None:
 
 
 def check_looking_ahead(drafter: Drafter, tree: DraftTree | DynamicTree) -> None:
-    """Heads that guess without a tree, where the tree or the gate wants to see what they guess before it decides."""
-    if guesses_along_paths(drafter):
+    """Heads that draft without a tree, where the tree or the gate wants to see what they draft before it decides."""
+    if drafts_along_paths(drafter):
         dynamic = isinstance(tree, DynamicTree)
-        must = "tree must be a DraftTree" if dynamic else "gate must not choose by the guesses' probabilities"
-        raise ValueError(f"decode: {must} with these heads, which guess along the paths of a tree that has been chosen")
+        must = "tree must be a DraftTree" if dynamic else "gate must not choose by the drafts' probabilities"
+        raise ValueError(f"decode: {must} with these heads, which draft along the paths of a tree that has been chosen")
 
 
 def prompt_ids(ids: Any, attention_mask: Any, model: PreTrainedModel) -> Tensor:
@@ -146,10 +146,9 @@ def check_tree(tree: Any, num_heads: int) -> DraftTree | DynamicTree:
             f"decode: tree must be a number of nodes, a DraftTree, a DynamicTree or None, got {type(tree).__name__}"
         )
     if isinstance(tree, DynamicTree):
-        if tree.corrections is not None and len(tree.corrections) != num_heads:
+        if tree.platt is not None and len(tree.platt) != num_heads:
             raise ValueError(
-                f"decode: tree must have a correction for each of the {num_heads} heads, or None,"
-                f" got {len(tree.corrections)}"
+                f"decode: tree must have a correction for each of the {num_heads} heads, or None, got {len(tree.platt)}"
             )
     elif tree.depth > num_heads:
         raise ValueError(f"decode: tree must not be deeper than the heads, {num_heads}, got a depth of {tree.depth}")
@@ -167,15 +166,15 @@ def check_gate(gate: Any, tree: DraftTree | DynamicTree) -> Gate:
     return gate
 
 
-def check_sources(sources: Any, tree: Any) -> None:
-    """A sequence of what makes sources, for a tree that has a place for their guesses."""
-    if not isinstance(sources, Sequence) or not all(map(callable, sources)):
+def check_proposers(proposers: Any, tree: Any) -> None:
+    """A sequence of what makes proposers, for a tree that has a place for their drafts."""
+    if not isinstance(proposers, Sequence) or not all(map(callable, proposers)):
         raise TypeError(
-            "decode: sources must be None or a sequence of callables that make a DraftSource of a prompt,"
-            f" got {type(sources).__name__}"
+            "decode: proposers must be None or a sequence of callables that make a Proposer of a prompt,"
+            f" got {type(proposers).__name__}"
         )
-    if sources and isinstance(tree, DraftTree):
-        raise ValueError("decode: sources must be None or empty with a DraftTree, whose guesses are the heads'")
+    if proposers and isinstance(tree, DraftTree):
+        raise ValueError("decode: proposers must be None or empty with a DraftTree, whose drafts are the heads'")
 
 
 def _number(value: Any, kind: type) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 from ..drafting.dynamic_tree import DynamicTree
 from ..drafting.gate import Gate
-from ..drafting.proposers import SourceMaker
+from ..drafting.proposers import ProposerFactory
 from ..drafting.static_tree import DraftTree
 from ..runtime.stats import DecodeStats
 from ..runtime.stepper import HeadsLike, Sampling
@@ -25,9 +25,9 @@ def compile_ahead(
     *,
     tree: int | DraftTree | DynamicTree | None = None,
     gate: Gate | None = None,
-    sources: Sequence[SourceMaker] | None = None,
+    proposers: Sequence[ProposerFactory] | None = None,
 ) -> DecodeStats:
-    """Compiles what `decode(model, heads, ids, tree=..., gate=..., sources=..., compile=True)` may need: a step of
+    """Compiles what `decode(model, heads, ids, tree=..., gate=..., proposers=..., compile=True)` may need: a step of
     each number of nodes. Later decodes of the model then wait for nothing.
 
     Returns statistics of which `compilations`, `compile_seconds` and `row_invariant` are set. Raises CompileError
@@ -38,12 +38,12 @@ def compile_ahead(
     from .plan import make_plan
 
     threads_after_fork()
-    plan, stats = make_plan(model, heads, tree, gate, sources, compiled=True), DecodeStats()
+    plan, stats = make_plan(model, heads, tree, gate, proposers, compiled=True), DecodeStats()
     steps = compiled_steps(model, plan.sizes, stats)
     with (
         torch.inference_mode(),
         open_stepper(
-            model, plan.heads, 1 + max(plan.sizes), 1, plan.guesses, plan.looks_ahead, Sampling(), stats, None, steps
+            model, plan.heads, 1 + max(plan.sizes), 1, plan.drafts, plan.looks_ahead, Sampling(), stats, None, steps
         ) as stepper,
     ):
         stepper.prefill(torch.zeros((1, 1), dtype=torch.int64, device=model.device))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..drafting.dynamic_tree import DynamicTree, StepTree, TreeGrower
 from ..drafting.gate import Gate, answers
-from ..drafting.proposers import SourceMaker
+from ..drafting.proposers import ProposerFactory
 from ..drafting.static_tree import DraftTree
 from ..runtime.stats import DecodeOutput
 from ..runtime.stepper import HeadsLike, Stepper
@@ -34,7 +34,7 @@ def decode(
     max_new_tokens: int = 256,
     tree: int | DraftTree | DynamicTree | None = None,
     gate: Gate | None = None,
-    sources: Sequence[SourceMaker] | None = None,
+    proposers: Sequence[ProposerFactory] | None = None,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -49,20 +49,20 @@ def decode(
 
     model: a decoder-only transformers model with a key/value cache (full or sliding attention), in evaluation mode, on
         one device. It is left as it was, also when this raises.
-    heads: CerberusHeads, or anything else that guesses; None: only `sources` guess. They never change the text. What
+    heads: CerberusHeads, or anything else that drafts; None: only `proposers` draft. They never change the text. What
         is no draft (a probability that is 0 or no number, a token that the model does not have) is left out.
     ids: (1, S) or (S,) integers on the model's device, a list of them, or what a tokenizer returns (input_ids, and
         attention_mask): the prompt. attention_mask: None or all ones.
     max_new_tokens: at most so many tokens are generated, >= 0; fewer, with a warning, where a model that looks up its
         positions in a table has no more of them.
-    tree: which guesses a step checks: a DynamicTree, or its number of nodes, those that are most likely right at this
+    tree: which drafts a step checks: a DynamicTree, or its number of nodes, those that are most likely right at this
         step, a DraftTree always the same of the heads' alone. None: the one that `calibrate` found for these heads on
         this device, with this dtype and, on a CPU, torch.get_num_threads(), with `compile` of compiled steps, if that
         was calibrated; where there is none, a DynamicTree, or, for other heads than CerberusHeads and for a gate that
         chooses among DraftTrees, `default_tree`.
     gate: when, and with which tree. None: the calibrated one where the tree is, too; otherwise at every step.
-    sources: who guesses besides the heads, see draft_sources.py; None: the text's own past, `[SuffixSource()]`, with a
-        DynamicTree; a DraftTree has none.
+    proposers: who drafts besides the heads, see draft_sources.py; None: the text's own past, `[SuffixProposer()]`, with
+        a DynamicTree; a DraftTree has none.
     temperature: 0 takes the most likely token, as `model.generate(do_sample=False)` does. What model.generation_config
         says about the text is applied first, as there, see logit_rules.py; steps are then not recorded. Above 0,
         tokens are drawn, with noise determined by seed and position, so that for a seed the text is the same whatever
@@ -72,7 +72,7 @@ def decode(
         output_scores. The streamer gets the prompt when nothing more is refused; its `end` is called once, also where
         this raises or is interrupted.
     graphs: steps as CUDA graphs, see graphs.py. None: where possible; True: or an error; False: not.
-    compile: on a CPU, the base model's steps go through torch.compile, see compiled_step.py. The first decode of a
+    compile: on a CPU, the target model's steps go through torch.compile, see compiled_step.py. The first decode of a
         process waits until they are compiled.
 
     Returns sequences (1, S + new) int64 and stats; `stats.exact` tells whether drafts can never change a token, see
@@ -96,7 +96,7 @@ def decode(
     checks.check_streamer(streamer)
     checks.check_graphs(graphs)
     checks.check_compile(compile, graphs)
-    plan = make_plan(model, heads, tree, gate, sources, compile)
+    plan = make_plan(model, heads, tree, gate, proposers, compile)
     stopping = checks.stopping_criteria_list(stopping_criteria)
     eos = checks.eos_token_ids(eos_token_id, model)
     rules = logit_rules(model, ids, max_new_tokens, eos)
@@ -115,12 +115,12 @@ def decode(
         text.begin()
     else:
         capacity = ids.shape[1] + most + plan.most_nodes
-        drafting = (model, plan.heads, capacity, ids.shape[0], plan.guesses, plan.looks_ahead)
+        drafting = (model, plan.heads, capacity, ids.shape[0], plan.drafts, plan.looks_ahead)
         with (
             torch.inference_mode(),
             open_stepper(*drafting, sampling, stats, graphs, steps, rules) as stepper,
         ):
-            if plan.looks_ahead and plan.guesses:
+            if plan.looks_ahead and plan.drafts:
                 checks.check_looking_ahead(stepper.drafter, plan.tree)
             with stats.phase("prefill"):
                 first = stepper.prefill(ids)
@@ -130,7 +130,7 @@ def decode(
                 text.begin()
                 text.add(first)
             while not text.ended:
-                # A step gains one token more than it accepts guesses.
+                # A step gains one token more than it accepts drafts.
                 deepest = min(text.remaining - 1, stepper.deepest())
                 tokens = take_step(stepper, plan.gate, trees, deepest if plan.most_nodes > 1 else 0)
                 with stats.phase("commit"):
@@ -150,7 +150,7 @@ def decode(
 def take_step(stepper: Stepper, gate: Gate, trees: DraftTree | TreeGrower, deepest: int) -> list[int]:
     """Asks the gate, and runs a step with what it answers, cut to depth `deepest` -> the tokens gained.
 
-    deepest: 0 where a guess is of no use; the gate is then not asked.
+    deepest: 0 where a draft is of no use; the gate is then not asked.
     """
     with stepper.stats.phase("draft"):
         chosen = ask(gate, trees, stepper, deepest) if deepest > 0 else None
@@ -167,7 +167,7 @@ class Signals(Protocol):
 
     def logprobs(self) -> Tensor: ...
 
-    def guesses(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...
+    def drafts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...
 
 
 def ask(gate: Gate, trees: DraftTree | TreeGrower, step: Signals, deepest: int) -> DraftTree | StepTree | None:

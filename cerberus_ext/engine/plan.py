@@ -1,4 +1,4 @@
-"""How one decode drafts: heads, tree, gate and sources, checked together and with their defaults."""
+"""How one decode drafts: heads, tree, gate and proposers, checked together and with their defaults."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from ..drafting.dynamic_tree import DynamicTree, TreeGrower, padded_size
 from ..drafting.gate import AlwaysClosed, AlwaysOpen, Gate, answers, wants_draft_trees
 from ..drafting.heads import CerberusHeads, input_matrix
-from ..drafting.proposers import SourceMaker, make_source
+from ..drafting.proposers import ProposerFactory, make_proposer
 from ..drafting.static_tree import DraftTree, default_size, default_tree
-from ..drafting.suffix import SuffixSource
+from ..drafting.suffix import SuffixProposer
 from ..runtime.stepper import HeadsLike
 from . import checks
 from .calibration_store import find
@@ -28,32 +28,32 @@ _FILLED_SIZES = (4, 8, 16, 32, 64)
 
 
 class NoHeads:
-    """For decoding with other sources alone."""
+    """For decoding with other proposers alone."""
 
     config = SimpleNamespace(num_heads=0)
 
     def bind(self, model: PreTrainedModel) -> Any:
-        return None  # nobody asks it: no tree has guesses of heads
+        return None  # nobody asks it: no tree has drafts of heads
 
 
 @dataclass(frozen=True)
 class Plan:
-    """makers: of the sources besides the heads; none for a DraftTree. vocabulary: the model's, in tokens."""
+    """makers: of the proposers besides the heads; none for a DraftTree. vocabulary: the model's, in tokens."""
 
     heads: HeadsLike
     tree: DraftTree | DynamicTree
     gate: Gate
-    makers: tuple[SourceMaker, ...]
+    makers: tuple[ProposerFactory, ...]
     vocabulary: int
 
     @property
-    def guesses(self) -> int:
-        """P: how many guesses of each head any step looks at; 0: the heads are not asked."""
-        guesses = most_guesses(self.tree, self.gate)
+    def drafts(self) -> int:
+        """P: how many drafts of each head any step looks at; 0: the heads are not asked."""
+        drafts = max_drafts(self.tree, self.gate)
         if isinstance(self.tree, DynamicTree):
             known = getattr(self.heads.config, "draft_vocab", None) or self.vocabulary
-            return min(guesses, known) if self.heads.config.num_heads else 0
-        return guesses
+            return min(drafts, known) if self.heads.config.num_heads else 0
+        return drafts
 
     @property
     def most_nodes(self) -> int:
@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether the host wants to see the heads' guesses before it chooses a tree."""
+        """Whether the host wants to see the heads' drafts before it chooses a tree."""
         return isinstance(self.tree, DynamicTree) or answers(self.gate, "choose")
 
     def without_drafts(self) -> Plan:
@@ -81,9 +81,9 @@ class Plan:
         return begin_trees(self.tree, self.makers, text, self.vocabulary)
 
 
-def most_guesses(tree: DraftTree | DynamicTree, gate: Gate) -> int:
+def max_drafts(tree: DraftTree | DynamicTree, gate: Gate) -> int:
     """Of each head, that any step's tree may hold."""
-    return tree.useful_guesses if isinstance(tree, DynamicTree) else max(one.guesses for one in gate.trees(tree))
+    return tree.useful_drafts if isinstance(tree, DynamicTree) else max(one.drafts for one in gate.trees(tree))
 
 
 def compiled_sizes(tree: DraftTree | DynamicTree, gate: Gate) -> set[int]:
@@ -94,20 +94,22 @@ def compiled_sizes(tree: DraftTree | DynamicTree, gate: Gate) -> set[int]:
 
 
 def begin_trees(
-    tree: DraftTree | DynamicTree, makers: Sequence[SourceMaker], text: list[int], vocabulary: int
+    tree: DraftTree | DynamicTree, makers: Sequence[ProposerFactory], text: list[int], vocabulary: int
 ) -> DraftTree | TreeGrower:
-    """What makes the trees of a text: a DraftTree itself, else a grower with sources of its own."""
+    """What makes the trees of a text: a DraftTree itself, else a grower with proposers of its own."""
     if isinstance(tree, DraftTree):
         return tree
-    sources = [make_source(maker, number, list(text)) for number, maker in enumerate(makers)]
-    return TreeGrower(tree, sources, vocabulary)
+    proposers = [make_proposer(maker, number, list(text)) for number, maker in enumerate(makers)]
+    return TreeGrower(tree, proposers, vocabulary)
 
 
-def makers_for(tree: DraftTree | DynamicTree, sources: Sequence[SourceMaker] | None) -> tuple[SourceMaker, ...]:
-    """decode's `sources`; None: the text's own past for a DynamicTree, nobody for a DraftTree."""
-    if sources is not None:
-        return tuple(sources)
-    return (SuffixSource(),) if isinstance(tree, DynamicTree) else ()
+def makers_for(
+    tree: DraftTree | DynamicTree, proposers: Sequence[ProposerFactory] | None
+) -> tuple[ProposerFactory, ...]:
+    """decode's `proposers`; None: the text's own past for a DynamicTree, nobody for a DraftTree."""
+    if proposers is not None:
+        return tuple(proposers)
+    return (SuffixProposer(),) if isinstance(tree, DynamicTree) else ()
 
 
 def default_dynamic_tree(device: torch.device) -> DynamicTree:
@@ -120,7 +122,7 @@ def make_plan(
     heads: HeadsLike | None,
     tree: int | DraftTree | DynamicTree | None,
     gate: Gate | None,
-    sources: Sequence[SourceMaker] | None,
+    proposers: Sequence[ProposerFactory] | None,
     compiled: bool = False,
 ) -> Plan:
     """The arguments of `decode`, checked and completed as described there. compiled: its `compile`."""
@@ -128,17 +130,17 @@ def make_plan(
     checks.check_heads(heads)
     if tree is not None:
         tree = checks.check_tree(tree, heads.config.num_heads)
-    if sources is not None:
-        checks.check_sources(sources, tree)
+    if proposers is not None:
+        checks.check_proposers(proposers, tree)
     if isinstance(gate, AlwaysClosed):
         tree = DraftTree.root()  # nothing is to be drafted
     if tree is None:
         calibrated = find(heads, model.device, model.dtype, torch.get_num_threads(), compiled)
         static = isinstance(gate, Gate) and wants_draft_trees(gate)
-        if calibrated and (not static if isinstance(calibrated.tree, DynamicTree) else sources is None):
+        if calibrated and (not static if isinstance(calibrated.tree, DynamicTree) else proposers is None):
             tree, gate = calibrated.tree, calibrated.gate if gate is None else gate
-        elif sources is None and not isinstance(heads, NoHeads) and (static or not isinstance(heads, CerberusHeads)):
-            tree = default_tree(heads, model.device)  # other heads may guess along the paths of a given tree
+        elif proposers is None and not isinstance(heads, NoHeads) and (static or not isinstance(heads, CerberusHeads)):
+            tree = default_tree(heads, model.device)  # other heads may draft along the paths of a given tree
         else:
             tree = default_dynamic_tree(model.device)
     gate = AlwaysOpen() if gate is None else checks.check_gate(gate, tree)
@@ -148,4 +150,4 @@ def make_plan(
         for one in gate.trees(tree):
             checks.check_tree(one, heads.config.num_heads)
     vocabulary = input_matrix(model).shape[0]
-    return Plan(heads, tree, gate, makers_for(tree, sources), vocabulary)
+    return Plan(heads, tree, gate, makers_for(tree, proposers), vocabulary)

@@ -14,7 +14,7 @@ from .texts import NEAR_TIE_UNITS, is_near_tie
 from .ways import AUTOREGRESSIVE, AUTOREGRESSIVE_COMPILED, BOTH, GENERATE, MEDUSA, STATIC
 
 ALL = "all"
-BASELINES = (AUTOREGRESSIVE, AUTOREGRESSIVE_COMPILED, GENERATE)  # what does not guess
+BASELINES = (AUTOREGRESSIVE, AUTOREGRESSIVE_COMPILED, GENERATE)  # what does not draft
 REFERENCES = (*BASELINES, STATIC, BOTH)  # what speed-ups are over
 Row = dict[str, Any]
 
@@ -103,7 +103,7 @@ def decode_numbers(rows: Sequence[Row], tokens: int) -> dict[str, Any]:
         "tokens_per_step": ratio(sum(one["step_tokens"] for one in stats), steps),
         "nodes_per_step": ratio(sum(nodes for one in stats for nodes, _ in one["trace"]), steps),
         "accepted_histogram": histogram,
-        "accepts_nothing": ratio(sum(one["wasted_steps"] for one in stats), opened),
+        "accepts_nothing": ratio(sum(one["zero_accept_steps"] for one in stats), opened),
         "gate_open_rate": ratio(opened, steps),
         "tokens_per_second": ratio(tokens - len(rows), after_prompt),  # a text's first token comes with its prompt
         "seconds": {**parts, "rest": total - sum(parts.values())},

@@ -10,7 +10,7 @@ from typing import Any
 from .plots import TITLES
 from .results import Results
 from .tables import equality_lines, facts, number, tables
-from .tokens import Guess, guesses_of
+from .tokens import Draft, drafts_of
 from .ways import AUTOREGRESSIVE, BOTH
 
 STYLE = """
@@ -86,16 +86,16 @@ def figure(title: str, image: bytes) -> str:
     return f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{data}"></figure>'
 
 
-# ---------------------------------------------------------------- who guessed which token
+# ---------------------------------------------------------------- who drafted which token
 
 HEAD_HUES = (215, 150, 45, 10, 320, 240)  # from blue over green and orange to red
 SOURCE_HUES = (280, 185, 75)  # between those of the heads
 
-View = dict[str, Any]  # question, asked, ways: name -> [(piece, Guess)], and the tokens a step
+View = dict[str, Any]  # question, asked, ways: name -> [(piece, Draft)], and the tokens a step
 
 
 def views(summary: dict[str, Any], results: Results) -> list[View]:
-    """The texts to show, of the ways with guesses."""
+    """The texts to show, of the ways with drafts."""
     found = []
     for row in list(results):
         if not row.get("pieces"):
@@ -105,8 +105,8 @@ def views(summary: dict[str, Any], results: Results) -> list[View]:
             if pieces is None or name == AUTOREGRESSIVE:
                 continue
             stats = results[f"{row['key']}/{name}"]["stats"]
-            guesses = guesses_of(stats["trace"], stats.get("trace_sources"), len(pieces))
-            ways[name] = (list(zip(pieces, guesses, strict=True)), stats["step_tokens"] / max(1, stats["steps"]))
+            drafts = drafts_of(stats["trace"], stats.get("trace_proposers"), len(pieces))
+            ways[name] = (list(zip(pieces, drafts, strict=True)), stats["step_tokens"] / max(1, stats["steps"]))
         if ways:
             question, turn, _ = row["key"].split("/")
             category = results[f"{row['key']}/{AUTOREGRESSIVE}"]["category"]
@@ -116,18 +116,18 @@ def views(summary: dict[str, Any], results: Results) -> list[View]:
 
 
 def legend(shown: list[View]) -> list[tuple[str, str, str]]:
-    """(class, what it means, colour) of all who guessed: heads by depth, then other sources."""
-    guesses = [guess for view in shown for text, _ in view["ways"].values() for _, guess in text]
-    heads = range(1, max((guess.head for guess in guesses), default=0) + 1)
-    sources = range(1, max((guess.source for guess in guesses), default=0) + 1)
+    """(class, what it means, colour) of all who drafted: heads by depth, then other proposers."""
+    drafts = [draft for view in shown for text, _ in view["ways"].values() for _, draft in text]
+    heads = range(1, max((draft.head for draft in drafts), default=0) + 1)
+    proposers = range(1, max((draft.proposer for draft in drafts), default=0) + 1)
     return [
         *((f"h{head}", f"head {head}", tint(HEAD_HUES, head)) for head in heads),
-        *((f"s{source}", f"source {source}", tint(SOURCE_HUES, source)) for source in sources),
+        *((f"s{proposer}", f"proposer {proposer}", tint(SOURCE_HUES, proposer)) for proposer in proposers),
     ]
 
 
 def tint(hues: Sequence[int], number: int) -> str:
-    """Of head or source `number`, counted from 1. See-through, so that it reads on a light and on a dark page."""
+    """Of head or proposer `number`, counted from 1. See-through, so that it reads on a light and on a dark page."""
     return f"hsl({hues[(number - 1) % len(hues)]} 85% 50% / .32)"
 
 
@@ -136,18 +136,18 @@ def texts(shown: list[View]) -> list[str]:
         return []
     named = [f'<span class="{name}">{meaning}</span>' for name, meaning, _ in legend(shown)]
     lines = [
-        "<h2>Who guessed which token</h2>",
-        f'<p class="key">{" ".join(["<span>no colour: the base model itself</span>", *named])}</p>',
-        '<p class="note">A thin line begins a step; point at a token for its step and its node of the tree. Sources are'
-        " those of <code>decode</code> besides the heads; the built-in ways have one, the text's own past.</p>",
+        "<h2>Who drafted which token</h2>",
+        f'<p class="key">{" ".join(["<span>no colour: the target model itself</span>", *named])}</p>',
+        '<p class="note">A thin line begins a step; point at a token for its step and its node of the tree. Proposers'
+        " are those of <code>decode</code> besides the heads; the built-in ways have one, the text's own past.</p>",
     ]
     for index, view in enumerate(shown):
         lines += [f"<h3>{escape(view['title'])}</h3>", f'<p class="asked">{escape(view["asked"])}</p>']
         for name, (text, per_step) in view["ways"].items():
             favourite = BOTH if BOTH in view["ways"] else next(iter(view["ways"]))
             opened = " open" if index == 0 and name == favourite else ""
-            spans = "".join(span(piece, guess, before) for (piece, guess), before in zip(
-                text, [None, *(guess for _, guess in text)], strict=False
+            spans = "".join(span(piece, draft, before) for (piece, draft), before in zip(
+                text, [None, *(draft for _, draft in text)], strict=False
             ))  # fmt: skip
             lines.append(
                 f"<details{opened}><summary>{escape(name)}: {number(per_step, '{:.2f}')} tokens a step</summary>"
@@ -156,15 +156,15 @@ def texts(shown: list[View]) -> list[str]:
     return lines
 
 
-def span(piece: str, guess: Guess, before: Guess | None) -> str:
-    """One token. before: the guess of the token before it."""
-    classes, who = [], "base model"
-    if guess.head:
-        classes, who = [f"h{guess.head}"], f"head {guess.head}, node {guess.node} of {guess.nodes}"
-    elif guess.source:
-        classes, who = [f"s{guess.source}"], f"source {guess.source}, node {guess.node} of {guess.nodes}"
-    if before is not None and before.step != guess.step:
+def span(piece: str, draft: Draft, before: Draft | None) -> str:
+    """One token. before: the draft of the token before it."""
+    classes, who = [], "target model"
+    if draft.head:
+        classes, who = [f"h{draft.head}"], f"head {draft.head}, node {draft.node} of {draft.nodes}"
+    elif draft.proposer:
+        classes, who = [f"s{draft.proposer}"], f"proposer {draft.proposer}, node {draft.node} of {draft.nodes}"
+    if before is not None and before.step != draft.step:
         classes.append("first")
-    title = f"step {guess.step}: {who}" if guess.step else "from the prompt's forward"
+    title = f"step {draft.step}: {who}" if draft.step else "from the prompt's forward"
     attribute = f' class="{" ".join(classes)}"' if classes else ""
     return f'<span{attribute} title="{title}">{escape(piece)}</span>'

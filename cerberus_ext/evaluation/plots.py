@@ -34,7 +34,7 @@ COLOURS = (
 PHASES = {"prefill": "#b8b8b8", "draft": "#d55e00", "verify": "#0072b2", "rest": "#f0b000"}
 TITLES = {
     "speed_up": "Speed-up over the autoregressive way, by category",
-    "accepted": "Guesses accepted in a step",
+    "accepted": "Drafts accepted in a step",
     "time": "Where the time goes",
 }
 
@@ -117,7 +117,7 @@ def accepted(summary: dict[str, Any]) -> Figure:
         shares = [100 * count / total for count in histogram]
         axes.bar(places, shares, width, color=colour_of(summary, name), label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("accepted guesses")
+    axes.set_xlabel("accepted drafts")
     axes.set_ylabel("% of the steps")
     axes.set_title(TITLES["accepted"])
     axes.legend(frameon=False)

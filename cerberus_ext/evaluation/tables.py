@@ -11,7 +11,7 @@ from .ways import AUTOREGRESSIVE, AUTOREGRESSIVE_COMPILED, BOTH, STATIC
 NOTHING = "–"
 GAINS = {
     STATIC: "What other ways to use the same heads gain over one tree for all steps.",
-    BOTH: "It guesses at every step: what the calibrated way gains over it is the gate's, and the size's.",
+    BOTH: "It drafts at every step: what the calibrated way gains over it is the gate's, and the size's.",
 }
 
 
@@ -71,7 +71,7 @@ def tables(summary: dict[str, Any]) -> list[tuple[str, str, list[list[str]]]]:
         ("Share of the steps that are open", "gate_open_rate", "{:.1%}"),
     ):
         found.append((f"{title}, by category", "", by_category(summary, what, form)))
-    found.append(("Accepted guesses, share of the steps", "", histograms(summary)))
+    found.append(("Accepted drafts, share of the steps", "", histograms(summary)))
     if summary["over_medusa"]:
         found.append(("Tokens a step over Medusa's heads", "", medusa_rows(summary)))
     if summary["compiled"]:

@@ -1,4 +1,4 @@
-"""A text token by token: how each reads, and who guessed it."""
+"""A text token by token: how each reads, and who drafted it."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ if TYPE_CHECKING:
 _UNFINISHED = "\ufffd"
 
 
-class Guess(NamedTuple):
+class Draft(NamedTuple):
     """From where a token came.
 
-    step: counted from 1; 0: the prompt's forward. head: that guessed it, counted from 1; source: that guessed it, as in
-    DecodeStats.trace_sources; both 0: the base model chose it. node: of the step's tree, which has `nodes`.
+    step: counted from 1; 0: the prompt's forward. head: that drafted it, counted from 1; proposer: that drafted it, as
+    in DecodeStats.trace_proposers; both 0: the target model chose it. node: of the step's tree, which has `nodes`.
     """
 
     step: int
     head: int = 0
     node: int = 0
     nodes: int = 1
-    source: int = 0
+    proposer: int = 0
 
 
-def guesses_of(
-    trace: Sequence[tuple[int, Sequence[int]]], sources: Sequence[Sequence[int]] | None, tokens: int
-) -> list[Guess]:
-    """trace, sources: as in DecodeStats; None: only heads have guessed -> one entry for each of the text's `tokens`.
+def drafts_of(
+    trace: Sequence[tuple[int, Sequence[int]]], proposers: Sequence[Sequence[int]] | None, tokens: int
+) -> list[Draft]:
+    """trace, proposers: as in DecodeStats; None: only heads have drafted -> one entry for each of the text's `tokens`.
 
-    A step that accepts a guesses gains them and one token of the base model. The text may end within the last step.
+    A step that accepts a drafts gains them and one token of the target model. The text may end within the last step.
     """
-    found = [Guess(0)]
+    found = [Draft(0)]
     for step, (nodes, path) in enumerate(trace, start=1):
-        who = [0] * len(path) if sources is None else sources[step - 1]
-        for depth, (node, source) in enumerate(zip(path, who, strict=True), start=1):
-            found.append(Guess(step, 0 if source else depth, node, nodes, source))
-        found.append(Guess(step, nodes=nodes))
+        who = [0] * len(path) if proposers is None else proposers[step - 1]
+        for depth, (node, proposer) in enumerate(zip(path, who, strict=True), start=1):
+            found.append(Draft(step, 0 if proposer else depth, node, nodes, proposer))
+        found.append(Draft(step, nodes=nodes))
     return found[:tokens]
 
 

@@ -11,18 +11,18 @@ anything is timed and returns a DecodeStats that tells what was compiled.
 
 Those that are built in:
 
-    autoregressive        this loop without guesses
-    generate              transformers' `generate`; prompt-lookup, assisted: the same with its ways to guess
+    autoregressive        this loop without drafts
+    generate              transformers' `generate`; prompt-lookup, assisted: the same with its ways to draft
     medusa                Medusa's heads, the same tree at every step
-    suffix                a tree made anew at every step, of what the text's own past says; no heads
+    suffix                a tree new at every step, of what the text's own past says; no heads
     cerberus-static       the heads, the same tree at every step
-    cerberus-dynamic      the heads, a tree made anew at every step
-    cerberus              the heads and the text's own past, a tree made anew at every step
+    cerberus-dynamic      the heads, a tree new at every step
+    cerberus              the heads and the text's own past, a tree new at every step
     cerberus-entropy      as cerberus-static, where the entropy of the hidden state is low (the paper's gate)
     cerberus-calibrated   what `decode` does by itself with what `cerberus calibrate` has stored
 
 and where compiled steps were asked for, autoregressive-compiled, cerberus-compiled and cerberus-calibrated-compiled,
-the same with the base model's steps through torch.compile, as calibrated for such steps where that was done.
+the same with the target model's steps through torch.compile, as calibrated for such steps where that was done.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from torch import Tensor
 from ..drafting.dynamic_tree import DynamicTree
 from ..drafting.gate import AlwaysOpen, EntropyGate, Gate
 from ..drafting.heads import CerberusHeads
-from ..drafting.proposers import SourceMaker
+from ..drafting.proposers import ProposerFactory
 from ..drafting.static_tree import DraftTree, default_tree
 from ..engine.calibration_store import Calibration, find
 from ..engine.compile_ahead import compile_ahead
@@ -98,14 +98,14 @@ class Context:
         return default_tree(heads, self.model.device, self.tree_size)
 
     def dynamic_tree(self, compiled: bool = False) -> DynamicTree:
-        """How trees are made anew at every step: as calibration stored, else the default; of the user's size."""
+        """How trees are new at every step: as calibration stored, else the default; of the user's size."""
         stored = self._stored_tree(self.heads, compiled)
         tree = stored if isinstance(stored, DynamicTree) else default_dynamic_tree(self.model.device)
         return tree if self.tree_size is None else replace(tree, size=self.tree_size)
 
     def suffix_tree(self) -> DynamicTree:
         """The same without heads, and so without what is known of theirs."""
-        return replace(self.dynamic_tree(), corrections=None)
+        return replace(self.dynamic_tree(), platt=None)
 
     def _stored_tree(self, heads: Any, compiled: bool = False) -> DraftTree | DynamicTree | None:
         stored = self.calibration(heads, compiled)
@@ -121,7 +121,7 @@ class Context:
 
 @dataclass
 class DecodeWay:
-    """`decode` with heads, or None, and a tree, a gate and sources, None being `decode`'s own choice."""
+    """`decode` with heads, or None, and a tree, a gate and proposers, None being `decode`'s own choice."""
 
     name: str
     model: PreTrainedModel
@@ -130,13 +130,13 @@ class DecodeWay:
     gate: Gate | None = None
     description: str = ""
     expected: float | None = None
-    sources: Sequence[SourceMaker] | None = None
+    proposers: Sequence[ProposerFactory] | None = None
     compiled: bool = False
 
     def compile_ahead(self) -> DecodeStats | None:
         if not self.compiled:
             return None
-        return compile_ahead(self.model, self.heads, tree=self.tree, gate=self.gate, sources=self.sources)
+        return compile_ahead(self.model, self.heads, tree=self.tree, gate=self.gate, proposers=self.proposers)
 
     def run(self, ids: Tensor, new_tokens: int) -> tuple[list[int], DecodeStats | None]:
         out = decode(
@@ -146,7 +146,7 @@ class DecodeWay:
             max_new_tokens=new_tokens,
             tree=self.tree,
             gate=self.gate,
-            sources=self.sources,
+            proposers=self.proposers,
             compile=self.compiled,
         )
         return out.sequences[0, ids.shape[1] :].tolist(), out.stats
@@ -178,7 +178,7 @@ class GenerateWay:
 def open_way(context: Context, name: str, heads: HeadsLike, what: str) -> DecodeWay:
     """`decode` with heads whose tree is checked at every step. what: they are, for the description."""
     tree = context.tree(heads)
-    return DecodeWay(name, context.model, heads, tree, AlwaysOpen(), f"{what}, {describe(tree)}, guesses at every step")
+    return DecodeWay(name, context.model, heads, tree, AlwaysOpen(), f"{what}, {describe(tree)}, drafts at every step")
 
 
 def describe(tree: DraftTree | DynamicTree) -> str:
@@ -186,12 +186,12 @@ def describe(tree: DraftTree | DynamicTree) -> str:
 
 
 def dynamic_ways(context: Context) -> list[Way]:
-    """Those whose tree is made anew at every step: of the text's own past, of the heads, and of both."""
+    """Those whose tree is new at every step: of the text's own past, of the heads, and of both."""
     model, heads, tree = context.model, context.heads, context.dynamic_tree()
-    about, always = f"{describe(tree)}, guesses at every step", AlwaysOpen()
+    about, always = f"{describe(tree)}, drafts at every step", AlwaysOpen()
     return [
         DecodeWay(SUFFIX, model, None, context.suffix_tree(), always, f"the text's own past, {about}"),
-        DecodeWay(DYNAMIC, model, heads, tree, always, f"heads, {about}", sources=()),
+        DecodeWay(DYNAMIC, model, heads, tree, always, f"heads, {about}", proposers=()),
         DecodeWay(BOTH, model, heads, tree, always, f"heads and the text's own past, {about}"),
     ]
 
@@ -211,7 +211,7 @@ def built_in_ways(
     calibration = context.calibration(heads)
     ways: list[Way] = [
         DecodeWay(
-            AUTOREGRESSIVE, model, heads, DraftTree.root(), description="this loop, which never guesses",
+            AUTOREGRESSIVE, model, heads, DraftTree.root(), description="this loop, which never drafts",
             expected=None if calibration is None else calibration.expected.plain_tokens_per_second,
         ),
         GenerateWay(GENERATE, context, "transformers' generate"),
@@ -250,7 +250,7 @@ def built_in_ways(
 def calibrated_way(context: Context, name: str, calibration: Calibration) -> DecodeWay:
     """What `decode` does by itself."""
     always_open = isinstance(calibration.gate, AlwaysOpen)
-    gate = "guesses at every step" if always_open else type(calibration.gate).__name__
+    gate = "drafts at every step" if always_open else type(calibration.gate).__name__
     about, expected = f"as calibrated, {describe(calibration.tree)}, {gate}", calibration.expected.tokens_per_second
     return DecodeWay(name, context.model, context.heads, description=about, expected=expected)
 
@@ -260,7 +260,7 @@ def compiled_ways(context: Context) -> tuple[list[Way], dict[str, str]]:
     model, heads = context.model, context.heads
     calibration = context.calibration(heads, compiled=True)
     tree = context.dynamic_tree(compiled=True)
-    about = f"heads and the text's own past, {describe(tree)}, guesses at every step, compiled"
+    about = f"heads and the text's own past, {describe(tree)}, drafts at every step, compiled"
     ways = [
         DecodeWay(AUTOREGRESSIVE_COMPILED, model, heads, DraftTree.root(), description="this loop, compiled"),
         DecodeWay(BOTH_COMPILED, model, heads, tree, AlwaysOpen(), about),

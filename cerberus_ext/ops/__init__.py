@@ -7,7 +7,7 @@ are never checked, since that would make the device wait: each docstring says wh
 what an op computes for a row or a node is bit-equal whatever else is in the call. None of the ops has a
 derivative: training uses the same formulas in plain PyTorch.
 
-Letters: B rows, N tree nodes, K heads, L layers, P guesses per head, D hidden size, V vocabulary (Vd draft
+Letters: B rows, N tree nodes, K heads, L layers, P drafts per head, D hidden size, V vocabulary (Vd draft
 vocabulary), S cache capacity, Hq / Hkv attention heads, E head size, W = ceil(N / 64) words, C cache planes
 (2 x model layers).
 """
@@ -64,13 +64,13 @@ def _(hidden: Tensor) -> Tensor:
 
 
 def head_stack(hidden: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """All decoding heads, all layers: the states from which the tokens after the root are guessed.
+    """All decoding heads, all layers: the states from which the tokens after the root are drafted.
 
         x[k,0] = hidden
         x[k,l] = x[k,l-1] + silu(weight[l,k] @ concat(x[k,l-1], n[k,l]) + bias[l,k])
         n[k,l] = anchor for the first head or the first layer, else x[k-1,l-1]
 
-    hidden: (B, D) float32 | bfloat16 | float16, contiguous, D >= 1: what the LM head of the base model reads.
+    hidden: (B, D) float32 | bfloat16 | float16, contiguous, D >= 1: what the LM head of the target model reads.
     anchor: (B, D): what starts the chain of heads.
     weight: (L, K, D, 2D), of which columns [0, D) multiply x and [D, 2D) the neighbour n;
         or (L, K, D, D): heads without neighbours (Medusa's), anchor is then not read. L, K >= 1.
@@ -88,26 +88,26 @@ def _(hidden: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return hidden.new_empty(hidden.shape[0], weight.shape[1], hidden.shape[1])
 
 
-def draft_topk(states: Tensor, projection: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
+def draft_topk(states: Tensor, projection: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
     """The most likely tokens of every head: the P largest of log_softmax(projection @ state).
 
     states: (B, K, D) float32 | bfloat16 | float16, contiguous, D >= 1: from `head_stack`.
     projection: (Vd, D): the LM head, or the rows of it that a draft vocabulary selects.
-    guesses: P, 1 <= P <= min(32, Vd).
+    drafts: P, 1 <= P <= min(32, Vd).
     Returns ids (B, K, P) int64, rows of projection, best first, equal ones in order of id;
         logprobs (B, K, P) float32, natural logarithms.
-    Raises RuntimeError on other shapes, dtypes, devices, on a non-contiguous tensor, on guesses out of range.
+    Raises RuntimeError on other shapes, dtypes, devices, on a non-contiguous tensor, on drafts out of range.
     Specification: reference.draft_topk.
     """
-    return _ops.draft_topk(states, projection, guesses)
+    return _ops.draft_topk(states, projection, drafts)
 
 
 @torch.library.register_fake("cerberus_ext::draft_topk")
-def _(states: Tensor, projection: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
+def _(states: Tensor, projection: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
     _check("draft_topk", "states BKD, projection VD", states, projection)
-    if guesses < 1:
-        raise RuntimeError(f"draft_topk: guesses must be 1 to 32, got {guesses}")
-    shape = (states.shape[0], states.shape[1], guesses)
+    if drafts < 1:
+        raise RuntimeError(f"draft_topk: drafts must be 1 to 32, got {drafts}")
+    shape = (states.shape[0], states.shape[1], drafts)
     return states.new_empty(shape, dtype=torch.int64), states.new_empty(shape, dtype=torch.float32)
 
 
@@ -218,16 +218,16 @@ def _(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, length
 
 
 def verify_tree(draft: Tensor, target: Tensor, parents: Tensor, ancestors: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """The longest path of guesses that the base model agrees with.
+    """The longest path of drafts that the target model agrees with.
 
-    Tree 0 -> 1 -> 3, 0 -> 2, draft [5, 7, 8, 9], target [7, 9, 1, 4]: node 1 is accepted (7 is what the base
+    Tree 0 -> 1 -> 3, 0 -> 2, draft [5, 7, 8, 9], target [7, 9, 1, 4]: node 1 is accepted (7 is what the target
     model chose after the root), node 2 is not, node 3 is (9 follows node 1): path [0, 1, 3], accepted 2.
 
     draft: (B, N) int64, contiguous, N >= 1: the token of each node; the root's is not read.
-    target: (B, N) int64: the token that the base model chooses after each node.
+    target: (B, N) int64: the token that the target model chooses after each node.
     parents: (N,) int64: parents[0] = -1, parents[i] < i.
     ancestors: (N, W) int64 bit mask, as in `tree_attention`.
-    depth: 0 to N - 1, of the tree: how many guesses its longest path has. Deeper nodes are not accepted.
+    depth: 0 to N - 1, of the tree: how many drafts its longest path has. Deeper nodes are not accepted.
     Returns path (B, depth + 1) int32: node 0, the accepted nodes in order, then -1;
         accepted (B,) int32: how many nodes are accepted after the root. Ties go to the lowest node.
     Raises RuntimeError on other shapes, dtypes, devices, on a non-contiguous tensor, on a depth out of range.

@@ -5,7 +5,7 @@ read, not to be fast. Sums are taken in float64, so that a kernel's float32 sum 
 better than itself; results are rounded to the op's output dtype once, where the op says it rounds. Arguments
 are taken as correct: checking them is the op's business.
 
-Letters: B rows, N tree nodes, K heads, L layers, P guesses per head, D hidden size, V vocabulary (Vd draft
+Letters: B rows, N tree nodes, K heads, L layers, P drafts per head, D hidden size, V vocabulary (Vd draft
 vocabulary), S cache capacity, Hq / Hkv attention heads, E head size, W words of 64 nodes, C cache planes (2 x
 model layers).
 """
@@ -55,14 +55,14 @@ def head_stack(hidden: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor) -> 
     return torch.stack(states, 1)
 
 
-def draft_topk(states: Tensor, projection: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
+def draft_topk(states: Tensor, projection: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
     """states (B, K, D), projection (Vd, D) -> ids (B, K, P) int64, log-probabilities (B, K, P) float32.
 
     The P best tokens, best first, equal ones in order of id.
     """
     logits = states.double() @ projection.double().T
     # A stable descending sort keeps equal logits in order of id.
-    ids = logits.sort(dim=-1, descending=True, stable=True).indices[..., :guesses]
+    ids = logits.sort(dim=-1, descending=True, stable=True).indices[..., :drafts]
     return ids, logits.log_softmax(-1).gather(-1, ids).float()
 
 
@@ -264,7 +264,7 @@ def write_cache(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tens
 def verify_tree(draft: Tensor, target: Tensor, parents: Tensor, ancestors: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     """draft, target (B, N), parents (N,), ancestors (N, W) -> path (B, depth + 1) int32, accepted (B,) int32.
 
-    Tree 0 -> 1 -> 3, 0 -> 2, draft [5, 7, 8, 9], target [7, 9, 1, 4]: node 1 is accepted (7 is what the base
+    Tree 0 -> 1 -> 3, 0 -> 2, draft [5, 7, 8, 9], target [7, 9, 1, 4]: node 1 is accepted (7 is what the target
     model chose after the root), node 2 is not, node 3 is (9 follows node 1): path [0, 1, 3], accepted 2.
 
     Node 0 is accepted; node i is where its parent is and draft[i] == target[parent]. The longest accepted

@@ -25,7 +25,7 @@ from ..drafting.static_tree import DraftTree
 from ..io.transformers_names import cache_argument
 from ..target.attention import UnsupportedAttention, check_attention
 from ..target.cache import UnevenLayers
-from ..target.model import BaseModel, StepWay
+from ..target.model import StepWay, TargetModel
 from ..target.row_invariant import RowInvariant
 from ..target.stand_ins import current_step
 from ..target.step_audit import Audit, padded_nodes, unreadable
@@ -113,7 +113,7 @@ def _read(model: PreTrainedModel) -> Capability:
     def mode() -> RowInvariant:  # where torch's products are slow, the prompt goes through it, too
         return RowInvariant() if current_step() is None else audit
 
-    with BaseModel(model, _CAPACITY, 1, way=StepWay(way.names_attention, sees_all=True), mode=mode) as base:
+    with TargetModel(model, _CAPACITY, 1, way=StepWay(way.names_attention, sees_all=True), mode=mode) as base:
         base.prefill(_tokens(model))
         base.step(_tokens(model, range(_TREE.size)), _TREE.on(model.device))
         audit.nodes = 1  # some models go another way with a single token
@@ -132,7 +132,7 @@ def _can_be_padded(widths: Set[int]) -> bool:
 def _prove(model: PreTrainedModel, capability: Capability) -> Capability:
     """The capability, with what the proof finds."""
     same = True
-    with BaseModel(model, _CAPACITY, 1, way=capability.way) as base:
+    with TargetModel(model, _CAPACITY, 1, way=capability.way) as base:
         base.prefill(_tokens(model))
         hidden, logits = base.step(_tokens(model, range(_TREE.size)), _TREE.on(model.device))
         for path in _PATHS:

@@ -1,4 +1,4 @@
-"""The base model's steps through torch.compile, on a CPU: what CUDA graphs are on a GPU.
+"""The target model's steps through torch.compile, on a CPU: what CUDA graphs are on a GPU.
 
 A step is compiled for each number of nodes by itself, piece by piece (step_pieces.py), when the first one of that size
 is due. Whatever differs between two steps is an argument, so nothing is compiled again: not for a longer text, another
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..target.cache import TreeCache
-    from ..target.model import BaseModel
+    from ..target.model import TargetModel
     from .stats import DecodeStats
 
 _OPTIONS: dict[str, Any] = {
@@ -72,7 +72,7 @@ class ModelPrograms:
     def get(self, nodes: int) -> StepProgram | None:
         return self._programs.get((torch.get_num_threads(), nodes))
 
-    def compile(self, base: BaseModel, nodes: int) -> StepProgram:
+    def compile(self, base: TargetModel, nodes: int) -> StepProgram:
         """base: after its prompt, with room for so many nodes."""
         threads = torch.get_num_threads()
 
@@ -127,7 +127,7 @@ class CompiledSteps:
         self._sizes = frozenset(sizes)
         self._stats = stats
 
-    def prepare(self, base: BaseModel, nodes: int) -> tuple[StepProgram, int]:
+    def prepare(self, base: TargetModel, nodes: int) -> tuple[StepProgram, int]:
         """The compiled step for at least so many nodes, and for how many it is.
 
         Raises CompileError.
@@ -142,7 +142,7 @@ class CompiledSteps:
         self._stats.row_invariant = self._programs.row_invariant
         return program, size
 
-    def step(self, base: BaseModel, tokens: Tensor, positions: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, base: TargetModel, tokens: Tensor, positions: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
         """tokens, positions (B, N), ancestors (N, W) -> hidden (B, N, D), logits (B, N, V)."""
         nodes = tokens.shape[1]
         program, size = self.prepare(base, nodes)
@@ -152,7 +152,7 @@ class CompiledSteps:
         hidden, logits = program(tokens, positions, cache.length, ancestors, cache.planes())
         return hidden[:, :nodes], logits[:, :nodes]
 
-    def _compile(self, base: BaseModel, size: int) -> StepProgram:
+    def _compile(self, base: TargetModel, size: int) -> StepProgram:
         base.cache.check_room(size)
         try:
             return self._programs.compile(base, size)

@@ -28,11 +28,11 @@ from ..drafting.dynamic_tree import StepTree, padded_size
 from ..drafting.static_tree import DraftTree
 from ..target.attention import layer_windows
 from ..target.cache import TreeCache
-from ..target.model import BaseModel, position_limit, round_capacity, sole_decode
+from ..target.model import TargetModel, position_limit, round_capacity, sole_decode
 from .replayable import memory_of, obstacle
-from .static_step import StaticGuesses, StaticNodes, StaticResult, StaticState, StepKind, run_step
+from .static_step import StaticDrafts, StaticNodes, StaticResult, StaticState, StepKind, run_step
 from .stats import DecodeStats
-from .stepper import Drafter, HeadsLike, Sampling, Stepper, accepted_path, context_of, guesses_along_paths
+from .stepper import Drafter, HeadsLike, Sampling, Stepper, accepted_path, context_of, drafts_along_paths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,12 +107,12 @@ def expected_on(device: torch.device) -> bool:
 
 
 class KeptHeads:
-    """Heads bound to a model, and the tensors for their guesses, by how many guesses there are."""
+    """Heads bound to a model, and the tensors for their drafts, by how many drafts there are."""
 
     def __init__(self, heads: HeadsLike, drafter: Drafter) -> None:
         self.heads = weakref.ref(heads)
         self.drafter = drafter
-        self.guesses: dict[int, StaticGuesses] = {}
+        self.drafts: dict[int, StaticDrafts] = {}
 
 
 class ModelGraphs:
@@ -131,7 +131,7 @@ class ModelGraphs:
         self.state: StaticState | None = None
         self._nodes: dict[int, StaticNodes] = {}
         self._heads: list[KeptHeads] = []
-        self._host_guesses: dict[tuple[int, int], StaticGuesses] = {}  # (K, P) -> those of heads that cannot be kept
+        self._host_drafts: dict[tuple[int, int], StaticDrafts] = {}  # (K, P) -> those of heads that cannot be kept
         self._recordings: dict[StepKind, tuple[StaticResult, Callable[[], None]]] = {}
 
     def fits(self, model: PreTrainedModel, capacity: int, batch: int, context: bool) -> bool:
@@ -152,31 +152,31 @@ class ModelGraphs:
             self._nodes[size] = StaticNodes(self.batch, size, self.device)
         return self._nodes[size]
 
-    def bind(self, model: PreTrainedModel, heads: HeadsLike, guesses: int) -> tuple[Drafter, StaticGuesses]:
-        """heads.bind(model), and where its guesses go. What an earlier decode has bound serves again, where it fits.
+    def bind(self, model: PreTrainedModel, heads: HeadsLike, drafts: int) -> tuple[Drafter, StaticDrafts]:
+        """heads.bind(model), and where its drafts go. What an earlier decode has bound serves again, where it fits.
 
-        Raises Unrecordable for guesses that depend on the tree.
+        Raises Unrecordable for drafts that depend on the tree.
         """
         kept = next((kept for kept in self._heads if kept.heads() is heads), None)
         if kept is None or not kept.drafter.rebind(heads, model):  # type: ignore[attr-defined]
             drafter = heads.bind(model)
-            if guesses_along_paths(drafter):
-                raise Unrecordable("the heads guess along the paths of the tree, one depth after the other")
+            if drafts_along_paths(drafter):
+                raise Unrecordable("the heads draft along the paths of the tree, one depth after the other")
             if not hasattr(drafter, "rebind"):
-                size = (heads.config.num_heads, guesses)
-                if size not in self._host_guesses:
-                    self._host_guesses[size] = StaticGuesses(None, self.batch, *size, self.device)
-                return drafter, self._host_guesses[size]
+                size = (heads.config.num_heads, drafts)
+                if size not in self._host_drafts:
+                    self._host_drafts[size] = StaticDrafts(None, self.batch, *size, self.device)
+                return drafter, self._host_drafts[size]
             self._forget_heads(kept)
             kept = KeptHeads(heads, drafter)
             self._heads.append(kept)
-        if guesses not in kept.guesses:
-            kept.guesses[guesses] = StaticGuesses(
-                kept.drafter, self.batch, heads.config.num_heads, guesses, self.device
-            )
-        return kept.drafter, kept.guesses[guesses]
+        if drafts not in kept.drafts:
+            kept.drafts[drafts] = StaticDrafts(kept.drafter, self.batch, heads.config.num_heads, drafts, self.device)
+        return kept.drafter, kept.drafts[drafts]
 
-    def recording(self, base: BaseModel, kind: StepKind, stats: DecodeStats) -> tuple[StaticResult, Callable[[], None]]:
+    def recording(
+        self, base: TargetModel, kind: StepKind, stats: DecodeStats
+    ) -> tuple[StaticResult, Callable[[], None]]:
         """The recorded step, recorded now if it is not there. Raises Unrecordable; the state is then as it was."""
         if kind not in self._recordings:
             begin = time.perf_counter()
@@ -187,16 +187,16 @@ class ModelGraphs:
             stats.captures += 1
         return self._recordings[kind]
 
-    def _record(self, base: BaseModel, kind: StepKind) -> tuple[StaticResult, Callable[[], None]]:
+    def _record(self, base: TargetModel, kind: StepKind) -> tuple[StaticResult, Callable[[], None]]:
         # Numbers of the sampling are part of a recording, and there is no end of seeds.
         samplings = (kind.sampling, Sampling())
         self._recordings = {other: step for other, step in self._recordings.items() if other.sampling in samplings}
         state, nodes = self.state, self.nodes(kind.nodes)
         assert state is not None
-        result = StaticResult(self.batch, kind.nodes, kind.guesses if kind.drafts_after else None, self.device)
+        result = StaticResult(self.batch, kind.nodes, kind.drafts if kind.drafts_after else None, self.device)
         changed = [state.hidden, state.root, self.cache.length]  # slots from length on hold nothing that counts
-        if kind.guesses is not None:
-            changed += [kind.guesses.ids, kind.guesses.logprobs]
+        if kind.drafts is not None:
+            changed += [kind.drafts.ids, kind.drafts.logprobs]
         saved = [tensor.clone() for tensor in changed]
 
         def run() -> None:
@@ -218,12 +218,10 @@ class ModelGraphs:
         """Makes room for others: `outdated`, those that are gone, and the oldest of too many."""
         serving = [one for one in self._heads if one is not outdated and one.heads() is not None]
         self._heads = serving[-(_MOST_HEADS - 1) :]
-        guesses = {None, *self._host_guesses.values()}.union(*(one.guesses.values() for one in self._heads))
+        drafts = {None, *self._host_drafts.values()}.union(*(one.drafts.values() for one in self._heads))
         contexts = {None, *(context_of(one.drafter) for one in self._heads)}
         self._recordings = {
-            kind: step
-            for kind, step in self._recordings.items()
-            if kind.guesses in guesses and kind.context in contexts
+            kind: step for kind, step in self._recordings.items() if kind.drafts in drafts and kind.context in contexts
         }
 
 
@@ -231,14 +229,14 @@ class GraphedStepper(Stepper):
     """Replays the steps; from the first one on that cannot be recorded, they run op by op."""
 
     def __init__(
-        self, base: BaseModel, graphs: ModelGraphs, drafter: Drafter, guesses: StaticGuesses | None,
+        self, base: TargetModel, graphs: ModelGraphs, drafter: Drafter, drafts: StaticDrafts | None,
         ahead: bool, sampling: Sampling, stats: DecodeStats, give_up: Callable[[Unrecordable], None],
     ) -> None:  # fmt: skip
-        """ahead: the gate wants to see the guesses. give_up: called where a step cannot be recorded; may raise."""
-        super().__init__(base, drafter, 0 if guesses is None else guesses.guesses, sampling, stats)
+        """ahead: the gate wants to see the drafts. give_up: called where a step cannot be recorded; may raise."""
+        super().__init__(base, drafter, 0 if drafts is None else drafts.drafts, sampling, stats)
         self._graphs: ModelGraphs | None = graphs
-        self._static_guesses = guesses
-        recorded = guesses is not None and guesses.drafter is not None
+        self._static_drafts = drafts
+        recorded = drafts is not None and drafts.drafter is not None
         self._drafts_before = recorded and not ahead
         self._drafts_after = recorded and ahead
         self._give_up = give_up
@@ -251,9 +249,9 @@ class GraphedStepper(Stepper):
     def logprobs(self) -> Tensor:
         return super().logprobs() if self._ahead is None else self._ahead[1]
 
-    def guesses(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def drafts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         if self._ahead is None:
-            return super().guesses()
+            return super().drafts()
         ids, logprobs = self._ahead
         return ids[0].numpy(), logprobs[0].numpy()
 
@@ -285,19 +283,19 @@ class GraphedStepper(Stepper):
             is_open = tree.size > 1
             # The sizes of a DraftTree are few; those of the others are made few.
             nodes = tree.size if isinstance(tree, DraftTree) else padded_size(tree.size)
-            reads_guesses = is_open and isinstance(tree, DraftTree)
+            reads_drafts = is_open and isinstance(tree, DraftTree)
             kind = StepKind(
                 nodes,
                 self.sampling,
-                self._static_guesses if reads_guesses or self._drafts_after else None,
+                self._static_drafts if reads_drafts or self._drafts_after else None,
                 self._drafts_before and is_open,
                 self._drafts_after,
                 self.context,
             )
-            if reads_guesses and not self._drafts_before and self._ahead is None:
-                assert self._static_guesses is not None
-                self._static_guesses.put(*self._draft())  # the last step has left no guesses
-            self._graphs.nodes(nodes).put(cut, self.most_guesses)
+            if reads_drafts and not self._drafts_before and self._ahead is None:
+                assert self._static_drafts is not None
+                self._static_drafts.put(*self._draft())  # the last step has left no drafts
+            self._graphs.nodes(nodes).put(cut, self.max_drafts)
         assert self.base.cache.committed + nodes <= self.base.cache.capacity  # nothing checks it in a replay
         try:
             return self._graphs.recording(self.base, kind, self.stats)
@@ -330,14 +328,14 @@ def release_graphs(model: PreTrainedModel) -> None:
 
 @contextmanager
 def open_stepper(
-    model: PreTrainedModel, heads: HeadsLike, capacity: int, batch: int, guesses: int, ahead: bool,
+    model: PreTrainedModel, heads: HeadsLike, capacity: int, batch: int, drafts: int, ahead: bool,
     sampling: Sampling, stats: DecodeStats, graphs: bool | None, compiled: CompiledSteps | None = None,
     rules: LogitRules | None = None,
 ) -> Iterator[Stepper]:  # fmt: skip
     """Steps of one decode, with the model prepared for them while inside.
 
-    capacity: tokens that the cache has to hold. guesses: per head, 0 where no tree has any. ahead: the gate wants to
-    see the guesses. graphs: as in `decode`. compiled: does the base model's steps, which are not recorded then. rules:
+    capacity: tokens that the cache has to hold. drafts: per head, 0 where no tree has any. ahead: the gate wants to
+    see the drafts. graphs: as in `decode`. compiled: does the target model's steps, which are not recorded then. rules:
     process the logits, in steps that are not recorded.
     """
 
@@ -354,7 +352,7 @@ def open_stepper(
         _failed[model] = (memory_of(model), str(error))
         fall_back(error)
 
-    context = guesses > 0 and getattr(heads.config, "context_layer", False)
+    context = drafts > 0 and getattr(heads.config, "context_layer", False)
     with sole_decode(model):
         kept = None
         if graphs is not False and compiled is None:
@@ -363,16 +361,16 @@ def open_stepper(
                     fields = ", ".join(rules.fields)
                     raise Unrecordable(f"the logits are processed as model.generation_config says ({fields})")
                 kept = _graphs_of(model, capacity, batch, context)
-                drafter, static = kept.bind(model, heads, guesses) if guesses else (heads.bind(model), None)
+                drafter, static = kept.bind(model, heads, drafts) if drafts else (heads.bind(model), None)
             except Unrecordable as error:
                 kept = None
                 fall_back(error)
         if kept is None:
             drafter = heads.bind(model)
-            with BaseModel(model, capacity, batch, compiled=compiled, context=context) as base:
-                yield Stepper(base, drafter, guesses, sampling, stats, rules)
+            with TargetModel(model, capacity, batch, compiled=compiled, context=context) as base:
+                yield Stepper(base, drafter, drafts, sampling, stats, rules)
         else:
-            with BaseModel(model, capacity, batch, kept.cache) as base:
+            with TargetModel(model, capacity, batch, kept.cache) as base:
                 yield GraphedStepper(base, kept, drafter, static, ahead, sampling, stats, give_up)
 
 

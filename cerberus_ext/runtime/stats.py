@@ -16,24 +16,24 @@ PHASES = ("prefill", "draft", "verify", "commit")
 class StepCounts:
     """How many steps there were, and of which kind.
 
-    steps              forwards of the base model after the prompt's
+    steps              forwards of the target model after the prompt's
     open_steps         steps for which the gate gave a tree
-    wasted_steps       open steps that accepted no guess
+    zero_accept_steps       open steps that accepted no draft
     """
 
     steps: int = 0
     open_steps: int = 0
-    wasted_steps: int = 0
+    zero_accept_steps: int = 0
 
     @property
     def gate_open_rate(self) -> float:
-        """Share of the steps that carried guesses."""
+        """Share of the steps that carried drafts."""
         return self.open_steps / self.steps if self.steps else 0.0
 
     @property
-    def wasted_step_rate(self) -> float:
+    def zero_accept_rate(self) -> float:
         """Share of the open steps that accepted nothing."""
-        return self.wasted_steps / self.open_steps if self.open_steps else 0.0
+        return self.zero_accept_steps / self.open_steps if self.open_steps else 0.0
 
 
 @dataclass
@@ -41,12 +41,12 @@ class DecodeStats(StepCounts):
     """Counts and times of one `decode`.
 
     new_tokens         tokens generated; the first one comes with the prompt's forward, before any step
-    accepted_histogram entry [a]: steps that accepted a guesses (each then also gained the base model's own next token)
+    accepted_histogram entry [a]: steps that accepted a drafts (each then also gained the target model's own next token)
     step_tokens        tokens gained in steps, before the last step's were cut at the end of the text
     trace              entry [i]: of step i, how many nodes its tree had, and which of them it accepted, the root left
-                       out: from each came a token that was guessed, behind them one of the base model
-    trace_sources      entry [i]: of step i, who had guessed each of those: 0 the heads (the k-th node's token head k),
-                       1 the first of decode's `sources` ...
+                       out: from each came a token that was drafted, behind them one of the target model
+    trace_proposers      entry [i]: of step i, who had drafted each of those: 0 the heads (the k-th node's token head
+                       k), 1 the first of decode's `proposers` ...
     seconds            per phase, by the host's clock: prefill; draft (gate and heads); verify (the forward over the
                        tree); commit (choosing, checking, moving, handing out tokens). On a GPU the host runs ahead
                        and waits in commit, so only the sum is exact there. A replayed step is one piece: it counts
@@ -68,7 +68,7 @@ class DecodeStats(StepCounts):
     step_tokens: int = 0
     accepted_histogram: list[int] = field(default_factory=list)
     trace: list[tuple[int, list[int]]] = field(default_factory=list)
-    trace_sources: list[list[int]] = field(default_factory=list)
+    trace_proposers: list[list[int]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     graphed_steps: int = 0
     captures: int = 0
@@ -100,17 +100,17 @@ class DecodeStats(StepCounts):
         """Nodes that a forward checked, the root included: 1 without drafts. 0 where there was no step."""
         return sum(nodes for nodes, _ in self.trace) / self.steps if self.steps else 0.0
 
-    def count_step(self, nodes: int, path: list[int], sources: list[int]) -> None:
+    def count_step(self, nodes: int, path: list[int], proposers: list[int]) -> None:
         """Adds a step with a tree of `nodes` nodes that accepted those of `path`, the root left out; see `trace`."""
         accepted, is_open = len(path), nodes > 1
         self.steps += 1
         self.step_tokens += accepted + 1
         self.open_steps += is_open
-        self.wasted_steps += is_open and accepted == 0
+        self.zero_accept_steps += is_open and accepted == 0
         self.accepted_histogram += [0] * (accepted + 1 - len(self.accepted_histogram))
         self.accepted_histogram[accepted] += 1
         self.trace.append((nodes, path))
-        self.trace_sources.append(sources)
+        self.trace_proposers.append(proposers)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """A decoding step as a program of few different pieces, for a compiler that takes seconds for each of them.
 
-The base model's forward over N nodes is traced into one graph of ATen ops, which is cut at the ops that use the cache:
+The target model's forward over N nodes is traced into one graph of ATen ops, which is cut at the ops that use the
+cache:
 
     piece, write_cache, tree_attention, piece, write_cache, tree_attention, ... piece
 
@@ -26,7 +27,7 @@ from ..target.cache import TreeCache
 from ..target.row_invariant import PRODUCTS, RowInvariant
 
 if TYPE_CHECKING:
-    from ..target.model import BaseModel
+    from ..target.model import TargetModel
 
 # Not compiled, and run at the end of the piece that they are found in, in this order.
 _OPAQUE = (torch.ops.cerberus_ext.write_cache.default, torch.ops.cerberus_ext.tree_attention.default)
@@ -72,7 +73,7 @@ class StepProgram:
 
 
 def build_program(
-    base: BaseModel, nodes: int, compiled: Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
+    base: TargetModel, nodes: int, compiled: Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
 ) -> StepProgram:
     """base: after its prompt. compiled: a piece and examples of its arguments, without data -> what to call for it.
 
@@ -104,7 +105,7 @@ def build_program(
     return StepProgram(calls, values, [index[node] for node in results])
 
 
-def _trace(base: BaseModel, nodes: int, tensors: dict[str, Tensor]) -> fx.GraphModule:
+def _trace(base: TargetModel, nodes: int, tensors: dict[str, Tensor]) -> fx.GraphModule:
     """The graph of a step; its placeholders: tokens, positions, length, ancestors, planes, the model's tensors."""
     model, cache = base.model, base.cache
     planes = cache.planes()

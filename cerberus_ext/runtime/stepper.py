@@ -1,9 +1,9 @@
 """The steps of one decode, as the host sees them: it hands over a tree and gets the tokens that the step gained.
 
-    settle     what follows the base model's forward, on the device only: choose, verify, commit
+    settle     what follows the target model's forward, on the device only: choose, verify, commit
     Stepper    runs a step op by op; `graphs.GraphedStepper` replays recorded ones
 
-Letters: B rows (1 so far), N nodes of the step's tree, K heads, P guesses per head, D hidden size, V vocabulary.
+Letters: B rows (1 so far), N nodes of the step's tree, K heads, P drafts per head, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..drafting.context_layer import BoundContext
     from ..target.attention import Topology
     from ..target.cache import TreeCache
-    from ..target.model import BaseModel
+    from ..target.model import TargetModel
     from .logit_rules import LogitRules
 
 
@@ -41,18 +41,18 @@ class Drafter(Protocol):
     from its arguments and from tensors that stay where they are, on the device only. Otherwise it is called at every
     step, and only what follows is recorded.
 
-    Guesses that depend on those before them on their path cannot be made before there is a tree. A drafter of such
-    guesses has, instead of `draft`,
+    Drafts that depend on those before them on their path cannot be made before there is a tree. A drafter of such
+    drafts has, instead of `draft`,
 
         draft_tree(hidden (B, D), root (B,), tree) -> the tokens (B, N) of the tree's nodes, the root's first
 
-    and is called at every step: such steps run op by op, and no gate can choose by the guesses' probabilities.
+    and is called at every step: such steps run op by op, and no gate can choose by the drafts' probabilities.
 
     A drafter may have `context`, as `heads.Drafter` does: see context_layer.py. It is told of every token of the text,
     and `draft` then gets what it makes of the hidden state.
     """
 
-    def draft(self, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
+    def draft(self, hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
         """hidden (B, D), root (B,) -> token ids (B, K, P) int64 and log-probabilities (B, K, P) float32, best first."""
 
 
@@ -85,7 +85,7 @@ class Sampling:
 class Settled(NamedTuple):
     """What a step found. The text goes on with target[node] for every node of the path."""
 
-    target: Tensor  # (B, N) int64: what the base model chose after each node
+    target: Tensor  # (B, N) int64: what the target model chose after each node
     path: Tensor | None  # (B, depth + 1) int32: the accepted nodes from the root on, then -1; None: only the root
     hidden: Tensor  # (B, D): what the last of the tokens was chosen from
     root: Tensor  # (B,) int64: the last of the tokens
@@ -97,7 +97,7 @@ def settle(
 ) -> Settled:  # fmt: skip
     """tokens (B, N), hidden (B, N, D), logits (B, N, V) of a forward over `tree`, which is not deeper than `depth`.
 
-    rules: what the logits go through, with the tree's parents (N,) on the host. Keeps the longest path that the base
+    rules: what the logits go through, with the tree's parents (N,) on the host. Keeps the longest path that the target
     model agrees with. Without rules the host never waits here.
     """
     # The token after node i stands one place behind the node, which is at length + depth.
@@ -126,7 +126,7 @@ def context_of(drafter: Drafter) -> BoundContext | None:
     return getattr(drafter, "context", None)
 
 
-def prefill(base: BaseModel, context: BoundContext | None, ids: Tensor) -> tuple[Tensor, Tensor]:
+def prefill(base: TargetModel, context: BoundContext | None, ids: Tensor) -> tuple[Tensor, Tensor]:
     """ids (B, S): the prompt, of which `context` is told -> hidden (B, D) and logits (B, V) of its last position."""
     if context is None:
         return base.prefill(ids)
@@ -135,28 +135,28 @@ def prefill(base: BaseModel, context: BoundContext | None, ids: Tensor) -> tuple
     return states[:, -1], logits
 
 
-def draft(drafter: Drafter, cache: TreeCache, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
-    """hidden (B, D): what led to root (B,) -> ids, logprobs (B, K, guesses) of the guesses behind it, on the device.
+def draft(drafter: Drafter, cache: TreeCache, hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
+    """hidden (B, D): what led to root (B,) -> ids, logprobs (B, K, drafts) of the drafts behind it, on the device.
 
-    Id -1 where the probability is 0 or no number: such a guess is none.
+    Id -1 where the probability is 0 or no number: such a draft is none.
     """
     context = context_of(drafter)
     if context is not None:
         hidden = context.read(cache, hidden[:, None], root[:, None], _ALONE.on(root.device))[:, 0]
-    ids, logprobs = drafter.draft(hidden, root, guesses)
+    ids, logprobs = drafter.draft(hidden, root, drafts)
     return ids.masked_fill(~logprobs.isfinite(), -1), logprobs
 
 
-def embeddable(tokens: Tensor, base: BaseModel) -> Tensor:
+def embeddable(tokens: Tensor, base: TargetModel) -> Tensor:
     """tokens of a tree's nodes, with token 0 in the place of those that the model does not have.
 
-    For the forward alone: `settle` gets the others, which the base model never chooses.
+    For the forward alone: `settle` gets the others, which the target model never chooses.
     """
     embeddings: Any = base.model.get_input_embeddings().weight
     return tokens.masked_fill((tokens < 0) | (tokens >= len(embeddings)), 0)
 
 
-def guesses_along_paths(drafter: Drafter) -> bool:
+def drafts_along_paths(drafter: Drafter) -> bool:
     """Whether it has `draft_tree` in the place of `draft`."""
     return hasattr(drafter, "draft_tree")
 
@@ -172,14 +172,14 @@ class Stepper:
     root: Tensor
 
     def __init__(
-        self, base: BaseModel, drafter: Drafter, guesses: int, sampling: Sampling, stats: DecodeStats,
+        self, base: TargetModel, drafter: Drafter, drafts: int, sampling: Sampling, stats: DecodeStats,
         rules: LogitRules | None = None,
     ) -> None:  # fmt: skip
-        """guesses: how many of each head any tree uses, 0: none. rules: what the logits go through; None: nothing."""
+        """drafts: how many of each head any tree uses, 0: none. rules: what the logits go through; None: nothing."""
         self.base = base
         self.drafter = drafter
-        self.context = context_of(drafter) if guesses else None
-        self.most_guesses = guesses
+        self.context = context_of(drafter) if drafts else None
+        self.max_drafts = drafts
         self.sampling = sampling
         self.stats = stats
         self.rules = rules
@@ -206,12 +206,12 @@ class Stepper:
         return ops.hidden_entropy(self.hidden)[0].item()
 
     def logprobs(self) -> Tensor:
-        """(B, K, P) of the heads' guesses, on the host."""
+        """(B, K, P) of the heads' drafts, on the host."""
         return self._draft()[1].cpu()
 
-    def guesses(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """ids, logprobs (K, P) of the heads' guesses for row 0, on the host; (0, 0) where no tree has any."""
-        if not self.most_guesses:
+    def drafts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """ids, logprobs (K, P) of the heads' drafts for row 0, on the host; (0, 0) where no tree has any."""
+        if not self.max_drafts:
             return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
         ids, logprobs = self._draft()
         return ids[0].numpy(force=True), logprobs[0].numpy(force=True)
@@ -225,7 +225,7 @@ class Stepper:
             known = tokens
             if isinstance(tree, DraftTree) and tree.size > 1:  # a StepTree has been checked
                 known = embeddable(tokens, self.base)
-                if not (known == tokens)[:, 1:].any():  # nothing was guessed
+                if not (known == tokens)[:, 1:].any():  # nothing was drafted
                     tree = _ALONE
                     tensors, tokens, known = tree.on(self.root.device), tokens[:, :1], known[:, :1]
         self.base.prepare(tree.size)
@@ -258,15 +258,15 @@ class Stepper:
             return root
         if isinstance(tensors, StepTensors):
             return torch.cat([root, tensors.tokens[None]], dim=1)
-        if guesses_along_paths(self.drafter):
+        if drafts_along_paths(self.drafter):
             return self.drafter.draft_tree(self.hidden, self.root, tree)  # type: ignore[attr-defined]
         ids, _ = self._draft()
         return torch.cat([root, ids[:, tensors.heads, tensors.ranks]], dim=1)
 
     def _draft(self) -> tuple[Tensor, Tensor]:
-        """The heads' guesses and their log-probabilities, (B, K, P) each; made once a step."""
+        """The heads' drafts and their log-probabilities, (B, K, P) each; made once a step."""
         if self._drafted is None:
-            self._drafted = draft(self.drafter, self.base.cache, self.hidden, self.root, self.most_guesses)
+            self._drafted = draft(self.drafter, self.base.cache, self.hidden, self.root, self.max_drafts)
         return self._drafted
 
     def _start(self, hidden: Tensor, root: Tensor) -> None:
@@ -276,6 +276,8 @@ class Stepper:
     def _count(self, path: list[int], tree: DraftTree | StepTree) -> None:
         """path: the accepted nodes, from the root on."""
         self.base.cache.committed += len(path)
-        guessed = path[1:]
-        sources = [int(tree.sources[node]) for node in guessed] if isinstance(tree, StepTree) else [0] * len(guessed)
-        self.stats.count_step(tree.size, guessed, sources)
+        drafted = path[1:]
+        proposers = (
+            [int(tree.proposers[node]) for node in drafted] if isinstance(tree, StepTree) else [0] * len(drafted)
+        )
+        self.stats.count_step(tree.size, drafted, proposers)

@@ -1,4 +1,4 @@
-"""The base model during one decode: forwards over a prompt and over trees, with everything put back at the end."""
+"""The target model during one decode: forwards over a prompt and over trees, with everything put back at the end."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class StepWay:
         return StepWay(names, sees_all=not names)
 
 
-class BaseModel:
+class TargetModel:
     """Use as a context manager; inside, first `prefill` once, then `step` as often as needed.
 
     Nothing of the model is changed but, while inside, a hook on the input of its LM head, from where the hidden states
@@ -98,7 +98,7 @@ class BaseModel:
         self._thread: int | None = None  # that runs the model for us at this moment
         self._hidden: Tensor | None = None
 
-    def __enter__(self) -> BaseModel:
+    def __enter__(self) -> TargetModel:
         self._hook = self.model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
         return self
 

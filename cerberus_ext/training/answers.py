@@ -1,4 +1,4 @@
-"""Answers of the base model as token ids: what heads are trained on."""
+"""Answers of the target model as token ids: what heads are trained on."""
 
 from __future__ import annotations
 

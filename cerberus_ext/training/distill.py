@@ -38,7 +38,7 @@ def distillation(
     store more.
 
     states (K, S * G, D) of S segments of G consecutive positions; projection (Vd, D), in the dtype of the products;
-    teacher (S, G + K - 1, Vd): the base model's logits, of which head k of position j reads row j + k - 1;
+    teacher (S, G + K - 1, Vd): the target model's logits, of which head k of position j reads row j + k - 1;
     left (S, G): tokens that follow in the answer; counts (K,) int64: how many positions of the whole batch, of which
     this may be a share, have left >= k.
     Loss: sum over k = 1..K of decay ** (k - 1) / counts[k - 1] times the sum, over the positions where left >= k, of

@@ -50,7 +50,7 @@ def state_estimate(trainer: Trainer) -> None:
 
 
 def coverage(trainer: Trainer) -> dict[str, float]:
-    """Share of the answers' tokens that the heads can guess."""
+    """Share of the answers' tokens that the heads can draft."""
     known = trainer.draft_index >= 0
     of = {"training": trainer.tokens, "held_out": trainer.held_tokens}
     return {name: round(known[tokens].double().mean().item(), 4) for name, tokens in of.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..drafting.simulate import ABSENT, RankPath, best_paths, conditional_accuracy, tokens_per_step
 from .positions import Positions
 
-GUESSES = 16  # ranks that trees may use and that the stored accuracies cover
+DRAFTS = 16  # ranks that trees may use and that the stored accuracies cover
 TREE_SIZES = (16, 32, 64)
 BEST_SIZE = "32"  # the one whose tokens a step decide which heads a training run keeps
 STORED_PATHS = 127  # enough for a tree of 128 nodes
@@ -21,7 +21,7 @@ MOST_LINES = 512  # some 100 000 positions: a share has a standard error below 0
 
 @dataclass
 class Measurement:
-    """top1, top3: per head, how often the base model's greedy token is its best guess, or one of
+    """top1, top3: per head, how often the target model's greedy token is its best draft, or one of
     its best three.
 
     tokens_per_step: simulated, by tree size; the trees come from every second text and are tried on the
@@ -51,7 +51,7 @@ class HeldOut:
         self.projection, self.draft_index = projection, draft_index
         rows = data.hidden[data.answers].split(ROWS)
         chosen = [(part.to(lm_head.device, lm_head.dtype) @ lm_head.T).argmax(-1).cpu() for part in rows]
-        self.chosen = torch.cat(chosen)  # the base model's greedy token at every position
+        self.chosen = torch.cat(chosen)  # the target model's greedy token at every position
 
     @torch.no_grad()
     def measure(self, read: Tensor, states: Callable[[Tensor, Tensor], Tensor], heads: int) -> Measurement:
@@ -61,16 +61,16 @@ class HeldOut:
         left = self.left
         top1, top3 = ([share(chosen[left > k, k] < top) for k in range(heads)] for top in (1, 3))
         texts = self.texts(text)
-        tried = best_paths((row for rows in texts[::2] for row in rows), STORED_PATHS, GUESSES)
+        tried = best_paths((row for rows in texts[::2] for row in rows), STORED_PATHS, DRAFTS)
         others = texts[1::2] or texts  # a single text serves for both
         per_step = {str(size): round(tokens_per_step(others, tried[: size - 1]), 4) for size in TREE_SIZES}
         rows = [row for rows in texts for row in rows]
-        paths = best_paths(rows, STORED_PATHS, GUESSES)
-        accuracy = conditional_accuracy(rows, paths[: TREE_SIZES[-1] - 1], GUESSES)
+        paths = best_paths(rows, STORED_PATHS, DRAFTS)
+        accuracy = conditional_accuracy(rows, paths[: TREE_SIZES[-1] - 1], DRAFTS)
         return Measurement(top1, top3, per_step, paths, accuracy)
 
     def ranks(self, read: Tensor, states: Callable[[Tensor, Tensor], Tensor], heads: int) -> tuple[Tensor, Tensor]:
-        """(A, K) each: at every position the rank, among head k's guesses, of the base model's greedy token k
+        """(A, K) each: at every position the rank, among head k's drafts, of the target model's greedy token k
         places on, and of the token that the text has there; ABSENT where the text ends before or the draft
         vocabulary lacks it."""
         chosen: list[Tensor] = []
@@ -91,7 +91,7 @@ class HeldOut:
 
     def texts(self, ranks: Tensor) -> list[list[list[int]]]:
         """Ranks by line: of the lines sampled at temperature 0 where the data names at least two such, since
-        another text is not what the base model would have chosen; else of all lines."""
+        another text is not what the target model would have chosen; else of all lines."""
         parts = {int(line): ranks[self.lines == line].tolist() for line in self.lines.unique()}
         greedy = [rows for line, rows in parts.items() if self.greedy[line]]
         return greedy if len(greedy) > 1 else list(parts.values())

@@ -1,4 +1,4 @@
-"""The hidden states that produced an answer's tokens, by a forward of the base model over prompt and answer.
+"""The hidden states that produced an answer's tokens, by a forward of the target model over prompt and answer.
 
 Row j of a line's states produced its answer token r[j]; the row j + k is therefore also the teacher of head k at
 position j. With `prompts`, the tokens of the prompt have rows, too, in front of them; nothing has produced the first

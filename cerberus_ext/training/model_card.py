@@ -37,7 +37,7 @@ def model_card(record: dict[str, Any], config: CerberusConfig) -> str:
 # {kind} for {config.base_model}
 
 {config.num_heads} decoding heads of {config.num_layers} layers{behind}, {record["parameters"]:,} parameters.
-They guess the tokens after the next one, among {among}. With `cerberus_ext`, an implementation of
+They draft the tokens after the next one, among {among}. With `cerberus_ext`, an implementation of
 [Cerberus](https://arxiv.org/abs/2410.13344), they make the model generate faster and change nothing of what it
 generates: every token is one that the model itself chose.
 
@@ -54,11 +54,11 @@ out = cerberus_ext.decode(model, heads, ids, max_new_tokens=256)
 
 ## Training
 
-- Data: {source}{data["answer_tokens"]:,} tokens in {data["lines"]:,} answers of the base model;
+- Data: {source}{data["answer_tokens"]:,} tokens in {data["lines"]:,} answers of the target model;
   {data["held_out_positions"]:,} of them, the last answers, only measured.
 - Draft vocabulary: covers {coverage["training"]:.2%} of the training tokens and {coverage["held_out"]:.2%} of the
   held-out ones.
-- Loss: KL to the base model's own distribution, for head k with the weight {options["head_decay"]}^(k - 1).
+- Loss: KL to the target model's own distribution, for head k with the weight {options["head_decay"]}^(k - 1).
 - AdamW, highest rate {options["lr"]}, cosine; {record["steps"]:,} steps of {options["batch"]} positions, products in
   {record["dtype"]}.
 - {record["seconds"]:,} s on {record["machine"]}{processes}.
@@ -73,7 +73,7 @@ def results(point: dict[str, Any]) -> str:
     heads = range(1, len(point["top1"]) + 1)
     tokens = point["tokens_per_step"]
     return f"""
-How often the base model's greedy token is a head's best guess, or one of its best three (step {point["step"]}):
+How often the target model's greedy token is a head's best draft, or one of its best three (step {point["step"]}):
 
 | head | {" | ".join(str(head) for head in heads)} |
 |---|{"---|" * len(heads)}

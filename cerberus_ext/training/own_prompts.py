@@ -1,4 +1,4 @@
-"""Prompts that a model writes itself: what its user would say, or, for a base model, the beginning of a text."""
+"""Prompts that a model writes itself: what its user would say, or, for a target model, the beginning of a text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The heads that a run begins with: new ones, which guess what the base model says next, or trained ones."""
+"""The heads that a run begins with: new ones, which draft what the target model says next, or trained ones."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def trained_heads(name: str, config: CerberusConfig) -> CerberusHeads:
 def copy_trained(trained: CerberusHeads, heads: CerberusHeads) -> None:
     """Puts the weights of `trained` into `heads`, which may have more layers, a context layer and another vocabulary.
 
-    A layer of zeros adds silu(0) = 0 to a state, so heads with more layers guess what the trained ones do. A new
+    A layer of zeros adds silu(0) = 0 to a state, so heads with more layers draft what the trained ones do. A new
     context layer adds nothing, either.
     """
     layers = trained.config.num_layers

@@ -1,7 +1,7 @@
-"""Trains heads for a frozen base model on its own answers; `cerberus train` is the same from the shell.
+"""Trains heads for a frozen target model on its own answers; `cerberus train` is the same from the shell.
 
     stage 1  data      the model answers questions, or writes both        training/self_distill.py
-    stage 2  training  AdamW on KL(base model at position i + k || head k at position i)    training/trainer.py
+    stage 2  training  AdamW on KL(target model at position i + k || head k at position i)    training/trainer.py
     stage 3  record    training.json, curves.png and the model card       training/record.py
     output   a folder for `CerberusHeads.from_pretrained`
 

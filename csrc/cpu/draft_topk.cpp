@@ -12,10 +12,10 @@ constexpr int64_t kRowsAtOnce = 16;
 
 // Puts (logit, id) into the descending list; of equal logits the one that came first stays first. NaN never
 // enters.
-void insert(float logit, int32_t id, int64_t guesses, float* logits, int32_t* ids) {
-  if (!(logit > logits[guesses - 1]) && ids[guesses - 1] >= 0) return;
+void insert(float logit, int32_t id, int64_t drafts, float* logits, int32_t* ids) {
+  if (!(logit > logits[drafts - 1]) && ids[drafts - 1] >= 0) return;
   if (logit != logit) return;
-  int64_t place = guesses - 1;
+  int64_t place = drafts - 1;
   for (; place > 0 && (ids[place - 1] < 0 || logit > logits[place - 1]); --place) {
     logits[place] = logits[place - 1];
     ids[place] = ids[place - 1];
@@ -24,8 +24,8 @@ void insert(float logit, int32_t id, int64_t guesses, float* logits, int32_t* id
   ids[place] = id;
 }
 
-void clear(int64_t guesses, float* logits, int32_t* ids) {
-  for (int64_t i = 0; i < guesses; ++i) {
+void clear(int64_t drafts, float* logits, int32_t* ids) {
+  for (int64_t i = 0; i < drafts; ++i) {
     logits[i] = -__builtin_inff();
     ids[i] = -1;
   }
@@ -55,11 +55,11 @@ void part(const DraftTopkArgs& a, const Row<T>* states, int64_t index) {
                        Output<T>{nullptr, logits, stride, nullptr});
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t slot = (row + m) * a.parts + index;
-      float* best = a.part_logits + slot * a.guesses;
-      int32_t* ids = a.part_ids + slot * a.guesses;
-      clear(a.guesses, best, ids);
+      float* best = a.part_logits + slot * a.drafts;
+      int32_t* ids = a.part_ids + slot * a.drafts;
+      clear(a.drafts, best, ids);
       for (int64_t n = 0; n < count; ++n)
-        insert(logits[m * stride + n], static_cast<int32_t>(begin + n), a.guesses, best, ids);
+        insert(logits[m * stride + n], static_cast<int32_t>(begin + n), a.drafts, best, ids);
       softmax_sums(logits + m * stride, count, a.part_max[slot], a.part_sum[slot]);
     }
   }
@@ -72,20 +72,19 @@ void merge(const DraftTopkArgs& a, int64_t row) {
   double mass = 0;
   float best[32];
   int32_t ids[32];
-  clear(a.guesses, best, ids);
+  clear(a.drafts, best, ids);
   for (int64_t i = row * a.parts; i < (row + 1) * a.parts; ++i) {
     mass += static_cast<double>(a.part_sum[i]) * exp(a.part_max[i] - top);
-    for (int64_t guess = 0; guess < a.guesses; ++guess) {
-      const int64_t from = i * a.guesses + guess;
+    for (int64_t draft = 0; draft < a.drafts; ++draft) {
+      const int64_t from = i * a.drafts + draft;
       if (a.part_ids[from] < 0) break;
-      insert(a.part_logits[from], a.part_ids[from], a.guesses, best, ids);
+      insert(a.part_logits[from], a.part_ids[from], a.drafts, best, ids);
     }
   }
   const float log_mass = static_cast<float>(__builtin_log(mass));
-  for (int64_t guess = 0; guess < a.guesses; ++guess) {
-    a.ids[row * a.guesses + guess] =
-        ids[guess] < 0 ? 0 : ids[guess];  // fewer numbers than guesses: NaN logits
-    a.logprobs[row * a.guesses + guess] = best[guess] - top - log_mass;
+  for (int64_t draft = 0; draft < a.drafts; ++draft) {
+    a.ids[row * a.drafts + draft] = ids[draft] < 0 ? 0 : ids[draft];  // fewer numbers than drafts: NaN logits
+    a.logprobs[row * a.drafts + draft] = best[draft] - top - log_mass;
   }
 }
 

@@ -1,5 +1,5 @@
-// The longest path of nodes that the base model agrees with. A task owns a row; one pass, parents come before
-// children.
+// The longest path of nodes that the target model agrees with. A task owns a row; one pass, parents come
+// before children.
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 

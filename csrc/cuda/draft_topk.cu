@@ -69,7 +69,7 @@ class DraftTopk {
         const float logit = exists ? logits.at(row, vocab_row) : 0.0f;
         if (exists) softmax_[i].add(logit);
         best_[i].offer(exists ? Candidate{logit, static_cast<int32_t>(id)} : no_candidate(),
-                       static_cast<int>(a_.guesses));
+                       static_cast<int>(a_.drafts));
       }
     }
   }
@@ -85,8 +85,8 @@ class DraftTopk {
         a_.part_max[row * parts + part] = all.max;
         a_.part_sum[row * parts + part] = all.sum;
       }
-      if (lane_index() < a_.guesses) {
-        const int64_t slot = (row * a_.guesses + lane_index()) * parts + part;
+      if (lane_index() < a_.drafts) {
+        const int64_t slot = (row * a_.drafts + lane_index()) * parts + part;
         a_.part_logits[slot] = best_[i].kept.logit;
         a_.part_ids[slot] = best_[i].kept.id;
       }
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
     draft_topk_merge_kernel(const DraftTopkArgs a, const int parts) {
   __shared__ Candidate warp_best[kMergeWarps][kLanes];
   const int64_t row = blockIdx.x;
-  const int places = static_cast<int>(a.guesses);
+  const int places = static_cast<int>(a.drafts);
   wait_for_previous_launch();
 
   SoftmaxSum softmax = no_softmax_sum();

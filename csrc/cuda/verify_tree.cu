@@ -1,4 +1,4 @@
-// verify_tree: the longest path from the root on which every node is what the base model chose after its
+// verify_tree: the longest path from the root on which every node is what the target model chose after its
 // parent.
 //
 // One warp owns one row. Which nodes equal their parent's target is decided for 32 nodes at a time by a vote,

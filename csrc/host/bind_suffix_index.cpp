@@ -20,10 +20,10 @@ Int64s tokens_array(const char* caller, const char* name, const py::object& valu
   return Int64s(checked_array(caller, name, array, 1, array.itemsize() == 8 ? "i" : "iu"));
 }
 
-py::tuple guess_arrays(Guesses&& guesses) {
-  const auto length = static_cast<py::ssize_t>(guesses.tokens.size());
-  return py::make_tuple(to_numpy(std::move(guesses.tokens), {length}),
-                        to_numpy(std::move(guesses.matches), {length}));
+py::tuple draft_arrays(Continuation&& drafts) {
+  const auto length = static_cast<py::ssize_t>(drafts.tokens.size());
+  return py::make_tuple(to_numpy(std::move(drafts.tokens), {length}),
+                        to_numpy(std::move(drafts.matches), {length}));
 }
 
 void extend(SuffixIndex& index, const py::object& tokens) {
@@ -31,11 +31,11 @@ void extend(SuffixIndex& index, const py::object& tokens) {
   index.extend(array.data(), array.size());
 }
 
-py::tuple guess(const SuffixIndex& index, int64_t length) { return guess_arrays(index.guess(length)); }
+py::tuple propose(const SuffixIndex& index, int64_t length) { return draft_arrays(index.propose(length)); }
 
-py::tuple guess_after(const SuffixIndex& index, const py::object& tail, int64_t length) {
-  const Int64s array = tokens_array("SuffixIndex.guess_after", "tail", tail);
-  return guess_arrays(index.guess_after(array.data(), array.size(), length));
+py::tuple propose_after(const SuffixIndex& index, const py::object& tail, int64_t length) {
+  const Int64s array = tokens_array("SuffixIndex.propose_after", "tail", tail);
+  return draft_arrays(index.propose_after(array.data(), array.size(), length));
 }
 
 py::array_t<int64_t> record(const SuffixIndex& index) {
@@ -50,7 +50,7 @@ void bind_suffix_index(py::module_& m) {
       "How a text goes on, judging by its own past: an index that grows by a token at a time.\n\n"
       "The match of a text is the longest run of its last tokens, at most `max_match`, that is followed by "
       "a\n"
-      "token somewhere in what is indexed. The guess is the token that has followed it most often; of "
+      "token somewhere in what is indexed. The draft is the token that has followed it most often; of "
       "several\n"
       "the one that did so last.\n\n"
       "max_match: 1 .. 1024. The work per token grows with it.\n"
@@ -66,20 +66,20 @@ void bind_suffix_index(py::module_& m) {
            "tokens: (N,) integers in 0 .. 2^31 - 1. Raises ValueError on anything else, and appends none.")
       .def("end_document", &SuffixIndex::end_document,
            "What is appended from here on is another text: no match reaches across.")
-      .def("guess", &guess, py::arg("length"),
-           "What follows the text, token by token, each guess being context of the next.\n\n"
-           "length: the most guesses, 0 .. 2^20.\n"
-           "Returns (tokens, matches), both (n,) int64 with n <= length: guess i was made from a match of\n"
+      .def("propose", &propose, py::arg("length"),
+           "What follows the text, token by token, each draft being context of the next.\n\n"
+           "length: the most drafts, 0 .. 2^20.\n"
+           "Returns (tokens, matches), both (n,) int64 with n <= length: draft i was made from a match of\n"
            "matches[i] tokens, and there is none after the last one where n < length.\n"
            "Raises ValueError on another length.")
-      .def("guess_after", &guess_after, py::arg("tail"), py::arg("length"),
-           "The same as `guess`, after any tokens instead of the text's.\n\n"
+      .def("propose_after", &propose_after, py::arg("tail"), py::arg("length"),
+           "The same as `propose`, after any tokens instead of the text's.\n\n"
            "tail: (N,) integers in 0 .. 2^31 - 1; the last `max_match` of them count.\n"
            "Raises ValueError on anything else.")
       .def("record", &record,
            "How trustworthy matches have been, by their length.\n\n"
            "Returns (max_match + 1, 2) int64: how often there was a match of m tokens before a token was\n"
-           "appended, and how often that token was the guess. Row 0 counts the tokens without a match.")
+           "appended, and how often that token was the draft. Row 0 counts the tokens without a match.")
       .def("__len__", &SuffixIndex::size)
       .def_property_readonly("size", &SuffixIndex::size, "Tokens that are remembered, as len().")
       .def_property_readonly("max_match", &SuffixIndex::max_match)

@@ -47,8 +47,8 @@ PYBIND11_MODULE(_host, m) {
   bind_draft_search(m);
   bind_suffix_index(m);
   m.def("best_tree", &best_tree_numpy, py::arg("accuracy"), py::arg("size"),
-        "The draft tree with the largest expected number of accepted guesses.\n\n"
-        "accuracy: (K, P), accuracy[d][r] is the chance in 0 .. 1 that guess r of head d + 1 is right.\n"
+        "The draft tree with the largest expected number of accepted drafts.\n\n"
+        "accuracy: (K, P), accuracy[d][r] is the probability in 0 .. 1 that draft r of head d + 1 is right.\n"
         "size: nodes of the tree, root included, >= 1; fewer come back where K and P allow no more.\n"
         "Returns (parents, ranks), both (N,) int64: parents[0] = -1, parents[i] < i, ranks[0] = 0.\n"
         "Equal inputs give equal trees: ties go to the node that could be added first.\n"

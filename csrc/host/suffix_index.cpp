@@ -51,30 +51,30 @@ void SuffixIndex::append(Token token) {
   if (match.next == token) ++record_[2 * match.length + 1];
 }
 
-Guesses SuffixIndex::guess(int64_t length) const {
+Continuation SuffixIndex::propose(int64_t length) const {
   const Context context = young_.context();
-  return guess_from({context.end - context.size, context.end},
-                    checked("SuffixIndex.guess: length", length, 0, kMostGuesses));
+  return draft_from({context.end - context.size, context.end},
+                    checked("SuffixIndex.propose: length", length, 0, kMaxDrafts));
 }
 
-Guesses SuffixIndex::guess_after(const int64_t* tail, size_t count, int64_t length) const {
-  check_tokens("SuffixIndex.guess_after: tail", tail, count);
+Continuation SuffixIndex::propose_after(const int64_t* tail, size_t count, int64_t length) const {
+  check_tokens("SuffixIndex.propose_after: tail", tail, count);
   const size_t used = std::min(count, static_cast<size_t>(max_match_));
-  return guess_from({tail + (count - used), tail + count},
-                    checked("SuffixIndex.guess_after: length", length, 0, kMostGuesses));
+  return draft_from({tail + (count - used), tail + count},
+                    checked("SuffixIndex.propose_after: length", length, 0, kMaxDrafts));
 }
 
-Guesses SuffixIndex::guess_from(std::vector<Token> text, int64_t length) const {
-  Guesses guesses;
-  while (static_cast<int64_t>(guesses.tokens.size()) < length) {
+Continuation SuffixIndex::draft_from(std::vector<Token> text, int64_t length) const {
+  Continuation drafts;
+  while (static_cast<int64_t>(drafts.tokens.size()) < length) {
     const Context context{text.data() + text.size(), text.size()};
     const Match match = longer(young_.match(context), old_ ? old_->match(context) : Match{});
     if (match.length == 0) break;
-    guesses.tokens.push_back(match.next);
-    guesses.matches.push_back(static_cast<int64_t>(match.length));
+    drafts.tokens.push_back(match.next);
+    drafts.matches.push_back(static_cast<int64_t>(match.length));
     text.push_back(match.next);
   }
-  return guesses;
+  return drafts;
 }
 
 size_t SuffixIndex::bytes() const {

@@ -1,7 +1,7 @@
 // How does a text go on, judging by its own past? Plain C++: bind_suffix_index.cpp binds it to Python.
 //
 // The match of a text is the longest run of its last tokens, of at most max_match, that stands before a token
-// of what is indexed; the guess is the token that has followed it most often, of several the one that did so
+// of what is indexed; the draft is the token that has followed it most often, of several the one that did so
 // last.
 //
 // Memory is bounded by forgetting: tokens go to a young tree until it holds max_tokens / 2; then it becomes
@@ -18,8 +18,8 @@
 
 namespace cerberus::host {
 
-// tokens[i] is the guess after the text and tokens[.. i), made from a match of matches[i] tokens.
-struct Guesses {
+// tokens[i] is the draft after the text and tokens[.. i), made from a match of matches[i] tokens.
+struct Continuation {
   std::vector<int64_t> tokens;
   std::vector<int64_t> matches;
 };
@@ -30,7 +30,7 @@ class SuffixIndex {
   static constexpr int64_t kMostMatch = 1024;               // the work per token grows with it
   static constexpr int64_t kMostTokens = int64_t{1} << 30;  // nodes and counts are numbered with 32 bits
   static constexpr int64_t kMostToken = INT32_MAX;
-  static constexpr int64_t kMostGuesses = int64_t{1} << 20;
+  static constexpr int64_t kMaxDrafts = int64_t{1} << 20;
 
   // max_match: 1 .. kMostMatch; max_tokens: 2 .. kMostTokens.
   SuffixIndex(int64_t max_match, int64_t max_tokens);
@@ -41,14 +41,14 @@ class SuffixIndex {
   // The tokens to come belong to another text: no match reaches from one into the other.
   void end_document() { young_.end_document(); }
 
-  // At most `length` guesses, 0 .. kMostGuesses, of what follows the text; fewer where nothing matches.
-  Guesses guess(int64_t length) const;
+  // At most `length` drafts, 0 .. kMaxDrafts, of what follows the text; fewer where nothing matches.
+  Continuation propose(int64_t length) const;
 
   // The same after any tokens, of which the last max_match count.
-  Guesses guess_after(const int64_t* tail, size_t count, int64_t length) const;
+  Continuation propose_after(const int64_t* tail, size_t count, int64_t length) const;
 
   // (max_match + 1, 2) row-major: how often there was a match of m tokens before a token was appended, and
-  // how often that token was the guess.
+  // how often that token was the draft.
   const std::vector<int64_t>& record() const { return record_; }
 
   size_t size() const { return young_.size() + (old_ ? old_->size() : 0); }  // tokens not forgotten
@@ -58,7 +58,7 @@ class SuffixIndex {
 
  private:
   void append(Token token);
-  Guesses guess_from(std::vector<Token> text, int64_t length) const;
+  Continuation draft_from(std::vector<Token> text, int64_t length) const;
 
   int64_t max_match_;
   int64_t max_tokens_;

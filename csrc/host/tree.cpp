@@ -11,10 +11,10 @@ namespace {
 
 // A node that could join the tree next: one whose parent, and whose better siblings, are in it already.
 struct Candidate {
-  double value;   // chance that every guess on its path is right
+  double value;   // probability that every draft on its path is right
   int64_t order;  // when it became a candidate; breaks ties, so that equal inputs give equal trees
   int64_t parent;
-  size_t depth;  // of the node itself, so it is a guess of head `depth`
+  size_t depth;  // of the node itself, so it is a draft of head `depth`
   size_t place;  // among its siblings, best first
 };
 
@@ -23,19 +23,19 @@ bool operator<(const Candidate& a, const Candidate& b) {
   return a.value != b.value ? a.value < b.value : a.order > b.order;
 }
 
-// The guesses of one head, most accurate first, ties to the lower rank.
-std::vector<size_t> by_accuracy(const double* accuracy, size_t guesses) {
-  std::vector<size_t> ranks(guesses);
+// The drafts of one head, most accurate first, ties to the lower rank.
+std::vector<size_t> by_accuracy(const double* accuracy, size_t drafts) {
+  std::vector<size_t> ranks(drafts);
   std::iota(ranks.begin(), ranks.end(), size_t{0});
   std::stable_sort(ranks.begin(), ranks.end(), [&](size_t a, size_t b) { return accuracy[a] > accuracy[b]; });
   return ranks;
 }
 
-void check_accuracy(const double* accuracy, size_t heads, size_t guesses) {
-  for (size_t i = 0; i < heads * guesses; ++i) {
+void check_accuracy(const double* accuracy, size_t heads, size_t drafts) {
+  for (size_t i = 0; i < heads * drafts; ++i) {
     if (!(accuracy[i] >= 0.0 && accuracy[i] <= 1.0)) {  // not (a < 0 or a > 1): that would let a NaN through
-      throw std::invalid_argument("best_tree: accuracy[" + std::to_string(i / guesses) + "][" +
-                                  std::to_string(i % guesses) + "] must be in 0 .. 1, got " +
+      throw std::invalid_argument("best_tree: accuracy[" + std::to_string(i / drafts) + "][" +
+                                  std::to_string(i % drafts) + "] must be in 0 .. 1, got " +
                                   std::to_string(accuracy[i]));
     }
   }
@@ -45,24 +45,23 @@ void check_accuracy(const double* accuracy, size_t heads, size_t guesses) {
 
 // Best first: a node is worth the product of the accuracies on its path, so a child is never worth more than
 // its parent, and taking the most valuable candidate again and again gives the `size` most valuable nodes of
-// all. What they are worth together is the expected number of accepted guesses, because exactly the nodes of
+// all. What they are worth together is the expected number of accepted drafts, because exactly the nodes of
 // one path are accepted.
-Tree best_tree(const double* accuracy, size_t heads, size_t guesses, int64_t size) {
+Tree best_tree(const double* accuracy, size_t heads, size_t drafts, int64_t size) {
   if (size < 1) throw std::invalid_argument("best_tree: size must be >= 1, got " + std::to_string(size));
-  check_accuracy(accuracy, heads, guesses);
+  check_accuracy(accuracy, heads, drafts);
 
   std::vector<std::vector<size_t>> ranks;
-  for (size_t head = 0; head < heads; ++head)
-    ranks.push_back(by_accuracy(accuracy + head * guesses, guesses));
+  for (size_t head = 0; head < heads; ++head) ranks.push_back(by_accuracy(accuracy + head * drafts, drafts));
 
   Tree tree{{-1}, {0}};
   std::vector<double> values{1.0};
   std::priority_queue<Candidate> candidates;
   int64_t order = 0;
   const auto offer = [&](int64_t parent, size_t depth, size_t place) {
-    if (depth > heads || place >= guesses) return;
-    const double chance = accuracy[(depth - 1) * guesses + ranks[depth - 1][place]];
-    candidates.push({values[parent] * chance, order++, parent, depth, place});
+    if (depth > heads || place >= drafts) return;
+    const double probability = accuracy[(depth - 1) * drafts + ranks[depth - 1][place]];
+    candidates.push({values[parent] * probability, order++, parent, depth, place});
   };
 
   offer(0, 1, 0);

@@ -11,14 +11,14 @@ namespace cerberus::host {
 
 struct Tree {
   std::vector<int64_t> parents;
-  std::vector<int64_t> ranks;  // node i at depth d is guess ranks[i] of head d; 0 for the root
+  std::vector<int64_t> ranks;  // node i at depth d is draft ranks[i] of head d; 0 for the root
 };
 
-// The tree of `size` nodes, root included, with the largest expected number of accepted guesses, where
-// accuracy[d * guesses + r] is the chance that guess r of head d + 1 is right, independent of the other
-// heads. Fewer nodes only where all `heads` x `guesses` paths together have fewer. Throws
+// The tree of `size` nodes, root included, with the largest expected number of accepted drafts, where
+// accuracy[d * drafts + r] is the probability that draft r of head d + 1 is right, independent of the other
+// heads. Fewer nodes only where all `heads` x `drafts` paths together have fewer. Throws
 // std::invalid_argument.
-Tree best_tree(const double* accuracy, size_t heads, size_t guesses, int64_t size);
+Tree best_tree(const double* accuracy, size_t heads, size_t drafts, int64_t size);
 
 // Nodes between each node and the root: 0 for the root. Throws std::invalid_argument, which names `caller`.
 std::vector<int64_t> depths(const int64_t* parents, size_t nodes, const char* caller = "depths");

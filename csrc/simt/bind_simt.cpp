@@ -43,9 +43,9 @@ Tensor head_stack(const Tensor& hidden, const Tensor& anchor, const Tensor& weig
   return call.states;
 }
 
-std::tuple<Tensor, Tensor> draft_topk(const Tensor& states, const Tensor& projection, int64_t guesses) {
+std::tuple<Tensor, Tensor> draft_topk(const Tensor& states, const Tensor& projection, int64_t drafts) {
   const DraftTopkCall call = prepare_draft_topk(
-      states, projection, guesses, [](int64_t) { return draft_topk_parts(simt::device().multiprocessors); });
+      states, projection, drafts, [](int64_t) { return draft_topk_parts(simt::device().multiprocessors); });
   run("draft_topk", [&](cudaStream_t stream) { return draft_topk_cuda(call.args, stream); });
   return {call.ids, call.logprobs};
 }

@@ -131,11 +131,11 @@ struct Emulator {
 Emulator emulator;
 
 // 0 .. of - 1.
-unsigned chance(unsigned of) { return static_cast<unsigned>((emulator.random() >> 32) * of >> 32); }
+unsigned probability(unsigned of) { return static_cast<unsigned>((emulator.random() >> 32) * of >> 32); }
 
 // The first bit from a random place on, so that not all are quite equally likely.
 int random_bit(uint32_t mask) {
-  const unsigned place = chance(32);
+  const unsigned place = probability(32);
   const uint32_t from_there = mask >> place;
   return from_there != 0 ? static_cast<int>(place) + __builtin_ctz(from_there) : __builtin_ctz(mask);
 }
@@ -259,9 +259,9 @@ void arrive(Thread& thread, size_t which) {
 
 // One of the block's copies arrives, perhaps.
 void let_a_copy_arrive(Block& block) {
-  Thread& thread = block.threads[chance(static_cast<unsigned>(block.threads.size()))];
+  Thread& thread = block.threads[probability(static_cast<unsigned>(block.threads.size()))];
   if (thread.copies.empty()) return;
-  const size_t which = chance(static_cast<unsigned>(thread.copies.size()));
+  const size_t which = probability(static_cast<unsigned>(thread.copies.size()));
   if (!thread.copies[which].arrives_late) arrive(thread, which);
 }
 
@@ -426,17 +426,17 @@ void admit_blocks() {
 }
 
 Block* choose_block() {
-  if (Block* block = emulator.in_place; block != nullptr && block->ready_ranks != 0 && chance(512) != 0)
+  if (Block* block = emulator.in_place; block != nullptr && block->ready_ranks != 0 && probability(512) != 0)
     return block;
   std::vector<Block*> ready;
   for (const auto& block : emulator.resident)
     if (block->ready_ranks != 0) ready.push_back(block.get());
-  return ready.empty() ? nullptr : ready[chance(static_cast<unsigned>(ready.size()))];
+  return ready.empty() ? nullptr : ready[probability(static_cast<unsigned>(ready.size()))];
 }
 
 Thread& choose_thread(Block& block) {
   // Mostly the warp of the lowest rank, so that warps run far apart.
-  const int rank = chance(8) != 0 ? __builtin_ctz(block.ready_ranks) : random_bit(block.ready_ranks);
+  const int rank = probability(8) != 0 ? __builtin_ctz(block.ready_ranks) : random_bit(block.ready_ranks);
   Warp& warp = block.warps[block.warp_of_rank[rank]];
   const int lane = random_bit(warp.ready);
   warp.ready &= ~(1u << lane);
@@ -468,7 +468,7 @@ void run_launches() {
     Block* const block = choose_block();
     if (block == nullptr) return report_deadlock();
     put_in_place(*block);
-    if (chance(8) == 0) let_a_copy_arrive(*block);
+    if (probability(8) == 0) let_a_copy_arrive(*block);
     Thread& thread = choose_thread(*block);
     emulator.current = &thread;
     threadIdx.x = thread.index;
@@ -559,10 +559,10 @@ void start_copy(void* shared, const void* global, bool valid) {
     fail_there("starts a copy from or to an address that is not a multiple of 16 bytes");
   if (!is_shared(*thread.block, shared, 16))
     fail_there("starts a copy to an address outside of shared memory");
-  Copy copy = {shared, global, thread.group, chance(2) == 0, !valid || chance(2) == 0, {}};
+  Copy copy = {shared, global, thread.group, probability(2) == 0, !valid || probability(2) == 0, {}};
   if (valid && copy.is_read) std::memcpy(copy.bytes, global, sizeof(copy.bytes));
   thread.copies.push_back(copy);
-  if (chance(4) == 0) arrive(thread, thread.copies.size() - 1);
+  if (probability(4) == 0) arrive(thread, thread.copies.size() - 1);
 }
 
 void end_copies() { ++emulator.current->group; }
@@ -601,7 +601,7 @@ void enqueue(Launch launch) {
   grid.order.resize(launch.blocks);
   for (unsigned i = 0; i < launch.blocks; ++i) grid.order[i] = i;
   std::shuffle(grid.order.begin(), grid.order.end(), emulator.random);
-  grid.window = launch.cooperative ? launch.blocks : 1 + chance(4);
+  grid.window = launch.cooperative ? launch.blocks : 1 + probability(4);
   grid.launch = std::move(launch);
 }
 

@@ -62,7 +62,7 @@ struct Device {
 };
 void set_device(const Device& device);
 const Device& device();
-// Of the schedule, and of all other chances.
+// Of the schedule, and of all other probabilities.
 void seed(uint64_t seed);
 
 struct Launch {

@@ -25,7 +25,7 @@ def costs(*seconds: float, asked: float = 0.0, entropy: float = 0.0) -> StepCost
 
 
 def chains(questions: int = 4) -> list[TracedText]:
-    """The best guesses of both heads are always right."""
+    """The best drafts of both heads are always right."""
     return [hand_made([[0, 0]] * 30, question=number) for number in range(questions)]
 
 
@@ -46,10 +46,10 @@ def test_the_best_size(seconds: tuple[float, ...], chosen: str, rate: float) -> 
 
 
 def told(signal: str, *, hits: int, places: int = 40, question: int = 0) -> TracedText:
-    """The first guess is right at the first of every `places // hits` places, and a signal tells so."""
+    """The first draft is right at the first of every `places // hits` places, and a signal tells so."""
     every = places // hits
     right = [place % every == 0 for place in range(places)]
-    # What follows a right guess is a place that is never visited; places without one come one by one.
+    # What follows a right draft is a place that is never visited; places without one come one by one.
     ranks = [[0, ABSENT] if hit else [ABSENT, ABSENT] for hit in right]
     values: dict = {}
     if signal == "entropy":
@@ -69,7 +69,7 @@ def test_a_gate_that_knows_wins(signal: str, gate: type) -> None:
     assert found.best_ungated == PLAIN and isinstance(best.gate, gate)
     tally = found.tallies[found.chosen]
     assert tally.tokens_per_second == pytest.approx(4 / 3.8, rel=0.01)
-    assert tally.gate_open_rate == pytest.approx(1 / 3, abs=0.01) and tally.wasted_steps == 0
+    assert tally.gate_open_rate == pytest.approx(1 / 3, abs=0.01) and tally.zero_accept_steps == 0
 
 
 @pytest.mark.parametrize("signal", ["entropy", "confidence"])

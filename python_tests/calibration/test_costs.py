@@ -17,7 +17,7 @@ from cerberus_ext.runtime import graphs
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_costs_are_measured_with_the_steps_of_decode(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where steps are replayed; then a gate that looks at the guesses needs recordings of its own."""
+    """Also where steps are replayed; then a gate that looks at the drafts needs recordings of its own."""
     if recorded:
         monkeypatch.setitem(graphs.RECORDERS, "cpu", lambda device: TapeRecorder())
         graphs._kept.clear()
@@ -64,7 +64,7 @@ def test_medians_and_looking_is_never_faster(monkeypatch: pytest.MonkeyPatch) ->
     assert found.open == found.asked == ((1.2, 1.4), (3.2, 3.4))
 
 
-def test_costs_of_heads_without_a_right_guess() -> None:
+def test_costs_of_heads_without_a_right_draft() -> None:
     model = tiny_model("llama")
     found = measure_costs(model, untrained(model), {1: DraftTree.root()}, [16], rounds=1)
     assert found.sizes == (1,) and found.asked == found.open

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cerberus_ext.calibration.signals import auc, by_quantile, fit_corrections, head_reliability, reliability
+from cerberus_ext.calibration.signals import auc, by_quantile, fit_platt, head_reliability, reliability
 from cerberus_ext.drafting.platt import corrected
 from cerberus_ext.drafting.simulate import ABSENT
 
@@ -40,7 +40,7 @@ def test_reliability() -> None:
 
 
 def overconfident(places: int) -> tuple[np.ndarray, list[list[int]]]:
-    """Two heads of three guesses; what they say is sharper than what happens, by a known slope and shift."""
+    """Two heads of three drafts; what they say is sharper than what happens, by a known slope and shift."""
     random = np.random.default_rng(0)
     said = random.dirichlet([1.0, 0.6, 0.3, 0.6], size=(places, 2))[:, :, :3]
     said = -np.sort(-said, axis=-1)
@@ -55,7 +55,7 @@ def overconfident(places: int) -> tuple[np.ndarray, list[list[int]]]:
 
 def test_fitted_corrections_make_probabilities_honest() -> None:
     logprobs, ranks = overconfident(6000)
-    found = fit_corrections(logprobs[:3000], ranks[:3000])
+    found = fit_platt(logprobs[:3000], ranks[:3000])
     assert found[0][0] < 0.8 and found[1][0] > 1.1
     before = head_reliability(logprobs[3000:], ranks[3000:], None)
     after = head_reliability(logprobs[3000:], ranks[3000:], found)
@@ -67,7 +67,7 @@ def test_the_second_head_counts_where_the_first_is_right() -> None:
     """Where it is not, the second head may say what it likes."""
     logprobs = np.log(np.full((400, 2, 1), 0.5))
     ranks = [[0, 0]] * 150 + [[0, ABSENT]] * 50 + [[ABSENT, ABSENT]] * 200
-    (slope, shift), (slope2, shift2) = fit_corrections(logprobs, ranks)
+    (slope, shift), (slope2, shift2) = fit_platt(logprobs, ranks)
     first, second = (1 / (1 + math.exp(-b)) for b in (shift, shift2))  # logit 0.5 is 0: the slope has no say
     assert first == pytest.approx(0.5, abs=0.01) and second == pytest.approx(0.75, abs=0.01)
     assert slope == slope2 == pytest.approx(1.0)
@@ -77,12 +77,12 @@ def test_the_second_head_counts_where_the_first_is_right() -> None:
 
 def test_few_places_change_little() -> None:
     """One place for the first head, none for the second, which is left as it is."""
-    (slope, shift), second = fit_corrections(np.log(np.full((1, 2, 1), 0.9)), [[ABSENT, ABSENT]])
+    (slope, shift), second = fit_platt(np.log(np.full((1, 2, 1), 0.9)), [[ABSENT, ABSENT]])
     assert abs(slope - 1) < 1 and -1 < shift < 0
     assert second == (1.0, 0.0)
 
 
 def test_always_right_stays_finite() -> None:
     logprobs = np.log(np.full((500, 1, 1), 0.999))
-    ((slope, shift),) = fit_corrections(logprobs, [[0]] * 500)
+    ((slope, shift),) = fit_platt(logprobs, [[0]] * 500)
     assert 0 < slope < 5 and abs(shift) < 5

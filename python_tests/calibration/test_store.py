@@ -30,7 +30,7 @@ GATES: dict[str, Gate] = {
     "open": AlwaysOpen(),
     "entropy": EntropyGate(2.5),
     "confidence": ConfidenceGate({1: 1.0, 8: 1.5}, [DraftTree.chain(1), TREE], 0.1),
-    "corrected": ConfidenceGate({1: 0.1, 8: 0.15}, [TREE], rate=12.5, corrections=[(0.9, 0.1), (1.1, 0.0)]),
+    "corrected": ConfidenceGate({1: 0.1, 8: 0.15}, [TREE], rate=12.5, platt=[(0.9, 0.1), (1.1, 0.0)]),
 }
 
 
@@ -86,11 +86,11 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     assert back.gate.choose(TREE, logprobs) == put.gate.choose(TREE, logprobs)
 
 
-@pytest.mark.parametrize("corrections", [None, ((0.9, 0.1), (1.1, 0.0))])
-def test_round_trip_of_a_dynamic_tree(corrections: tuple | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("platt", [None, ((0.9, 0.1), (1.1, 0.0))])
+def test_round_trip_of_a_dynamic_tree(platt: tuple | None, tmp_path: Path) -> None:
     """With a gate that chooses how many of its nodes, and has no trees of its own."""
     heads = saved_heads(tmp_path / "heads")
-    tree, gate = DynamicTree(8, 5, corrections), ConfidenceGate({1: 1.0, 4: 1.2, 8: 3.0}, rate=0.8)
+    tree, gate = DynamicTree(8, 5, platt), ConfidenceGate({1: 1.0, 4: 1.2, 8: 3.0}, rate=0.8)
     save(heads, entry(heads, gate=gate, tree=tree))
     back = found(CerberusHeads.from_pretrained(tmp_path / "heads"))
     assert back is not None and same_gate(back.gate, gate) and back.tree == tree
@@ -256,21 +256,21 @@ ODD = {
     "wide tree": change(tree="0 100000"),
     "expected": change(expected={"tokens": 3}),
     "dynamic tree": change(tree={"size": "8"}),
-    "no size": change(tree={"guesses": 8}),
+    "no size": change(tree={"drafts": 8}),
     "costs that end": change(tree={"size": 16}, gate=entries.gate_to_json(ConfidenceGate({1: 1.0, 8: 1.5}))),
     "huge": change(tree={"size": 10**7}),
     "huge size": change(tree={"size": 1025}),
     "size of another kind": change(tree={"size": 8.0}),
     "long tree": change(tree=".".join(["0"] * 100_000)),
-    "many guesses": change(tree="0 40"),
+    "many drafts": change(tree="0 40"),
     "infinite cost": change(gate={**entries.gate_to_json(GATES["confidence"]), "costs": {"1": 1.0, "8": float("inf")}}),
     "text for a cost": change(gate={**entries.gate_to_json(GATES["confidence"]), "costs": {"1": "1"}}),
     "no number": change(gate={"kind": "entropy", "threshold": float("nan")}),
-    "gate's corrections": change(gate={**entries.gate_to_json(GATES["corrected"]), "corrections": [[1.0, 0.0]]}),
+    "gate's platt": change(gate={**entries.gate_to_json(GATES["corrected"]), "platt": [[1.0, 0.0]]}),
     "rate": change(gate={**entries.gate_to_json(GATES["corrected"]), "rate": "fast"}),
     "details": change(details=3),
     "expected number": change(expected={**asdict(Expected(1, 1, 1, 1, 1)), "tokens_per_step": float("nan")}),
-    "a correction": change(tree={"size": 8, "corrections": [[1.0, 0.0]]}),
+    "a correction": change(tree={"size": 8, "platt": [[1.0, 0.0]]}),
 }
 
 
@@ -359,7 +359,7 @@ def test_decode_uses_it(given: dict, nodes: set[int], tmp_path: Path) -> None:
     heads = saved_heads(tmp_path)
     plain = decode(model, heads, prompt(), max_new_tokens=24)
     default = {size for size, _ in plain.stats.trace}
-    # Opens about half of the time: head 1's best guess has a probability of 1 % to 90 %.
+    # Opens about half of the time: head 1's best draft has a probability of 1 % to 90 %.
     gate = ConfidenceGate({1: 1.0, 3: 1.6}, [DraftTree.chain(2)])
     save(heads, entry(heads, threads, gate))
     out = decode(model, heads, prompt(), max_new_tokens=24, **given)

@@ -41,14 +41,14 @@ def traced(name: str, dtype: torch.dtype = torch.float32) -> tuple[CerberusHeads
 
 def gates(text: TracedText) -> dict[str, Gate]:
     trees = [DraftTree.chain(1), DraftTree.chain(3), TREE]
-    corrections = [(0.5, -1.0), (0.4, 0.4), (1.0, 0.0)]
+    platt = [(0.5, -1.0), (0.4, 0.4), (1.0, 0.0)]
     return {
         "open": AlwaysOpen(),
         "closed": AlwaysClosed(),
         "entropy": EntropyGate(median(text.entropy)),
         "confidence": ConfidenceGate(COSTS, margin=0.4),
         "confidence, trees": ConfidenceGate(COSTS, trees, margin=0.5),
-        "confidence, rate": ConfidenceGate(COSTS, trees, rate=1.4, corrections=corrections),
+        "confidence, rate": ConfidenceGate(COSTS, trees, rate=1.4, platt=platt),
     }
 
 
@@ -61,9 +61,13 @@ def same_steps(name: str, dtype: torch.dtype, tree: DraftTree, kind: str, new: i
     model = tiny_model(name, "cpu", dtype)
     stats = decode(model, heads, found.ids[:, : found.prompt], max_new_tokens=new, tree=tree, gate=gate).stats
     tally = walk([text], tree, gate, FLAT)
-    assert (tally.steps, tally.open_steps, tally.wasted_steps) == (stats.steps, stats.open_steps, stats.wasted_steps)
+    assert (tally.steps, tally.open_steps, tally.zero_accept_steps) == (
+        stats.steps,
+        stats.open_steps,
+        stats.zero_accept_steps,
+    )
     assert tally.tokens == stats.new_tokens - 1 and tally.tokens_per_step == stats.tokens_per_step
-    assert tally.gate_open_rate == stats.gate_open_rate and tally.wasted_step_rate == stats.wasted_step_rate
+    assert tally.gate_open_rate == stats.gate_open_rate and tally.zero_accept_rate == stats.zero_accept_rate
 
 
 @pytest.mark.parametrize("kind", gates(hand_made([[0]])))
@@ -137,7 +141,7 @@ def test_a_text_that_ends_by_itself() -> None:
 
 
 def test_draft_vocabulary() -> None:
-    """Tokens that the heads cannot guess are absent, others are found by the model's ids."""
+    """Tokens that the heads cannot draft are absent, others are found by the model's ids."""
     model = tiny_model("llama")
     heads, found, text = traced("llama")
     small = CerberusHeads(CerberusConfig("tiny", 32, VOCAB, num_heads=3, draft_vocab=50))
@@ -155,12 +159,12 @@ def test_draft_vocabulary() -> None:
 
 
 def test_seconds_are_those_of_every_step() -> None:
-    """Drawn by hand: a chain of 2 at places 0, 3 and 4, where it accepts 2, 0 and 1 guesses."""
+    """Drawn by hand: a chain of 2 at places 0, 3 and 4, where it accepts 2, 0 and 1 drafts."""
     text = hand_made([[0, 0], [0, 0], [0, 0], [1, 0], [0, ABSENT], [ABSENT, ABSENT]], deepest=[5, 4, 3, 2, 1, 0])
     costs = StepCosts((1, 3), (10, 20), ((1.0, 2.0), (10.0, 20.0)), ((3.0, 4.0), (30.0, 40.0)), entropy=100.0)
     chain = DraftTree.chain(2)
     tally = walk([text, text], chain, AlwaysOpen(), costs)
-    assert (tally.tokens, tally.steps, tally.open_steps, tally.wasted_steps) == (12, 6, 6, 2)
+    assert (tally.tokens, tally.steps, tally.open_steps, tally.zero_accept_steps) == (12, 6, 6, 2)
     # After 10, 13 and 14 tokens: 10 and 13 for 3 nodes; the tree of the last step is cut to 2 nodes: 5.5 and 11 -> 7.7
     assert tally.seconds == pytest.approx(2 * (10 + 13 + 7.7))
     assert tally.tokens_per_second == pytest.approx(12 / tally.seconds)

@@ -1,4 +1,4 @@
-"""The walk through a traced text with trees made anew takes the steps of `decode`, one by one."""
+"""The walk through a traced text with trees new takes the steps of `decode`, one by one."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from cerberus_ext.calibration.walk import Tally, accepted_by, walk
 from cerberus_ext.drafting.dynamic_tree import DynamicTree, StepTree
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from cerberus_ext.drafting.heads import CerberusHeads
-from cerberus_ext.drafting.proposers import SourceMaker
+from cerberus_ext.drafting.proposers import ProposerFactory
 from cerberus_ext.drafting.static_tree import DraftTree
-from cerberus_ext.drafting.suffix import DocumentSource, SuffixSource
+from cerberus_ext.drafting.suffix import DocumentProposer, SuffixProposer
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime.stats import DecodeStats
 
@@ -30,9 +30,9 @@ FLAT = StepCosts((1, 65), (10,), ((1.0,), (1.0,)), ((1.0,), (1.0,)))
 CORRECTIONS = ((0.5, -1.0), (0.4, 0.4), (1.0, 0.0))
 TREES = {
     "4": DynamicTree(4),
-    "11": DynamicTree(11, guesses=3),
-    "32": DynamicTree(32, guesses=16),
-    "corrected": DynamicTree(8, corrections=CORRECTIONS),
+    "11": DynamicTree(11, drafts=3),
+    "32": DynamicTree(32, drafts=16),
+    "corrected": DynamicTree(8, platt=CORRECTIONS),
 }
 
 
@@ -46,12 +46,12 @@ def traced(name: str, dtype: torch.dtype = torch.float32) -> tuple[CerberusHeads
     return heads, found, trace(model, heads, found)
 
 
-def sources_of(kind: str, text: Answer) -> list[SourceMaker] | None:
+def proposers_of(kind: str, text: Answer) -> list[ProposerFactory] | None:
     return {
         "usual": None,
         "none": [],
-        "suffix": [SuffixSource(max_match=3)],
-        "documents": [SuffixSource(), DocumentSource([text.ids[0, 5:].tolist()])],
+        "suffix": [SuffixProposer(max_match=3)],
+        "documents": [SuffixProposer(), DocumentProposer([text.ids[0, 5:].tolist()])],
     }[kind]
 
 
@@ -67,7 +67,11 @@ def gates(text: TracedText) -> dict[str, Gate]:
 def same(tally: Tally, stats: DecodeStats) -> None:
     histogram = [tally.accepted[count] for count in range(len(stats.accepted_histogram))]
     assert histogram == stats.accepted_histogram and sum(histogram) == tally.steps
-    assert (tally.steps, tally.open_steps, tally.wasted_steps) == (stats.steps, stats.open_steps, stats.wasted_steps)
+    assert (tally.steps, tally.open_steps, tally.zero_accept_steps) == (
+        stats.steps,
+        stats.open_steps,
+        stats.zero_accept_steps,
+    )
     assert tally.tokens_per_step == stats.tokens_per_step and tally.tokens == stats.new_tokens - 1
     assert tally.nodes_per_step == stats.nodes_per_step and tally.nodes == sum(nodes for nodes, _ in stats.trace)
 
@@ -77,12 +81,12 @@ def same(tally: Tally, stats: DecodeStats) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen2-window"])
 def test_same_steps_as_decode(name: str, tree: str, kind: str) -> None:
     heads, found, text = traced(name)
-    sources = sources_of(kind, found)
+    proposers = proposers_of(kind, found)
     out = decode(
-        tiny_model(name), heads, found.ids[:, : found.prompt], max_new_tokens=NEW, tree=TREES[tree], sources=sources
+        tiny_model(name), heads, found.ids[:, : found.prompt], max_new_tokens=NEW, tree=TREES[tree], proposers=proposers
     )
     assert out.sequences.equal(found.ids)
-    same(walk([text], TREES[tree], AlwaysOpen(), FLAT, sources), out.stats)
+    same(walk([text], TREES[tree], AlwaysOpen(), FLAT, proposers), out.stats)
     assert out.stats.tokens_per_step > 1.2, "else little is tested"
 
 
@@ -145,12 +149,12 @@ def step_tree(parents: list[int], tokens: list[int]) -> StepTree:
     [([5, 7, 9, 1], 3), ([5, 7, 8], 2), ([6, 7, 5], 2), ([6, 8], 1), ([7, 9], 0), ([5], 1), ([], 0), ([0], 0)],
 )
 def test_accepted_by_a_tree_drawn_by_hand(ahead: list[int], accepted: int) -> None:
-    """0 -> 5 -> 7 -> 9, 0 -> 6 -> 7; the root's own token, 0 here, is no guess."""
+    """0 -> 5 -> 7 -> 9, 0 -> 6 -> 7; the root's own token, 0 here, is no draft."""
     assert accepted_by(step_tree([0, 0, 0, 1, 2, 3], [0, 5, 6, 7, 7, 9]), ahead) == accepted
 
 
 def test_seconds_of_steps_that_have_looked() -> None:
-    """Both best guesses are always right: steps at places 0, 3 and 6, where a tree is one guess deep, but wider."""
+    """Both best drafts are always right: steps at places 0, 3 and 6, where a tree is one draft deep, but wider."""
     text = hand_made([[0, 0]] * 8, logprobs=torch.tensor([0.9, 0.02, 0.02, 0.02]).log().expand(8, 2, 4))
     text = replace(text, deepest=[7 - place for place in range(8)])
     costs = StepCosts((1, 3), (10, 20), ((1.0, 2.0), (10.0, 20.0)), ((3.0, 4.0), (30.0, 40.0)), entropy=100.0)
@@ -170,8 +174,8 @@ def test_compiled_steps_are_filled_up() -> None:
     text = replace(text, deepest=[7 - place for place in range(8)])
     by_size = tuple((float(nodes),) for nodes in (1, 2, 4, 6))
     costs = StepCosts((1, 2, 4, 6), (10,), by_size, by_size)
-    # With one guess of each of two heads trees have 3 nodes, where only one guess is of use 2.
-    tree = DynamicTree(6, guesses=1)
+    # With one draft of each of two heads trees have 3 nodes, where only one draft is of use 2.
+    tree = DynamicTree(6, drafts=1)
     steps = walk([text], tree, AlwaysOpen(), costs, [])
     filled = walk([text], tree, AlwaysOpen(), replace(costs, compiled=True), [])
     assert steps.steps == filled.steps == 3 and steps.nodes == filled.nodes == 3 + 3 + 2
@@ -181,7 +185,7 @@ def test_compiled_steps_are_filled_up() -> None:
 
 
 class Recorded:
-    """A source that writes down what it is told."""
+    """A proposer that writes down what it is told."""
 
     def __init__(self, heard: list[Any], prompt: list[int]) -> None:
         self.heard = heard
@@ -190,7 +194,7 @@ class Recorded:
     def extend(self, tokens: list[int]) -> None:
         self.heard.append(tokens)
 
-    def guess(self, most: int) -> tuple[list[int], list[float]]:
+    def propose(self, most: int) -> tuple[list[int], list[float]]:
         return [], []
 
 
@@ -198,14 +202,14 @@ def test_sources_see_the_text_as_far_as_it_is_known() -> None:
     text = hand_made([[0, 0], [0, 0], [0, 0], [0, 0], [2, 0]], prompt=2)
     text = replace(text, deepest=[4 - place for place in range(5)])
     heard: list[Any] = []
-    walk([text], DynamicTree(3, guesses=1), AlwaysOpen(), FLAT, [lambda prompt: Recorded(heard, prompt)])
+    walk([text], DynamicTree(3, drafts=1), AlwaysOpen(), FLAT, [lambda prompt: Recorded(heard, prompt)])
     assert heard == [[0, 1, 2], [3, 4, 5], [6, 7]]
 
 
 def test_bad_arguments() -> None:
     text = hand_made([[0, 0]] * 3)
-    with pytest.raises(ValueError, match="sources must be None or empty with a DraftTree"):
-        walk([text], DraftTree.chain(2), AlwaysOpen(), FLAT, [SuffixSource()])
+    with pytest.raises(ValueError, match="proposers must be None or empty with a DraftTree"):
+        walk([text], DraftTree.chain(2), AlwaysOpen(), FLAT, [SuffixProposer()])
 
 
 def test_the_vocabulary_of_the_traced_model() -> None:

@@ -78,7 +78,7 @@ def test_a_number_of_nodes_is_a_tree(llama: PreTrainedModel) -> None:
     stats = []
     for tree in (6, DynamicTree(6)):
         heads = OracleHeads(generated("llama", "cpu", NEW), 3, VOCAB)
-        stats.append(decode(llama, heads, IDS, max_new_tokens=NEW, tree=tree, sources=[], streamer=heads).stats)
+        stats.append(decode(llama, heads, IDS, max_new_tokens=NEW, tree=tree, proposers=[], streamer=heads).stats)
     assert stats[0].trace == stats[1].trace and stats[0].trace[0][0] == 6
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from cerberus_ext.drafting.static_tree import DraftTree
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime.capability import capability_of
-from cerberus_ext.target.model import BaseModel
+from cerberus_ext.target.model import TargetModel
 
 NEW = 6
 # Named attention, seen call by call; with swapped weights; with windows; with soft caps; with experts; of its own.
@@ -121,7 +121,7 @@ def test_the_hidden_states_are_those_of_the_step() -> None:
     tree = DraftTree.chain(2)
 
     def step() -> Tensor:
-        with torch.inference_mode(), BaseModel(model, 64, 1) as base:
+        with torch.inference_mode(), TargetModel(model, 64, 1) as base:
             base.prefill(prompt())
             return base.step(OTHER[:, :3], tree.on(OTHER.device))[0]
 

@@ -265,6 +265,6 @@ def test_hooks_of_users_run(family: str) -> None:
         capability_of(model)
         seen.clear()
         heads = OracleHeads(want, 3, VOCAB)
-        out = decode(model, heads, prompt(), max_new_tokens=NEW, tree=8, sources=[], streamer=heads)
+        out = decode(model, heads, prompt(), max_new_tokens=NEW, tree=8, proposers=[], streamer=heads)
     assert out.sequences.equal(want) and not want.equal(plain)
     assert out.stats.tokens_per_step > 1.5 and seen[0] == 9 and len(seen) == 1 + out.stats.steps

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from stand_ins import AdversarialHeads, LastGuessHeads, OracleHeads, RandomGate, RandomHeads
+from stand_ins import AdversarialHeads, LastDraftHeads, OracleHeads, RandomGate, RandomHeads
 from tiny_families import make_family
 from tiny_llama import make_llama
 from tiny_models import VOCAB, generate, prompt, tiny_model
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import PreTrainedModel
 
-from cerberus_ext import SuffixSource
+from cerberus_ext import SuffixProposer
 from cerberus_ext.drafting.dynamic_tree import DynamicTree
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen
 from cerberus_ext.drafting.static_tree import DraftTree
@@ -30,7 +30,7 @@ from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime import compiled_step
 from cerberus_ext.runtime.compiled_step import CompileError, compiled_steps
 from cerberus_ext.runtime.stats import DecodeOutput, DecodeStats
-from cerberus_ext.target.model import BaseModel
+from cerberus_ext.target.model import TargetModel
 
 NEW = 24
 # Of 4 nodes each: nothing but this size and 1 is compiled for most of the tests, since each size takes seconds.
@@ -39,7 +39,7 @@ TREES = {
     "wide": DraftTree.from_widths([3]),
     "both": DraftTree.from_paths([(0,), (0, 1), (1,)]),
 }
-HEADS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": OracleHeads, "last guess": LastGuessHeads}
+HEADS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": OracleHeads, "last draft": LastDraftHeads}
 GATES = {"open": AlwaysOpen, "closed": AlwaysClosed, "random": RandomGate}
 
 pytestmark = pytest.mark.skipif(
@@ -88,7 +88,7 @@ def test_equals_generate(heads: str, tree: str, gate: str, llama: PreTrainedMode
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("heads", ["last guess", "random"])
+@pytest.mark.parametrize("heads", ["last draft", "random"])
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "qwen2-window", "mistral"])
 def test_other_models(name: str, heads: str) -> None:
     assert run(copy.deepcopy(tiny_model(name)), heads, tree=DraftTree.from_widths([3, 4])).stats.compilations > 0
@@ -125,7 +125,7 @@ def test_layers_share_their_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_dynamic_tree(llama: PreTrainedModel) -> None:
     want = generate(llama, prompt(), max_new_tokens=NEW)
-    options = {"tree": DynamicTree(4), "sources": [SuffixSource()], "compile": True}
+    options = {"tree": DynamicTree(4), "proposers": [SuffixProposer()], "compile": True}
     out = decode(llama, None, prompt(), max_new_tokens=NEW, **options)
     assert out.sequences.tolist() == want.tolist() and out.stats.compilations == 0
 
@@ -143,7 +143,7 @@ def test_is_what_the_model_computes(nodes: int, llama: PreTrainedModel) -> None:
     tokens = torch.arange(nodes)[None] + 3
     found = []
     for steps in (None, compiled_steps(llama, [1, 4], DecodeStats())):
-        with torch.inference_mode(), BaseModel(llama, 64, 1, compiled=steps) as base:
+        with torch.inference_mode(), TargetModel(llama, 64, 1, compiled=steps) as base:
             base.prefill(prompt())
             hidden, logits = base.step(tokens, tree.on(tokens.device))
             assert hidden.shape == (1, nodes, 32) and logits.shape == (1, nodes, VOCAB)
@@ -160,7 +160,7 @@ def test_a_node_has_the_bits_that_it_has_alone(dtype: torch.dtype, llama: PreTra
     stats = DecodeStats()
     steps = compiled_steps(model, [1, 4], stats)
     tokens, tree = torch.tensor([[5, 60, 7, 88]]), DraftTree.from_widths([3])
-    with torch.inference_mode(), BaseModel(model, 64, 1, compiled=steps) as base:
+    with torch.inference_mode(), TargetModel(model, 64, 1, compiled=steps) as base:
         base.prefill(prompt())
         hidden, logits = base.step(tokens, tree.on(tokens.device))
         root_hidden, root_logits = base.step(tokens[:, :1], DraftTree.root().on(tokens.device))

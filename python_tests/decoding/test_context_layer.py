@@ -1,6 +1,6 @@
 """Heads with a context layer: the text is the model's, and what the heads read depends on the text alone.
 
-Neither on how the tokens came into it: one by one, as accepted guesses, with guesses beside them that were wrong, in
+Neither on how the tokens came into it: one by one, as accepted drafts, with drafts beside them that were wrong, in
 steps run op by op, replayed or compiled, or in one pass over the finished text.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from context_stand_ins import accepting, heads_for
-from source_stand_ins import KnowingMaker, right, wrong
+from proposer_stand_ins import KnowingMaker, right, wrong
 from stand_ins import RandomGate
 from tiny_models import VOCAB, generated, prompt, tiny_model
 from torch import Tensor
@@ -27,7 +27,7 @@ from cerberus_ext.drafting.static_tree import DraftTree
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime import compiled_step
 from cerberus_ext.runtime.stats import DecodeOutput
-from cerberus_ext.target.model import BaseModel
+from cerberus_ext.target.model import TargetModel
 
 NEW = 40
 GATES = {
@@ -45,8 +45,8 @@ class Spy:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.read: dict[int, Tensor] = {}
-        self.guesses: dict[int, tuple[Tensor, Tensor]] = {}
-        drafts, reads = Drafter.draft, BoundContext.read
+        self.drafts: dict[int, tuple[Tensor, Tensor]] = {}
+        drafted, reads = Drafter.draft, BoundContext.read
         place = 0
 
         def read(layer: Any, cache: Any, *arguments: Any) -> Tensor:
@@ -55,10 +55,10 @@ class Spy:
             self.read[place] = reads(layer, cache, *arguments)[0, 0].clone()
             return self.read[place][None, None]
 
-        def draft(drafter: Drafter, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
+        def draft(drafter: Drafter, hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
             assert torch.equal(hidden[0], self.read[place])
-            self.guesses[place] = drafts(drafter, hidden, root, guesses)
-            return self.guesses[place]
+            self.drafts[place] = drafted(drafter, hidden, root, drafts)
+            return self.drafts[place]
 
         monkeypatch.setattr(BoundContext, "read", read)
         monkeypatch.setattr(Drafter, "draft", draft)
@@ -80,8 +80,8 @@ def test_equals_generate(name: str, tree: str, gate: str, device: str) -> None:
 
 
 def one_by_one(name: str, spy: Spy) -> dict[int, Tensor]:
-    """What the heads read where no guess is ever accepted."""
-    run(name, tree=DynamicTree(9, 2), sources=[KnowingMaker(generated(name, "cpu", NEW), wrong(VOCAB))])
+    """What the heads read where no draft is ever accepted."""
+    run(name, tree=DynamicTree(9, 2), proposers=[KnowingMaker(generated(name, "cpu", NEW), wrong(VOCAB))])
     every = dict(spy.read)
     assert len(every) == NEW - 2, "of every place but the last ones"
     spy.read.clear()
@@ -92,7 +92,7 @@ def one_by_one(name: str, spy: Spy) -> dict[int, Tensor]:
 def test_what_heads_read_depends_on_the_text_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy(monkeypatch)
     every = one_by_one(name, spy)
-    out = run(name, tree=DynamicTree(24, 2), sources=accepting(generated(name, "cpu", NEW)))
+    out = run(name, tree=DynamicTree(24, 2), proposers=accepting(generated(name, "cpu", NEW)))
     assert sum(map(bool, out.stats.accepted_histogram)) > 1 and 10 < len(spy.read) < NEW / 1.8
     for place, read in spy.read.items():
         torch.testing.assert_close(read, every[place], rtol=1e-5, atol=1e-5)
@@ -110,13 +110,13 @@ def test_pairs_are_kept_while_the_gate_is_closed(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_a_pass_over_the_text_guesses_the_same(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_over_the_text_drafts_the_same(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same bits, where the model's own steps have them."""
     model, new = tiny_model(name, "cpu", dtype), 100  # more than one piece of the pass
     heads = heads_for(model, dtype)
     spy = Spy(monkeypatch)
-    out = decode(model, heads, prompt(), max_new_tokens=new, tree=DynamicTree(6, 4), sources=[])
-    drafted = {place: (ids.clone(), logs.clone()) for place, (ids, logs) in spy.guesses.items()}
+    out = decode(model, heads, prompt(), max_new_tokens=new, tree=DynamicTree(6, 4), proposers=[])
+    drafted = {place: (ids.clone(), logs.clone()) for place, (ids, logs) in spy.drafts.items()}
     monkeypatch.undo()
     length = prompt().shape[1]
     text = trace(model, heads, Answer(0, out.sequences, length, new))
@@ -139,7 +139,7 @@ def test_pairs_are_the_same_read_or_only_kept(dtype: torch.dtype) -> None:
     tree = DraftTree.from_widths([3, 2]).on(ids.device)
     tokens = torch.arange(len(tree.depths))[None] + 5
     kept = []
-    with torch.inference_mode(), BaseModel(model, 64, 1, context=True) as base:
+    with torch.inference_mode(), TargetModel(model, 64, 1, context=True) as base:
         base.prefill(ids)
         states, _ = base.step(tokens, tree)
         led = torch.cat([states[:, :1], states[:, tree.parents[1:]]], 1)
@@ -159,7 +159,7 @@ def test_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     model = copy.deepcopy(tiny_model("llama"))
     text, heads = generated("llama", "cpu", NEW), heads_for(model)
     outs = [
-        decode(model, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(8, 4), sources=accepting(text), **options)
+        decode(model, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(8, 4), proposers=accepting(text), **options)
         for options in ({"compile": True}, {})
     ]
     assert outs[0].sequences.tolist() == outs[1].sequences.tolist() == text.tolist()
@@ -211,11 +211,11 @@ def test_a_model_that_hides_its_states_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_nothing_is_done_for_it_where_heads_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BaseModel, "prefill_all", None)
+    monkeypatch.setattr(TargetModel, "prefill_all", None)
     run("llama", gate=AlwaysClosed())
 
 
 def test_another_source_is_right() -> None:
-    """A text that another source guesses to its end."""
+    """A text that another proposer drafts to its end."""
     text = generated("llama", "cpu", NEW)
-    assert run("llama", tree=DynamicTree(16), sources=[KnowingMaker(text, right())]).stats.tokens_per_step > 5
+    assert run("llama", tree=DynamicTree(16), proposers=[KnowingMaker(text, right())]).stats.tokens_per_step > 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stand_ins import AdversarialHeads, LastGuessHeads, OracleHeads, RandomGate, RandomHeads
+from stand_ins import AdversarialHeads, LastDraftHeads, OracleHeads, RandomGate, RandomHeads
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 from torch import Tensor
 from transformers import MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
@@ -15,14 +15,14 @@ from cerberus_ext.drafting.static_tree import DraftTree
 from cerberus_ext.engine.decode import decode
 
 NEW = 24
-HEADS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": OracleHeads, "last guess": LastGuessHeads}
+HEADS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": OracleHeads, "last draft": LastDraftHeads}
 GATES = {"open": AlwaysOpen, "closed": AlwaysClosed, "random": RandomGate}
 TABLE = [[0.6, 0.3, 0.1, 0.05]] * 4
 TREES = {
     "chain": DraftTree.chain(4),
     "16": DraftTree.from_accuracies(TABLE, 16),
     "64": DraftTree.from_accuracies(TABLE, 64),
-    "one guess": DraftTree.chain(1),
+    "one draft": DraftTree.chain(1),
     "65, wide": DraftTree.from_widths([64]),
 }
 
@@ -73,20 +73,20 @@ def test_oracle_is_accepted_to_full_depth(tree: str, llama: PreTrainedModel) -> 
     oracle = OracleHeads(want, 4, VOCAB)
     stats = decode(llama, oracle, prompt(), max_new_tokens=new, tree=TREES[tree], streamer=oracle).stats
     assert stats.accepted_histogram == [0] * depth + [5]
-    assert stats.steps == stats.open_steps == 5 and stats.wasted_steps == 0
+    assert stats.steps == stats.open_steps == 5 and stats.zero_accept_steps == 0
     assert stats.tokens_per_step == depth + 1 and stats.gate_open_rate == 1
 
 
-@pytest.mark.parametrize("heads", [OracleHeads, LastGuessHeads, AdversarialHeads])
+@pytest.mark.parametrize("heads", [OracleHeads, LastDraftHeads, AdversarialHeads])
 def test_heads_get_the_hidden_state_of_the_root(heads: type, llama: PreTrainedModel) -> None:
     """The LM head makes the root from it, wherever in the tree it was found."""
     stand_in = heads(expected("llama", "cpu"), 4, VOCAB)
-    guess, checked = stand_in.draft, []
+    own_draft, checked = stand_in.draft, []
 
-    def draft(hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
+    def draft(hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
         assert llama.lm_head(hidden).argmax(-1).equal(root)
         checked.append(root)
-        return guess(hidden, root, guesses)
+        return own_draft(hidden, root, drafts)
 
     stand_in.draft = draft
     stats = decode(llama, stand_in, prompt(), max_new_tokens=NEW, tree=TREES["16"], streamer=stand_in).stats
@@ -96,8 +96,8 @@ def test_heads_get_the_hidden_state_of_the_root(heads: type, llama: PreTrainedMo
 def test_adversarial_heads_waste_every_step(llama: PreTrainedModel) -> None:
     heads = AdversarialHeads(expected("llama", "cpu"), 4, VOCAB)
     stats = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=TREES["16"], streamer=heads).stats
-    # The last step has one token to go and therefore no use for guesses.
-    assert (stats.steps, stats.open_steps, stats.wasted_step_rate) == (NEW - 1, NEW - 2, 1.0)
+    # The last step has one token to go and therefore no use for drafts.
+    assert (stats.steps, stats.open_steps, stats.zero_accept_rate) == (NEW - 1, NEW - 2, 1.0)
     assert stats.accepted_histogram == [NEW - 1]
     assert set(stats.seconds) == {"prefill", "draft", "verify", "commit"} and stats.tokens_per_second > 0
 
@@ -111,7 +111,7 @@ def test_gates_that_look(gate, llama: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("new", range(8))
-@pytest.mark.parametrize("heads", [OracleHeads, LastGuessHeads])
+@pytest.mark.parametrize("heads", [OracleHeads, LastDraftHeads])
 def test_stops_at_max_new_tokens(new: int, heads, llama: PreTrainedModel) -> None:
     want = expected("llama", "cpu")[:, : prompt().shape[1] + new]
     stand_in = heads(expected("llama", "cpu"), 4, VOCAB)
@@ -199,7 +199,7 @@ def test_sampling_depends_on_the_seed_only(options: dict, device: str) -> None:
         for seed in (1, 2)
     }
     assert plain[1].tolist() != plain[2].tolist()
-    for heads in (OracleHeads, LastGuessHeads, RandomHeads):
+    for heads in (OracleHeads, LastDraftHeads, RandomHeads):
         stand_in = heads(plain[1], 4, VOCAB)
         out = decode(
             model,
@@ -235,7 +235,7 @@ def test_bfloat16_bits_do_not_depend_on_drafts(name: str, device: str) -> None:
         pytest.skip("rows are independent of each other on CPUs only")
     model, ids = tiny_model(name, device, torch.bfloat16), prompt(device)
     plain = decode(model, RandomHeads(ids, 4, VOCAB), ids, max_new_tokens=64, gate=AlwaysClosed()).sequences
-    for heads in (OracleHeads, RandomHeads, LastGuessHeads):
+    for heads in (OracleHeads, RandomHeads, LastDraftHeads):
         for tree in ("16", "chain"):
             stand_in = heads(plain, 4, VOCAB)
             out = decode(
@@ -251,17 +251,17 @@ def test_up_to_the_last_position(device: str) -> None:
     oracle = OracleHeads(want, 4, VOCAB)
     out = decode(model, oracle, ids, max_new_tokens=17, tree=TREES["16"], streamer=oracle)
     assert out.sequences.tolist() == want.tolist()
-    assert out.stats.accepted_histogram == [1, 0, 0, 0, 3]  # 15 tokens in 3 steps, the last one without guesses
+    assert out.stats.accepted_histogram == [1, 0, 0, 0, 3]  # 15 tokens in 3 steps, the last one without drafts
 
 
 def test_beyond_the_last_position_without_drafts() -> None:
-    """Rotary models go on past max_position_embeddings, as with `generate`, but not with guesses."""
+    """Rotary models go on past max_position_embeddings, as with `generate`, but not with drafts."""
     model, ids = tiny_model("llama"), prompt(length=250)
     want = generate(model, ids, max_new_tokens=20)
     oracle = OracleHeads(want, 4, VOCAB)
     out = decode(model, oracle, ids, max_new_tokens=20, tree=TREES["chain"], streamer=oracle)
     assert out.sequences.tolist() == want.tolist()
-    # Positions 250 to 254 in one step with guesses, then one at a time.
+    # Positions 250 to 254 in one step with drafts, then one at a time.
     assert out.stats.open_steps == 1 and out.stats.accepted_histogram == [14, 0, 0, 0, 1]
 
 
@@ -290,7 +290,7 @@ def test_interrupted_it_leaves_the_model_as_it_was(where: str, error, llama: Pre
 
     options: dict = {}
     if where == "heads":
-        heads.guess = lambda guesses: fail() and torch.zeros(4, guesses, dtype=torch.int64)
+        heads.propose = lambda drafts: fail() and torch.zeros(4, drafts, dtype=torch.int64)
     elif where == "criterion":
         options["stopping_criteria"] = [fail]
     elif where == "gate":

@@ -18,7 +18,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from cerberus_ext.drafting.dynamic_tree import DynamicTree
 from cerberus_ext.drafting.gate import ConfidenceGate, Gate
 from cerberus_ext.drafting.static_tree import DraftTree
-from cerberus_ext.drafting.suffix import SuffixSource
+from cerberus_ext.drafting.suffix import SuffixProposer
 from cerberus_ext.engine.decode import decode
 
 
@@ -118,18 +118,30 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "tree must not be deeper than the heads, 0, got a depth of",
     ),
-    ({"tree": DynamicTree(8, corrections=((1, 0),))}, ValueError, "a correction for each of the 4 heads, .* got 1"),
+    ({"tree": DynamicTree(8, platt=((1, 0),))}, ValueError, "a correction for each of the 4 heads, .* got 1"),
     (
         {"gate": ChoosingGate(), "tree": DynamicTree(8)},
         ValueError,
         "gate must have choose_size, .* this ChoosingGate chooses",
     ),
     ({"gate": ConfidenceGate({1: 1.0, 8: 2.0}), "tree": DynamicTree(9)}, ValueError, "a tree has 9 nodes, .* is 8"),
-    ({"sources": SuffixSource()}, TypeError, "sources must be None or a sequence of callables .* got SuffixSource"),
-    ({"sources": [SuffixSource(), 3]}, TypeError, "sources must be None or a sequence of callables .* got list"),
-    ({"sources": iter([])}, TypeError, "sources must be None or a sequence of callables .* got list_iterator"),
-    ({"sources": [SuffixSource], "tree": DynamicTree(8)}, TypeError, r"sources\[0\] must make .* got SuffixSource"),
-    ({"sources": [SuffixSource()], "tree": DraftTree.chain(1)}, ValueError, "sources must be None .* with a DraftTree"),
+    (
+        {"proposers": SuffixProposer()},
+        TypeError,
+        "proposers must be None or a sequence of callables .* got SuffixProposer",
+    ),
+    ({"proposers": [SuffixProposer(), 3]}, TypeError, "proposers must be None or a sequence of callables .* got list"),
+    ({"proposers": iter([])}, TypeError, "proposers must be None or a sequence of callables .* got list_iterator"),
+    (
+        {"proposers": [SuffixProposer], "tree": DynamicTree(8)},
+        TypeError,
+        r"proposers\[0\] must make .* got SuffixProposer",
+    ),
+    (
+        {"proposers": [SuffixProposer()], "tree": DraftTree.chain(1)},
+        ValueError,
+        "proposers must be None .* with a DraftTree",
+    ),
     ({"temperature": -0.5}, ValueError, "temperature must be >= 0 and finite, got -0.5"),
     ({"temperature": float("inf")}, ValueError, "temperature must be >= 0 and finite, got inf"),
     ({"temperature": float("nan")}, ValueError, "temperature must be >= 0 and finite, got nan"),

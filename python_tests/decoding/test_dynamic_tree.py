@@ -1,4 +1,4 @@
-"""With trees made anew at every step, of whatever sources guess, `decode` gives what the model alone gives."""
+"""With trees new at every step, of whatever proposers draft, `decode` gives what the model alone gives."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from source_stand_ins import KINDS, KnowingMaker, nothing, right, sources_of, table, wrong
-from stand_ins import AdversarialHeads, LastGuessHeads, OracleHeads, RandomGate, RandomHeads
+from proposer_stand_ins import KINDS, KnowingMaker, nothing, proposers_of, right, table, wrong
+from stand_ins import AdversarialHeads, LastDraftHeads, OracleHeads, RandomGate, RandomHeads
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 from transformers import MaxLengthCriteria, PreTrainedModel
 
 from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.drafting.dynamic_tree import DynamicTree
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
-from cerberus_ext.drafting.suffix import SuffixSource
+from cerberus_ext.drafting.suffix import SuffixProposer
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime.stats import DecodeOutput
 
 NEW = 24
 SIZES = [2, 3, 8, 33, 64, 70]
-HEADS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": OracleHeads, "last guess": LastGuessHeads}
+HEADS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": OracleHeads, "last draft": LastDraftHeads}
 CORRECTIONS = ((1.5, 0.0), (0.5, -1.0), (-1.0, 0.5), (1.0, 3.0))
 
 
@@ -63,10 +63,10 @@ def run(
     """A decode that has to give what the model alone gives."""
     model, text = tiny_model(name, device), generated(name, device, NEW)
     stand_in = HEADS[heads](text, 4, VOCAB) if heads else None
-    tree = DynamicTree(size, guesses=6, corrections=options.pop("corrections", None))
+    tree = DynamicTree(size, drafts=6, platt=options.pop("platt", None))
     out = decode(
         model, stand_in, prompt(device), max_new_tokens=NEW, tree=tree, gate=GATES[gate](), streamer=stand_in,
-        sources=sources_of(kind, text, VOCAB), **options,
+        proposers=proposers_of(kind, text, VOCAB), **options,
     )  # fmt: skip
     assert out.sequences.tolist() == text.tolist(), (name, heads, kind, size, gate)
     check_stats(out, size)
@@ -75,11 +75,11 @@ def run(
 
 def check_stats(out: DecodeOutput, size: int) -> None:
     stats = out.stats
-    assert stats.steps == sum(stats.accepted_histogram) == len(stats.trace) == len(stats.trace_sources)
+    assert stats.steps == sum(stats.accepted_histogram) == len(stats.trace) == len(stats.trace_proposers)
     assert stats.step_tokens == sum((1 + accepted) * n for accepted, n in enumerate(stats.accepted_histogram))
     assert stats.nodes_per_step == pytest.approx(sum(nodes for nodes, _ in stats.trace) / stats.steps)
-    for (nodes, path), sources in zip(stats.trace, stats.trace_sources, strict=True):
-        assert 1 <= nodes <= size and len(path) == len(sources)
+    for (nodes, path), proposers in zip(stats.trace, stats.trace_proposers, strict=True):
+        assert 1 <= nodes <= size and len(path) == len(proposers)
         assert all(0 < node < nodes for node in path) and path == sorted(path)
 
 
@@ -110,15 +110,15 @@ def test_equals_generate_with_gates(gate: str, kind: str, device: str) -> None:
 @pytest.mark.parametrize("name", ["qwen2", "qwen2-window", "mistral", "gpt2", "gemma2"])
 def test_equals_generate_on_other_models(name: str, device: str) -> None:
     """Sliding windows, learned positions, attention that needs a mask."""
-    for heads, kind, size in itertools.product(["last guess", "random", None], ["right", "several"], [33]):
+    for heads, kind, size in itertools.product(["last draft", "random", None], ["right", "several"], [33]):
         run(name, heads, kind, size, device=device)
 
 
 def test_equals_generate_with_corrections(device: str) -> None:
     """Also one that turns a head's order round, and those of no heads."""
     for kind in ("none", "several"):
-        run("llama", "last guess", kind, 33, device=device, corrections=CORRECTIONS)
-        run("llama", None, kind, 33, device=device, corrections=())
+        run("llama", "last draft", kind, 33, device=device, platt=CORRECTIONS)
+        run("llama", None, kind, 33, device=device, platt=())
 
 
 @pytest.mark.parametrize(
@@ -128,28 +128,28 @@ def test_sampling_depends_on_the_seed_only(options: dict[str, Any], device: str)
     model, ids = tiny_model("llama", device), prompt(device)
     plain = decode(model, None, ids, max_new_tokens=NEW, gate=AlwaysClosed(), seed=1, **options).sequences
     assert plain.tolist() != generated("llama", device, NEW).tolist()
-    for heads, kind in itertools.product([LastGuessHeads, None], ["suffix", "table", "several"]):
+    for heads, kind in itertools.product([LastDraftHeads, None], ["suffix", "table", "several"]):
         stand_in = heads(plain, 4, VOCAB) if heads else None
         out = decode(
             model, stand_in, ids, max_new_tokens=NEW, tree=DynamicTree(16), seed=1, streamer=stand_in,
-            sources=sources_of(kind, plain, VOCAB), **options,
+            proposers=proposers_of(kind, plain, VOCAB), **options,
         )  # fmt: skip
         assert out.sequences.tolist() == plain.tolist()
 
 
 def test_default_is_a_dynamic_tree_with_the_texts_own_past(llama: PreTrainedModel) -> None:
-    """For heads of this package, and for none; a vocabulary of the heads smaller than the guesses is no error."""
+    """For heads of this package, and for none; a vocabulary of the heads smaller than the drafts is no error."""
     text = generated("llama", "cpu", NEW)
     torch.manual_seed(0)
     for draft_vocab in (None, 5):
         heads = CerberusHeads(CerberusConfig("tiny", 32, VOCAB, draft_vocab=draft_vocab))
         if draft_vocab:
             heads.draft_vocab.copy_(torch.arange(5) * 20)
-        for options in ({}, {"sources": []}, {"sources": [SuffixSource(2)], "tree": DynamicTree(70)}):
+        for options in ({}, {"proposers": []}, {"proposers": [SuffixProposer(2)], "tree": DynamicTree(70)}):
             out = decode(llama, heads, prompt(), max_new_tokens=NEW, **options)
             assert out.sequences.tolist() == text.tolist() and out.stats.open_steps > 0
     stats = decode(llama, None, prompt(), max_new_tokens=NEW).stats
-    assert max(map(len, stats.trace_sources)) > 2 and {1} == set(itertools.chain(*stats.trace_sources))
+    assert max(map(len, stats.trace_proposers)) > 2 and {1} == set(itertools.chain(*stats.trace_proposers))
 
 
 # ---------------------------------------------------------------- how far a step gets
@@ -159,11 +159,11 @@ def test_paths_are_deeper_than_the_heads(llama: PreTrainedModel) -> None:
     """A document that holds the text gives 15 tokens a step, with 4 heads that are always wrong, or none."""
     text = generate(llama, prompt(), max_new_tokens=1 + 3 * 16)
     for heads in (AdversarialHeads(text, 4, VOCAB), None):
-        options = {"max_new_tokens": 49, "tree": DynamicTree(16), "sources": [KnowingMaker(text, right(0.995))]}
+        options = {"max_new_tokens": 49, "tree": DynamicTree(16), "proposers": [KnowingMaker(text, right(0.995))]}
         out = decode(llama, heads, prompt(), streamer=heads, **options)
         assert out.sequences.tolist() == text.tolist()
         assert out.stats.accepted_histogram == [0] * 15 + [3]
-        assert out.stats.trace == [(16, list(range(1, 16)))] * 3 and out.stats.trace_sources == [[1] * 15] * 3
+        assert out.stats.trace == [(16, list(range(1, 16)))] * 3 and out.stats.trace_proposers == [[1] * 15] * 3
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("llama", [11, 12, 13] * 4), ("gpt2", [7] * 30), ("qwen2", [5])])
@@ -171,28 +171,28 @@ def test_text_that_repeats_itself(name: str, tokens: list[int], device: str) -> 
     """The text's own past knows it, beyond the heads' depth."""
     model, ids = tiny_model(name, device), torch.tensor([tokens], device=device)
     want = generate(model, ids, max_new_tokens=60)
-    for heads, size in itertools.product([LastGuessHeads, RandomHeads, None], [4, 16]):
+    for heads, size in itertools.product([LastDraftHeads, RandomHeads, None], [4, 16]):
         stand_in = heads(want, 2, VOCAB) if heads else None
         out = decode(model, stand_in, ids, max_new_tokens=60, tree=DynamicTree(size), streamer=stand_in)
         assert out.sequences.tolist() == want.tolist()
         if heads is None:
-            assert len(out.stats.accepted_histogram) == size, "once, every guess was right"
+            assert len(out.stats.accepted_histogram) == size, "once, every draft was right"
 
 
 @pytest.mark.parametrize("new", [0, 1, 2, 3, 6])
-@pytest.mark.parametrize("heads", [OracleHeads, LastGuessHeads, None])
+@pytest.mark.parametrize("heads", [OracleHeads, LastDraftHeads, None])
 def test_stops_at_max_new_tokens(new: int, heads: Any, llama: PreTrainedModel) -> None:
-    """No source is asked for more than may be taken."""
+    """No proposer is asked for more than may be taken."""
     text = generated("llama", "cpu", NEW)
     want = text[:, : prompt().shape[1] + new]
     for size in (2, 16):
         stand_in = heads(text, 4, VOCAB) if heads else None
         maker = KnowingMaker(text, right(0.5))
         out = decode(
-            llama, stand_in, prompt(), max_new_tokens=new, tree=DynamicTree(size), sources=[maker], streamer=stand_in
+            llama, stand_in, prompt(), max_new_tokens=new, tree=DynamicTree(size), proposers=[maker], streamer=stand_in
         )
         assert out.sequences.tolist() == want.tolist() and out.stats.new_tokens == new
-        asked = [most for source in maker.made for most in source.asked]
+        asked = [most for proposer in maker.made for most in proposer.asked]
         assert asked == sorted(asked, reverse=True) and all(1 <= most <= min(size - 1, new - 2) for most in asked)
         assert len(maker.made) == (new > 0)
 
@@ -200,15 +200,15 @@ def test_stops_at_max_new_tokens(new: int, heads: Any, llama: PreTrainedModel) -
 @pytest.mark.parametrize("place", range(7))
 @pytest.mark.parametrize("heads", [OracleHeads, None])
 def test_stops_at_eos(heads: Any, place: int, llama: PreTrainedModel) -> None:
-    """Sources are told the text up to its end, and nothing of what the step found behind it."""
+    """Proposers are told the text up to its end, and nothing of what the step found behind it."""
     text = generated("llama", "cpu", NEW)
     eos = int(text[0, prompt().shape[1] + place])
     want = generate(llama, prompt(), max_new_tokens=NEW, eos_token_id=eos)
     stand_in, maker = heads(text, 4, VOCAB) if heads else None, KnowingMaker(text, right())
-    options = {"tree": DynamicTree(16), "sources": [maker, SuffixSource()], "eos_token_id": eos}
+    options = {"tree": DynamicTree(16), "proposers": [maker, SuffixProposer()], "eos_token_id": eos}
     out = decode(llama, stand_in, prompt(), max_new_tokens=NEW, streamer=stand_in, **options)
     assert out.sequences.tolist() == want.tolist()
-    assert [source.known for source in maker.made] == [want.shape[1]]
+    assert [proposer.known for proposer in maker.made] == [want.shape[1]]
 
 
 @pytest.mark.parametrize("length", range(10, 16))
@@ -216,11 +216,11 @@ def test_stopping_criteria_cut_exactly(length: int, llama: PreTrainedModel) -> N
     text = generated("llama", "cpu", NEW)
     oracle, maker = OracleHeads(text, 4, VOCAB), KnowingMaker(text, right())
     out = decode(
-        llama, oracle, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), sources=[maker], streamer=oracle,
+        llama, oracle, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), proposers=[maker], streamer=oracle,
         stopping_criteria=[MaxLengthCriteria(length)],
     )  # fmt: skip
     assert out.sequences.tolist() == text[:, :length].tolist()
-    assert [source.known for source in maker.made] == [length]
+    assert [proposer.known for proposer in maker.made] == [length]
 
 
 def test_up_to_the_last_position(device: str) -> None:
@@ -228,25 +228,27 @@ def test_up_to_the_last_position(device: str) -> None:
     model, ids = tiny_model("gpt2", device), prompt(device, 80)
     want = generate(model, ids, max_new_tokens=17)  # the 17th is never put in
     for kind, size in itertools.product(["anything", "documents", "several", "tables"], [2, 33, 70]):
-        out = decode(model, None, ids, max_new_tokens=17, tree=DynamicTree(size), sources=sources_of(kind, want, VOCAB))
+        out = decode(
+            model, None, ids, max_new_tokens=17, tree=DynamicTree(size), proposers=proposers_of(kind, want, VOCAB)
+        )
         assert out.sequences.tolist() == want.tolist()
-    out = decode(model, None, ids, max_new_tokens=17, tree=DynamicTree(64), sources=[KnowingMaker(want, right())])
+    out = decode(model, None, ids, max_new_tokens=17, tree=DynamicTree(64), proposers=[KnowingMaker(want, right())])
     assert out.stats.accepted_histogram == [0] * 15 + [1]
 
 
 def test_beyond_the_last_position(llama: PreTrainedModel) -> None:
     ids = prompt(length=250)
     want = generate(llama, ids, max_new_tokens=20)
-    out = decode(llama, None, ids, max_new_tokens=20, tree=DynamicTree(33), sources=[KnowingMaker(want, right())])
+    out = decode(llama, None, ids, max_new_tokens=20, tree=DynamicTree(33), proposers=[KnowingMaker(want, right())])
     assert out.sequences.tolist() == want.tolist()
     assert out.stats.open_steps == 1 and out.stats.accepted_histogram == [13, 0, 0, 0, 0, 1]
 
 
-# ---------------------------------------------------------------- who guessed what was accepted
+# ---------------------------------------------------------------- who drafted what was accepted
 
 
 def test_trace_sources_of_paths_and_places(llama: PreTrainedModel) -> None:
-    """The second source is the one that is right. Tables are a source's, too, not the heads'."""
+    """The second proposer is the one that is right. Tables are a proposer's, too, not the heads'."""
     text = generated("llama", "cpu", NEW)
     steps = {
         "path": (nothing, right()),
@@ -258,38 +260,38 @@ def test_trace_sources_of_paths_and_places(llama: PreTrainedModel) -> None:
         makers = [KnowingMaker(text, answer) for answer in answers]
         for heads in (AdversarialHeads(text, 4, VOCAB), None):
             out = decode(
-                llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(64), sources=makers, streamer=heads
+                llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(64), proposers=makers, streamer=heads
             )
             assert out.sequences.tolist() == text.tolist()
-            found = list(itertools.chain(*out.stats.trace_sources))
+            found = list(itertools.chain(*out.stats.trace_proposers))
             assert set(found) == {2} and len(found) >= (12 if heads is None else 1), (what, heads)
-            assert [len(path) for _, path in out.stats.trace] == list(map(len, out.stats.trace_sources))
+            assert [len(path) for _, path in out.stats.trace] == list(map(len, out.stats.trace_proposers))
 
 
 def test_trace_sources_name_the_likelier(llama: PreTrainedModel) -> None:
-    """Heads and source guess the same: the heads' best guesses are at exp(-0.1) = 0.905."""
+    """Heads and proposer draft the same: the heads' best drafts are at exp(-0.1) = 0.905."""
     text = generated("llama", "cpu", NEW)
-    for chance, source in ((0.95, 1), (0.85, 0)):
+    for probability, proposer in ((0.95, 1), (0.85, 0)):
         for answer in (
-            right(chance),
-            lambda follows, most, c=chance: ([[t] for t in follows[:4]], [[c]] * len(follows[:4])),
+            right(probability),
+            lambda follows, most, c=probability: ([[t] for t in follows[:4]], [[c]] * len(follows[:4])),
         ):
             oracle = OracleHeads(text, 4, VOCAB)
             stats = decode(
                 llama, oracle, prompt(), max_new_tokens=NEW, tree=DynamicTree(5), streamer=oracle,
-                sources=[KnowingMaker(text, answer)],
+                proposers=[KnowingMaker(text, answer)],
             ).stats  # fmt: skip
-            assert {*itertools.chain(*(each[:4] for each in stats.trace_sources))} == {source}
+            assert {*itertools.chain(*(each[:4] for each in stats.trace_proposers))} == {proposer}
 
 
-def test_nodes_that_nobody_guessed_are_not_checked(llama: PreTrainedModel) -> None:
-    """A table of fewer places than another, and guesses of chance 0, do not fill the tree up."""
+def test_nodes_that_nobody_drafted_are_not_checked(llama: PreTrainedModel) -> None:
+    """A table of fewer places than another, and drafts of probability 0, do not fill the tree up."""
     text = generated("llama", "cpu", NEW)
 
     def impossible(follows: list[int], most: int) -> tuple[list[list[int]], list[list[float]]]:
         return [[1, 2]] * 5, [[0.5, 0.0]] * 5
 
     makers = [KnowingMaker(text, table(VOCAB, 1, 1, 0)), KnowingMaker(text, impossible)]
-    stats = decode(llama, None, prompt(), max_new_tokens=NEW, tree=DynamicTree(64), sources=makers).stats
+    stats = decode(llama, None, prompt(), max_new_tokens=NEW, tree=DynamicTree(64), proposers=makers).stats
     # After the root: what follows and 1, or, where that is 1, only it; then 1, at most 4 times.
     assert all(nodes <= 1 + 2 * 5 for nodes, _ in stats.trace) and stats.tokens_per_step > 1.9

@@ -1,4 +1,4 @@
-"""The parts of trees made anew at every step, and what is said of those, and of sources, that are wrong."""
+"""The parts of trees new at every step, and what is said of those, and of proposers, that are wrong."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from source_stand_ins import KnowingMaker, table
+from proposer_stand_ins import KnowingMaker, table
 from stand_ins import OracleHeads
 from tiny_models import VOCAB, generated, prompt, tiny_model
 from torch import Tensor
@@ -17,9 +17,10 @@ from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.drafting.dynamic_tree import DynamicTree, StepTree, padded_size
 from cerberus_ext.drafting.gate import ConfidenceGate, Gate
 from cerberus_ext.drafting.static_tree import DraftTree
-from cerberus_ext.drafting.suffix import DocumentSource, SuffixSource
+from cerberus_ext.drafting.suffix import DocumentProposer, SuffixProposer
 from cerberus_ext.engine.decode import decode
-from cerberus_ext.target.model import BaseModel
+from cerberus_ext.runtime.capability import capability_of
+from cerberus_ext.target.model import TargetModel
 
 NEW = 24
 
@@ -35,8 +36,8 @@ def test_padded_size(nodes: int, padded: int) -> None:
 
 
 def test_step_tree() -> None:
-    parents, chances = np.array([-1, 0, 1, 0, 2]), np.array([1.0, 0.5, 0.25, 0.25, 0.125])
-    tree = StepTree(parents, np.array([0, 7, 8, 9, 7]), np.array([0, 0, 1, 0, 1]), chances)
+    parents, probabilities = np.array([-1, 0, 1, 0, 2]), np.array([1.0, 0.5, 0.25, 0.25, 0.125])
+    tree = StepTree(parents, np.array([0, 7, 8, 9, 7]), np.array([0, 0, 1, 0, 1]), probabilities)
     assert (tree.size, tree.depth, tree.depths.tolist()) == (5, 3, [0, 1, 2, 1, 3])
     assert tree.expected.tolist() == [1, 1.5, 1.75, 2, 2.125]
     assert tree.first(5) is tree and tree.first(9) is tree and tree.cut(3) is tree
@@ -51,12 +52,12 @@ WRONG_TREES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"size": 1}, ValueError, "size must be >= 2, got 1"),
     ({"size": 4.0}, TypeError, "size must be an integer, got 4.0"),
     ({"size": True}, TypeError, "size must be an integer, got True"),
-    ({"size": 4, "guesses": 0}, ValueError, "guesses must be in 1..32, got 0"),
-    ({"size": 4, "guesses": 33}, ValueError, "guesses must be in 1..32, got 33"),
-    ({"size": 4, "corrections": ((1, 2, 3),)}, TypeError, r"corrections must be \(slope, shift\) of every head, got"),
-    ({"size": 4, "corrections": 3}, TypeError, r"corrections must be \(slope, shift\) of every head, got 3"),
-    ({"size": 4, "corrections": (("a", 1),)}, TypeError, r"corrections must be \(slope, shift\) of every head, got"),
-    ({"size": 4, "corrections": ((float("nan"), 1),)}, ValueError, r"corrections must be \(slope, shift\) .*nan"),
+    ({"size": 4, "drafts": 0}, ValueError, "drafts must be in 1..32, got 0"),
+    ({"size": 4, "drafts": 33}, ValueError, "drafts must be in 1..32, got 33"),
+    ({"size": 4, "platt": ((1, 2, 3),)}, TypeError, r"platt must be \(slope, shift\) of every head, got"),
+    ({"size": 4, "platt": 3}, TypeError, r"platt must be \(slope, shift\) of every head, got 3"),
+    ({"size": 4, "platt": (("a", 1),)}, TypeError, r"platt must be \(slope, shift\) of every head, got"),
+    ({"size": 4, "platt": ((float("nan"), 1),)}, ValueError, r"platt must be \(slope, shift\) .*nan"),
 ]
 
 
@@ -64,21 +65,22 @@ WRONG_TREES: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_wrong_tree(values: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^DynamicTree: {message}"):
         DynamicTree(**values)
-    assert DynamicTree(4, corrections=[[1, 2]]).corrections == ((1.0, 2.0),)  # type: ignore[arg-type]
+    assert DynamicTree(4, platt=[[1, 2]]).platt == ((1.0, 2.0),)  # type: ignore[arg-type]
 
 
 class PathHeads(OracleHeads):
-    """Guesses along the paths of a tree that has been chosen."""
+    """Drafts along the paths of a tree that has been chosen."""
 
     draft = None
     draft_tree = None
 
 
-def test_heads_that_guess_along_paths_need_a_draft_tree(llama: PreTrainedModel, monkeypatch: Any) -> None:
+def test_heads_that_draft_along_paths_need_a_draft_tree(llama: PreTrainedModel, monkeypatch: Any) -> None:
     """They are refused before the prompt's forward, which may be long."""
     heads = PathHeads(generated("llama", "cpu", NEW), 4, VOCAB)
-    monkeypatch.setattr(BaseModel, "prefill", None)
-    with pytest.raises(ValueError, match="decode: tree must be a DraftTree with these heads, which guess along"):
+    capability_of(llama)
+    monkeypatch.setattr(TargetModel, "prefill", None)
+    with pytest.raises(ValueError, match="decode: tree must be a DraftTree with these heads, which draft along"):
         decode(llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(8))
     monkeypatch.undo()
     check_usable(llama)
@@ -91,7 +93,7 @@ def check_usable(model: PreTrainedModel) -> None:
     assert decode(model, None, prompt(), max_new_tokens=NEW).sequences.tolist() == want.tolist()
 
 
-# ---------------------------------------------------------------- sources that are none
+# ---------------------------------------------------------------- proposers that are none
 
 
 class Broken:
@@ -103,32 +105,32 @@ class Broken:
     def extend(self, tokens: list[int]) -> None:
         pass
 
-    def guess(self, most: int) -> Any:
+    def propose(self, most: int) -> Any:
         self.asked += 1
         return self.answer if self.asked == 2 else ([3], [0.1])
 
 
 BROKEN: list[tuple[Any, str]] = [
-    (None, r"Broken.guess must return \(tokens, chances\), got NoneType"),
-    (([1], [0.5], [0.5]), r"Broken.guess must return \(tokens, chances\), got tuple"),
-    ([[1], [0.5]], r"Broken.guess must return \(tokens, chances\), got list"),
-    (([1.0], [0.5]), "Broken.guess must return integers and numbers, got float64 and float64"),
-    ((["a"], [0.5]), "Broken.guess must return integers and numbers, got <U1 and float64"),
-    (([1], [True]), "Broken.guess must return integers and numbers, got int64 and bool"),
-    (([2**70], [0.5]), "Broken.guess must return integers and numbers, got object and float64"),
-    (([1, 2], [0.5]), r"Broken.guess must return tokens and chances of one shape, .* got \(2,\) and \(1,\)"),
-    ((1, 0.5), r"Broken.guess must return tokens and chances of one shape, .* got \(\) and \(\)"),
-    (([[[1]]], [[[0.5]]]), r"Broken.guess must return tokens and chances of one shape, .* got \(1, 1, 1\)"),
-    (([[1], [2, 3]], [[0.5], [0.5, 0.1]]), "Broken.guess must return two arrays: "),
-    (([[1, 2]], [[0.25, 0.5]]), "Broken.guess must return the guesses of each place best first"),
-    (([VOCAB], [0.5]), "Broken.guess must return tokens in 0..100, got 101"),
-    (([4, -1], [0.5, 0.5]), "Broken.guess must return tokens in 0..100, got -1"),
-    (([[4, VOCAB]], [[0.5, 0.5]]), "Broken.guess must return tokens in 0..100, got 101"),
-    ((np.array([2**64 - 1], np.uint64), [0.5]), "Broken.guess must return tokens in 0..100, got -1"),
-    (([4], [1.5]), "Broken.guess must return chances in 0..1, got 1.5"),
-    (([4], [-0.5]), "Broken.guess must return chances in 0..1, got -0.5"),
-    (([4], [float("nan")]), "Broken.guess must return chances in 0..1, got nan"),
-    (([[4, 5]], [[float("nan"), 0.5]]), "Broken.guess must return chances in 0..1, got nan"),
+    (None, r"Broken.propose must return \(tokens, probabilities\), got NoneType"),
+    (([1], [0.5], [0.5]), r"Broken.propose must return \(tokens, probabilities\), got tuple"),
+    ([[1], [0.5]], r"Broken.propose must return \(tokens, probabilities\), got list"),
+    (([1.0], [0.5]), "Broken.propose must return integers and numbers, got float64 and float64"),
+    ((["a"], [0.5]), "Broken.propose must return integers and numbers, got <U1 and float64"),
+    (([1], [True]), "Broken.propose must return integers and numbers, got int64 and bool"),
+    (([2**70], [0.5]), "Broken.propose must return integers and numbers, got object and float64"),
+    (([1, 2], [0.5]), r"Broken.propose must return tokens and probabilities of one shape, .* got \(2,\) and \(1,\)"),
+    ((1, 0.5), r"Broken.propose must return tokens and probabilities of one shape, .* got \(\) and \(\)"),
+    (([[[1]]], [[[0.5]]]), r"Broken.propose must return tokens and probabilities of one shape, .* got \(1, 1, 1\)"),
+    (([[1], [2, 3]], [[0.5], [0.5, 0.1]]), "Broken.propose must return two arrays: "),
+    (([[1, 2]], [[0.25, 0.5]]), "Broken.propose must return the drafts of each place best first"),
+    (([VOCAB], [0.5]), "Broken.propose must return tokens in 0..100, got 101"),
+    (([4, -1], [0.5, 0.5]), "Broken.propose must return tokens in 0..100, got -1"),
+    (([[4, VOCAB]], [[0.5, 0.5]]), "Broken.propose must return tokens in 0..100, got 101"),
+    ((np.array([2**64 - 1], np.uint64), [0.5]), "Broken.propose must return tokens in 0..100, got -1"),
+    (([4], [1.5]), "Broken.propose must return probabilities in 0..1, got 1.5"),
+    (([4], [-0.5]), "Broken.propose must return probabilities in 0..1, got -0.5"),
+    (([4], [float("nan")]), "Broken.propose must return probabilities in 0..1, got nan"),
+    (([[4, 5]], [[float("nan"), 0.5]]), "Broken.propose must return probabilities in 0..1, got nan"),
 ]
 
 
@@ -136,40 +138,42 @@ BROKEN: list[tuple[Any, str]] = [
 def test_a_broken_source_is_named(answer: Any, message: str, llama: PreTrainedModel) -> None:
     text = generated("llama", "cpu", NEW)
     for heads in (OracleHeads(text, 4, VOCAB), None):
-        sources = [SuffixSource(), lambda prompt: Broken(answer), KnowingMaker(text, table(VOCAB, 3, 2, 5))]
-        with pytest.raises(ValueError, match=f"^decode: sources: {message}"):
-            decode(llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(32), sources=sources, streamer=heads)
+        proposers = [SuffixProposer(), lambda prompt: Broken(answer), KnowingMaker(text, table(VOCAB, 3, 2, 5))]
+        with pytest.raises(ValueError, match=f"^decode: proposers: {message}"):
+            decode(
+                llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(32), proposers=proposers, streamer=heads
+            )
         check_usable(llama)
 
 
 @pytest.mark.parametrize("error", [ValueError, ZeroDivisionError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["maker", "guess", "extend"])
+@pytest.mark.parametrize("where", ["maker", "propose", "extend"])
 def test_what_a_source_raises_comes_through(where: str, error: type[BaseException], llama: PreTrainedModel) -> None:
     def fail(*arguments: Any) -> Any:
         raise error("of its own")
 
-    source = Broken(None)
+    proposer = Broken(None)
     if where != "maker":
-        setattr(source, where, fail)
+        setattr(proposer, where, fail)
     with pytest.raises(error, match="^of its own$"):
-        maker = fail if where == "maker" else lambda prompt: source
-        decode(llama, None, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), sources=[maker])
+        maker = fail if where == "maker" else lambda prompt: proposer
+        decode(llama, None, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), proposers=[maker])
     check_usable(llama)
 
 
 def test_documents_of_another_model(llama: PreTrainedModel) -> None:
     text = generated("llama", "cpu", NEW)
     document = [*text[0, :12].tolist(), VOCAB + 7]
-    with pytest.raises(ValueError, match="DocumentDrafts.guess must return tokens in 0..100, got 108"):
-        decode(llama, None, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), sources=[DocumentSource([document])])
+    with pytest.raises(ValueError, match="DocumentDrafts.propose must return tokens in 0..100, got 108"):
+        decode(llama, None, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), proposers=[DocumentProposer([document])])
 
 
-@pytest.mark.parametrize("made", [None, 3, SuffixSource()])
+@pytest.mark.parametrize("made", [None, 3, SuffixProposer()])
 def test_a_maker_of_something_else(made: Any, llama: PreTrainedModel) -> None:
     with pytest.raises(
-        TypeError, match=rf"^decode: sources\[1\] must make what has extend .* got {type(made).__name__}"
+        TypeError, match=rf"^decode: proposers\[1\] must make what has extend .* got {type(made).__name__}"
     ):
-        decode(llama, None, prompt(), max_new_tokens=NEW, sources=[SuffixSource(), lambda prompt: made])
+        decode(llama, None, prompt(), max_new_tokens=NEW, proposers=[SuffixProposer(), lambda prompt: made])
     check_usable(llama)
 
 

@@ -20,7 +20,7 @@ from tiny_models import VOCAB, generate, prompt
 from torch import Tensor
 from transformers import DynamicCache
 
-from cerberus_ext import SuffixSource
+from cerberus_ext import SuffixProposer
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.target.attention import names_attention
@@ -30,8 +30,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class NaNHeads(OracleHeads):
-    def draft(self, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
-        ids, logprobs = super().draft(hidden, root, guesses)
+    def draft(self, hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
+        ids, logprobs = super().draft(hidden, root, drafts)
         return ids, logprobs.fill_(math.nan)
 
 
@@ -86,7 +86,7 @@ def test_drafts_change_nothing(family: str, dtype: str, heads: str, gate: str, n
     drafter = None if heads == "suffix" else HEADS[heads](text, 4, VOCAB)
     out = decode(
         tiny_family(family, DTYPES[dtype]), drafter, prompt(), max_new_tokens=NEW, tree=nodes, gate=GATES[gate](),
-        sources=[SuffixSource()] if heads == "suffix" else [], streamer=drafter,
+        proposers=[SuffixProposer()] if heads == "suffix" else [], streamer=drafter,
     )  # fmt: skip
     assert out.sequences.equal(text)
     assert out.stats.exact is True

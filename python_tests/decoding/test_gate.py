@@ -18,7 +18,7 @@ COSTS = {1: 1.0, 3: 1.2, 13: 1.8}
 
 
 def logprobs(*best: float) -> torch.Tensor:
-    """(1, K, 4): what every head thinks of its best guess; the others are at 2 %."""
+    """(1, K, 4): what every head thinks of its best draft; the others are at 2 %."""
     rows = [[p, 0.02, 0.02, 0.02] for p in best]
     return torch.tensor([rows]).log()
 
@@ -63,7 +63,7 @@ def test_confidence(best: tuple[float, ...], expected: DraftTree | None, device:
     assert gate.choose(DraftTree.root(), logprobs(*best).to(device)) is expected
 
 
-def test_confidence_takes_the_wide_tree_where_guesses_are_alike() -> None:
+def test_confidence_takes_the_wide_tree_where_drafts_are_alike() -> None:
     alike = torch.full((1, 2, 4), math.log(0.25))
     # CHAIN: (1 + .25 + .0625) / 1.2 = 1.09; WIDE: (1 + 1 + .5) / 1.8 = 1.39
     assert ConfidenceGate(COSTS, [CHAIN, WIDE]).choose(CHAIN, alike) is WIDE
@@ -81,7 +81,7 @@ def test_confidence_weighs_every_node_of_a_tree() -> None:
     #           7
     drawn = DraftTree(parents=(-1, 0, 0, 0, 1, 1, 3, 6), ranks=(0, 0, 1, 3, 0, 2, 0, 1))
     probabilities = torch.tensor([[[0.5, 0.25, 0, 0.125], [0.5, 0, 0.25, 0], [0, 1.0, 0, 0]]])
-    # 1 .5  2 .25  3 .125  4 .25  5 .125  6 .0625  7 .0625: 1.375 accepted guesses are expected
+    # 1 .5  2 .25  3 .125  4 .25  5 .125  6 .0625  7 .0625: 1.375 accepted drafts are expected
     for cost, expected in ((2.37, drawn), (2.38, None)):
         gate = ConfidenceGate({1: 1.0, 8: cost}, [DraftTree.root(), drawn])
         assert gate.choose(CHAIN, probabilities.log()) is expected
@@ -106,7 +106,7 @@ def test_corrections_are_those_of_each_head() -> None:
     found = corrected(np.log(probabilities), both, np.array([[0.0], [math.log(4)]]))
     assert found == pytest.approx(np.array([[0.5, 1 / 17], [0.8, 0.5]]))
     assert np.isfinite(corrected(np.array([[-math.inf, -1e6, 0.0]] * 2), both, none)).all()
-    gate = ConfidenceGate(COSTS, [CHAIN], corrections=[(1.0, -6.0), (1.0, 0.0)])
+    gate = ConfidenceGate(COSTS, [CHAIN], platt=[(1.0, -6.0), (1.0, 0.0)])
     assert gate.choose(CHAIN, logprobs(0.9, 0.9)) is None
 
 

@@ -174,7 +174,7 @@ def test_as_many_logits_are_processed_as_tokens_gained(
     want = generate(llama, prompt(), max_new_tokens=NEW)
     monkeypatch.setattr(RepetitionPenaltyLogitsProcessor, "__call__", count)
     heads = OracleHeads(want, 3, VOCAB)
-    stats = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=tree, sources=None, streamer=heads).stats
+    stats = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=tree, proposers=None, streamer=heads).stats
     assert stats.step_tokens == NEW - 1 and stats.nodes_per_step > 5
     # Once more before anything: whether the processor fits the model.
     assert contexts == [want[0, :9].tolist(), *(want[0, :length].tolist() for length in range(9, 9 + NEW))]
@@ -185,8 +185,8 @@ def test_equal_drafts_after_one_node(llama: PreTrainedModel, monkeypatch: pytest
     use(monkeypatch, llama, repetition_penalty=1.3)
     want = generate(llama, prompt(), max_new_tokens=NEW)
     heads = OracleHeads(want, 2, VOCAB)
-    heads.guess = lambda guesses: torch.stack(
-        [heads.next_tokens()[0].expand(guesses), (heads.next_tokens()[1] + torch.arange(guesses)) % VOCAB]
+    heads.propose = lambda drafts: torch.stack(
+        [heads.next_tokens()[0].expand(drafts), (heads.next_tokens()[1] + torch.arange(drafts)) % VOCAB]
     )
     tree = DraftTree.from_paths([(0,), (1,), (1, 0)])
     out = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=tree, streamer=heads)

@@ -1,4 +1,4 @@
-"""Heads whose numbers have overflown guess nothing: the text is the same, and steps without drafts are plain ones."""
+"""Heads whose numbers have overflown draft nothing: the text is the same, and steps without drafts are plain ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cerberus_ext.engine.decode import decode
 
 NEW = 24
 STATIC = DraftTree.from_widths([3, 2])
-TREES = {"dynamic": DynamicTree(8), "corrected": DynamicTree(8, corrections=((1.0, 4.0),) * 3), "static": STATIC}
+TREES = {"dynamic": DynamicTree(8), "corrected": DynamicTree(8, platt=((1.0, 4.0),) * 3), "static": STATIC}
 
 
 @pytest.fixture
@@ -32,14 +32,14 @@ def llama() -> PreTrainedModel:
 
 
 class SpoiledHeads(OracleHeads):
-    """The best guess is always right, but for what `spoil` makes of ids and log-probabilities (K, P)."""
+    """The best draft is always right, but for what `spoil` makes of ids and log-probabilities (K, P)."""
 
     def __init__(self, spoil: Any) -> None:
         super().__init__(generated("llama", "cpu", NEW), 3, VOCAB)
         self.spoil = spoil
 
-    def draft(self, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
-        ids, logprobs = (part[0].clone() for part in super().draft(hidden, root, guesses))
+    def draft(self, hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
+        ids, logprobs = (part[0].clone() for part in super().draft(hidden, root, drafts))
         self.spoil(ids, logprobs)
         return ids[None], logprobs[None]
 
@@ -58,28 +58,28 @@ def no_tokens(ids: Tensor, logprobs: Tensor) -> None:
 
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("spoil", [everything, impossible, no_tokens])
-def test_heads_that_guess_nothing(spoil: Any, tree: str, llama: PreTrainedModel) -> None:
+def test_heads_that_draft_nothing(spoil: Any, tree: str, llama: PreTrainedModel) -> None:
     heads = SpoiledHeads(spoil)
-    out = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=TREES[tree], sources=None, streamer=heads)
+    out = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=TREES[tree], proposers=None, streamer=heads)
     assert out.sequences.equal(generated("llama", "cpu", NEW))
     if tree == "static":
         assert out.stats.open_steps == 0 and out.stats.steps == NEW - 1
     heads = SpoiledHeads(spoil)
     if tree != "static":  # without the text's past
-        stats = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=TREES[tree], sources=[], streamer=heads).stats
+        stats = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=TREES[tree], proposers=[], streamer=heads).stats
         assert stats.open_steps == 0 and stats.steps == NEW - 1
 
 
 @pytest.mark.parametrize("tree", TREES)
 def test_only_what_is_a_draft_is_accepted(tree: str, llama: PreTrainedModel) -> None:
-    """Head 2's right guess has no probability, so that a step gains no more than head 1's."""
+    """Head 2's right draft has no probability, so that a step gains no more than head 1's."""
 
     def second(ids: Tensor, logprobs: Tensor) -> None:
         logprobs[1, 0] = math.nan
 
     heads = SpoiledHeads(second)
-    sources = None if tree == "static" else []
-    out = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=TREES[tree], sources=sources, streamer=heads)
+    proposers = None if tree == "static" else []
+    out = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=TREES[tree], proposers=proposers, streamer=heads)
     assert out.sequences.equal(generated("llama", "cpu", NEW))
     assert len(out.stats.accepted_histogram) == 2 and out.stats.accepted_histogram[1] >= 11
     assert out.stats.open_steps == 11
@@ -116,7 +116,7 @@ def test_heads_with_weights_that_are_no_numbers(dtype: torch.dtype, gate: Any) -
 
 
 class AlongPaths:
-    """Guesses along the paths of a tree: the right token at node `right`, at the others none that there is."""
+    """Drafts along the paths of a tree: the right token at node `right`, at the others none that there is."""
 
     def __init__(self, right: int) -> None:
         self.config = SimpleNamespace(num_heads=2)
@@ -134,19 +134,19 @@ class AlongPaths:
 
 
 @pytest.mark.parametrize("right", [0, 2])
-def test_heads_that_guess_along_paths(right: int, llama: PreTrainedModel) -> None:
+def test_heads_that_draft_along_paths(right: int, llama: PreTrainedModel) -> None:
     heads = AlongPaths(right)
     out = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=STATIC, streamer=heads)
     assert out.sequences.equal(generated("llama", "cpu", NEW))
     assert (out.stats.open_steps, out.stats.tokens_per_step > 1.9) == ((11, True) if right else (0, False))
 
 
-@pytest.mark.parametrize("corrections", [None, [(1.0, 3.0)], [(1.0, math.nan)], [(1e308, 1.0)]])
-def test_reading_of_what_is_no_probability(corrections: Any) -> None:
+@pytest.mark.parametrize("platt", [None, [(1.0, 3.0)], [(1.0, math.nan)], [(1e308, 1.0)]])
+def test_reading_of_what_is_no_probability(platt: Any) -> None:
     """Zero, also where the correction would make something of it. As many zeros as that takes make no warning."""
     logs = np.log(np.array([[0.9, 0.25, 0.1]]))
     logs = np.concatenate([logs, [[math.nan, -math.inf, math.inf]]], 1)
-    chances = reading(corrections)(logs)
-    assert (chances[0, 3:] == 0).all() and ((chances >= 0) & (chances <= 1)).all()
-    if corrections is None or corrections[0] == (1.0, 3.0):
-        assert (chances[0, :3] > 0.09).all()
+    probabilities = reading(platt)(logs)
+    assert (probabilities[0, 3:] == 0).all() and ((probabilities >= 0) & (probabilities <= 1)).all()
+    if platt is None or platt[0] == (1.0, 3.0):
+        assert (probabilities[0, :3] > 0.09).all()

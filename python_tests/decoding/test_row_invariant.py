@@ -18,7 +18,7 @@ from cerberus_ext.drafting.static_tree import DraftTree
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime.capability import capability_of
 from cerberus_ext.target import row_invariant
-from cerberus_ext.target.model import BaseModel, StepWay
+from cerberus_ext.target.model import StepWay, TargetModel
 from cerberus_ext.target.row_invariant import (
     InvariantWeight,
     RowInvariant,
@@ -198,7 +198,7 @@ def test_rows_of_a_whole_step(name: str, dtype: torch.dtype) -> None:
     model = tiny_model(name, dtype=dtype)
     tree = DraftTree.from_widths([40])
     tokens = torch.arange(tree.size)[None] % 97
-    with torch.inference_mode(), BaseModel(model, 64, 1) as base:
+    with torch.inference_mode(), TargetModel(model, 64, 1) as base:
         base.prefill(prompt())
         hidden, logits = base.step(tokens, tree.on(tokens.device))
         for node in (1, 17, 40):
@@ -219,7 +219,7 @@ class TestPadding:
         tree, tokens = DraftTree.from_widths([4]), torch.tensor([[5, 60, 7, 88, 9]])
         found = []
         for one in (way, StepWay(names_attention=True, sees_all=True)):
-            with torch.inference_mode(), BaseModel(model, 32, 1, way=one) as base:
+            with torch.inference_mode(), TargetModel(model, 32, 1, way=one) as base:
                 real = base.run
 
                 def run(forward: Any, tokens: Tensor, *rest: Any, real: Any = real) -> Any:
@@ -252,6 +252,6 @@ class TestPadding:
         real = base_model.filled
         monkeypatch.setattr(base_model, "filled", fill)
         heads = OracleHeads(want, 4, VOCAB)
-        out = decode(model, heads, prompt(), max_new_tokens=40, tree=7, sources=[], streamer=heads)
+        out = decode(model, heads, prompt(), max_new_tokens=40, tree=7, proposers=[], streamer=heads)
         assert out.sequences.equal(want) and out.stats.tokens_per_step > 1.5
         assert (7, 10) in padded and out.stats.trace[0][0] == 7

@@ -90,7 +90,9 @@ def test_an_error_of_end(llama: PreTrainedModel) -> None:
     assert streamer.calls.count(END) == 1
 
 
-@pytest.mark.parametrize("case", ["argument", "tree", "graphs", "source", "generation_config", "positions", "prefill"])
+@pytest.mark.parametrize(
+    "case", ["argument", "tree", "graphs", "proposer", "generation_config", "positions", "prefill"]
+)
 def test_nothing_is_put_before_everything_is_checked(
     case: str, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +112,7 @@ def test_nothing_is_put_before_everything_is_checked(
         monkeypatch.setattr("cerberus_ext.target.cache.TreeCache.extend", fail)
     else:
         wrong = {"argument": ("max_new_tokens", -1), "tree": ("tree", 1), "graphs": ("graphs", True)}
-        name, value = wrong.get(case, ("sources", [make]))
+        name, value = wrong.get(case, ("proposers", [make]))
         options[name] = value
     streamer = Streamer()
     with pytest.raises((ValueError, TypeError)):

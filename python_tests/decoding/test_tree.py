@@ -22,7 +22,7 @@ PATHS = [(0,), (1,), (3,), (0, 0), (0, 2), (3, 0), (3, 0, 1)]
 
 def test_numbers() -> None:
     assert DRAWN.depths == (0, 1, 1, 1, 2, 2, 2, 3)
-    assert (DRAWN.size, DRAWN.depth, DRAWN.guesses) == (8, 3, 4)
+    assert (DRAWN.size, DRAWN.depth, DRAWN.drafts) == (8, 3, 4)
     assert DRAWN.paths() == PATHS
 
 
@@ -34,7 +34,7 @@ def test_from_paths() -> None:
 
 def test_root() -> None:
     root = DraftTree.root()
-    assert (root.size, root.depth, root.guesses, root.paths()) == (1, 0, 0, [])
+    assert (root.size, root.depth, root.drafts, root.paths()) == (1, 0, 0, [])
 
 
 def test_chain_and_widths() -> None:
@@ -103,7 +103,7 @@ WRONG = [
     (lambda: DraftTree((-1, 1), (0, 0)), ValueError, r"parents\[1\] must be in 0\.\.0, got 1"),
     (lambda: DraftTree((-1, 0, -1), (0, 0, 0)), ValueError, r"parents\[2\] must be in 0\.\.1, got -1"),
     (lambda: DraftTree((-1, 0), (0, -3)), ValueError, r"ranks\[1\] must be >= 0, got -3"),
-    (lambda: DraftTree((-1, 0, 0), (0, 4, 4)), ValueError, "nodes 1 and 2 are both guess 4 after node 0"),
+    (lambda: DraftTree((-1, 0, 0), (0, 4, 4)), ValueError, "nodes 1 and 2 are both draft 4 after node 0"),
     (lambda: DraftTree((-1, 0.0), (0, 0)), TypeError, "parents must be integers, got 0.0"),
     (lambda: DraftTree("abc", (0, 0)), TypeError, "parents must be a sequence of integers, got 'abc'"),
     (lambda: DraftTree((-1, 0), (0, True)), TypeError, "ranks must be integers, got True"),
@@ -116,7 +116,7 @@ WRONG = [
     (
         lambda: DraftTree.from_accuracies([0.5], 2),
         ValueError,
-        r"accuracy must be a \(heads, guesses\) table, got shape",
+        r"accuracy must be a \(heads, drafts\) table, got shape",
     ),
     (lambda: DraftTree.from_accuracies([[1.5]], 2), ValueError, "accuracy must be probabilities in 0..1, got others"),
     (lambda: DraftTree.from_accuracies([[float("nan")]], 2), ValueError, "accuracy must be probabilities in 0..1"),

@@ -99,7 +99,7 @@ def test_which_calibration_counts(compiled: bool, folder: Path, tmp_path: Path) 
     assert done.exit_code == 0, done.output
     summary = json.loads((tmp_path / "out" / "bench.json").read_text())
     about = summary["settings"]["ways"]["cerberus-calibrated-compiled"]
-    assert about.startswith(f"as calibrated, dynamic tree of {8 if compiled else 6} nodes, guesses at every step, comp")
+    assert about.startswith(f"as calibrated, dynamic tree of {8 if compiled else 6} nodes, drafts at every step, comp")
     assert about.endswith("(calibrated for steps that are not)") == (not compiled)
     assert "of 6 nodes" in summary["settings"]["ways"]["cerberus-calibrated"]
     foreseen = {"autoregressive-compiled", "cerberus-calibrated-compiled"}

@@ -25,7 +25,7 @@ def stats(histogram: list[int], open_steps: int, prefill: float = 0.25) -> dict[
     return {
         "steps": steps,
         "open_steps": open_steps,
-        "wasted_steps": histogram[0] - (steps - open_steps),
+        "zero_accept_steps": histogram[0] - (steps - open_steps),
         "step_tokens": sum((accepted + 1) * count for accepted, count in enumerate(histogram)),
         "accepted_histogram": histogram,
         "trace": [[8 if step < open_steps else 1, []] for step in range(steps)],
@@ -236,7 +236,7 @@ def test_the_trace_of_the_steps() -> None:
     found.count_step(1, [], [])
     found.count_step(4, [], [])
     assert found.trace == [(4, [1, 3]), (1, []), (4, [])] and found.accepted_histogram == [2, 0, 1]
-    assert (found.steps, found.open_steps, found.wasted_steps, found.step_tokens) == (3, 2, 1, 5)
+    assert (found.steps, found.open_steps, found.zero_accept_steps, found.step_tokens) == (3, 2, 1, 5)
 
 
 def test_results_are_written_whole(tmp_path: Path) -> None:

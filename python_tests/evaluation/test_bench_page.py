@@ -1,4 +1,4 @@
-"""The page: well-formed, self-contained, and right about who guessed what."""
+"""The page: well-formed, self-contained, and right about who drafted what."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiny_chat import save_model
 from cerberus_ext import CerberusHeads
 from cerberus_ext.evaluation.evaluate import BenchOptions, evaluate, report
 from cerberus_ext.evaluation.page import code, span
-from cerberus_ext.evaluation.tokens import Guess, guesses_of, pieces_of
+from cerberus_ext.evaluation.tokens import Draft, drafts_of, pieces_of
 from cerberus_ext.io.default_model import load_model
 from cerberus_ext.io.prompts import Question
 
@@ -89,15 +89,15 @@ def test_texts_are_escaped(page: tuple[str, Path]) -> None:
     reader.feed(page[0])
     assert "<script>alert(1)</script> w1" in reader.text and "a<b>&" in reader.text and "<i>model</i>" in reader.text
     assert "<i>" not in page[0] and "<b>" not in page[0]
-    assert span('<"&', Guess(0), None) == '<span title="from the prompt\'s forward">&lt;&quot;&amp;</span>'
+    assert span('<"&', Draft(0), None) == '<span title="from the prompt\'s forward">&lt;&quot;&amp;</span>'
     assert code("a `b<c` d") == "a <code>b&lt;c</code> d"
 
 
-WHO = re.compile(r"step \d+: (?:(head|source) (\d), node \d of \d|base model)|from the prompt's forward")
+WHO = re.compile(r"step \d+: (?:(head|proposer) (\d), node \d of \d|target model)|from the prompt's forward")
 
 
 def shown_tokens(page: str) -> list[tuple[str, int]]:
-    """Of each token ("head", k), ("source", k) or ("", 0); its colour is that of who guessed it."""
+    """Of each token ("head", k), ("proposer", k) or ("", 0); its colour is that of who drafted it."""
     reader = Reader()
     reader.feed(page)
     found = []
@@ -112,18 +112,20 @@ def shown_tokens(page: str) -> list[tuple[str, int]]:
     return found
 
 
-def test_every_token_has_who_guessed_it(page: tuple[str, Path]) -> None:
+def test_every_token_has_who_drafted_it(page: tuple[str, Path]) -> None:
     shown, expected = shown_tokens(page[0]), []
     for line in (page[1] / "results.jsonl").read_text().splitlines()[1:]:
         row = json.loads(line)
         if row.get("way") == "cerberus":
             tokens: list[tuple[str, int]] = [("", 0)]
-            for sources in row["stats"]["trace_sources"]:
-                tokens += [("source", who) if who else ("head", depth) for depth, who in enumerate(sources, start=1)]
+            for proposers in row["stats"]["trace_proposers"]:
+                tokens += [
+                    ("proposer", who) if who else ("head", depth) for depth, who in enumerate(proposers, start=1)
+                ]
                 tokens.append(("", 0))
             expected += tokens[: len(row["tokens"])]
     assert shown == expected
-    assert ("head", 1) in shown and ("source", 1) in shown, "else little is tested"
+    assert ("head", 1) in shown and ("proposer", 1) in shown, "else little is tested"
     key = page[0].partition('<p class="key">')[2].partition("</p>")[0]
     for name in {kind[0] + str(number) for kind, number in shown if kind}:
         assert f'<span class="{name}">' in key and f".{name} {{ background: hsl(" in page[0]
@@ -132,11 +134,11 @@ def test_every_token_has_who_guessed_it(page: tuple[str, Path]) -> None:
 
 
 def test_results_without_sources_are_those_of_heads(page: tuple[str, Path], tmp_path: Path) -> None:
-    """As they were written before there were other sources."""
+    """As they were written before there were other proposers."""
     lines = [json.loads(line) for line in (page[1] / "results.jsonl").read_text().splitlines()]
     for line in lines:
         if line.get("stats"):
-            del line["stats"]["trace_sources"]
+            del line["stats"]["trace_proposers"]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report(tmp_path)
     shown = shown_tokens((tmp_path / "index.html").read_text())
@@ -146,15 +148,15 @@ def test_results_without_sources_are_those_of_heads(page: tuple[str, Path], tmp_
     assert (tmp_path / "index.html").read_text() == page[0]
 
 
-def test_guesses_of_a_trace() -> None:
+def test_drafts_of_a_trace() -> None:
     trace = [(4, [1, 3]), (1, []), (4, [2])]
-    first = [Guess(1, 1, 1, 4), Guess(1, 2, 3, 4), Guess(1, nodes=4)]
-    expected = [Guess(0), *first, Guess(2), Guess(3, 1, 2, 4), Guess(3, nodes=4)]
-    assert guesses_of(trace, None, 7) == expected
-    assert guesses_of(trace, [[0, 0], [], [0]], 6) == expected[:6]  # the text ended within the last step
-    assert guesses_of([], [], 1) == [Guess(0)]
-    mixed = guesses_of(trace, [[2, 0], [], [1]], 7)
-    assert mixed[1:3] == [Guess(1, 0, 1, 4, 2), Guess(1, 2, 3, 4)] and mixed[5] == Guess(3, 0, 2, 4, 1)
+    first = [Draft(1, 1, 1, 4), Draft(1, 2, 3, 4), Draft(1, nodes=4)]
+    expected = [Draft(0), *first, Draft(2), Draft(3, 1, 2, 4), Draft(3, nodes=4)]
+    assert drafts_of(trace, None, 7) == expected
+    assert drafts_of(trace, [[0, 0], [], [0]], 6) == expected[:6]  # the text ended within the last step
+    assert drafts_of([], [], 1) == [Draft(0)]
+    mixed = drafts_of(trace, [[2, 0], [], [1]], 7)
+    assert mixed[1:3] == [Draft(1, 0, 1, 4, 2), Draft(1, 2, 3, 4)] and mixed[5] == Draft(3, 0, 2, 4, 1)
 
 
 def test_pieces_are_the_text(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_what_calibration_stored_is_used(gate: Any, folder: Path, tmp_path: Path
     assert done.exit_code == 0, done.output
     summary = json.loads((tmp_path / "out" / "bench.json").read_text())
     ways = summary["settings"]["ways"]
-    assert ways["cerberus-static"] == "heads, tree of 5 nodes, guesses at every step"
+    assert ways["cerberus-static"] == "heads, tree of 5 nodes, drafts at every step"
     assert ways["cerberus-calibrated"].endswith(type(gate).__name__)
     assert ("< 1.25" in ways["cerberus-entropy"]) == isinstance(gate, EntropyGate)
     assert {name: found["expected"] for name, found in summary["expected"].items()} == {
@@ -248,19 +248,19 @@ def test_what_calibration_stored_is_used(gate: Any, folder: Path, tmp_path: Path
 @pytest.mark.parametrize("size", [None, 9])
 def test_a_calibrated_tree_that_is_made_anew(size: int | None, folder: Path, tmp_path: Path) -> None:
     """It says how probabilities are corrected; its size is for all such ways, unless the user wants another."""
-    stored = DynamicTree(6, guesses=4, corrections=((0.5, 0.1),) * 3)
+    stored = DynamicTree(6, drafts=4, platt=((0.5, 0.1),) * 3)
     heads = calibrated(folder, tmp_path / "heads", ConfidenceGate({1: 1.0, 8: 1.2}), stored)
     options = ["--turns", "1", "--limit", "1", "--heads", str(heads), "--entropy-threshold", "1"]
     done = bench(folder, tmp_path / "out", *options, *(["--tree-size", str(size)] if size else []))
     assert done.exit_code == 0, done.output
     ways = json.loads((tmp_path / "out" / "bench.json").read_text())["settings"]["ways"]
     for name in DYNAMIC_WAYS:
-        assert f", dynamic tree of {size or 6} nodes, guesses at every step" in ways[name]
+        assert f", dynamic tree of {size or 6} nodes, drafts at every step" in ways[name]
     assert ways["cerberus-calibrated"] == "as calibrated, dynamic tree of 6 nodes, ConfidenceGate"
     model, tokenizer = load_model(folder / "model", torch.float32, "cpu")
     context = Context(model, tokenizer, CerberusHeads.from_pretrained(heads), size)
     assert context.dynamic_tree() == replace(stored, size=size or 6)
-    assert context.suffix_tree() == DynamicTree(size or 6, guesses=4)
+    assert context.suffix_tree() == DynamicTree(size or 6, drafts=4)
     assert isinstance(context.tree(context.heads), DraftTree)
 
 

@@ -1,4 +1,4 @@
-"""Heads whose guesses depend on the path: in `decode`, on their own, and trained."""
+"""Heads whose drafts depend on the path: in `decode`, on their own, and trained."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_the_text_is_that_of_generate(name: str, tree: str, gate: type, draft_vo
     assert out.stats.open_steps > 0
 
 
-def test_guesses_are_accepted() -> None:
-    """Zero heads guess again what the base model has just said, which a model that repeats itself does say."""
+def test_drafts_are_accepted() -> None:
+    """Zero heads draft again what the target model has just said, which a model that repeats itself does say."""
     model = copy.deepcopy(tiny_llama())
     with torch.no_grad():
         for layer in model.model.layers:  # without them the next token depends on the last one only
@@ -88,7 +88,7 @@ def test_every_node_follows_from_its_own_path(tree: str, draft_vocab: int | None
 
 def test_a_gate_that_wants_probabilities_is_refused() -> None:
     gate = ConfidenceGate({1: 1.0, 65: 2.0})
-    with pytest.raises(ValueError, match="gate must not choose by the guesses' probabilities with these heads"):
+    with pytest.raises(ValueError, match="gate must not choose by the drafts' probabilities with these heads"):
         decode(tiny_llama(), hydra(), IDS, max_new_tokens=NEW, tree=TREES["wide"], gate=gate)
     assert decode(tiny_llama(), hydra(), IDS, max_new_tokens=NEW).stats.open_steps > 0  # the model is as it was
 
@@ -98,8 +98,8 @@ def test_steps_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama()
     out = decode(model, hydra(), IDS, max_new_tokens=NEW)
     assert out.sequences.tolist() == generate(model, IDS, max_new_tokens=NEW).tolist()
-    assert out.stats.graphed_steps == 0 and "guess along the paths" in (out.stats.fallback or "")
-    with pytest.raises(ValueError, match="graphs must be None or False here, got True: the heads guess along the"):
+    assert out.stats.graphed_steps == 0 and "draft along the paths" in (out.stats.fallback or "")
+    with pytest.raises(ValueError, match="graphs must be None or False here, got True: the heads draft along the"):
         decode(model, hydra(), IDS, max_new_tokens=NEW, graphs=True)
 
 
@@ -126,7 +126,7 @@ def test_following_tokens() -> None:
 
 
 def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a token decides the next one, heads that see the path learn to guess it; and a run goes on."""
+    """Where a token decides the next one, heads that see the path learn to draft it; and a run goes on."""
     draw = random.Random(0)
     lines = []
     for _ in range(60):
@@ -171,13 +171,13 @@ def until(steps: int):
 
 
 def test_states_in_training_are_those_of_the_draft(tmp_path: Path) -> None:
-    """Head k sees the text's tokens, as it sees the guesses of a path that is right."""
+    """Head k sees the text's tokens, as it sees the drafts of a path that is right."""
     model, heads = tiny_llama(), hydra(std=0.3)
     trainer = train_hydra.HydraTrainer.__new__(train_hydra.HydraTrainer)
     trainer.options, trainer.device, trainer.dtype = TrainOptions(tmp_path, heads=3), torch.device("cpu"), torch.float32
     trainer.heads, trainer.embeddings = heads, model.get_input_embeddings().weight.detach()
     hidden, root = torch.randn(1, 32), torch.tensor([5])
-    path = heads.bind(model).draft_tree(hidden, root, DraftTree.chain(3))[0]  # root and three guesses
+    path = heads.bind(model).draft_tree(hidden, root, DraftTree.chain(3))[0]  # root and three drafts
     states = trainer.states(hidden, path[None, :3])
-    guessed = (states[:, 0] @ model.lm_head.weight.T).argmax(-1)
-    assert guessed.tolist() == path[1:].tolist()
+    drafted = (states[:, 0] @ model.lm_head.weight.T).argmax(-1)
+    assert drafted.tolist() == path[1:].tolist()

@@ -75,7 +75,7 @@ def test_other_lengths_and_trees_of_the_size(model: PreTrainedModel) -> None:
     """Longer and shorter texts, other tokens, within the capacity."""
     heads = oracle(model)
     run(model, heads)
-    assert (SAME_SIZE.size, SAME_SIZE.guesses) == (TREE.size, TREE.guesses) and SAME_SIZE != TREE
+    assert (SAME_SIZE.size, SAME_SIZE.drafts) == (TREE.size, TREE.drafts) and SAME_SIZE != TREE
     for length, new, tree in [(3, 20, TREE), (120, 9, SAME_SIZE), (1, 12, TREE), (60, 16, SAME_SIZE)]:
         for gate in (Alternating(), AlwaysOpen()):
             ids = prompt(length=length)

@@ -1,4 +1,4 @@
-"""Replayed steps with heads whose numbers have overflown: their guesses are none, and the text is the same."""
+"""Replayed steps with heads whose numbers have overflown: their drafts are none, and the text is the same."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NEW = 12
 
 
 class OverflownHeads(StaticHeads):
-    """Right, but that the guesses of head 2 on are no tokens, or have no probability."""
+    """Right, but that the drafts of head 2 on are no tokens, or have no probability."""
 
-    def draft(self, hidden: Tensor, root: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
-        ids, logprobs = (part.clone() for part in super().draft(hidden, root, guesses))
+    def draft(self, hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
+        ids, logprobs = (part.clone() for part in super().draft(hidden, root, drafts))
         ids[:, 1].fill_(VOCAB + 5)
         logprobs[:, 2].fill_(math.nan)
         return ids, logprobs
@@ -37,8 +37,8 @@ def test_replayed(tree: object, gate: object, recorders: list[TapeRecorder]) -> 
     model = copy.deepcopy(tiny_model("llama"))
     want = generated("llama", "cpu", NEW)
     heads = OverflownHeads(model, want, [0, 0, 0])
-    sources = None if isinstance(tree, DraftTree) else []
+    proposers = None if isinstance(tree, DraftTree) else []
     for _ in range(2):
-        out = decode(model, heads, prompt(), max_new_tokens=NEW, tree=tree, gate=gate, sources=sources, graphs=True)
+        out = decode(model, heads, prompt(), max_new_tokens=NEW, tree=tree, gate=gate, proposers=proposers, graphs=True)
         assert out.sequences.equal(want) and out.stats.graphed_steps == out.stats.steps
-        assert out.stats.accepted_histogram == [1, 5], "head 1's guess at each step but the last one"
+        assert out.stats.accepted_histogram == [1, 5], "head 1's draft at each step but the last one"

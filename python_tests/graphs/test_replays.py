@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from stand_ins import AdversarialHeads, LastGuessHeads, OracleHeads, RandomGate, RandomHeads
+from stand_ins import AdversarialHeads, LastDraftHeads, OracleHeads, RandomGate, RandomHeads
 from static_stand_ins import StaticHeads
 from tape import TapeRecorder
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
@@ -23,7 +23,7 @@ TREES = {
     "16": DraftTree.from_accuracies(TABLE, 16),
     "65": DraftTree.from_accuracies(TABLE, 65),  # two words of ancestors
 }
-HEADS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": OracleHeads, "last guess": LastGuessHeads}
+HEADS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": OracleHeads, "last draft": LastDraftHeads}
 RANKS = {"oracle": [0] * 4, "second": [1] * 4, "mixed": [1, 0, 2, 0], "never": [-1] * 4}
 GATES = {
     "open": AlwaysOpen,
@@ -47,7 +47,15 @@ def check(replayed: DecodeOutput, eager: DecodeOutput, text: torch.Tensor | None
     assert replayed.sequences.tolist() == eager.sequences.tolist()
     if text is not None:
         assert replayed.sequences.tolist() == text.tolist()
-    for name in ("steps", "open_steps", "wasted_steps", "step_tokens", "accepted_histogram", "trace", "new_tokens"):
+    for name in (
+        "steps",
+        "open_steps",
+        "zero_accept_steps",
+        "step_tokens",
+        "accepted_histogram",
+        "trace",
+        "new_tokens",
+    ):
         assert getattr(replayed.stats, name) == getattr(eager.stats, name), name
     assert replayed.stats.graphed_steps == replayed.stats.steps and replayed.stats.fallback is None
     assert (eager.stats.graphed_steps, eager.stats.captures, eager.stats.fallback) == (0, 0, None)
@@ -58,7 +66,7 @@ def check(replayed: DecodeOutput, eager: DecodeOutput, text: torch.Tensor | None
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("name", ["llama", "qwen2-window", "gpt2"])
 def test_heads_between_the_replays(name: str, heads: str, tree: str, gate: str, recorders: list[TapeRecorder]) -> None:
-    """Heads that cannot be recorded guess before every replay."""
+    """Heads that cannot be recorded draft before every replay."""
     text = generated(name, "cpu", NEW)
     stand_in = HEADS[heads](text, 4, VOCAB)
     replayed, _ = both(tiny_model(name), stand_in, prompt(), max_new_tokens=NEW, tree=TREES[tree], gate=GATES[gate])
@@ -104,7 +112,7 @@ class NotingGate(Gate):
         return len(self.notes) % 3 != 0
 
     def _choose(self, tree: DraftTree, logprobs: torch.Tensor) -> DraftTree | None:
-        assert logprobs.device.type == "cpu" and logprobs.shape == (1, 4, TREES["16"].guesses)
+        assert logprobs.device.type == "cpu" and logprobs.shape == (1, 4, TREES["16"].drafts)
         self.notes.append(logprobs.tolist())
         return [TREES["16"], TREES["chain"], None][len(self.notes) % 3]
 

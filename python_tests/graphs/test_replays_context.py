@@ -31,9 +31,9 @@ def test_replayed_steps_are_the_same(name: str, tree: str, gate: str, recorders:
     model, text = tiny_model(name), generated(name, "cpu", NEW)
     heads, counts = heads_for(model), []
     for replay in (True, False, True):
-        sources = accepting(text) if tree == "dynamic" else None
+        proposers = accepting(text) if tree == "dynamic" else None
         out = decode(
-            model, heads, prompt(), max_new_tokens=NEW, tree=TREES[tree], gate=GATES[gate](), sources=sources,
+            model, heads, prompt(), max_new_tokens=NEW, tree=TREES[tree], gate=GATES[gate](), proposers=proposers,
             graphs=replay,
         )  # fmt: skip
         assert out.sequences.tolist() == text.tolist()

@@ -1,4 +1,4 @@
-"""Replayed steps with trees made anew: the same text and counts as op by op, from few recordings."""
+"""Replayed steps with trees new: the same text and counts as op by op, from few recordings."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from source_stand_ins import KINDS, KnowingMaker, anything, right, sources_of
-from stand_ins import LastGuessHeads, OracleHeads, RandomGate, RandomHeads
+from proposer_stand_ins import KINDS, KnowingMaker, anything, proposers_of, right
+from stand_ins import LastDraftHeads, OracleHeads, RandomGate, RandomHeads
 from static_stand_ins import StaticHeads
 from tape import TapeRecorder
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
@@ -17,7 +17,7 @@ from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 from cerberus_ext.drafting.dynamic_tree import DynamicTree, padded_size
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from cerberus_ext.drafting.static_tree import DraftTree
-from cerberus_ext.drafting.suffix import SuffixSource
+from cerberus_ext.drafting.suffix import SuffixProposer
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime import graphs
 from cerberus_ext.runtime.stats import DecodeOutput
@@ -55,12 +55,20 @@ def both(model: Any, heads: Any, text: torch.Tensor, ids: torch.Tensor, kind: st
         streamer, asked = heads if hasattr(heads, "put") else None, gate()
         outs.append(
             decode(model, heads, ids, gate=asked, streamer=streamer, graphs=replay,
-                   sources=sources_of(kind, text, VOCAB), **options)
+                   proposers=proposers_of(kind, text, VOCAB), **options)
         )  # fmt: skip
         notes.append(getattr(asked, "notes", []))
     replayed, eager = outs
     assert replayed.sequences.tolist() == eager.sequences.tolist() == text.tolist()
-    names = ("steps", "open_steps", "wasted_steps", "step_tokens", "accepted_histogram", "trace", "trace_sources")
+    names = (
+        "steps",
+        "open_steps",
+        "zero_accept_steps",
+        "step_tokens",
+        "accepted_histogram",
+        "trace",
+        "trace_proposers",
+    )
     for name in names:
         assert getattr(replayed.stats, name) == getattr(eager.stats, name), name
     assert notes[0] == notes[1]
@@ -77,9 +85,9 @@ def check_recordings(out: DecodeOutput, recorders: list[TapeRecorder]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("heads", [RandomHeads, LastGuessHeads, None])
+@pytest.mark.parametrize("heads", [RandomHeads, LastDraftHeads, None])
 def test_heads_between_the_replays(heads: Any, kind: str, recorders: list[TapeRecorder]) -> None:
-    """Heads that cannot be recorded guess before every replay; or there are none, and the host brings all tokens."""
+    """Heads that cannot be recorded draft before every replay; or there are none, and the host brings all tokens."""
     text = generated("llama", "cpu", NEW)
     stand_in = heads(text, 4, VOCAB) if heads else None
     out = both(tiny_model("llama"), stand_in, text, prompt(), kind, max_new_tokens=NEW, tree=DynamicTree(13))
@@ -90,10 +98,10 @@ def test_heads_between_the_replays(heads: Any, kind: str, recorders: list[TapeRe
 @pytest.mark.parametrize("heads", ["mixed", "never"])
 @pytest.mark.parametrize("gate", GATES)
 def test_heads_inside_the_replays(gate: str, heads: str, kind: str, recorders: list[TapeRecorder]) -> None:
-    """What they guess for the next step comes with the step's one copy."""
+    """What they draft for the next step comes with the step's one copy."""
     model, text = tiny_model("llama"), generated("llama", "cpu", NEW)
     stand_in = StaticHeads(model, text, RANKS[heads], every=3)
-    tree = DynamicTree(33, guesses=4)
+    tree = DynamicTree(33, drafts=4)
     out = both(model, stand_in, text, prompt(), kind, gate=GATES[gate], max_new_tokens=NEW, tree=tree)
     check_recordings(out, recorders)
 
@@ -101,24 +109,24 @@ def test_heads_inside_the_replays(gate: str, heads: str, kind: str, recorders: l
 @pytest.mark.parametrize("name", ["qwen2", "qwen2-window", "mistral", "gpt2"])
 def test_other_models(name: str, recorders: list[TapeRecorder]) -> None:
     model, text = tiny_model(name), generated(name, "cpu", NEW)
-    for heads in (StaticHeads(model, text, RANKS["mixed"], every=3), LastGuessHeads(text, 4, VOCAB), None):
+    for heads in (StaticHeads(model, text, RANKS["mixed"], every=3), LastDraftHeads(text, 4, VOCAB), None):
         both(model, heads, text, prompt(), "several", gate=Sizes, max_new_tokens=NEW, tree=DynamicTree(70))
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_guesses_are_the_same_as_op_by_op(inside: bool, recorders: list[TapeRecorder]) -> None:
-    """The source notes what it is asked; the gate what it is shown, which is all that the heads and it promise."""
+def test_drafts_are_the_same_as_op_by_op(inside: bool, recorders: list[TapeRecorder]) -> None:
+    """The proposer notes what it is asked; the gate what it is shown, which is all that the heads and it promise."""
     model, text = tiny_model("llama"), generated("llama", "cpu", NEW)
-    heads = StaticHeads(model, text, RANKS["mixed"]) if inside else LastGuessHeads(text, 4, VOCAB)
+    heads = StaticHeads(model, text, RANKS["mixed"]) if inside else LastDraftHeads(text, 4, VOCAB)
     asked = []
     for replay in (True, False):
         maker, gate = KnowingMaker(text, right(0.2)), Sizes()
         streamer = None if inside else heads
         decode(
-            model, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(20), gate=gate, sources=[maker],
+            model, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(20), gate=gate, proposers=[maker],
             graphs=replay, streamer=streamer,
         )  # fmt: skip
-        asked.append((gate.notes, [source.asked for source in maker.made]))
+        asked.append((gate.notes, [proposer.asked for proposer in maker.made]))
     assert asked[0] == asked[1] and len(asked[0][0]) > 4
 
 
@@ -139,7 +147,7 @@ def test_few_recordings_for_many_sizes(recorders: list[TapeRecorder]) -> None:
         heads = RandomHeads(text, 4, VOCAB)
         out = decode(
             model, heads, prompt(), max_new_tokens=90, tree=DynamicTree(40), gate=Growing(), graphs=True,
-            sources=[maker], streamer=heads,
+            proposers=[maker], streamer=heads,
         )  # fmt: skip
         assert out.sequences.tolist() == text.tolist()
         found.append((len({nodes for nodes, _ in out.stats.trace}), out.stats.captures))
@@ -149,12 +157,12 @@ def test_few_recordings_for_many_sizes(recorders: list[TapeRecorder]) -> None:
 
 
 def test_static_and_dynamic_trees_take_turns(recorders: list[TapeRecorder]) -> None:
-    """Over the same tensors: each finds its own tree there, and the guesses of its own step."""
+    """Over the same tensors: each finds its own tree there, and the drafts of its own step."""
     model, text = tiny_model("llama"), generated("llama", "cpu", NEW)
     heads = StaticHeads(model, text, [1, 0, 1, 0], every=5)
     static = DraftTree.from_accuracies([[0.5, 0.3, 0.1, 0.05]] * 4, 16)
-    for tree in (static, DynamicTree(16, guesses=4), static, DynamicTree(16, guesses=2), DraftTree.chain(1), static):
-        for given in (heads, LastGuessHeads(text, 4, VOCAB)):
+    for tree in (static, DynamicTree(16, drafts=4), static, DynamicTree(16, drafts=2), DraftTree.chain(1), static):
+        for given in (heads, LastDraftHeads(text, 4, VOCAB)):
             out = decode(
                 model, given, prompt(), max_new_tokens=NEW, tree=tree, graphs=True,
                 streamer=given if hasattr(given, "put") else None,
@@ -176,9 +184,9 @@ def test_stops_at_max_new_tokens(new: int, recorders: list[TapeRecorder]) -> Non
     want = text[:, : prompt().shape[1] + new]
     for heads in (StaticHeads(model, text, RANKS["oracle"]), None):
         for replay in (True, False):
-            sources = sources_of("several", text, VOCAB)
+            proposers = proposers_of("several", text, VOCAB)
             out = decode(
-                model, heads, prompt(), max_new_tokens=new, tree=DynamicTree(16), sources=sources, graphs=replay
+                model, heads, prompt(), max_new_tokens=new, tree=DynamicTree(16), proposers=proposers, graphs=replay
             )
             assert out.sequences.tolist() == want.tolist()
 
@@ -197,12 +205,12 @@ def test_one_wait_a_step(recorders: list[TapeRecorder], monkeypatch: pytest.Monk
     model, text = tiny_model("llama"), generated("llama", "cpu", NEW)
     heads = StaticHeads(model, text, RANKS["mixed"])
     options: dict[str, Any] = {"max_new_tokens": NEW, "tree": DynamicTree(8), "graphs": True}
-    decode(model, heads, prompt(), sources=[SuffixSource()], **options)  # records
+    decode(model, heads, prompt(), proposers=[SuffixProposer()], **options)  # records
     waits: list[int] = []
     real = TapeRecorder.fetch
     monkeypatch.setattr(TapeRecorder, "fetch", lambda *arguments: (waits.append(1), real(*arguments)))
     heads.drafts = 0
-    stats = decode(model, heads, prompt(), sources=[SuffixSource()], **options).stats
+    stats = decode(model, heads, prompt(), proposers=[SuffixProposer()], **options).stats
     assert stats.captures == 0 and len(waits) == stats.steps and heads.drafts == 1, "the first tree's only"
 
 
@@ -223,8 +231,10 @@ def test_goes_on_in_the_middle(recorders: list[TapeRecorder], monkeypatch: pytes
         for heads in (StaticHeads(model, text, RANKS["mixed"], every=3), None):
             graphs.release_graphs(model)
             calls.clear()
-            gate, sources = Sizes(), sources_of("several", text, VOCAB)
-            out = decode(model, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(16), gate=gate, sources=sources)
+            gate, proposers = Sizes(), proposers_of("several", text, VOCAB)
+            out = decode(
+                model, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(16), gate=gate, proposers=proposers
+            )
             assert out.sequences.tolist() == text.tolist()
             assert 0 < out.stats.graphed_steps < out.stats.steps and out.stats.captures == 2
             assert out.stats.fallback == "recording a step failed: OutOfMemoryError: no memory"
@@ -237,7 +247,7 @@ def test_a_broken_source_leaves_the_recordings_usable(recorders: list[TapeRecord
     heads = StaticHeads(model, text, RANKS["mixed"])
     for answer in (([VOCAB], [0.5]), None):
         made = KnowingMaker(text, lambda follows, most, answer=answer: answer if len(follows) < 15 else ([1], [0.5]))
-        with pytest.raises(ValueError, match="decode: sources: KnowingSource.guess must return"):
-            decode(model, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), sources=[made], graphs=True)
+        with pytest.raises(ValueError, match="decode: proposers: KnowingProposer.propose must return"):
+            decode(model, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), proposers=[made], graphs=True)
         out = decode(model, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), graphs=True)
         assert out.sequences.tolist() == text.tolist() and out.stats.graphed_steps == out.stats.steps

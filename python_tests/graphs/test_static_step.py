@@ -16,7 +16,7 @@ from cerberus_ext import CerberusConfig, CerberusHeads, ops
 from cerberus_ext.drafting.dynamic_tree import StepTree
 from cerberus_ext.drafting.static_tree import DraftTree
 from cerberus_ext.runtime.static_step import (
-    StaticGuesses,
+    StaticDrafts,
     StaticNodes,
     StaticResult,
     StaticState,
@@ -25,19 +25,19 @@ from cerberus_ext.runtime.static_step import (
     run_step,
 )
 from cerberus_ext.runtime.stepper import Sampling
-from cerberus_ext.target.model import BaseModel, StepWay
+from cerberus_ext.target.model import StepWay, TargetModel
 
 CPU = torch.device("cpu")
 SMALL = DraftTree.from_paths([(0,), (2,), (0, 1)])  # nodes 1 and 2 after the root, 3 after 1
 
 
 def test_packed_tree() -> None:
-    """Guesses of 4 a head: (0,) is entry 0, (2,) is 2, (0, 1) is 4 + 1; before them are the root and 6 given tokens."""
+    """Drafts of 4 a head: (0,) is entry 0, (2,) is 2, (0, 1) is 4 + 1; before them are the root and 6 given tokens."""
     packed = pack_tree(SMALL, 6, 1, 4)
-    parents, depths, sources, ancestors, given = np.split(packed, [6, 12, 18, 24])
+    parents, depths, proposers, ancestors, given = np.split(packed, [6, 12, 18, 24])
     assert parents.tolist() == [-1, 0, 0, 1, 0, 0]
     assert depths.tolist() == [0, 1, 1, 2, 1, 1]
-    assert sources.tolist() == [0, 7, 9, 12, 7, 7]  # nodes 4 and 5 repeat node 1
+    assert proposers.tolist() == [0, 7, 9, 12, 7, 7]  # nodes 4 and 5 repeat node 1
     assert ancestors.tolist() == [0b1, 0b11, 0b101, 0b1011, 0b10001, 0b100001]
     assert given.tolist() == [0] * 6
 
@@ -45,11 +45,11 @@ def test_packed_tree() -> None:
 def test_packed_step_tree() -> None:
     """Its tokens are given; nodes 3 and 4 repeat node 1."""
     tree = StepTree(np.array([-1, 0, 1]), np.array([0, 17, 9]), np.zeros(3, np.int64), np.ones(3))
-    parents, depths, sources, ancestors, given = np.split(pack_tree(tree, 5, 2, 4), [5, 10, 15, 20])
+    parents, depths, proposers, ancestors, given = np.split(pack_tree(tree, 5, 2, 4), [5, 10, 15, 20])
     assert parents.tolist() == [-1, 0, 1, 0, 0] and depths.tolist() == [0, 1, 2, 1, 1]
     assert ancestors.tolist() == [0b1, 0b11, 0b111, 0b1001, 0b10001]
     entries = np.array([3, *given[:5]])  # the root's token, then what is given
-    assert entries[sources].tolist() == [3, 17, 9, 17, 17] and given.tolist() == [0, 17, 9, 0, 0] * 2
+    assert entries[proposers].tolist() == [3, 17, 9, 17, 17] and given.tolist() == [0, 17, 9, 0, 0] * 2
 
 
 def test_packed_tree_of_several_words() -> None:
@@ -71,9 +71,9 @@ def test_padding_never_changes_what_is_accepted(seed: int) -> None:
     widths = random.integers(1, 4, size=random.integers(1, 4)).tolist()
     tree = DraftTree.from_widths(widths).cut(int(random.integers(1, 4)))
     nodes = tree.size + int(random.integers(0, 70))
-    static, guesses = StaticNodes(1, nodes, CPU), tree.guesses
-    static.put(tree, guesses)
-    ids = torch.from_numpy(random.integers(0, 2, size=(1, len(widths), guesses)))
+    static, drafts = StaticNodes(1, nodes, CPU), tree.drafts
+    static.put(tree, drafts)
+    ids = torch.from_numpy(random.integers(0, 2, size=(1, len(widths), drafts)))
     padded_tokens = static.tokens(torch.tensor([1]), ids)
     tensors = tree.on(CPU)
     tokens = torch.cat([torch.tensor([[1]]), ids[:, tensors.heads, tensors.ranks]], 1)
@@ -98,8 +98,8 @@ def test_a_tree_is_copied_once() -> None:
 
 
 def test_result_on_the_host() -> None:
-    guesses = StaticGuesses(None, 1, 2, 3, CPU)
-    result = StaticResult(1, 4, guesses, CPU)
+    drafts = StaticDrafts(None, 1, 2, 3, CPU)
+    result = StaticResult(1, 4, drafts, CPU)
     result.target.copy_(torch.tensor([[5, 6, 7, 2**40]]))
     result.entropy.fill_(1.5)
     assert result.ids is not None and result.logprobs is not None
@@ -118,22 +118,22 @@ def test_result_on_the_host() -> None:
 
 
 def test_tokens_from_another_source() -> None:
-    """No heads: what follows in the text is given node by node, beside a guess that is wrong."""
+    """No heads: what follows in the text is given node by node, beside a draft that is wrong."""
     model, text = tiny_model("llama"), generated("llama", "cpu", 8)
     length = prompt().shape[1]
     tree = DraftTree.from_paths([(0, 0, 0), (1,)])  # nodes 1, 2 after the root, 3 after 1, 4 after 3
-    with torch.inference_mode(), BaseModel(model, 64, 1) as base:
+    with torch.inference_mode(), TargetModel(model, 64, 1) as base:
         hidden, logits = base.prefill(prompt())
         state = StaticState(hidden.clone(), logits.argmax(-1))
-        guesses, nodes, result = (
-            StaticGuesses(None, 1, 3, 2, CPU),
+        drafts, nodes, result = (
+            StaticDrafts(None, 1, 3, 2, CPU),
             StaticNodes(1, 5, CPU),
             StaticResult(1, 5, None, CPU),
         )
         nodes.put(tree, 2)
-        nodes.sources[[1, 3, 4]] = 1 + torch.tensor([0, 2, 4])  # entries 0, 2 and 4 of `given`
+        nodes.proposers[[1, 3, 4]] = 1 + torch.tensor([0, 2, 4])  # entries 0, 2 and 4 of `given`
         nodes.given[0, [0, 2, 4]] = text[0, length + 1 : length + 4]
-        run_step(base, StepKind(5, Sampling(), guesses), state, nodes, result)
+        run_step(base, StepKind(5, Sampling(), drafts), state, nodes, result)
         assert result.path.tolist() == [[0, 1, 3, 4, -1]]
         assert result.target[0, [0, 1, 3, 4]].tolist() == text[0, length + 1 : length + 5].tolist()
         assert base.cache.length.tolist() == [length + 4] and state.root.tolist() == [text[0, length + 4]]
@@ -165,13 +165,13 @@ def test_a_step_never_leaves_the_device(name: str, drafts: str, nodes: int) -> N
     device = torch.device("meta")
     model = tiny_model(name, device="meta")
     drafter = CerberusHeads(CerberusConfig("tiny", 32, VOCAB, num_heads=3, draft_vocab=50)).to(device).bind(model)
-    with torch.inference_mode(), BaseModel(model, 64, 1, way=StepWay.plain(model)) as base:
+    with torch.inference_mode(), TargetModel(model, 64, 1, way=StepWay.plain(model)) as base:
         hidden, logits = base.prefill(torch.zeros(1, 9, dtype=torch.int64, device=device))
         state = StaticState(hidden.clone(), logits.argmax(-1))
-        guesses = StaticGuesses(drafter, 1, 3, 4, device)
+        drafts = StaticDrafts(drafter, 1, 3, 4, device)
         sampling = Sampling(seed=3, temperature=0.7, top_p=0.9)
-        kind = StepKind(nodes, sampling, guesses, drafts == "before", drafts == "after")
-        result = StaticResult(1, nodes, guesses if drafts == "after" else None, device)
+        kind = StepKind(nodes, sampling, drafts, drafts == "before", drafts == "after")
+        result = StaticResult(1, nodes, drafts if drafts == "after" else None, device)
         static = StaticNodes(1, nodes, device)
         with OneDevice("meta") as seen:
             run_step(base, kind, state, static, result)
@@ -185,7 +185,7 @@ def test_a_step_without_heads_never_leaves_the_device(nodes: int) -> None:
     """Its tokens are all given."""
     device = torch.device("meta")
     model = tiny_model("llama", device="meta")
-    with torch.inference_mode(), BaseModel(model, 64, 1, way=StepWay.plain(model)) as base:
+    with torch.inference_mode(), TargetModel(model, 64, 1, way=StepWay.plain(model)) as base:
         hidden, logits = base.prefill(torch.zeros(1, 9, dtype=torch.int64, device=device))
         state = StaticState(hidden.clone(), logits.argmax(-1))
         result, static = StaticResult(1, nodes, None, device), StaticNodes(1, nodes, device)

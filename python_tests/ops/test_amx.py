@@ -31,8 +31,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     flags += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
     flags += ["-DCERBERUS_AMX", "-DCERBERUS_BFLOAT16_ONLY", "-DCERBERUS_ISA=amx_bf16"]
     flags += [f"-I{TESTS / 'amx'}", f"-I{CSRC}"]
-    sources = [str(TESTS / "amx" / "library.cpp"), str(CSRC / "cpu" / "linear.cpp")]
-    done = subprocess.run([compiler, *flags, *sources, "-o", str(out)], capture_output=True, text=True, timeout=300)
+    proposers = [str(TESTS / "amx" / "library.cpp"), str(CSRC / "cpu" / "linear.cpp")]
+    done = subprocess.run([compiler, *flags, *proposers, "-o", str(out)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(out))
 

@@ -83,9 +83,9 @@ NOT_EMPTY = [
 
 # op, number, wrong value, what it must be, how the message writes the value
 NUMBERS = [
-    ("draft_topk", "guesses", 0, "1 to 32", "0"),
-    ("draft_topk", "guesses", -1, "1 to 32", "-1"),
-    ("draft_topk", "guesses", 33, "1 to 32", "33"),
+    ("draft_topk", "drafts", 0, "1 to 32", "0"),
+    ("draft_topk", "drafts", -1, "1 to 32", "-1"),
+    ("draft_topk", "drafts", 33, "1 to 32", "33"),
     ("choose_tokens", "temperature", -0.5, "finite and >= 0", "-0.5"),
     ("choose_tokens", "temperature", math.nan, "finite and >= 0", "nan"),
     ("choose_tokens", "temperature", math.inf, "finite and >= 0", "inf"),
@@ -187,10 +187,10 @@ def test_number(op, name, wrong, must_be, got, device):
     rejects(op, device, name, wrong, must_be, got)
 
 
-def test_more_guesses_than_tokens(device):
+def test_more_drafts_than_tokens(device):
     arguments = example("draft_topk", device=device)
     arguments["projection"] = arguments["projection"][:4].contiguous()
-    with pytest.raises(RuntimeError, match="draft_topk: guesses must be at most Vd = 4, got 5"):
+    with pytest.raises(RuntimeError, match="draft_topk: drafts must be at most Vd = 4, got 5"):
         ops.draft_topk(**arguments)
 
 

@@ -117,7 +117,7 @@ def test_head_stack_untrained_is_hidden(dtype, device):
 
 
 TOPK_SIZES = [
-    # rows, heads, size, vocab, guesses
+    # rows, heads, size, vocab, drafts
     (0, 4, 33, 129, 3),
     (1, 1, 1, 1, 1),
     (1, 4, 129, 1025, 8),
@@ -129,27 +129,27 @@ TOPK_SIZES = [
 
 
 @dtypes
-@pytest.mark.parametrize(("rows", "heads", "size", "vocab", "guesses"), TOPK_SIZES)
-def test_draft_topk(rows, heads, size, vocab, guesses, dtype, device):
+@pytest.mark.parametrize(("rows", "heads", "size", "vocab", "drafts"), TOPK_SIZES)
+def test_draft_topk(rows, heads, size, vocab, drafts, dtype, device):
     states = normal(rows, heads, size, seed=1, dtype=dtype, device=device)
     projection = normal(vocab, size, seed=2, dtype=dtype, scale=4 * size**-0.5, device=device)
-    ids, logprobs = ops.draft_topk(states, projection, guesses)
-    assert ids.dtype == torch.int64 and ids.shape == logprobs.shape == (rows, heads, guesses)
+    ids, logprobs = ops.draft_topk(states, projection, drafts)
+    assert ids.dtype == torch.int64 and ids.shape == logprobs.shape == (rows, heads, drafts)
     assert ids.numel() == 0 or (ids.sort(-1).values.diff(dim=-1) > 0).all(), "a token twice"
     # Tokens whose logits differ by less than float32 rounding may change places: compare what each id is worth.
     every = (states.double() @ projection.double().T).log_softmax(-1).float()
     assert_close("draft_topk", every.gather(-1, ids), logprobs, dtype)
-    assert_close("draft_topk", logprobs, reference.draft_topk(states, projection, guesses)[1], dtype)
+    assert_close("draft_topk", logprobs, reference.draft_topk(states, projection, drafts)[1], dtype)
 
 
 @dtypes
-@pytest.mark.parametrize(("rows", "heads", "size", "vocab", "guesses"), TOPK_SIZES)
-def test_draft_topk_ids_are_exact(rows, heads, size, vocab, guesses, dtype, device):
+@pytest.mark.parametrize(("rows", "heads", "size", "vocab", "drafts"), TOPK_SIZES)
+def test_draft_topk_ids_are_exact(rows, heads, size, vocab, drafts, dtype, device):
     """Small whole numbers: logits are exact in float32 and full of ties, so that every id is determined."""
     states = integers(-2, 3, rows, heads, size, seed=3).to(device, dtype)
     projection = integers(-2, 3, vocab, size, seed=4).to(device, dtype)
-    ids, logprobs = ops.draft_topk(states, projection, guesses)
-    expected_ids, expected_logprobs = reference.draft_topk(states, projection, guesses)
+    ids, logprobs = ops.draft_topk(states, projection, drafts)
+    expected_ids, expected_logprobs = reference.draft_topk(states, projection, drafts)
     assert torch.equal(ids, expected_ids)
     assert_close("draft_topk", logprobs, expected_logprobs, dtype)
 

@@ -34,7 +34,7 @@ def verify(draft, target, parents, device):
 @pytest.mark.parametrize(
     ("why", "draft", "target", "path"),
     [
-        ("no guess is right", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [99] * 10, [0, -1, -1, -1]),
+        ("no draft is right", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [99] * 10, [0, -1, -1, -1]),
         ("one", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [2] + [99] * 9, [0, 2, -1, -1]),
         ("to a leaf", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [2, 0, 6, 0, 0, 0, 9, 0, 0, 0], [0, 2, 6, 9]),
         ("a leaf that is not the deepest", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [3, 0, 0, 7] + [99] * 6, [0, 3, 7, -1]),
@@ -99,7 +99,7 @@ def test_random(rows, nodes, tokens, device):
 
 
 def brute_force(draft: list[int], target: list[int], parents: list[int]) -> list[int]:
-    """The longest path on which every guess is its parent's target, the lowest of equal ends: all paths are walked."""
+    """The longest path on which every draft is its parent's target, the lowest of equal ends: all paths are walked."""
     best = [0]
     for end in range(len(parents)):
         path = [end]

@@ -22,16 +22,16 @@ def exact(rows, heads, size, vocab, dtype):
     return states, integers(-2, 3, vocab, size, seed=4).to(dtype)
 
 
-def check_exact(simt, states, projection, guesses, offset=0):
-    ids, logprobs = simt("draft_topk", states, projection, guesses, offset=offset)
-    expected_ids, expected_logprobs = reference.draft_topk(states, projection, guesses)
+def check_exact(simt, states, projection, drafts, offset=0):
+    ids, logprobs = simt("draft_topk", states, projection, drafts, offset=offset)
+    expected_ids, expected_logprobs = reference.draft_topk(states, projection, drafts)
     assert torch.equal(ids, expected_ids)
     assert_close("draft_topk", logprobs, expected_logprobs, states.dtype)
 
 
 @dtypes
 @pytest.mark.parametrize(
-    ("rows", "heads", "size", "vocab", "guesses"),
+    ("rows", "heads", "size", "vocab", "drafts"),
     [
         (0, 4, 16, 33, 3),
         (1, 1, 1, 1, 1),
@@ -47,20 +47,20 @@ def check_exact(simt, states, projection, guesses, offset=0):
         (35, 2, 24, 17, 16),
     ],
 )
-def test_sizes(rows, heads, size, vocab, guesses, dtype, simt):
+def test_sizes(rows, heads, size, vocab, drafts, dtype, simt):
     states, projection = random(rows, heads, size, vocab, dtype)
-    ids, logprobs = simt("draft_topk", states, projection, guesses)
-    assert ids.dtype == torch.int64 and ids.shape == logprobs.shape == (rows, heads, guesses)
+    ids, logprobs = simt("draft_topk", states, projection, drafts)
+    assert ids.dtype == torch.int64 and ids.shape == logprobs.shape == (rows, heads, drafts)
     assert ids.numel() == 0 or (ids.sort(-1).values.diff(dim=-1) > 0).all(), "a token twice"
     # Tokens whose logits differ by less than float32 rounding may change places: compare what each id is worth.
     every = (states.double() @ projection.double().T).log_softmax(-1).float()
     assert_close("draft_topk", every.gather(-1, ids), logprobs, dtype)
-    assert_close("draft_topk", logprobs, reference.draft_topk(states, projection, guesses)[1], dtype)
+    assert_close("draft_topk", logprobs, reference.draft_topk(states, projection, drafts)[1], dtype)
 
 
 @dtypes
 @pytest.mark.parametrize(
-    ("rows", "heads", "size", "vocab", "guesses"),
+    ("rows", "heads", "size", "vocab", "drafts"),
     [
         (1, 1, 8, 5, 3),
         (1, 4, 40, 15, 15),
@@ -71,8 +71,8 @@ def test_sizes(rows, heads, size, vocab, guesses, dtype, simt):
         (33, 1, 32, 33, 3),
     ],
 )
-def test_ids_are_exact(rows, heads, size, vocab, guesses, dtype, simt):
-    check_exact(simt, *exact(rows, heads, size, vocab, dtype), guesses)
+def test_ids_are_exact(rows, heads, size, vocab, drafts, dtype, simt):
+    check_exact(simt, *exact(rows, heads, size, vocab, dtype), drafts)
 
 
 @dtypes

@@ -14,7 +14,7 @@ from cerberus_ext import decode
 from cerberus_ext.drafting.dynamic_tree import DynamicTree
 from cerberus_ext.drafting.heads import CerberusHeads
 from cerberus_ext.drafting.static_tree import DraftTree
-from cerberus_ext.target.model import BaseModel, sole_decode
+from cerberus_ext.target.model import TargetModel, sole_decode
 from cerberus_ext.training.answers import read_answers
 from cerberus_ext.training.options import SEGMENT
 from cerberus_ext.training.processes import Processes
@@ -50,7 +50,7 @@ def test_training_reads_what_decoding_reads(trainer: Trainer, llama: LlamaForCau
         hidden, tokens = data.hidden[rows].float(), data.tokens[rows]
         prompt, count = len(rows) - int(in_answer.sum()), int(in_answer.sum())
         led_to = torch.cat([hidden[1:], hidden[-1:]])[None, :prompt]
-        with torch.inference_mode(), sole_decode(llama), BaseModel(llama, len(rows) + 8, 1, context=True) as base:
+        with torch.inference_mode(), sole_decode(llama), TargetModel(llama, len(rows) + 8, 1, context=True) as base:
             base.prefill(tokens[None, :prompt])
             context.keep_prompt(base.cache, led_to, tokens[None, :prompt])
             chain = DraftTree.chain(count - 1).on(torch.device("cpu"))
@@ -74,7 +74,7 @@ def test_a_step_reads_what_a_measurement_reads(trainer: Trainer) -> None:
     torch.testing.assert_close(found, trainer.read_all(data)[places.flatten()], rtol=1e-5, atol=1e-5)
 
 
-def test_new_heads_guess_what_heads_without_a_context_layer_do(
+def test_new_heads_draft_what_heads_without_a_context_layer_do(
     tmp_path: Path, answers: Path, llama: LlamaForCausalLM
 ) -> None:
     data = read_answers([answers], VOCAB)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from cerberus_ext.drafting.simulate import ABSENT, best_paths, conditional_accuracy, tokens_per_step
 
-# Guess ranks of two heads at seven positions of one text; A: absent.
+# Draft ranks of two heads at seven positions of one text; A: absent.
 A = ABSENT
 RANKS = [[0, 0], [0, 1], [1, A], [0, 0], [A, 0], [2, 0], [0, A]]
 
 
 def test_best_paths() -> None:
-    assert best_paths(RANKS, 9, guesses=2) == [(0,), (0, 0), (1,), (0, 1)]
-    assert best_paths(RANKS, 9, guesses=3) == [(0,), (0, 0), (1,), (2,), (0, 1), (2, 0)]
-    assert best_paths(RANKS, 2, guesses=3) == [(0,), (0, 0)]
+    assert best_paths(RANKS, 9, drafts=2) == [(0,), (0, 0), (1,), (0, 1)]
+    assert best_paths(RANKS, 9, drafts=3) == [(0,), (0, 0), (1,), (2,), (0, 1), (2, 0)]
+    assert best_paths(RANKS, 2, drafts=3) == [(0,), (0, 0)]
 
 
 def test_tokens_per_step() -> None:
@@ -25,6 +25,6 @@ def test_tokens_per_step() -> None:
 
 
 def test_conditional_accuracy() -> None:
-    table = conditional_accuracy(RANKS, [(0,)], guesses=2)
+    table = conditional_accuracy(RANKS, [(0,)], drafts=2)
     assert table[0] == [round(4 / 7, 6), round(1 / 7, 6)]
-    assert table[1] == [0.5, 0.25]  # of the four positions where head 1's best guess was right
+    assert table[1] == [0.5, 0.25]  # of the four positions where head 1's best draft was right

@@ -71,7 +71,7 @@ def test_training_learns_and_is_recorded(
     assert heads.weight.dtype == torch.bfloat16 and heads.config.lm_head_fingerprint is not None
     assert heads.config.accuracy is not None and len(heads.config.accuracy) == 3
     assert heads.config.paths is not None and heads.config.paths[0] == [0]
-    ids, _ = heads.bind(llama).draft(torch.randn(1, 32), torch.tensor([3]), guesses=4)
+    ids, _ = heads.bind(llama).draft(torch.randn(1, 32), torch.tensor([3]), drafts=4)
     assert ids.shape == (1, 3, 4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
 
