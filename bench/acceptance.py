@@ -28,11 +28,11 @@ import torch
 from tqdm import tqdm
 
 import cerberus_ext
-from cerberus_ext import AlwaysOpen, CerberusHeads, DraftTree
+from cerberus_ext import AlwaysOpen, CerberusHeads, StaticPolicy
 from cerberus_ext.calibration.cost import StepCosts
 from cerberus_ext.calibration.trace import Answer, TracedText, trace, write_answers
 from cerberus_ext.calibration.walk import Tally, walk
-from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.proposers import ProposerFactory
 from cerberus_ext.evaluation.ways import BOTH, DYNAMIC, STATIC, SUFFIX, Context
 from cerberus_ext.io.json_lines import read_json_lines
@@ -74,7 +74,7 @@ def rates(tally: Tally) -> dict[str, float]:
     return {name: round(value, 4) for name, value in found.items()}
 
 
-def tree_of(way: str, context: Context) -> DraftTree | DynamicTree:
+def tree_of(way: str, context: Context) -> StaticPolicy | DynamicPolicy:
     """The one that `cerberus bench` runs the way with."""
     if way == STATIC:
         return context.tree(context.heads)
@@ -82,7 +82,7 @@ def tree_of(way: str, context: Context) -> DraftTree | DynamicTree:
 
 
 def by_category(
-    texts: Sequence[TracedText], questions: Sequence[Question], way: str, tree: DraftTree | DynamicTree
+    texts: Sequence[TracedText], questions: Sequence[Question], way: str, tree: StaticPolicy | DynamicPolicy
 ) -> dict[str, dict[str, float]]:
     """What `way` comes to with a tree. texts: traced with its heads."""
     proposers: list[ProposerFactory] | None = [] if way == DYNAMIC else None

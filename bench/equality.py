@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 import cerberus_ext
-from cerberus_ext import AlwaysClosed, AlwaysOpen, DraftTree
-from cerberus_ext.drafting.static_tree import default_tree
+from cerberus_ext import AlwaysClosed, AlwaysOpen, StaticPolicy
+from cerberus_ext.drafting.static_policy import default_tree
 from cerberus_ext.evaluation.results import Results
 from cerberus_ext.evaluation.texts import difference
 from cerberus_ext.io.machine import describe_machine
@@ -37,7 +37,7 @@ STAND_INS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": O
 HEADS = ["trained", *STAND_INS]
 TREES = ["chain", "static-16", "static-64", "one"]
 GATES: dict[str, Callable[[], cerberus_ext.Gate]] = {"open": AlwaysOpen, "random": RandomGate}
-# Of a 16-bit type: (heads, tree, gate). A number: a DynamicTree of so many nodes.
+# Of a 16-bit type: (heads, tree, gate). A number: a DynamicPolicy of so many nodes.
 SIXTEEN_BITS = [
     ("trained", "default", "open"),
     ("trained", "8", "open"),
@@ -48,13 +48,13 @@ SIXTEEN_BITS = [
 ]
 
 
-def make_tree(name: str, heads: Any) -> DraftTree | int | None:
+def make_tree(name: str, heads: Any) -> StaticPolicy | int | None:
     if name == "default":
         return None
     if name.isdecimal():
         return int(name)
     if name in ("chain", "one"):
-        return DraftTree.chain(heads.config.num_heads if name == "chain" else 1)
+        return StaticPolicy.chain(heads.config.num_heads if name == "chain" else 1)
     return default_tree(heads, torch.device("cpu"), int(name.removeprefix("static-")))
 
 
@@ -141,7 +141,7 @@ def main() -> int:
                 "exact": out.stats.exact,
                 "difference": difference(model, out.sequences, want, ids.shape[1]),
             }
-            if (heads_name, gate_name) == ("oracle", "open") and isinstance(tree, DraftTree):
+            if (heads_name, gate_name) == ("oracle", "open") and isinstance(tree, StaticPolicy):
                 row["full_depth"] = full_depth(out.stats.accepted_histogram, tree.depth)
             results.add(key, **row)
             print(key, row, flush=True)

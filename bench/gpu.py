@@ -27,7 +27,7 @@ from stage import PROBLEMS, parser, write_json
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_BUDGET = 465.0  # 8 minutes, with what is not a stage
-_MOST_STARTS = 4  # of one stage that crashes and goes on behind the row at which it did
+_MAX_STARTS = 4  # of one stage that crashes and goes on behind the row at which it did
 _GRACE = 5.0  # between a stage's own deadline and its end by force
 
 
@@ -75,7 +75,7 @@ def run_stage(plan: Plan, limit: float, out: Path, options: Sequence[str]) -> di
     log.unlink(missing_ok=True)
     begin = time.monotonic()
     status: int | None = None
-    for _ in range(_MOST_STARTS):
+    for _ in range(_MAX_STARTS):
         left = limit - (time.monotonic() - begin)
         own = max(1.0, left - _GRACE)
         command = [sys.executable, str(plan.script), "--out", str(file), "--seconds", f"{own:.1f}", *options]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import cerberus_ext
 from cerberus_ext import AlwaysClosed, CerberusConfig, CerberusHeads, DecodeStats
 from cerberus_ext.calibration.questions import OWN_QUESTIONS
-from cerberus_ext.drafting.static_tree import default_tree
+from cerberus_ext.drafting.static_policy import default_tree
 from cerberus_ext.io.default_model import FOLDER, cache_dir, load_model
 from cerberus_ext.io.prompts import encode_chat, read_questions
 

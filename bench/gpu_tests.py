@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "python_tests"
 ELSEWHERE = ("simt", "test_bench.py", "test_cli.py")  # about no device
 ON_CPU = [str(TESTS / "ops" / name) for name in ("test_verify_tree.py", "test_cache_ops.py")]
-_MOST_FAILURES = 25  # after an illegal access every further test fails, too
+_MAX_FAILURES = 25  # after an illegal access every further test fails, too
 _TEST_SECONDS = 60  # one that takes longer ends the process, which then starts again without it
 
 
@@ -70,11 +70,11 @@ def body(run: stage.Stage) -> None:
     where = ON_CPU if run.device == "cpu" else [str(TESTS), *(f"--ignore={TESTS / name}" for name in ELSEWHERE)]
     # On the CPU a few are enough to show that this stage works.
     chosen = run.result["tests"] = "cuda" if run.device == "cuda" else "cpu and by_hand"
-    options = ["-q", "-k", chosen, f"--maxfail={_MOST_FAILURES}", "-p", "no:cacheprovider", "--tb=short"]
+    options = ["-q", "-k", chosen, f"--maxfail={_MAX_FAILURES}", "-p", "no:cacheprovider", "--tb=short"]
     options += [f"--deselect={test}" for test in run.rows]  # those at which the process died before
     status = pytest.main([*where, *options, "-c", str(ROOT / "pyproject.toml")], plugins=[watch])
     run.running = None
-    run.problems += [f"{test}: {message}" for test, message in list(watch.failures.items())[:_MOST_FAILURES]]
+    run.problems += [f"{test}: {message}" for test, message in list(watch.failures.items())[:_MAX_FAILURES]]
     ran = watch.counts["passed"] + watch.counts["failed"] + watch.counts["skipped"]
     if watch.counts["passed"] == 0:
         run.problems.append(f"no test ran to its end on {run.device}; pytest ended with status {int(status)}")

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cerberus_ext import CerberusConfig, DraftTree
+from cerberus_ext import CerberusConfig, StaticPolicy
 from cerberus_ext.drafting.heads import CONFIG_FILE, WEIGHTS_FILE, input_matrix, output_matrix
 from cerberus_ext.evaluation.ways import Context, Way, open_way
 
@@ -125,7 +125,7 @@ class Level(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def levels_of(tree: DraftTree, device: torch.device) -> Sequence[Level]:
+def levels_of(tree: StaticPolicy, device: torch.device) -> Sequence[Level]:
     """By depth, the root's children first."""
     paths: list[tuple[int, ...]] = [(0,)]
     for node in range(1, tree.size):
@@ -159,7 +159,7 @@ class HydraDrafter:
         rows = lm_head if self.draft_vocab is None else lm_head[self.draft_vocab]
         self.projection = rows.to(self.dtype)
 
-    def draft_tree(self, hidden: Tensor, root: Tensor, tree: DraftTree) -> Tensor:
+    def draft_tree(self, hidden: Tensor, root: Tensor, tree: StaticPolicy) -> Tensor:
         """hidden (B, D), root (B,) -> the tokens (B, N) of the tree's nodes."""
         tokens = root[:, None].repeat(1, tree.size)
         hidden = hidden.to(self.dtype)[:, None]

@@ -20,7 +20,7 @@ Call = Callable[[], Any]
 T = TypeVar("T")
 
 FEWEST_CALLS = 20  # in a graph, so that the launch of the graph itself does not count
-MOST_COPIES = 512  # inputs so small that more would be needed are timed from the cache
+MAX_COPIES = 512  # inputs so small that more would be needed are timed from the cache
 _SECONDS = 0.06  # of replays for one number, besides the warm-up
 
 
@@ -38,7 +38,7 @@ def cache_bytes(device: str) -> int:
 def copies_for(moved: int, device: str) -> tuple[int, bool]:
     """How many copies of inputs of `moved` bytes to take turns on, and whether each is then read from memory."""
     needed = 1 + 2 * cache_bytes(device) // max(1, moved)
-    return (needed, True) if needed <= MOST_COPIES else (FEWEST_CALLS, False)
+    return (needed, True) if needed <= MAX_COPIES else (FEWEST_CALLS, False)
 
 
 def tried(call: Callable[[], T], device: str) -> tuple[T | None, str | None]:

@@ -7,10 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 # What needs no transformers: importing that takes seconds, which `cerberus --help` should not.
-from .drafting.dynamic_tree import DynamicTree
+from .drafting.dynamic_policy import DynamicPolicy
 from .drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from .drafting.proposers import Proposer
-from .drafting.static_tree import DraftTree
+from .drafting.static_policy import StaticPolicy
 from .drafting.suffix import DocumentProposer, SuffixProposer
 from .engine.compile_ahead import compile_ahead
 from .engine.decode import decode
@@ -36,8 +36,8 @@ __all__ = [
     "DecodeStats",
     "DocumentProposer",
     "Proposer",
-    "DraftTree",
-    "DynamicTree",
+    "StaticPolicy",
+    "DynamicPolicy",
     "EntropyGate",
     "Gate",
     "SuffixProposer",

@@ -65,7 +65,7 @@ def integers(low: int, high: int, *shape: int, seed: int = 0, device: str = "cpu
 
 
 def tree(parents: list[int], device: str = "cpu") -> tuple[Tensor, Tensor, int]:
-    """parents -> parents (N,), ancestors (N, W), depth: what the ops take. Shares no code with DraftTree."""
+    """parents -> parents (N,), ancestors (N, W), depth: what the ops take. Shares no code with StaticPolicy."""
     words = -(-len(parents) // 64)
     masks = [0] * len(parents)
     for i, parent in enumerate(parents):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cerberus_ext._host import SuffixIndex
 
-MOST_TOKEN = 2**31 - 1
+MAX_TOKEN = 2**31 - 1
 
 
 class Contexts:
@@ -201,7 +201,7 @@ def test_ordinary_text(max_tokens: int) -> None:
         ([9, 1, 2, 9, 1, 2, 9, 1, 3, 8, 1, 3, 7, 1], [(3, 1), (7, 2), (1, 3), (3, 1)]),
         # 9 1 stands before 2, 2, 3, 2, 3.
         ([9, 1, 2, 9, 1, 2, 9, 1, 3, 9, 1, 2, 9, 1, 3, 8, 1], [(2, 1), (9, 2), (1, 3), (3, 4)]),
-        ([0, MOST_TOKEN, 0], [(MOST_TOKEN, 1), (0, 2), (MOST_TOKEN, 1), (0, 2)]),
+        ([0, MAX_TOKEN, 0], [(MAX_TOKEN, 1), (0, 2), (MAX_TOKEN, 1), (0, 2)]),
     ],
 )
 def test_drawn_by_hand(text: list[int], drafts: list[tuple[int, int]]) -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..drafting.heads import CerberusHeads, fingerprint, output_matrix
 from ..engine import checks
-from ..engine.calibration_entries import MOST_NODES, Calibration, Expected
+from ..engine.calibration_entries import MAX_NODES, Calibration, Expected
 from ..engine.calibration_store import FILE, find, heads_fingerprint, key_of, place, read_entries, save
 from ..engine.forked import threads_after_fork
 from ..io.files import check_writable, read_object, write_json
@@ -87,8 +87,8 @@ class CalibrateOptions:
             for value in getattr(self, name) or ():
                 if value < 1:
                     raise ValueError(f"calibrate: {name} must be >= 1, got {value}")
-        if self.sizes is not None and max(self.sizes) > MOST_NODES:
-            raise ValueError(f"calibrate: sizes must be at most {MOST_NODES}, got {max(self.sizes)}")
+        if self.sizes is not None and max(self.sizes) > MAX_NODES:
+            raise ValueError(f"calibrate: sizes must be at most {MAX_NODES}, got {max(self.sizes)}")
 
 
 def calibrate(

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..drafting.dynamic_tree import DynamicTree
+from ..drafting.dynamic_policy import DynamicPolicy
 from ..drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from ..drafting.simulate import best_paths
-from ..drafting.static_tree import DraftTree
+from ..drafting.static_policy import StaticPolicy
 from ..engine.plan import compiled_sizes
 from .cost import StepCosts
 from .signals import fit_platt
@@ -40,7 +40,7 @@ class Setting:
     """What `decode` may run with. kind: one of KINDS."""
 
     kind: str
-    tree: DraftTree | DynamicTree
+    tree: StaticPolicy | DynamicPolicy
     gate: Gate
 
 
@@ -64,11 +64,11 @@ class Fit:
         self.texts, self.sizes = texts, sizes
 
     @cached_property
-    def trees(self) -> dict[int, DraftTree]:
+    def trees(self) -> dict[int, StaticPolicy]:
         """By size; the best one of each that is asked for, as far as the texts know so many right paths."""
         return self._trees(self._rows)
 
-    def shapes(self, most: int) -> tuple[DraftTree, ...]:
+    def shapes(self, most: int) -> tuple[StaticPolicy, ...]:
         """Trees of 2 to `most` nodes for a gate to choose from: the best ones at all places, and those at the places
         where head 1 is most certain, less, and least: there they are long, there they are wide."""
         certain = np.concatenate([text.logprobs[:, 0, 0].numpy() for text in self.texts])
@@ -80,10 +80,10 @@ class Fit:
     def _rows(self) -> list[list[int]]:
         return [row for text in self.texts for row in text.ranks]
 
-    def _trees(self, rows: Sequence[Sequence[int]]) -> dict[int, DraftTree]:
+    def _trees(self, rows: Sequence[Sequence[int]]) -> dict[int, StaticPolicy]:
         paths = best_paths(rows, max(self.sizes) - 1, self.texts[0].logprobs.shape[2])
-        trees = (DraftTree.from_paths(paths[: size - 1]) for size in sorted(self.sizes))
-        return {1: DraftTree.root()} | {tree.size: tree for tree in trees}
+        trees = (StaticPolicy.from_paths(paths[: size - 1]) for size in sorted(self.sizes))
+        return {1: StaticPolicy.root()} | {tree.size: tree for tree in trees}
 
     @cached_property
     def platt(self) -> list[tuple[float, float]]:
@@ -121,7 +121,7 @@ class Fit:
     def _dynamic(self, costs: StepCosts) -> dict[str, Setting]:
         """Trees of every step's own drafts: of each size, and a gate that chooses how many nodes of the largest."""
         platt = tuple(self.platt)
-        trees = [DynamicTree(size, platt=platt) for size in costs.sizes if size > 1]
+        trees = [DynamicPolicy(size, platt=platt) for size in costs.sizes if size > 1]
         if not trees:
             return {}
         found = {f"dynamic {tree.size}": Setting("dynamic", tree, AlwaysOpen()) for tree in trees}
@@ -137,7 +137,7 @@ class Fit:
         }
 
     def _rated(
-        self, tree: DraftTree | DynamicTree, rate: float, costs: StepCosts, common: dict[str, Any]
+        self, tree: StaticPolicy | DynamicPolicy, rate: float, costs: StepCosts, common: dict[str, Any]
     ) -> ConfidenceGate:
         """A gate whose rate is the one that it reaches. rate: to begin with."""
         for _ in range(_ROUNDS):

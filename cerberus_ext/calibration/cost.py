@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..drafting.gate import ConfidenceGate, EntropyGate, Gate, answers
-from ..drafting.static_tree import DraftTree
+from ..drafting.static_policy import StaticPolicy
 from ..engine.decode import ask, take_step
 from ..runtime.compiled_step import compiled_steps
 from ..runtime.graphs import open_stepper
@@ -44,7 +44,7 @@ class StepCosts:
 
     sizes (S,), ascending, the first is 1; contexts (C,), ascending: tokens before the step
     open  (S, C): where the host does not look at the drafts; size 1 is a plain step, without a draft
-    asked (S, C): where it does, for a ConfidenceGate or a DynamicTree; size 1 is a plain step after having looked
+    asked (S, C): where it does, for a ConfidenceGate or a DynamicPolicy; size 1 is a plain step after having looked
     entropy   asking an EntropyGate, at every step
     spread    the distance of the quartiles, as a share of the median; the median over all that was measured
     compiled  whether it is of compiled steps; compile_seconds: what was waited for them, in none of the times
@@ -93,9 +93,9 @@ class StepCosts:
 class _Answering(ConfidenceGate):
     """Computes what a ConfidenceGate does, and gives the answer that is to be timed."""
 
-    answer: DraftTree | None = None
+    answer: StaticPolicy | None = None
 
-    def choose(self, tree: DraftTree, logprobs: Tensor) -> DraftTree | None:
+    def choose(self, tree: StaticPolicy, logprobs: Tensor) -> StaticPolicy | None:
         super().choose(tree, logprobs)
         return self.answer
 
@@ -103,7 +103,7 @@ class _Answering(ConfidenceGate):
 def measure_costs(
     model: PreTrainedModel,
     heads: CerberusHeads,
-    trees: Mapping[int, DraftTree],
+    trees: Mapping[int, StaticPolicy],
     contexts: Sequence[int],
     rounds: int,
     compiled: bool = False,
@@ -171,7 +171,7 @@ def _fill(stepper: Stepper, model: PreTrainedModel) -> None:
     cache.normal_()
 
 
-def _time_step(stepper: Stepper, gate: Gate, tree: DraftTree, context: int) -> float:
+def _time_step(stepper: Stepper, gate: Gate, tree: StaticPolicy, context: int) -> float:
     """Seconds of one step after `context` tokens."""
     cache = stepper.base.cache
     cache.length.fill_(context)
@@ -186,7 +186,7 @@ def _time_step(stepper: Stepper, gate: Gate, tree: DraftTree, context: int) -> f
 
 
 def _time_entropy(stepper: Stepper) -> list[float]:
-    gate, root, times = EntropyGate(0.0), DraftTree.root(), []
+    gate, root, times = EntropyGate(0.0), StaticPolicy.root(), []
     for _ in range(_ASKED):
         begin = time.perf_counter()
         ask(gate, root, stepper, 1)

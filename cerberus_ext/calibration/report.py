@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..drafting.dynamic_tree import DynamicTree
+from ..drafting.dynamic_policy import DynamicPolicy
 from ..drafting.gate import AlwaysOpen
 from ..drafting.platt import PlattScaling
-from ..drafting.static_tree import DraftTree
+from ..drafting.static_policy import StaticPolicy
 from ..engine.calibration_store import Calibration
 from .choice import KINDS, PLAIN, UNGATED, Choice, Fit, halves
 from .cost import StepCosts
@@ -24,7 +24,7 @@ from .validate import GateGain, Measured
 from .walk import walk
 
 
-def signal_rows(texts: Sequence[TracedText], tree: DraftTree) -> list[dict[str, Any]]:
+def signal_rows(texts: Sequence[TracedText], tree: StaticPolicy) -> list[dict[str, Any]]:
     """Every signal of a gate against the length that a step with `tree` accepts, at all places of the texts.
 
     auc: of the signal for "at least one draft is accepted"; of an entropy, that a low one says so. None where all
@@ -65,7 +65,7 @@ def promise_rows(judged: Sequence[TracedText], taught: PlattScaling, costs: Step
     other texts taught: means over all steps, and over tenths of them. Empty where there are no trees."""
     rows: dict[str, dict[str, Any]] = {}
     for name, platt in (("drafted", None), ("corrected", tuple(taught))):
-        tree = DynamicTree(max(2, *costs.sizes), platt=platt)
+        tree = DynamicPolicy(max(2, *costs.sizes), platt=platt)
         steps = np.array(walk(judged, tree, AlwaysOpen(), costs).promises, dtype=np.float64).reshape(-1, 2)
         if len(steps):
             promised, gained = by_quantile(steps[:, 0], steps[:, 1])
@@ -83,11 +83,11 @@ def size_rows(choice: Choice, costs: StepCosts, context: float) -> list[dict[str
     rows = []
     for name, setting in choice.settings.items():
         if setting.kind in UNGATED:
-            tally, size, dynamic = choice.tallies[name], setting.tree.size, isinstance(setting.tree, DynamicTree)
+            tally, size, dynamic = choice.tallies[name], setting.tree.size, isinstance(setting.tree, DynamicPolicy)
             rows.append(
                 {
                     "size": size,
-                    "depth": None if isinstance(setting.tree, DynamicTree) else setting.tree.depth,
+                    "depth": None if isinstance(setting.tree, DynamicPolicy) else setting.tree.depth,
                     "step_seconds": seconds[dynamic][size],
                     "tokens_per_step": tally.tokens_per_step,
                     "tokens_per_second": tally.tokens_per_second,
@@ -108,7 +108,7 @@ def details(
     taught = Fit(fitted, costs.sizes).platt
     context = fmean(text.prompt + place for text in texts for place in range(len(text)))
     rates = {kind: choice.best(kind) for kind in KINDS}
-    trees = {name: one.tree for name, one in choice.settings.items() if isinstance(one.tree, DraftTree)}
+    trees = {name: one.tree for name, one in choice.settings.items() if isinstance(one.tree, StaticPolicy)}
     best_open = trees[rates["open"] or PLAIN]
     tree = best_open if best_open.size > 1 else max(trees.values(), key=lambda tree: tree.size)
     return {

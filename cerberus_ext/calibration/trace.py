@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..drafting.dynamic_tree import MAX_DRAFTS
+from ..drafting.dynamic_policy import MAX_DRAFTS
 from ..drafting.heads import input_matrix
 from ..drafting.simulate import ABSENT, accepted_length
-from ..drafting.static_tree import DraftTree, default_tree
+from ..drafting.static_policy import StaticPolicy, default_tree
 from ..engine.decode import decode
 from ..io.prompts import Question, encode_chat
 from ..runtime.stepper import prefill
@@ -78,7 +78,7 @@ class TracedText:
     tokens: list[int]
     vocabulary: int
     agreeing: float
-    _accepted: dict[DraftTree, list[int]] = field(default_factory=dict, init=False, repr=False)
+    _accepted: dict[StaticPolicy, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -87,7 +87,7 @@ class TracedText:
         """The same text for decoding with other proposers alone."""
         return replace(self, ranks=[[] for _ in self.ranks], ids=self.ids[:, :0], logprobs=self.logprobs[:, :0])
 
-    def accepted(self, tree: DraftTree) -> list[int]:
+    def accepted(self, tree: StaticPolicy) -> list[int]:
         """Per place: how many drafts a step with `tree` accepts."""
         if tree not in self._accepted:
             paths = set(tree.paths())
@@ -170,7 +170,7 @@ def _forward(
         keep(*prefill(base, context, prompt))
         for piece in rest.split(_PIECE, dim=1) if rest.shape[1] else ():
             count = piece.shape[1]
-            states, logits = base.step(piece, DraftTree.chain(count - 1).on(piece.device))
+            states, logits = base.step(piece, StaticPolicy.chain(count - 1).on(piece.device))
             base.cache.extend(count)
             keep(states[0], logits[0])
         read = found = torch.cat(hidden)
@@ -186,7 +186,7 @@ def _read(context: BoundContext, cache: TreeCache, hidden: Tensor, answer: Answe
     tokens = answer.ids[:, answer.prompt : -1]
     for states, roots in zip(hidden[None].split(_PIECE, 1), tokens.split(_PIECE, 1), strict=True):
         count = roots.shape[1]
-        read.append(context.read(cache, states, roots, DraftTree.chain(count - 1).on(roots.device), begin)[0])
+        read.append(context.read(cache, states, roots, StaticPolicy.chain(count - 1).on(roots.device), begin)[0])
         begin = begin + count
     return torch.cat(read)
 

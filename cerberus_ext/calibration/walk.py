@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..drafting.dynamic_tree import DynamicTree, StepTree, TreeGrower, filled_size
+from ..drafting.dynamic_policy import DynamicPolicy, Tree, TreeGrower, filled_size
 from ..drafting.gate import Gate
 from ..drafting.proposers import ProposerFactory
-from ..drafting.static_tree import DraftTree
+from ..drafting.static_policy import StaticPolicy
 from ..engine.checks import check_proposers
 from ..engine.decode import ask
 from ..engine.plan import begin_trees, compiled_sizes, makers_for, max_drafts
@@ -96,7 +96,7 @@ class _Place:
 
 def walk(
     texts: Iterable[TracedText],
-    tree: DraftTree | DynamicTree,
+    tree: StaticPolicy | DynamicPolicy,
     gate: Gate,
     costs: StepCosts,
     proposers: Sequence[ProposerFactory] | None = None,
@@ -105,7 +105,7 @@ def walk(
 
     The gate itself is asked, at every step, and the proposers draft from the text as far as it is known by then. Where
     the costs are of compiled steps, a step costs what the compiled one does that its tree is filled up to.
-    Raises ValueError where there are proposers for a DraftTree.
+    Raises ValueError where there are proposers for a StaticPolicy.
     """
     if proposers is not None:
         check_proposers(proposers, tree)
@@ -123,19 +123,19 @@ def _walk_text(
     tally: Tally,
     text: TracedText,
     place: _Place,
-    trees: DraftTree | TreeGrower,
+    trees: StaticPolicy | TreeGrower,
     gate: Gate,
     costs: StepCosts,
     sizes: Collection[int],
 ) -> None:
     """Adds the steps through one text. trees: as `decode` has them at its beginning. sizes: of compiled steps."""
-    plain = DraftTree.root()
+    plain = StaticPolicy.root()
     while place.index < len(text):
         index = place.index
         deepest = text.deepest[index] if place.max_drafts else 0
         chosen = ((ask(gate, trees, place, deepest) if deepest > 0 else None) or plain).cut(deepest)
         context = text.prompt + index
-        if isinstance(chosen, StepTree):
+        if isinstance(chosen, Tree):
             accepted = accepted_by(chosen, text.tokens[context + 1 : context + 1 + deepest])
             tally.promises.append((float(chosen.expected[-1]), accepted + 1))
         else:
@@ -153,7 +153,7 @@ def _walk_text(
     tally.tokens += len(text)
 
 
-def accepted_by(tree: StepTree, ahead: Sequence[int]) -> int:
+def accepted_by(tree: Tree, ahead: Sequence[int]) -> int:
     """How many drafts of a tree are accepted where the text goes on with `ahead` behind the root."""
     node = depth = 0
     # A node's children come behind it, and no two of them are the same token.

@@ -62,14 +62,14 @@ def generate(
 
     import cerberus_ext
 
-    from ..drafting.dynamic_tree import DynamicTree
+    from ..drafting.dynamic_policy import DynamicPolicy
     from ..runtime.compiled_step import CompileError
 
     begin(threads)
     base, tokenizer = load_target(model, dtype_of(dtype), device)
     trained = None if heads == NO_HEADS else load_heads(heads or PACKAGED_HEADS, base)
     ids = encode(tokenizer, text, raw).to(base.device)
-    tree = None if tree_size is None else DynamicTree(tree_size)
+    tree = None if tree_size is None else DynamicPolicy(tree_size)
     proposers: list[Any] | None = None if suffix else []
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "tree": tree, "proposers": proposers, "compile": compile

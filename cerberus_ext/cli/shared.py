@@ -32,7 +32,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default:
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")]
 
 
-MOST_THREADS = max(1024, 4 * (os.cpu_count() or 1))  # many more end in a segmentation fault of OpenMP
+MAX_THREADS = max(1024, 4 * (os.cpu_count() or 1))  # many more end in a segmentation fault of OpenMP
 
 
 def begin(threads: int | None) -> None:
@@ -40,12 +40,12 @@ def begin(threads: int | None) -> None:
     import torch
     from transformers.utils import logging
 
-    if threads is not None and threads > MOST_THREADS:
-        fail(f"--threads: must be in 1..{MOST_THREADS}, got {threads}")
+    if threads is not None and threads > MAX_THREADS:
+        fail(f"--threads: must be in 1..{MAX_THREADS}, got {threads}")
     if threads is not None:
         torch.set_num_threads(threads)
-    elif torch.get_num_threads() > MOST_THREADS:
-        fail(f"OMP_NUM_THREADS: must be in 1..{MOST_THREADS}, got {torch.get_num_threads()}")
+    elif torch.get_num_threads() > MAX_THREADS:
+        fail(f"OMP_NUM_THREADS: must be in 1..{MAX_THREADS}, got {torch.get_num_threads()}")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 

@@ -6,7 +6,8 @@ the text stays the same; only the speed changes. To write one, derive from `Gate
     opens_at(entropy)    whether, from one number that every step brings along: the host does not wait for it
     opens(hidden)        whether, from the hidden state itself; asked instead of `opens_at`
     choose(tree, ...)    with which tree, from the drafts' log-probabilities
-    choose_size(...)     with how many nodes of a DynamicTree's tree, from what they promise; asked instead of `choose`
+    choose_size(...)     with how many nodes of a DynamicPolicy's tree, from what they promise; asked instead of
+    `choose`
 
 What is not overridden is not asked, and its signals are not brought to the host.
 """
@@ -21,13 +22,13 @@ from torch import Tensor
 
 from .. import ops
 from .platt import reading
-from .static_tree import DraftTree
+from .static_policy import StaticPolicy
 
 
 class Gate:
     """Always open, with the tree that `decode` was given. The base of all gates."""
 
-    def trees(self, tree: DraftTree) -> Sequence[DraftTree]:
+    def trees(self, tree: StaticPolicy) -> Sequence[StaticPolicy]:
         """All trees that `choose` may answer with, given decode's own: they tell how many drafts the heads make."""
         return (tree,)
 
@@ -42,7 +43,7 @@ class Gate:
         """
         return not answers(self, "opens_at") or self.opens_at(ops.hidden_entropy(hidden)[0].item())
 
-    def choose(self, tree: DraftTree, logprobs: Tensor) -> DraftTree | None:
+    def choose(self, tree: StaticPolicy, logprobs: Tensor) -> StaticPolicy | None:
         """tree: decode's own; logprobs (B, K, P) float32 on the host: of the drafts -> the tree to use, or None."""
         return tree
 
@@ -63,7 +64,7 @@ def answers(gate: Gate, question: str) -> bool:
 
 
 def wants_draft_trees(gate: Gate) -> bool:
-    """Whether a gate chooses among DraftTrees, and cannot choose the size of a DynamicTree's tree."""
+    """Whether a gate chooses among StaticPolicies, and cannot choose the size of a DynamicPolicy's tree."""
     if isinstance(gate, ConfidenceGate):
         return gate.own_trees is not None
     return answers(gate, "choose") and not answers(gate, "choose_size")
@@ -96,11 +97,11 @@ class ConfidenceGate(Gate):
     """Takes the tree that promises the most tokens for its time, or none where no tree beats a plain step.
 
     costs: tree size -> time of a step with it, size 1 being a plain step; any unit; sizes between are interpolated.
-    trees: what to choose from; None: decode's own tree, or, of a DynamicTree's tree, how many nodes.
+    trees: what to choose from; None: decode's own tree, or, of a DynamicPolicy's tree, how many nodes.
     margin: a tree must promise this much more than a plain step, 0.05 is 5 %; with `rate`: this many tokens more.
     rate: tokens that decoding gains per unit of time on the whole; None: not known.
     platt: (slope, shift) of every head, where its probabilities p are to be read as
-        sigmoid(slope * logit(p) + shift); None: as they are. For a DynamicTree its own platt
+        sigmoid(slope * logit(p) + shift); None: as they are. For a DynamicPolicy its own platt
         count.
 
     A tree of expected accepted length a (from the heads' probabilities) and cost c gains (1 + a) / c tokens per unit
@@ -113,7 +114,7 @@ class ConfidenceGate(Gate):
     def __init__(
         self,
         costs: Mapping[int, float],
-        trees: Sequence[DraftTree] | None = None,
+        trees: Sequence[StaticPolicy] | None = None,
         margin: float = 0.0,
         rate: float | None = None,
         platt: Sequence[tuple[float, float]] | None = None,
@@ -140,7 +141,7 @@ class ConfidenceGate(Gate):
         self._prospect: _Prospect | None = None  # of the trees that were last asked for
         self._sizes: dict[int, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}  # by nodes: sizes, their costs
 
-    def trees(self, tree: DraftTree) -> Sequence[DraftTree]:
+    def trees(self, tree: StaticPolicy) -> Sequence[StaticPolicy]:
         if self.own_trees is not None:
             return self.own_trees
         self.check_size(tree.size)
@@ -157,7 +158,7 @@ class ConfidenceGate(Gate):
         """Time of a step with `size` nodes."""
         return float(np.interp(size, list(self.costs), list(self.costs.values())))
 
-    def choose(self, tree: DraftTree, logprobs: Tensor) -> DraftTree | None:
+    def choose(self, tree: StaticPolicy, logprobs: Tensor) -> StaticPolicy | None:
         trees, prospect = tuple(self.trees(tree)), self._prospect
         if prospect is None or prospect.trees != trees:
             prospect = _Prospect(trees, [self.cost(1), *(self.cost(one.size) for one in trees)])
@@ -195,7 +196,7 @@ class _Prospect:
     costs (1 + T,): of a plain step and of each tree.
     """
 
-    def __init__(self, trees: tuple[DraftTree, ...], costs: Sequence[float]) -> None:
+    def __init__(self, trees: tuple[StaticPolicy, ...], costs: Sequence[float]) -> None:
         self.trees = trees
         self.costs = np.array(costs)
         paths = sorted({path for tree in trees for path in tree.paths()})

@@ -6,12 +6,12 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..drafting.dynamic_tree import DynamicTree
+from ..drafting.dynamic_policy import DynamicPolicy
 from ..drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
-from ..drafting.static_tree import DraftTree
+from ..drafting.static_policy import StaticPolicy
 
-MOST_NODES = 1024  # of a tree: far beyond what is ever fastest
-MOST_DEPTH = 128
+MAX_NODES = 1024  # of a tree: far beyond what is ever fastest
+MAX_DEPTH = 128
 
 Key = tuple[str, str, int, bool]  # device, dtype, threads, compiled: what an entry belongs to
 
@@ -50,7 +50,7 @@ class Calibration:
     threads: int
     heads: str
     model: str
-    tree: DraftTree | DynamicTree
+    tree: StaticPolicy | DynamicPolicy
     gate: Gate
     expected: Expected
     details: dict[str, Any] = field(default_factory=dict)
@@ -96,27 +96,27 @@ def is_compiled(entry: dict[str, Any]) -> bool:
     return bool(entry.get("compiled", False))
 
 
-def tree_to_json(tree: DraftTree | DynamicTree) -> str | dict[str, Any]:
-    return asdict(tree) if isinstance(tree, DynamicTree) else tree_to_text(tree)
+def tree_to_json(tree: StaticPolicy | DynamicPolicy) -> str | dict[str, Any]:
+    return asdict(tree) if isinstance(tree, DynamicPolicy) else tree_to_text(tree)
 
 
-def tree_from_json(tree: str | dict[str, Any]) -> DraftTree | DynamicTree:
+def tree_from_json(tree: str | dict[str, Any]) -> StaticPolicy | DynamicPolicy:
     if not isinstance(tree, dict):
         return tree_from_text(tree)
-    _integer("size", tree.get("size"), 2, MOST_NODES)
-    return DynamicTree(**tree)
+    _integer("size", tree.get("size"), 2, MAX_NODES)
+    return DynamicPolicy(**tree)
 
 
-def tree_to_text(tree: DraftTree) -> str:
+def tree_to_text(tree: StaticPolicy) -> str:
     """The ranks along every path: "0 1 0.0" is the root's two best continuations, and the best one of the first."""
     return " ".join(".".join(map(str, path)) for path in tree.paths())
 
 
-def tree_from_text(text: str) -> DraftTree:
+def tree_from_text(text: str) -> StaticPolicy:
     paths = [[int(rank) for rank in path.split(".")] for path in text.split()]
-    if len(paths) >= MOST_NODES or any(len(path) > MOST_DEPTH for path in paths):
-        raise ValueError(f"a tree must have at most {MOST_NODES} nodes and depth {MOST_DEPTH}, got more")
-    return DraftTree.from_paths(paths)
+    if len(paths) >= MAX_NODES or any(len(path) > MAX_DEPTH for path in paths):
+        raise ValueError(f"a tree must have at most {MAX_NODES} nodes and depth {MAX_DEPTH}, got more")
+    return StaticPolicy.from_paths(paths)
 
 
 def gate_to_json(gate: Gate) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def gate_from_json(values: dict[str, Any]) -> Gate:
     if kind == "confidence":
         return ConfidenceGate(
             costs={
-                _integer("size", int(size), 1, MOST_NODES): _number("cost", cost)
+                _integer("size", int(size), 1, MAX_NODES): _number("cost", cost)
                 for size, cost in values["costs"].items()
             },
             trees=None if values["trees"] is None else [tree_from_text(text) for text in values["trees"]],

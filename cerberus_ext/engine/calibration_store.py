@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..drafting.dynamic_tree import MAX_DRAFTS, DynamicTree
+from ..drafting.dynamic_policy import MAX_DRAFTS, DynamicPolicy
 from ..drafting.gate import ConfidenceGate
 from ..drafting.heads import PRETRAINED, CerberusHeads, fingerprint
 from ..io.default_model import cache_dir
@@ -158,7 +158,7 @@ def _checked(calibration: Calibration, heads: CerberusHeads) -> Calibration:
     gate = calibration.gate
     if isinstance(gate, ConfidenceGate) and gate.platt and len(gate.platt) != heads.config.num_heads:
         raise ValueError("a calibrated gate has platt for another number of heads")
-    if isinstance(calibration.tree, DynamicTree):
+    if isinstance(calibration.tree, DynamicPolicy):
         gate.check_size(calibration.tree.size)
         if len(calibration.tree.platt or range(heads.config.num_heads)) != heads.config.num_heads:
             raise ValueError("a calibrated tree has platt for another number of heads")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList
 
-from ..drafting.dynamic_tree import DynamicTree
+from ..drafting.dynamic_policy import DynamicPolicy
 from ..drafting.gate import Gate, wants_draft_trees
-from ..drafting.static_tree import DraftTree
+from ..drafting.static_policy import StaticPolicy
 from ..runtime.stepper import Drafter, Sampling, drafts_along_paths
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,11 +67,11 @@ def check_heads(heads: Any) -> None:
         raise TypeError(f"decode: heads must be CerberusHeads, got {type(heads).__name__}")
 
 
-def check_looking_ahead(drafter: Drafter, tree: DraftTree | DynamicTree) -> None:
+def check_looking_ahead(drafter: Drafter, tree: StaticPolicy | DynamicPolicy) -> None:
     """Heads that draft without a tree, where the tree or the gate wants to see what they draft before it decides."""
     if drafts_along_paths(drafter):
-        dynamic = isinstance(tree, DynamicTree)
-        must = "tree must be a DraftTree" if dynamic else "gate must not choose by the drafts' probabilities"
+        dynamic = isinstance(tree, DynamicPolicy)
+        must = "tree must be a StaticPolicy" if dynamic else "gate must not choose by the drafts' probabilities"
         raise ValueError(f"decode: {must} with these heads, which draft along the paths of a tree that has been chosen")
 
 
@@ -137,15 +137,16 @@ def _check_attention_mask(attention_mask: Any, ids: Tensor) -> None:
         raise ValueError("decode: attention_mask must be all ones, since ids has one row without padding, got zeros")
 
 
-def check_tree(tree: Any, num_heads: int) -> DraftTree | DynamicTree:
-    """A number of nodes is the DynamicTree with so many."""
+def check_tree(tree: Any, num_heads: int) -> StaticPolicy | DynamicPolicy:
+    """A number of nodes is the DynamicPolicy with so many."""
     if (nodes := _number(tree, int)) is not None:
-        tree = DynamicTree(check_integer("tree", nodes, 2))
-    if not isinstance(tree, DraftTree | DynamicTree):
+        tree = DynamicPolicy(check_integer("tree", nodes, 2))
+    if not isinstance(tree, StaticPolicy | DynamicPolicy):
         raise TypeError(
-            f"decode: tree must be a number of nodes, a DraftTree, a DynamicTree or None, got {type(tree).__name__}"
+            "decode: tree must be a number of nodes, a StaticPolicy, a DynamicPolicy or None, got"
+            f" {type(tree).__name__}"
         )
-    if isinstance(tree, DynamicTree):
+    if isinstance(tree, DynamicPolicy):
         if tree.platt is not None and len(tree.platt) != num_heads:
             raise ValueError(
                 f"decode: tree must have a correction for each of the {num_heads} heads, or None, got {len(tree.platt)}"
@@ -155,13 +156,13 @@ def check_tree(tree: Any, num_heads: int) -> DraftTree | DynamicTree:
     return tree
 
 
-def check_gate(gate: Any, tree: DraftTree | DynamicTree) -> Gate:
+def check_gate(gate: Any, tree: StaticPolicy | DynamicPolicy) -> Gate:
     if not isinstance(gate, Gate):
         raise TypeError(f"decode: gate must be a Gate or None, got {type(gate).__name__}")
-    if isinstance(tree, DynamicTree) and wants_draft_trees(gate):
+    if isinstance(tree, DynamicPolicy) and wants_draft_trees(gate):
         raise ValueError(
-            "decode: gate must have choose_size, and no trees of its own, for a DynamicTree,"
-            f" this {type(gate).__name__} chooses among DraftTrees"
+            "decode: gate must have choose_size, and no trees of its own, for a DynamicPolicy,"
+            f" this {type(gate).__name__} chooses among StaticPolicies"
         )
     return gate
 
@@ -173,8 +174,8 @@ def check_proposers(proposers: Any, tree: Any) -> None:
             "decode: proposers must be None or a sequence of callables that make a Proposer of a prompt,"
             f" got {type(proposers).__name__}"
         )
-    if proposers and isinstance(tree, DraftTree):
-        raise ValueError("decode: proposers must be None or empty with a DraftTree, whose drafts are the heads'")
+    if proposers and isinstance(tree, StaticPolicy):
+        raise ValueError("decode: proposers must be None or empty with a StaticPolicy, whose drafts are the heads'")
 
 
 def _number(value: Any, kind: type) -> Any:
@@ -223,7 +224,7 @@ def eos_token_ids(eos_token_id: Any, model: PreTrainedModel) -> frozenset[int]:
     return frozenset(tokens)
 
 
-def most_new_tokens(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> int:
+def max_new_tokens(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> int:
     """max_new_tokens, or as many as the model has positions for. The last token of a text needs none."""
     table = position_table(model)
     if table is None:

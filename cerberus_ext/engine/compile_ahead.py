@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..drafting.dynamic_tree import DynamicTree
+from ..drafting.dynamic_policy import DynamicPolicy
 from ..drafting.gate import Gate
 from ..drafting.proposers import ProposerFactory
-from ..drafting.static_tree import DraftTree
+from ..drafting.static_policy import StaticPolicy
 from ..runtime.stats import DecodeStats
 from ..runtime.stepper import HeadsLike, Sampling
 from .forked import threads_after_fork
@@ -23,7 +23,7 @@ def compile_ahead(
     model: PreTrainedModel,
     heads: HeadsLike | None,
     *,
-    tree: int | DraftTree | DynamicTree | None = None,
+    tree: int | StaticPolicy | DynamicPolicy | None = None,
     gate: Gate | None = None,
     proposers: Sequence[ProposerFactory] | None = None,
 ) -> DecodeStats:

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..drafting.dynamic_tree import DynamicTree, StepTree, TreeGrower
+from ..drafting.dynamic_policy import DynamicPolicy, Tree, TreeGrower
 from ..drafting.gate import Gate, answers
 from ..drafting.proposers import ProposerFactory
-from ..drafting.static_tree import DraftTree
+from ..drafting.static_policy import StaticPolicy
 from ..runtime.stats import DecodeOutput
 from ..runtime.stepper import HeadsLike, Stepper
 from .forked import threads_after_fork
@@ -32,7 +32,7 @@ def decode(
     *,
     attention_mask: Tensor | None = None,
     max_new_tokens: int = 256,
-    tree: int | DraftTree | DynamicTree | None = None,
+    tree: int | StaticPolicy | DynamicPolicy | None = None,
     gate: Gate | None = None,
     proposers: Sequence[ProposerFactory] | None = None,
     temperature: float = 0.0,
@@ -55,14 +55,14 @@ def decode(
         attention_mask): the prompt. attention_mask: None or all ones.
     max_new_tokens: at most so many tokens are generated, >= 0; fewer, with a warning, where a model that looks up its
         positions in a table has no more of them.
-    tree: which drafts a step checks: a DynamicTree, or its number of nodes, those that are most likely right at this
-        step, a DraftTree always the same of the heads' alone. None: the one that `calibrate` found for these heads on
-        this device, with this dtype and, on a CPU, torch.get_num_threads(), with `compile` of compiled steps, if that
-        was calibrated; where there is none, a DynamicTree, or, for other heads than CerberusHeads and for a gate that
-        chooses among DraftTrees, `default_tree`.
+    tree: which drafts a step checks: a DynamicPolicy, or its number of nodes, those that are most likely right at this
+        step, a StaticPolicy always the same of the heads' alone. None: the one that `calibrate` found for these heads
+        on this device, with this dtype and, on a CPU, torch.get_num_threads(), with `compile` of compiled steps, if
+        that was calibrated; where there is none, a DynamicPolicy, or, for other heads than CerberusHeads and for a gate
+        that chooses among StaticPolicies, `default_tree`.
     gate: when, and with which tree. None: the calibrated one where the tree is, too; otherwise at every step.
-    proposers: who drafts besides the heads, see draft_sources.py; None: the text's own past, `[SuffixProposer()]`, with
-        a DynamicTree; a DraftTree has none.
+    proposers: who drafts besides the heads, see proposers.py; None: the text's own past, `[SuffixProposer()]`, with
+        a DynamicPolicy; a StaticPolicy has none.
     temperature: 0 takes the most likely token, as `model.generate(do_sample=False)` does. What model.generation_config
         says about the text is applied first, as there, see logit_rules.py; steps are then not recorded. Above 0,
         tokens are drawn, with noise determined by seed and position, so that for a seed the text is the same whatever
@@ -100,7 +100,7 @@ def decode(
     stopping = checks.stopping_criteria_list(stopping_criteria)
     eos = checks.eos_token_ids(eos_token_id, model)
     rules = logit_rules(model, ids, max_new_tokens, eos)
-    most = checks.most_new_tokens(model, ids, max_new_tokens)
+    most = checks.max_new_tokens(model, ids, max_new_tokens)
     capability = capability_of(model)
     stats = capability.stats(compile)
     if capability.no_drafts_because:
@@ -114,7 +114,7 @@ def decode(
     if text.ended:
         text.begin()
     else:
-        capacity = ids.shape[1] + most + plan.most_nodes
+        capacity = ids.shape[1] + most + plan.max_nodes
         drafting = (model, plan.heads, capacity, ids.shape[0], plan.drafts, plan.looks_ahead)
         with (
             torch.inference_mode(),
@@ -132,7 +132,7 @@ def decode(
             while not text.ended:
                 # A step gains one token more than it accepts drafts.
                 deepest = min(text.remaining - 1, stepper.deepest())
-                tokens = take_step(stepper, plan.gate, trees, deepest if plan.most_nodes > 1 else 0)
+                tokens = take_step(stepper, plan.gate, trees, deepest if plan.max_nodes > 1 else 0)
                 with stats.phase("commit"):
                     taken = text.add(tokens)
                     if isinstance(trees, TreeGrower):
@@ -147,14 +147,14 @@ def decode(
     return DecodeOutput(text.sequences(), stats)
 
 
-def take_step(stepper: Stepper, gate: Gate, trees: DraftTree | TreeGrower, deepest: int) -> list[int]:
+def take_step(stepper: Stepper, gate: Gate, trees: StaticPolicy | TreeGrower, deepest: int) -> list[int]:
     """Asks the gate, and runs a step with what it answers, cut to depth `deepest` -> the tokens gained.
 
     deepest: 0 where a draft is of no use; the gate is then not asked.
     """
     with stepper.stats.phase("draft"):
         chosen = ask(gate, trees, stepper, deepest) if deepest > 0 else None
-    return stepper.step(chosen or DraftTree.root(), deepest)
+    return stepper.step(chosen or StaticPolicy.root(), deepest)
 
 
 class Signals(Protocol):
@@ -170,7 +170,7 @@ class Signals(Protocol):
     def drafts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...
 
 
-def ask(gate: Gate, trees: DraftTree | TreeGrower, step: Signals, deepest: int) -> DraftTree | StepTree | None:
+def ask(gate: Gate, trees: StaticPolicy | TreeGrower, step: Signals, deepest: int) -> StaticPolicy | Tree | None:
     """The tree that the gate wants to be checked at this step, or None. It is asked no more than it answers."""
     if answers(gate, "opens"):
         is_open = gate.opens(step.hidden)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..drafting.dynamic_tree import DynamicTree, TreeGrower, padded_size
+from ..drafting.dynamic_policy import DynamicPolicy, TreeGrower, padded_size
 from ..drafting.gate import AlwaysClosed, AlwaysOpen, Gate, answers, wants_draft_trees
 from ..drafting.heads import CerberusHeads, input_matrix
 from ..drafting.proposers import ProposerFactory, make_proposer
-from ..drafting.static_tree import DraftTree, default_size, default_tree
+from ..drafting.static_policy import StaticPolicy, default_size, default_tree
 from ..drafting.suffix import SuffixProposer
 from ..runtime.stepper import HeadsLike
 from . import checks
@@ -22,8 +22,8 @@ from .calibration_store import find
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LEAST_DYNAMIC = 6  # nodes; a CPU without AMX computes each of them, and was fastest with so many (calibrated, AVX2)
-# Of a DynamicTree that has not found as many nodes as it may have. Each of them takes seconds to compile.
+_MIN_DYNAMIC = 6  # nodes; a CPU without AMX computes each of them, and was fastest with so many (calibrated, AVX2)
+# Of a DynamicPolicy that has not found as many nodes as it may have. Each of them takes seconds to compile.
 _FILLED_SIZES = (4, 8, 16, 32, 64)
 
 
@@ -38,10 +38,10 @@ class NoHeads:
 
 @dataclass(frozen=True)
 class Plan:
-    """makers: of the proposers besides the heads; none for a DraftTree. vocabulary: the model's, in tokens."""
+    """makers: of the proposers besides the heads; none for a StaticPolicy. vocabulary: the model's, in tokens."""
 
     heads: HeadsLike
-    tree: DraftTree | DynamicTree
+    tree: StaticPolicy | DynamicPolicy
     gate: Gate
     makers: tuple[ProposerFactory, ...]
     vocabulary: int
@@ -50,15 +50,15 @@ class Plan:
     def drafts(self) -> int:
         """P: how many drafts of each head any step looks at; 0: the heads are not asked."""
         drafts = max_drafts(self.tree, self.gate)
-        if isinstance(self.tree, DynamicTree):
+        if isinstance(self.tree, DynamicPolicy):
             known = getattr(self.heads.config, "draft_vocab", None) or self.vocabulary
             return min(drafts, known) if self.heads.config.num_heads else 0
         return drafts
 
     @property
-    def most_nodes(self) -> int:
+    def max_nodes(self) -> int:
         """Of any step's tree."""
-        if isinstance(self.tree, DynamicTree):
+        if isinstance(self.tree, DynamicPolicy):
             return padded_size(self.tree.size)
         return max(one.size for one in self.gate.trees(self.tree))
 
@@ -70,57 +70,57 @@ class Plan:
     @property
     def looks_ahead(self) -> bool:
         """Whether the host wants to see the heads' drafts before it chooses a tree."""
-        return isinstance(self.tree, DynamicTree) or answers(self.gate, "choose")
+        return isinstance(self.tree, DynamicPolicy) or answers(self.gate, "choose")
 
     def without_drafts(self) -> Plan:
         """For a model that cannot verify any."""
-        return Plan(NoHeads(), DraftTree.root(), AlwaysClosed(), (), self.vocabulary)
+        return Plan(NoHeads(), StaticPolicy.root(), AlwaysClosed(), (), self.vocabulary)
 
-    def begin(self, text: list[int]) -> DraftTree | TreeGrower:
+    def begin(self, text: list[int]) -> StaticPolicy | TreeGrower:
         """text: the prompt and the first token behind it -> what makes the trees of this text."""
         return begin_trees(self.tree, self.makers, text, self.vocabulary)
 
 
-def max_drafts(tree: DraftTree | DynamicTree, gate: Gate) -> int:
+def max_drafts(tree: StaticPolicy | DynamicPolicy, gate: Gate) -> int:
     """Of each head, that any step's tree may hold."""
-    return tree.useful_drafts if isinstance(tree, DynamicTree) else max(one.drafts for one in gate.trees(tree))
+    return tree.useful_drafts if isinstance(tree, DynamicPolicy) else max(one.drafts for one in gate.trees(tree))
 
 
-def compiled_sizes(tree: DraftTree | DynamicTree, gate: Gate) -> set[int]:
+def compiled_sizes(tree: StaticPolicy | DynamicPolicy, gate: Gate) -> set[int]:
     """Numbers of nodes that steps are compiled for; a step with another one is filled up to the next of them."""
-    if isinstance(tree, DynamicTree):
+    if isinstance(tree, DynamicPolicy):
         return {1, tree.size, *(size for size in _FILLED_SIZES if size < tree.size)}
     return {1, *(one.size for one in gate.trees(tree))}
 
 
 def begin_trees(
-    tree: DraftTree | DynamicTree, makers: Sequence[ProposerFactory], text: list[int], vocabulary: int
-) -> DraftTree | TreeGrower:
-    """What makes the trees of a text: a DraftTree itself, else a grower with proposers of its own."""
-    if isinstance(tree, DraftTree):
+    tree: StaticPolicy | DynamicPolicy, makers: Sequence[ProposerFactory], text: list[int], vocabulary: int
+) -> StaticPolicy | TreeGrower:
+    """What makes the trees of a text: a StaticPolicy itself, else a grower with proposers of its own."""
+    if isinstance(tree, StaticPolicy):
         return tree
     proposers = [make_proposer(maker, number, list(text)) for number, maker in enumerate(makers)]
     return TreeGrower(tree, proposers, vocabulary)
 
 
 def makers_for(
-    tree: DraftTree | DynamicTree, proposers: Sequence[ProposerFactory] | None
+    tree: StaticPolicy | DynamicPolicy, proposers: Sequence[ProposerFactory] | None
 ) -> tuple[ProposerFactory, ...]:
-    """decode's `proposers`; None: the text's own past for a DynamicTree, nobody for a DraftTree."""
+    """decode's `proposers`; None: the text's own past for a DynamicPolicy, nobody for a StaticPolicy."""
     if proposers is not None:
         return tuple(proposers)
-    return (SuffixProposer(),) if isinstance(tree, DynamicTree) else ()
+    return (SuffixProposer(),) if isinstance(tree, DynamicPolicy) else ()
 
 
-def default_dynamic_tree(device: torch.device) -> DynamicTree:
+def default_policy(device: torch.device) -> DynamicPolicy:
     """Of about as many nodes as a forward carries for little more than a plain step."""
-    return DynamicTree(max(default_size(device), _LEAST_DYNAMIC))
+    return DynamicPolicy(max(default_size(device), _MIN_DYNAMIC))
 
 
 def make_plan(
     model: PreTrainedModel,
     heads: HeadsLike | None,
-    tree: int | DraftTree | DynamicTree | None,
+    tree: int | StaticPolicy | DynamicPolicy | None,
     gate: Gate | None,
     proposers: Sequence[ProposerFactory] | None,
     compiled: bool = False,
@@ -133,18 +133,18 @@ def make_plan(
     if proposers is not None:
         checks.check_proposers(proposers, tree)
     if isinstance(gate, AlwaysClosed):
-        tree = DraftTree.root()  # nothing is to be drafted
+        tree = StaticPolicy.root()  # nothing is to be drafted
     if tree is None:
         calibrated = find(heads, model.device, model.dtype, torch.get_num_threads(), compiled)
         static = isinstance(gate, Gate) and wants_draft_trees(gate)
-        if calibrated and (not static if isinstance(calibrated.tree, DynamicTree) else proposers is None):
+        if calibrated and (not static if isinstance(calibrated.tree, DynamicPolicy) else proposers is None):
             tree, gate = calibrated.tree, calibrated.gate if gate is None else gate
         elif proposers is None and not isinstance(heads, NoHeads) and (static or not isinstance(heads, CerberusHeads)):
             tree = default_tree(heads, model.device)  # other heads may draft along the paths of a given tree
         else:
-            tree = default_dynamic_tree(model.device)
+            tree = default_policy(model.device)
     gate = AlwaysOpen() if gate is None else checks.check_gate(gate, tree)
-    if isinstance(tree, DynamicTree):
+    if isinstance(tree, DynamicPolicy):
         gate.check_size(tree.size)
     else:
         for one in gate.trees(tree):

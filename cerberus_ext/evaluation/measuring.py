@@ -23,7 +23,7 @@ from .ways import AUTOREGRESSIVE, AUTOREGRESSIVE_COMPILED, Context, DecodeWay, W
 
 WARM_UP_TOKENS = 16
 ENTROPY_QUESTIONS, ENTROPY_TOKENS = 4, 64
-MOST_VIEWS = 8  # texts that the page shows token by token
+MAX_VIEWS = 8  # texts that the page shows token by token
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def make_tasks(questions: Sequence[Question], turns: Sequence[int]) -> list[Task
     tasks: list[Task] = []
     categories: set[str] = set()
     for number, (question, turn) in enumerate(wanted):
-        view = question.category not in categories and len(categories) < MOST_VIEWS
+        view = question.category not in categories and len(categories) < MAX_VIEWS
         categories.add(question.category)
         tasks.append(Task(number, question, turn, view))
     return tasks

@@ -36,15 +36,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from ..drafting.dynamic_tree import DynamicTree
+from ..drafting.dynamic_policy import DynamicPolicy
 from ..drafting.gate import AlwaysOpen, EntropyGate, Gate
 from ..drafting.heads import CerberusHeads
 from ..drafting.proposers import ProposerFactory
-from ..drafting.static_tree import DraftTree, default_tree
+from ..drafting.static_policy import StaticPolicy, default_tree
 from ..engine.calibration_store import Calibration, find
 from ..engine.compile_ahead import compile_ahead
 from ..engine.decode import decode
-from ..engine.plan import default_dynamic_tree
+from ..engine.plan import default_policy
 from ..runtime.stats import DecodeStats
 from ..runtime.stepper import HeadsLike
 
@@ -90,24 +90,24 @@ class Context:
     tree_size: int | None = None
     argument: str | None = None  # what followed FILE.py: in --way
 
-    def tree(self, heads: Any) -> DraftTree:
+    def tree(self, heads: Any) -> StaticPolicy:
         """The same one for every step: of the user's size, else what calibration stored, else the default."""
         stored = self._stored_tree(heads) if self.tree_size is None else None
-        if isinstance(stored, DraftTree) and stored.size > 1:
+        if isinstance(stored, StaticPolicy) and stored.size > 1:
             return stored
         return default_tree(heads, self.model.device, self.tree_size)
 
-    def dynamic_tree(self, compiled: bool = False) -> DynamicTree:
+    def dynamic_tree(self, compiled: bool = False) -> DynamicPolicy:
         """How trees are new at every step: as calibration stored, else the default; of the user's size."""
         stored = self._stored_tree(self.heads, compiled)
-        tree = stored if isinstance(stored, DynamicTree) else default_dynamic_tree(self.model.device)
+        tree = stored if isinstance(stored, DynamicPolicy) else default_policy(self.model.device)
         return tree if self.tree_size is None else replace(tree, size=self.tree_size)
 
-    def suffix_tree(self) -> DynamicTree:
+    def suffix_tree(self) -> DynamicPolicy:
         """The same without heads, and so without what is known of theirs."""
         return replace(self.dynamic_tree(), platt=None)
 
-    def _stored_tree(self, heads: Any, compiled: bool = False) -> DraftTree | DynamicTree | None:
+    def _stored_tree(self, heads: Any, compiled: bool = False) -> StaticPolicy | DynamicPolicy | None:
         stored = self.calibration(heads, compiled)
         return None if stored is None else stored.tree
 
@@ -126,7 +126,7 @@ class DecodeWay:
     name: str
     model: PreTrainedModel
     heads: HeadsLike | None
-    tree: DraftTree | DynamicTree | None = None
+    tree: StaticPolicy | DynamicPolicy | None = None
     gate: Gate | None = None
     description: str = ""
     expected: float | None = None
@@ -181,8 +181,8 @@ def open_way(context: Context, name: str, heads: HeadsLike, what: str) -> Decode
     return DecodeWay(name, context.model, heads, tree, AlwaysOpen(), f"{what}, {describe(tree)}, drafts at every step")
 
 
-def describe(tree: DraftTree | DynamicTree) -> str:
-    return f"{'dynamic ' if isinstance(tree, DynamicTree) else ''}tree of {tree.size} nodes"
+def describe(tree: StaticPolicy | DynamicPolicy) -> str:
+    return f"{'dynamic ' if isinstance(tree, DynamicPolicy) else ''}tree of {tree.size} nodes"
 
 
 def dynamic_ways(context: Context) -> list[Way]:
@@ -211,7 +211,7 @@ def built_in_ways(
     calibration = context.calibration(heads)
     ways: list[Way] = [
         DecodeWay(
-            AUTOREGRESSIVE, model, heads, DraftTree.root(), description="this loop, which never drafts",
+            AUTOREGRESSIVE, model, heads, StaticPolicy.root(), description="this loop, which never drafts",
             expected=None if calibration is None else calibration.expected.plain_tokens_per_second,
         ),
         GenerateWay(GENERATE, context, "transformers' generate"),
@@ -262,7 +262,7 @@ def compiled_ways(context: Context) -> tuple[list[Way], dict[str, str]]:
     tree = context.dynamic_tree(compiled=True)
     about = f"heads and the text's own past, {describe(tree)}, drafts at every step, compiled"
     ways = [
-        DecodeWay(AUTOREGRESSIVE_COMPILED, model, heads, DraftTree.root(), description="this loop, compiled"),
+        DecodeWay(AUTOREGRESSIVE_COMPILED, model, heads, StaticPolicy.root(), description="this loop, compiled"),
         DecodeWay(BOTH_COMPILED, model, heads, tree, AlwaysOpen(), about),
     ]
     missing: dict[str, str] = {}

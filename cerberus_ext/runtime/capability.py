@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..drafting.static_tree import DraftTree
+from ..drafting.static_policy import StaticPolicy
 from ..io.transformers_names import cache_argument
 from ..target.attention import UnsupportedAttention, check_attention
 from ..target.cache import UnevenLayers
@@ -33,10 +33,10 @@ from .replayable import memory_of
 from .stats import DecodeStats
 
 # More nodes than a sum may have terms to be written out (row_invariant.py): one over nodes is none of these.
-_TREE = DraftTree.from_paths([(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0)])  # 11 nodes
+_TREE = StaticPolicy.from_paths([(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0)])  # 11 nodes
 _PATHS = ((0, 1, 6), (0, 2, 7))  # of its nodes
 _PROMPT = 5  # tokens
-_MOST_NODES = 256  # of a step
+_MAX_NODES = 256  # of a step
 _CAPACITY = 32
 _STRIDE = 7919  # between the token ids of the proof; any, as long as they differ
 # Largest difference from the model itself, as a share of the logits' norm: rounding stays far below.
@@ -117,7 +117,7 @@ def _read(model: PreTrainedModel) -> Capability:
         base.prefill(_tokens(model))
         base.step(_tokens(model, range(_TREE.size)), _TREE.on(model.device))
         audit.nodes = 1  # some models go another way with a single token
-        base.step(_tokens(model, [0]), DraftTree.root().on(model.device))
+        base.step(_tokens(model, [0]), StaticPolicy.root().on(model.device))
     sees_all = way.sees_all or audit.sees_all or not _can_be_padded(audit.widths)
     widths = frozenset() if sees_all else frozenset(audit.widths)
     return Capability(StepWay(way.names_attention, sees_all, widths), audit.uncovered or unreadable(model))
@@ -126,7 +126,7 @@ def _read(model: PreTrainedModel) -> Capability:
 def _can_be_padded(widths: Set[int]) -> bool:
     """Whether every step, however many nodes its tree has, can be filled up to a number that vector code computes."""
     threads = torch.get_num_threads()
-    return all(padded_nodes(nodes, widths, threads) is not None for nodes in range(1, _MOST_NODES + 1))
+    return all(padded_nodes(nodes, widths, threads) is not None for nodes in range(1, _MAX_NODES + 1))
 
 
 def _prove(model: PreTrainedModel, capability: Capability) -> Capability:
@@ -137,7 +137,7 @@ def _prove(model: PreTrainedModel, capability: Capability) -> Capability:
         hidden, logits = base.step(_tokens(model, range(_TREE.size)), _TREE.on(model.device))
         for path in _PATHS:
             for node, own in zip(path, _own_logits(model, path), strict=True):
-                alone_hidden, alone_logits = base.step(_tokens(model, [node]), DraftTree.root().on(model.device))
+                alone_hidden, alone_logits = base.step(_tokens(model, [node]), StaticPolicy.root().on(model.device))
                 base.cache.extend(1)
                 difference = _difference(alone_logits[0, 0], own)
                 if not difference <= _LARGEST_DIFFERENCE[model.dtype]:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from ..drafting.dynamic_tree import filled_size
+from ..drafting.dynamic_policy import filled_size
 from ..target.model import filled
 from .replayable import memory_of, obstacle
 from .step_pieces import StepProgram, Untraceable, build_program

@@ -24,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..drafting.dynamic_tree import StepTree, padded_size
-from ..drafting.static_tree import DraftTree
+from ..drafting.dynamic_policy import Tree, padded_size
+from ..drafting.static_policy import StaticPolicy
 from ..target.attention import layer_windows
 from ..target.cache import TreeCache
 from ..target.model import TargetModel, position_limit, round_capacity, sole_decode
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from .compiled_step import CompiledSteps
     from .logit_rules import LogitRules
 
-_LEAST_CAPACITY = 512
+_MIN_CAPACITY = 512
 # Libraries choose algorithms and take workspaces when they first see a shape, which a recording must not contain.
 _WARM_UPS = 2
-_MOST_HEADS = 4  # of one model, kept with their recordings
+_MAX_HEADS = 4  # of one model, kept with their recordings
 
 
 class Unrecordable(Exception):
@@ -121,7 +121,7 @@ class ModelGraphs:
     def __init__(self, model: PreTrainedModel, capacity: int, batch: int, context: bool) -> None:
         """context: whether there is room for heads with a context layer."""
         limit = min(position_limit(model), 1 << 40)
-        bucket = max(_LEAST_CAPACITY, 1 << (capacity - 1).bit_length())  # the next power of two
+        bucket = max(_MIN_CAPACITY, 1 << (capacity - 1).bit_length())  # the next power of two
         capacity = min(bucket, round_capacity(max(capacity, limit)))
         self.recorder = RECORDERS[model.device.type](model.device)
         self.batch = batch
@@ -217,7 +217,7 @@ class ModelGraphs:
     def _forget_heads(self, outdated: KeptHeads | None) -> None:
         """Makes room for others: `outdated`, those that are gone, and the oldest of too many."""
         serving = [one for one in self._heads if one is not outdated and one.heads() is not None]
-        self._heads = serving[-(_MOST_HEADS - 1) :]
+        self._heads = serving[-(_MAX_HEADS - 1) :]
         drafts = {None, *self._host_drafts.values()}.union(*(one.drafts.values() for one in self._heads))
         contexts = {None, *(context_of(one.drafter) for one in self._heads)}
         self._recordings = {
@@ -255,7 +255,7 @@ class GraphedStepper(Stepper):
         ids, logprobs = self._ahead
         return ids[0].numpy(), logprobs[0].numpy()
 
-    def step(self, tree: DraftTree | StepTree, deepest: int) -> list[int]:
+    def step(self, tree: StaticPolicy | Tree, deepest: int) -> list[int]:
         cut = tree.cut(deepest)
         recording = self._prepare(tree, cut)
         if recording is None:
@@ -274,16 +274,16 @@ class GraphedStepper(Stepper):
         return [target[node] for node in path]
 
     def _prepare(
-        self, tree: DraftTree | StepTree, cut: DraftTree | StepTree
+        self, tree: StaticPolicy | Tree, cut: StaticPolicy | Tree
     ) -> tuple[StaticResult, Callable[[], None]] | None:
         """Puts everything where the recording of a step with `tree` finds it, of which only `cut` is checked."""
         if self._graphs is None:
             return None
         with self.stats.phase("draft"):
             is_open = tree.size > 1
-            # The sizes of a DraftTree are few; those of the others are made few.
-            nodes = tree.size if isinstance(tree, DraftTree) else padded_size(tree.size)
-            reads_drafts = is_open and isinstance(tree, DraftTree)
+            # The sizes of a StaticPolicy are few; those of the others are made few.
+            nodes = tree.size if isinstance(tree, StaticPolicy) else padded_size(tree.size)
+            reads_drafts = is_open and isinstance(tree, StaticPolicy)
             kind = StepKind(
                 nodes,
                 self.sampling,

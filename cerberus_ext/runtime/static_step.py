@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from .. import _host, ops
-from ..drafting.dynamic_tree import StepTree
-from ..drafting.static_tree import DraftTree
+from ..drafting.dynamic_policy import Tree
+from ..drafting.static_policy import StaticPolicy
 from .stepper import Drafter, Sampling, draft, embeddable, settle
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class StaticNodes:
     parents, ancestors, depths: as in TreeTensors.
     proposers (N,): where a node's token is: 0: it is the root; 1 + i: entry i of `given`; 1 + N + k P + r: draft r of
         head k, counted from 0.
-    given   (B, N): the tokens of a StepTree, whoever drafted them.
+    given   (B, N): the tokens of a Tree, whoever drafted them.
     """
 
     def __init__(self, batch: int, nodes: int, device: torch.device) -> None:
@@ -76,19 +76,19 @@ class StaticNodes:
         self._packed = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         self.parents, self.depths, self.proposers, ancestors, given = self._packed.split(sizes)
         self.ancestors, self.given = ancestors.view(nodes, words), given.view(batch, nodes)
-        self._tree: DraftTree | None = None  # the one that is there
+        self._tree: StaticPolicy | None = None  # the one that is there
 
-    def put(self, tree: DraftTree | StepTree, drafts: int) -> None:
-        """tree: of 2 to N nodes, or the root alone where N is 1; a DraftTree over the heads' drafts, `drafts` each.
+    def put(self, tree: StaticPolicy | Tree, drafts: int) -> None:
+        """tree: of 2 to N nodes, or the root alone where N is 1; a StaticPolicy over the heads' drafts, `drafts` each.
 
         Copies nothing where it is there already.
         """
-        if isinstance(tree, StepTree) or tree != self._tree:
+        if isinstance(tree, Tree) or tree != self._tree:
             self._tree = None  # whatever happens in between
             batch, nodes = self.given.shape
             packed = torch.from_numpy(pack_tree(tree, nodes, batch, drafts))
             self._packed.copy_(packed, non_blocking=True)  # of pageable memory: it is read before this returns
-            self._tree = tree if isinstance(tree, DraftTree) else None
+            self._tree = tree if isinstance(tree, StaticPolicy) else None
 
     def tokens(self, root: Tensor, ids: Tensor | None) -> Tensor:
         """root (B,), ids (B, K, P), None: no head has drafted -> (B, N)"""
@@ -96,7 +96,7 @@ class StaticNodes:
         return torch.cat([root[:, None], self.given, *drafted], 1).index_select(1, self.proposers)
 
 
-def pack_tree(tree: DraftTree | StepTree, nodes: int, batch: int, drafts: int) -> np.ndarray:
+def pack_tree(tree: StaticPolicy | Tree, nodes: int, batch: int, drafts: int) -> np.ndarray:
     """parents, depths, proposers (N,), ancestors (N, W) and given (B, N) of `tree`, padded to `nodes` nodes, as
     int64.
     """
@@ -104,7 +104,7 @@ def pack_tree(tree: DraftTree | StepTree, nodes: int, batch: int, drafts: int) -
     parents = np.concatenate([np.asarray(tree.parents), np.zeros(missing, np.int64)])
     depths, ancestors = np.asarray(_host.depths(parents)), np.asarray(_host.ancestors(parents))
     given = np.zeros(nodes, np.int64)
-    if isinstance(tree, StepTree):
+    if isinstance(tree, Tree):
         place = np.concatenate([np.arange(tree.size), np.ones(missing, np.int64)])  # in `given`
         proposers = np.where(depths > 0, 1 + place, 0)
         given[: tree.size] = tree.tokens

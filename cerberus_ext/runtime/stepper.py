@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import ops
-from ..drafting.dynamic_tree import StepTensors, StepTree
-from ..drafting.static_tree import DraftTree, TreeTensors
+from ..drafting.dynamic_policy import StepTensors, Tree
+from ..drafting.static_policy import StaticPolicy, TreeTensors
 from .stats import DecodeStats
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .logit_rules import LogitRules
 
 
-_ALONE = DraftTree.root()
+_ALONE = StaticPolicy.root()
 
 
 class Drafter(Protocol):
@@ -216,14 +216,14 @@ class Stepper:
         ids, logprobs = self._draft()
         return ids[0].numpy(force=True), logprobs[0].numpy(force=True)
 
-    def step(self, tree: DraftTree | StepTree, deepest: int) -> list[int]:
+    def step(self, tree: StaticPolicy | Tree, deepest: int) -> list[int]:
         """One forward over `tree` without the nodes deeper than `deepest` -> the tokens gained, at least one."""
         tree = tree.cut(deepest)
         with self.stats.phase("draft"):
             tensors = tree.on(self.root.device)
             tokens = self._tokens(tree, tensors)  # (B, N)
             known = tokens
-            if isinstance(tree, DraftTree) and tree.size > 1:  # a StepTree has been checked
+            if isinstance(tree, StaticPolicy) and tree.size > 1:  # a Tree has been checked
                 known = embeddable(tokens, self.base)
                 if not (known == tokens)[:, 1:].any():  # nothing was drafted
                     tree = _ALONE
@@ -251,7 +251,7 @@ class Stepper:
             self._count(path, tree)
         return gained
 
-    def _tokens(self, tree: DraftTree | StepTree, tensors: TreeTensors | StepTensors) -> Tensor:
+    def _tokens(self, tree: StaticPolicy | Tree, tensors: TreeTensors | StepTensors) -> Tensor:
         """(B, N) of the tree's nodes."""
         root = self.root[:, None]
         if tree.size == 1:
@@ -273,11 +273,9 @@ class Stepper:
         """From here on it is the next step."""
         self.hidden, self.root, self._drafted = hidden, root, None
 
-    def _count(self, path: list[int], tree: DraftTree | StepTree) -> None:
+    def _count(self, path: list[int], tree: StaticPolicy | Tree) -> None:
         """path: the accepted nodes, from the root on."""
         self.base.cache.committed += len(path)
         drafted = path[1:]
-        proposers = (
-            [int(tree.proposers[node]) for node in drafted] if isinstance(tree, StepTree) else [0] * len(drafted)
-        )
+        proposers = [int(tree.proposers[node]) for node in drafted] if isinstance(tree, Tree) else [0] * len(drafted)
         self.stats.count_step(tree.size, drafted, proposers)

@@ -22,7 +22,7 @@ from .cache import TreeCache
 from .experts import experts_switch
 from .row_invariant import RowInvariant, prompt_forward, step_forward
 from .stand_ins import TreeStep, running
-from .step_audit import MOST_PADDING, padded_nodes
+from .step_audit import MAX_PADDING, padded_nodes
 
 if TYPE_CHECKING:
     from ..runtime.compiled_step import CompiledSteps
@@ -82,7 +82,7 @@ class TargetModel:
         self.way = way
         self.windows = layer_windows(model.config)
         if cache is None:
-            capacity = round_capacity(capacity + MOST_PADDING * bool(way.widths))
+            capacity = round_capacity(capacity + MAX_PADDING * bool(way.widths))
             cache = TreeCache(len(self.windows), capacity, batch, model.device, context)
         self.cache = cache
         self.cache.reset()

@@ -129,7 +129,7 @@ def _matmul(*factors: Tensor, **named: Any) -> Tensor:
     input, weight = factors
     if weight.dim() == 2:
         return _linear(input, plain(weight).t())
-    if not 1 < weight.shape[-2] <= _MOST_TERMS or not is_ours(input) or not is_ours(weight):
+    if not 1 < weight.shape[-2] <= _MAX_TERMS or not is_ours(input) or not is_ours(weight):
         return NotImplemented
     terms = [input[..., :, k, None].float() * weight[..., k, None, :].float() for k in range(weight.shape[-2])]
     return reduce(torch.add, terms).to(input.dtype)
@@ -143,7 +143,7 @@ def _addmm(*terms: Tensor, **named: Any) -> Tensor:
     return _linear(input, plain(weight).t(), bias)
 
 
-_MOST_TERMS = 8  # of a sum that is written out
+_MAX_TERMS = 8  # of a sum that is written out
 
 PRODUCTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: _linear,
@@ -202,7 +202,7 @@ def _sum(input: Tensor, dim: int | None = None, keepdim: bool = False, **kwargs:
     """A sum of few terms that do not lie along the last axis, written out."""
     if kwargs or not isinstance(dim, int) or not is_ours(input) or dim % max(1, input.dim()) >= input.dim() - 1:
         return NotImplemented
-    if not 1 <= input.shape[dim] <= _MOST_TERMS:
+    if not 1 <= input.shape[dim] <= _MAX_TERMS:
         return NotImplemented
     total = reduce(torch.add, plain(input).float().unbind(dim)).to(input.dtype)
     return total.unsqueeze(dim) if keepdim else total

@@ -48,7 +48,7 @@ _ALONG_ROWS = frozenset(
 _PLACE_OF_DIM = {"topk": 2, "norm": 2, "normalize": 2}  # among the arguments; of all others 1
 _WHOLE_ROWS = {"layer_norm", "rms_norm"}  # along the last axis without saying so
 _LANES = 64  # elements that torch's vector code takes at a time, at most: two AVX-512 registers of bfloat16
-MOST_PADDING = 16  # nodes; as many as a step is ever filled up by
+MAX_PADDING = 16  # nodes; as many as a step is ever filled up by
 _SHARE = 32768  # elements from which on torch gives another thread a share
 
 
@@ -183,7 +183,7 @@ def padded_nodes(nodes: int, widths: Iterable[int], threads: int) -> int | None:
     None: there is none nearby. So many nodes get the same bits, whatever their number.
     """
     widths = tuple(widths)
-    for size in range(nodes, nodes + MOST_PADDING + 1 if nodes > 1 else 2):
+    for size in range(nodes, nodes + MAX_PADDING + 1 if nodes > 1 else 2):
         if all(_all_vectors(size * width, threads) for width in widths):
             return size
     return None

@@ -42,7 +42,7 @@ class TrainOptions:
     lr, warmup   highest learning rate, and steps until it is reached; then a cosine
     head_decay   head k counts head_decay ** (k - 1) in the loss
     clip         largest norm of the gradient
-    held_out     share of the lines, the last ones, that only measure (at most held_out.MOST_LINES of them)
+    held_out     share of the lines, the last ones, that only measure (at most held_out.MAX_LINES of them)
     eval_every   steps between measurements, each with a checkpoint
     patience     measurements without a better one after which to stop; 0: never
     memory       GB of hidden states in memory, of which batches are drawn

@@ -19,7 +19,7 @@ from .checkpoint import digest, load_checkpoint, save_checkpoint
 from .context import Reach, context_states, reach_of
 from .distill import counted, distillation, head_states, learning_rate
 from .estimate import state_estimate
-from .held_out import BEST_SIZE, MOST_LINES, HeldOut
+from .held_out import BEST_SIZE, MAX_LINES, HeldOut
 from .hidden_cache import STORED_BYTES, HiddenCache
 from .options import SEGMENT, TrainOptions
 from .positions import Positions, answer_ids, pieces
@@ -51,7 +51,7 @@ class Trainer:
             raise ValueError(f"train: batch must be >= {least} for {processes.count} processes, got {options.batch}")
 
         lines = len(answers.lines)
-        first_held = lines - min(max(1, round(lines * options.held_out)), MOST_LINES)
+        first_held = lines - min(max(1, round(lines * options.held_out)), MAX_LINES)
         context = options.context_layer
         self.training = pieces(answers.lines, 0, first_held, context)
         held = pieces(answers.lines, first_held, lines, context)

@@ -124,8 +124,8 @@ inline void dot_tile(const X* x, int64_t x_stride, const W* w, int64_t size, Ahe
 }
 
 // All rows against kWeights weight rows at w, the first of which is number first_weight: `tiles` tiles of
-// kMostRows rows or one less.
-template <int kMostRows, int kWeights, typename X, typename W>
+// kMaxRows rows or one less.
+template <int kMaxRows, int kWeights, typename X, typename W>
 inline void all_rows(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w,
                      int64_t first_weight, int64_t size, const Output<W>& output) {
   // Every tile asks for its share of the next weights, but where a single one reads long rows of them: these
@@ -143,20 +143,20 @@ inline void all_rows(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, 
     output.put(m, first_weight, out);
   };
   int64_t m = 0;
-  for (const int64_t full = rows - tiles * (kMostRows - 1); m < full * kMostRows; m += kMostRows)
-    tile(m, Count<kMostRows>{});
-  if constexpr (kMostRows > 1)
-    for (; m < rows; m += kMostRows - 1) tile(m, Count<kMostRows - 1>{});
+  for (const int64_t full = rows - tiles * (kMaxRows - 1); m < full * kMaxRows; m += kMaxRows)
+    tile(m, Count<kMaxRows>{});
+  if constexpr (kMaxRows > 1)
+    for (; m < rows; m += kMaxRows - 1) tile(m, Count<kMaxRows - 1>{});
 }
 
-template <int kMostRows, typename X, typename W>
+template <int kMaxRows, typename X, typename W>
 void tiles_times_weights(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w, int64_t begin,
                          int64_t end, int64_t size, const Output<W>& output) {
-  constexpr int kWeights = kSums / kMostRows < kSingleRowWeights ? kSums / kMostRows : kSingleRowWeights;
+  constexpr int kWeights = kSums / kMaxRows < kSingleRowWeights ? kSums / kMaxRows : kSingleRowWeights;
   int64_t n = begin;
   for (; n + kWeights <= end; n += kWeights)
-    all_rows<kMostRows, kWeights>(x, x_stride, rows, tiles, w + n * size, n, size, output);
-  for (; n < end; ++n) all_rows<kMostRows, 1>(x, x_stride, rows, tiles, w + n * size, n, size, output);
+    all_rows<kMaxRows, kWeights>(x, x_stride, rows, tiles, w + n * size, n, size, output);
+  for (; n < end; ++n) all_rows<kMaxRows, 1>(x, x_stride, rows, tiles, w + n * size, n, size, output);
 }
 
 template <typename X, typename W>
@@ -165,11 +165,11 @@ void block_times_weights(const X* x, int64_t x_stride, int64_t rows, const W* w,
   // As few tiles as possible, of as even sizes as possible: a tile of few rows takes as long as a larger one.
   constexpr int kTileRows = Product<X>::kTileRows;
   const int64_t many = rows <= kTileRows ? kTileRows : Product<X>::kManyTileRows;
-  const int64_t tiles = (rows + many - 1) / many, most_rows = (rows + tiles - 1) / tiles;
+  const int64_t tiles = (rows + many - 1) / many, max_rows = (rows + tiles - 1) / tiles;
   const auto run = [&](auto row_count) {
     constexpr int kRows = decltype(row_count)::value;
     if constexpr (kRows <= kTileRows)
-      if (most_rows == kRows)
+      if (max_rows == kRows)
         tiles_times_weights<kRows>(x, x_stride, rows, tiles, w, begin, end, size, output);
   };
   run(Count<1>{});
@@ -181,10 +181,10 @@ void block_times_weights(const X* x, int64_t x_stride, int64_t rows, const W* w,
 }
 
 // Rows are read again for every tile of weights: so many bytes of them at a time, from the L2 cache.
-constexpr int64_t kBlockBytes = 64 << 10, kLeastBlockRows = 16;
+constexpr int64_t kBlockBytes = 64 << 10, kMinBlockRows = 16;
 
 int64_t row_blocks(int64_t rows, int64_t row_bytes) {
-  const int64_t fitting = larger(kLeastBlockRows, kBlockBytes / larger(1, row_bytes));
+  const int64_t fitting = larger(kMinBlockRows, kBlockBytes / larger(1, row_bytes));
   return (rows + fitting - 1) / fitting;
 }
 

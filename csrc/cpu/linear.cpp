@@ -27,7 +27,7 @@ int64_t groups_with_rows(const LinearArgs& a, Span* groups) {
 }
 
 // Rows a span has at least where a group is cut into several, so that there is work for all threads.
-constexpr int64_t kLeastSpanRows = 32;
+constexpr int64_t kMinSpanRows = 32;
 
 // The product of a call, its rows in the form that `Kernel` reads.
 template <typename T, typename Kernel>
@@ -47,7 +47,7 @@ void run(const LinearArgs& a, const Parallel& parallel) {
   int64_t count = 0;
   for (int64_t i = 0; i < active; ++i) {
     const Span& group = groups.data[i];
-    const int64_t parts = larger(1, smaller(pieces, group.count / kLeastSpanRows));
+    const int64_t parts = larger(1, smaller(pieces, group.count / kMinSpanRows));
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = group.count * part / parts;
       spans.data[count++] = {group.group, group.first + begin, group.count * (part + 1) / parts - begin};

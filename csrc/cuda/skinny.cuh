@@ -50,9 +50,9 @@ struct ProductSplit {
   int log_parts;                   // 0 or 1
   int log_slices = 0;
 
-  // most_blocks: 2 for each multiprocessor of the device. chunks: of a part of the columns.
-  ProductSplit(int64_t tiles, int64_t most_blocks, int64_t chunks, int parts) : log_parts(parts - 1) {
-    share(tiles, most_blocks);
+  // max_blocks: 2 for each multiprocessor of the device. chunks: of a part of the columns.
+  ProductSplit(int64_t tiles, int64_t max_blocks, int64_t chunks, int parts) : log_parts(parts - 1) {
+    share(tiles, max_blocks);
     // The time of a block is that of its slowest warp. Of equals the fewest slices: more tiles side by side
     // use the same part of X.
     int64_t shortest = std::numeric_limits<int64_t>::max();
@@ -65,8 +65,8 @@ struct ProductSplit {
     }
   }
   // Another number of blocks changes no sum: it depends on the slices.
-  void share(int64_t tiles, int64_t most_blocks) {
-    blocks = static_cast<int>(std::min(tiles, most_blocks));
+  void share(int64_t tiles, int64_t max_blocks) {
+    blocks = static_cast<int>(std::min(tiles, max_blocks));
     block_tiles = static_cast<int>(tiles / blocks);
     longer_blocks = static_cast<int>(tiles % blocks);
   }

@@ -16,7 +16,7 @@
 namespace cerberus {
 namespace {
 
-constexpr int64_t kLeastTiles = 2;  // in a piece: fewer would not pay for a partial result
+constexpr int64_t kMinTiles = 2;  // in a piece: fewer would not pay for a partial result
 
 // The main kernel of a call.
 struct Plan {
@@ -68,7 +68,7 @@ int64_t tree_attention_splits(const TreeAttentionArgs& a, int64_t multiprocessor
   int64_t splits = 1;
   with_kernel(a, [&](auto, const Plan& plan, auto) {
     splits = choose_splits(plan.blocks(a), plan.resident_blocks * multiprocessors,
-                           divide_up(a.capacity, kLeastTiles * plan.keys));
+                           divide_up(a.capacity, kMinTiles * plan.keys));
     return cudaSuccess;
   });
   return splits;

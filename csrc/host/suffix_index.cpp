@@ -18,8 +18,8 @@ int64_t checked(const std::string& what, int64_t value, int64_t least, int64_t m
 
 void check_tokens(const std::string& what, const int64_t* tokens, size_t count) {
   for (size_t i = 0; i < count; ++i) {
-    if (tokens[i] < 0 || tokens[i] > SuffixIndex::kMostToken) {  // before a name is made up for each of them
-      checked(what + "[" + std::to_string(i) + "]", tokens[i], 0, SuffixIndex::kMostToken);
+    if (tokens[i] < 0 || tokens[i] > SuffixIndex::kMaxToken) {  // before a name is made up for each of them
+      checked(what + "[" + std::to_string(i) + "]", tokens[i], 0, SuffixIndex::kMaxToken);
     }
   }
 }
@@ -29,8 +29,8 @@ Match longer(Match young, Match old) { return old.length > young.length ? old : 
 }  // namespace
 
 SuffixIndex::SuffixIndex(int64_t max_match, int64_t max_tokens)
-    : max_match_(checked("SuffixIndex: max_match", max_match, 1, kMostMatch)),
-      max_tokens_(checked("SuffixIndex: max_tokens", max_tokens, 2, kMostTokens)),
+    : max_match_(checked("SuffixIndex: max_match", max_match, 1, kMaxMatch)),
+      max_tokens_(checked("SuffixIndex: max_tokens", max_tokens, 2, kMaxTokens)),
       young_(static_cast<size_t>(max_match), {nullptr, 0}),
       record_(static_cast<size_t>(2 * (max_match + 1)), 0) {}
 

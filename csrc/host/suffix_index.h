@@ -27,15 +27,15 @@ struct Continuation {
 // Everything throws std::invalid_argument, which names the argument, and then has changed nothing.
 class SuffixIndex {
  public:
-  static constexpr int64_t kMostMatch = 1024;               // the work per token grows with it
-  static constexpr int64_t kMostTokens = int64_t{1} << 30;  // nodes and counts are numbered with 32 bits
-  static constexpr int64_t kMostToken = INT32_MAX;
+  static constexpr int64_t kMaxMatch = 1024;               // the work per token grows with it
+  static constexpr int64_t kMaxTokens = int64_t{1} << 30;  // nodes and counts are numbered with 32 bits
+  static constexpr int64_t kMaxToken = INT32_MAX;
   static constexpr int64_t kMaxDrafts = int64_t{1} << 20;
 
-  // max_match: 1 .. kMostMatch; max_tokens: 2 .. kMostTokens.
+  // max_match: 1 .. kMaxMatch; max_tokens: 2 .. kMaxTokens.
   SuffixIndex(int64_t max_match, int64_t max_tokens);
 
-  // Appends tokens, each 0 .. kMostToken. Only if memory runs out, some of them may have been appended.
+  // Appends tokens, each 0 .. kMaxToken. Only if memory runs out, some of them may have been appended.
   void extend(const int64_t* tokens, size_t count);
 
   // The tokens to come belong to another text: no match reaches from one into the other.

@@ -29,7 +29,7 @@ from cerberus_ext.calibration.trace import Answer
 from cerberus_ext.calibration.validate import GateGain
 from cerberus_ext.cli.main import app
 from cerberus_ext.drafting.gate import ConfidenceGate
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.calibration_store import place, read_entries
 from cerberus_ext.engine.decode import take_step
 from cerberus_ext.io.prompts import Question
@@ -109,7 +109,7 @@ def test_command(folders: tuple[str, str, str], tmp_path: Path) -> None:
     model, heads = tiny_model("llama"), CerberusHeads.from_pretrained(heads_folder)
     calibrated = find(heads, model.device, model.dtype, torch.get_num_threads())
     assert calibrated is not None and json.loads(json.dumps(calibrated.to_json())) == entry
-    unaided = decode(model, heads, prompt(), max_new_tokens=20, tree=DraftTree.root())
+    unaided = decode(model, heads, prompt(), max_new_tokens=20, tree=StaticPolicy.root())
     assert decode(model, heads, prompt(), max_new_tokens=20).sequences.equal(unaided.sequences)
     again = runner.invoke(
         app, ["generate", "--model", folders[0], "--heads", folders[1], "--dtype", "float32", "w3 w4"]

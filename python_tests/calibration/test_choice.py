@@ -14,7 +14,7 @@ from cerberus_ext.calibration.cost import StepCosts
 from cerberus_ext.calibration.trace import TracedText
 from cerberus_ext.drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate
 from cerberus_ext.drafting.simulate import ABSENT
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 
 SIZES = (1, 2, 3, 4)
 
@@ -102,7 +102,7 @@ def test_trees_are_judged_on_texts_that_they_were_not_made_of() -> None:
     found = choose(texts, (1, 2), costs(1.0, 1.0, 1.0, 1.0))
     assert found.tallies["open 2"].tokens_per_step == 1.0
     assert found.best("open") == PLAIN
-    assert found.settings["open 2"].tree == DraftTree.from_paths([(0,)]), "made of all texts"
+    assert found.settings["open 2"].tree == StaticPolicy.from_paths([(0,)]), "made of all texts"
 
 
 def test_shapes_are_long_where_the_heads_are_certain_and_wide_where_not() -> None:
@@ -111,11 +111,11 @@ def test_shapes_are_long_where_the_heads_are_certain_and_wide_where_not() -> Non
     logprobs = head1[:, None, None].expand(-1, 3, 4).log()
     fit = Fit([hand_made(certain + unsure, logprobs=logprobs)], (1, 2, 4))
     assert fit.shapes(4) == (
-        DraftTree.chain(1),
-        DraftTree.chain(3),  # of all places and of the certain ones
-        DraftTree.from_widths([3]),
+        StaticPolicy.chain(1),
+        StaticPolicy.chain(3),  # of all places and of the certain ones
+        StaticPolicy.from_widths([3]),
     )
-    assert fit.shapes(2) == (DraftTree.chain(1),) and Fit([hand_made([[ABSENT]])], (1, 2)).shapes(9) == ()
+    assert fit.shapes(2) == (StaticPolicy.chain(1),) and Fit([hand_made([[ABSENT]])], (1, 2)).shapes(9) == ()
 
 
 def test_halves() -> None:
@@ -129,7 +129,7 @@ def test_halves() -> None:
 def test_heads_that_are_never_right() -> None:
     found = choose([hand_made([[ABSENT, ABSENT]] * 9)], SIZES, costs(1.0, 1.0, 1.0, 1.0))
     assert found.chosen == PLAIN and [name for name, one in found.settings.items() if one.kind == "open"] == [PLAIN]
-    assert Fit([hand_made([[ABSENT]])], [1, 8]).trees == {1: DraftTree.root()}
+    assert Fit([hand_made([[ABSENT]])], [1, 8]).trees == {1: StaticPolicy.root()}
 
 
 def repeating(question: int) -> TracedText:

@@ -11,7 +11,7 @@ from tiny_models import prompt, tiny_model
 
 from cerberus_ext.calibration import cost
 from cerberus_ext.calibration.cost import measure_costs
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.runtime import graphs
 
 
@@ -26,7 +26,7 @@ def test_costs_are_measured_with_the_steps_of_decode(recorded: bool, monkeypatch
     timed: list[tuple[bool, int, int]] = []
     real = cost.take_step
 
-    def watch(stepper: Any, gate: Any, tree: DraftTree, deepest: int) -> list[int]:
+    def watch(stepper: Any, gate: Any, tree: StaticPolicy, deepest: int) -> list[int]:
         timed.append((type(gate).__name__ == "_Answering", tree.size, stepper.base.cache.committed))
         graphed = stepper.stats.graphed_steps
         nodes = len(stepper.stats.trace)
@@ -36,7 +36,7 @@ def test_costs_are_measured_with_the_steps_of_decode(recorded: bool, monkeypatch
         return gained
 
     monkeypatch.setattr(cost, "take_step", watch)
-    trees = {1: DraftTree.root(), 3: DraftTree.chain(2), 4: DraftTree.from_widths([3])}
+    trees = {1: StaticPolicy.root(), 3: StaticPolicy.chain(2), 4: StaticPolicy.from_widths([3])}
     before = model.config._attn_implementation
     found = measure_costs(model, heads, trees, [40, 20], rounds=2)
     graphs._kept.clear()
@@ -51,7 +51,7 @@ def test_costs_are_measured_with_the_steps_of_decode(recorded: bool, monkeypatch
 def test_medians_and_looking_is_never_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
 
-    def time_step(stepper: Any, gate: Any, tree: DraftTree, context: int) -> float:
+    def time_step(stepper: Any, gate: Any, tree: StaticPolicy, context: int) -> float:
         nonlocal calls
         calls += 1
         seconds = tree.size + context / 100 - 0.5 * (type(gate).__name__ == "_Answering" and tree.size > 1)
@@ -59,12 +59,12 @@ def test_medians_and_looking_is_never_faster(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(cost, "_time_step", time_step)
     model = tiny_model("llama")
-    trees = {1: DraftTree.root(), 3: DraftTree.chain(2)}
+    trees = {1: StaticPolicy.root(), 3: StaticPolicy.chain(2)}
     found = measure_costs(model, untrained(model), trees, [20, 40], rounds=3)
     assert found.open == found.asked == ((1.2, 1.4), (3.2, 3.4))
 
 
 def test_costs_of_heads_without_a_right_draft() -> None:
     model = tiny_model("llama")
-    found = measure_costs(model, untrained(model), {1: DraftTree.root()}, [16], rounds=1)
+    found = measure_costs(model, untrained(model), {1: StaticPolicy.root()}, [16], rounds=1)
     assert found.sizes == (1,) and found.asked == found.open

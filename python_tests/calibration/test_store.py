@@ -15,21 +15,21 @@ from memorized import untrained
 from tiny_models import prompt, tiny_model
 
 from cerberus_ext import decode
-from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from cerberus_ext.drafting.heads import CerberusHeads
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine import calibration_entries as entries
 from cerberus_ext.engine import calibration_store as store
 from cerberus_ext.engine.calibration_store import Calibration, Expected, find, heads_fingerprint, key_of, place, save
 from cerberus_ext.engine.plan import make_plan
 
 CPU = torch.device("cpu")
-TREE = DraftTree.from_paths([(0,), (1,), (0, 0), (0, 2)])
+TREE = StaticPolicy.from_paths([(0,), (1,), (0, 0), (0, 2)])
 GATES: dict[str, Gate] = {
     "open": AlwaysOpen(),
     "entropy": EntropyGate(2.5),
-    "confidence": ConfidenceGate({1: 1.0, 8: 1.5}, [DraftTree.chain(1), TREE], 0.1),
+    "confidence": ConfidenceGate({1: 1.0, 8: 1.5}, [StaticPolicy.chain(1), TREE], 0.1),
     "corrected": ConfidenceGate({1: 0.1, 8: 0.15}, [TREE], rate=12.5, platt=[(0.9, 0.1), (1.1, 0.0)]),
 }
 
@@ -55,7 +55,7 @@ def entry(
     heads: CerberusHeads,
     threads: int = 2,
     gate: Gate = GATES["open"],
-    tree: DraftTree | DynamicTree = TREE,
+    tree: StaticPolicy | DynamicPolicy = TREE,
     compiled: bool = False,
 ) -> Calibration:
     device, dtype, count, _ = key_of(CPU, torch.float32, threads)
@@ -90,7 +90,7 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
 def test_round_trip_of_a_dynamic_tree(platt: tuple | None, tmp_path: Path) -> None:
     """With a gate that chooses how many of its nodes, and has no trees of its own."""
     heads = saved_heads(tmp_path / "heads")
-    tree, gate = DynamicTree(8, 5, platt), ConfidenceGate({1: 1.0, 4: 1.2, 8: 3.0}, rate=0.8)
+    tree, gate = DynamicPolicy(8, 5, platt), ConfidenceGate({1: 1.0, 4: 1.2, 8: 3.0}, rate=0.8)
     save(heads, entry(heads, gate=gate, tree=tree))
     back = found(CerberusHeads.from_pretrained(tmp_path / "heads"))
     assert back is not None and same_gate(back.gate, gate) and back.tree == tree
@@ -234,7 +234,7 @@ def change(**values: object):
     return of
 
 
-DEEP = entries.tree_to_text(DraftTree.chain(3))
+DEEP = entries.tree_to_text(StaticPolicy.chain(3))
 DAMAGE = {
     "cut": lambda text: text[:100],
     "empty": lambda text: "",
@@ -350,7 +350,7 @@ def test_heads_of_another_kind_have_none() -> None:
     ("given", "nodes"),
     [
         ({}, {1, 3}),  # calibrated gate and trees
-        ({"tree": DraftTree.chain(1)}, {2}),  # that tree, always open
+        ({"tree": StaticPolicy.chain(1)}, {2}),  # that tree, always open
         ({"gate": AlwaysOpen()}, {TREE.size}),  # calibrated tree, that gate
     ],
 )
@@ -360,7 +360,7 @@ def test_decode_uses_it(given: dict, nodes: set[int], tmp_path: Path) -> None:
     plain = decode(model, heads, prompt(), max_new_tokens=24)
     default = {size for size, _ in plain.stats.trace}
     # Opens about half of the time: head 1's best draft has a probability of 1 % to 90 %.
-    gate = ConfidenceGate({1: 1.0, 3: 1.6}, [DraftTree.chain(2)])
+    gate = ConfidenceGate({1: 1.0, 3: 1.6}, [StaticPolicy.chain(2)])
     save(heads, entry(heads, threads, gate))
     out = decode(model, heads, prompt(), max_new_tokens=24, **given)
     assert out.sequences.equal(plain.sequences)
@@ -372,7 +372,7 @@ def test_decode_uses_it(given: dict, nodes: set[int], tmp_path: Path) -> None:
 def test_which_of_them_decode_uses(compiled: bool, tmp_path: Path) -> None:
     model, heads = tiny_model("llama"), saved_heads(tmp_path)
     save(heads, entry(heads, torch.get_num_threads()))
-    save(heads, entry(heads, torch.get_num_threads(), tree=DynamicTree(9), compiled=True))
+    save(heads, entry(heads, torch.get_num_threads(), tree=DynamicPolicy(9), compiled=True))
     plan = make_plan(model, heads, None, None, None, compiled)
-    assert plan.tree == (DynamicTree(9) if compiled else TREE)
+    assert plan.tree == (DynamicPolicy(9) if compiled else TREE)
     assert plan.sizes == ({1, 4, 8, 9} if compiled else {1, TREE.size}), "a calibrated size is compiled itself"

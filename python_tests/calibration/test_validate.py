@@ -16,9 +16,9 @@ from cerberus_ext.calibration.choice import PLAIN, Choice, Setting
 from cerberus_ext.calibration.cost import StepCosts
 from cerberus_ext.calibration.validate import Measured, gate_gain
 from cerberus_ext.calibration.walk import Tally
-from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import AlwaysOpen
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 
 CHOICE = Choice("gate", "tree", {}, {"gate": Tally(tokens=105, seconds=1.0), "tree": Tally(tokens=100, seconds=1.0)})
 
@@ -78,9 +78,9 @@ def test_validated_ways_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [answer(model, prompt(length=length), 12) for length in (3, 5, 7)]
     texts = [(one, trace_module.trace(model, heads, one)) for one in answers]
     settings = {
-        PLAIN: Setting("open", DraftTree.root(), AlwaysOpen()),
-        "open 4": Setting("open", DraftTree.chain(3), AlwaysOpen()),
-        "dynamic 4": Setting("dynamic", DynamicTree(4), AlwaysOpen()),
+        PLAIN: Setting("open", StaticPolicy.root(), AlwaysOpen()),
+        "open 4": Setting("open", StaticPolicy.chain(3), AlwaysOpen()),
+        "dynamic 4": Setting("dynamic", DynamicPolicy(4), AlwaysOpen()),
     }
     ran, real = [], validate_module.decode
 
@@ -117,8 +117,8 @@ def test_what_is_foreseen_is_of_the_text_that_came(monkeypatch: pytest.MonkeyPat
     traced: list[Any] = []
     watched = lambda *args: traced.append(trace_module.trace(*args)) or traced[-1]  # noqa: E731
     monkeypatch.setattr(validate_module, "trace", watched)
-    settings = {"open 4": Setting("open", DraftTree.chain(3), AlwaysOpen()),
-                "dynamic 4": Setting("dynamic", DynamicTree(4), AlwaysOpen())}  # fmt: skip
+    settings = {"open 4": Setting("open", StaticPolicy.chain(3), AlwaysOpen()),
+                "dynamic 4": Setting("dynamic", DynamicPolicy(4), AlwaysOpen())}  # fmt: skip
     flat = StepCosts((1, 4), (10,), ((1.0,), (1.0,)), ((1.0,), (1.0,)))
     found = validate_module.validate(model, heads, [(parted, text)], settings, flat)
     assert [each.tokens for each in traced] == [one.ids[0].tolist()], "once for all that have this text"

@@ -16,12 +16,17 @@ from cerberus_ext.calibration.walk import walk
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from cerberus_ext.drafting.heads import CerberusConfig, CerberusHeads
 from cerberus_ext.drafting.simulate import ABSENT
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 
 NEW = 80  # more than one piece of the pass over a text
-TREE = DraftTree.from_widths([3, 2, 1])
-TREES = {"chain": DraftTree.chain(3), "wide": DraftTree.from_widths([16]), "16": TREE, "none": DraftTree.root()}
+TREE = StaticPolicy.from_widths([3, 2, 1])
+TREES = {
+    "chain": StaticPolicy.chain(3),
+    "wide": StaticPolicy.from_widths([16]),
+    "16": TREE,
+    "none": StaticPolicy.root(),
+}
 COSTS = {1: 1.0, 2: 1.4, 16: 2.5}
 FLAT = StepCosts((1, 17), (10,), ((1.0,), (1.0,)), ((1.0,), (1.0,)))
 
@@ -40,7 +45,7 @@ def traced(name: str, dtype: torch.dtype = torch.float32) -> tuple[CerberusHeads
 
 
 def gates(text: TracedText) -> dict[str, Gate]:
-    trees = [DraftTree.chain(1), DraftTree.chain(3), TREE]
+    trees = [StaticPolicy.chain(1), StaticPolicy.chain(3), TREE]
     platt = [(0.5, -1.0), (0.4, 0.4), (1.0, 0.0)]
     return {
         "open": AlwaysOpen(),
@@ -52,7 +57,7 @@ def gates(text: TracedText) -> dict[str, Gate]:
     }
 
 
-def same_steps(name: str, dtype: torch.dtype, tree: DraftTree, kind: str, new: int = NEW) -> None:
+def same_steps(name: str, dtype: torch.dtype, tree: StaticPolicy, kind: str, new: int = NEW) -> None:
     heads, found, text = traced(name, dtype)
     if new != NEW:
         short = Answer(0, found.ids[:, : found.prompt + new], found.prompt, new)
@@ -162,7 +167,7 @@ def test_seconds_are_those_of_every_step() -> None:
     """Drawn by hand: a chain of 2 at places 0, 3 and 4, where it accepts 2, 0 and 1 drafts."""
     text = hand_made([[0, 0], [0, 0], [0, 0], [1, 0], [0, ABSENT], [ABSENT, ABSENT]], deepest=[5, 4, 3, 2, 1, 0])
     costs = StepCosts((1, 3), (10, 20), ((1.0, 2.0), (10.0, 20.0)), ((3.0, 4.0), (30.0, 40.0)), entropy=100.0)
-    chain = DraftTree.chain(2)
+    chain = StaticPolicy.chain(2)
     tally = walk([text, text], chain, AlwaysOpen(), costs)
     assert (tally.tokens, tally.steps, tally.open_steps, tally.zero_accept_steps) == (12, 6, 6, 2)
     # After 10, 13 and 14 tokens: 10 and 13 for 3 nodes; the tree of the last step is cut to 2 nodes: 5.5 and 11 -> 7.7

@@ -16,11 +16,11 @@ from tiny_models import VOCAB, prompt, tiny_model
 from cerberus_ext.calibration.cost import StepCosts
 from cerberus_ext.calibration.trace import Answer, TracedText, trace
 from cerberus_ext.calibration.walk import Tally, accepted_by, walk
-from cerberus_ext.drafting.dynamic_tree import DynamicTree, StepTree
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy, Tree
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from cerberus_ext.drafting.heads import CerberusHeads
 from cerberus_ext.drafting.proposers import ProposerFactory
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.drafting.suffix import DocumentProposer, SuffixProposer
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime.stats import DecodeStats
@@ -29,10 +29,10 @@ NEW = 60
 FLAT = StepCosts((1, 65), (10,), ((1.0,), (1.0,)), ((1.0,), (1.0,)))
 CORRECTIONS = ((0.5, -1.0), (0.4, 0.4), (1.0, 0.0))
 TREES = {
-    "4": DynamicTree(4),
-    "11": DynamicTree(11, drafts=3),
-    "32": DynamicTree(32, drafts=16),
-    "corrected": DynamicTree(8, platt=CORRECTIONS),
+    "4": DynamicPolicy(4),
+    "11": DynamicPolicy(11, drafts=3),
+    "32": DynamicPolicy(32, drafts=16),
+    "corrected": DynamicPolicy(8, platt=CORRECTIONS),
 }
 
 
@@ -94,7 +94,7 @@ def test_same_steps_as_decode(name: str, tree: str, kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_steps_with_gates(dtype: torch.dtype, kind: str) -> None:
     heads, found, text = traced("llama", dtype)
-    gate, tree = gates(text)[kind], DynamicTree(20)
+    gate, tree = gates(text)[kind], DynamicPolicy(20)
     out = decode(
         tiny_model("llama", "cpu", dtype), heads, found.ids[:, : found.prompt], max_new_tokens=NEW, tree=tree, gate=gate
     )
@@ -106,12 +106,12 @@ def test_same_steps_with_gates(dtype: torch.dtype, kind: str) -> None:
 def test_same_steps_without_heads() -> None:
     _, found, text = traced("llama")
     stats = decode(
-        tiny_model("llama"), None, found.ids[:, : found.prompt], max_new_tokens=NEW, tree=DynamicTree(8)
+        tiny_model("llama"), None, found.ids[:, : found.prompt], max_new_tokens=NEW, tree=DynamicPolicy(8)
     ).stats
-    tally = walk([text.without_heads()], DynamicTree(8), AlwaysOpen(), FLAT)
+    tally = walk([text.without_heads()], DynamicPolicy(8), AlwaysOpen(), FLAT)
     same(tally, stats)
     assert 0.05 < tally.gate_open_rate < 1, "there is not always a match"
-    assert walk([text.without_heads()], DraftTree.root(), AlwaysOpen(), FLAT).steps == NEW - 1
+    assert walk([text.without_heads()], StaticPolicy.root(), AlwaysOpen(), FLAT).steps == NEW - 1
     assert len(text.without_heads()) == len(text) and text.ids.shape[1] == 3, "and the text stays as it was"
 
 
@@ -120,8 +120,8 @@ def test_same_steps_in_short_texts(new: int) -> None:
     heads, found, _ = traced("llama")
     short = Answer(0, found.ids[:, : found.prompt + new], found.prompt, new)
     model = tiny_model("llama")
-    stats = decode(model, heads, found.ids[:, : found.prompt], max_new_tokens=new, tree=DynamicTree(32)).stats
-    same(walk([trace(model, heads, short)], DynamicTree(32), AlwaysOpen(), FLAT), stats)
+    stats = decode(model, heads, found.ids[:, : found.prompt], max_new_tokens=new, tree=DynamicPolicy(32)).stats
+    same(walk([trace(model, heads, short)], DynamicPolicy(32), AlwaysOpen(), FLAT), stats)
 
 
 def test_a_text_that_ends_by_itself() -> None:
@@ -131,17 +131,17 @@ def test_a_text_that_ends_by_itself() -> None:
     tokens = found.ids[0, found.prompt :].tolist()
     places = [place for place in range(1, 40) if tokens[place] not in tokens[:place]]
     for place in places:
-        out = decode(model, heads, ids, max_new_tokens=NEW, tree=DynamicTree(16), eos_token_id=tokens[place])
+        out = decode(model, heads, ids, max_new_tokens=NEW, tree=DynamicPolicy(16), eos_token_id=tokens[place])
         tally = walk(
-            [trace(model, heads, Answer(0, out.sequences, found.prompt, NEW))], DynamicTree(16), AlwaysOpen(), FLAT
+            [trace(model, heads, Answer(0, out.sequences, found.prompt, NEW))], DynamicPolicy(16), AlwaysOpen(), FLAT
         )
         assert (tally.steps, tally.tokens, tally.nodes_per_step) == (out.stats.steps, place, out.stats.nodes_per_step)
     assert len(places) > 4
 
 
-def step_tree(parents: list[int], tokens: list[int]) -> StepTree:
+def step_tree(parents: list[int], tokens: list[int]) -> Tree:
     zeros = np.zeros(len(parents), np.int64)
-    return StepTree(np.array(parents), np.array(tokens), zeros, np.ones(len(parents)))
+    return Tree(np.array(parents), np.array(tokens), zeros, np.ones(len(parents)))
 
 
 @pytest.mark.parametrize(
@@ -158,13 +158,13 @@ def test_seconds_of_steps_that_have_looked() -> None:
     text = hand_made([[0, 0]] * 8, logprobs=torch.tensor([0.9, 0.02, 0.02, 0.02]).log().expand(8, 2, 4))
     text = replace(text, deepest=[7 - place for place in range(8)])
     costs = StepCosts((1, 3), (10, 20), ((1.0, 2.0), (10.0, 20.0)), ((3.0, 4.0), (30.0, 40.0)), entropy=100.0)
-    tally = walk([text], DynamicTree(3), AlwaysOpen(), costs, [])
+    tally = walk([text], DynamicPolicy(3), AlwaysOpen(), costs, [])
     # After 10, 13 and 16 tokens.
     assert tally.seconds == pytest.approx(30 + 33 + 36) and (tally.nodes, dict(tally.accepted)) == (9, {2: 2, 1: 1})
     # The gate opens nowhere: nobody has looked, except for the entropy.
-    closed = walk([text], DynamicTree(3), EntropyGate(-1.0), costs, [])
+    closed = walk([text], DynamicPolicy(3), EntropyGate(-1.0), costs, [])
     assert closed.seconds == pytest.approx(sum(1 + place / 10 for place in range(8)) + 700) and closed.nodes == 8
-    looked = walk([text], DynamicTree(3), ConfidenceGate({1: 1.0, 3: 100.0}), costs, [])
+    looked = walk([text], DynamicPolicy(3), ConfidenceGate({1: 1.0, 3: 100.0}), costs, [])
     assert looked.seconds == pytest.approx(sum(3 + place / 10 for place in range(7)) + 1.7) and looked.open_steps == 0
 
 
@@ -175,12 +175,12 @@ def test_compiled_steps_are_filled_up() -> None:
     by_size = tuple((float(nodes),) for nodes in (1, 2, 4, 6))
     costs = StepCosts((1, 2, 4, 6), (10,), by_size, by_size)
     # With one draft of each of two heads trees have 3 nodes, where only one draft is of use 2.
-    tree = DynamicTree(6, drafts=1)
+    tree = DynamicPolicy(6, drafts=1)
     steps = walk([text], tree, AlwaysOpen(), costs, [])
     filled = walk([text], tree, AlwaysOpen(), replace(costs, compiled=True), [])
     assert steps.steps == filled.steps == 3 and steps.nodes == filled.nodes == 3 + 3 + 2
     assert steps.seconds == pytest.approx(3 + 3 + 2) and filled.seconds == pytest.approx(4 + 4 + 4)
-    static = walk([text], DraftTree.chain(2), AlwaysOpen(), replace(costs, compiled=True))
+    static = walk([text], StaticPolicy.chain(2), AlwaysOpen(), replace(costs, compiled=True))
     assert static.seconds == pytest.approx(3 + 3 + 3), "filled up where it is cut"
 
 
@@ -202,14 +202,14 @@ def test_sources_see_the_text_as_far_as_it_is_known() -> None:
     text = hand_made([[0, 0], [0, 0], [0, 0], [0, 0], [2, 0]], prompt=2)
     text = replace(text, deepest=[4 - place for place in range(5)])
     heard: list[Any] = []
-    walk([text], DynamicTree(3, drafts=1), AlwaysOpen(), FLAT, [lambda prompt: Recorded(heard, prompt)])
+    walk([text], DynamicPolicy(3, drafts=1), AlwaysOpen(), FLAT, [lambda prompt: Recorded(heard, prompt)])
     assert heard == [[0, 1, 2], [3, 4, 5], [6, 7]]
 
 
 def test_bad_arguments() -> None:
     text = hand_made([[0, 0]] * 3)
-    with pytest.raises(ValueError, match="proposers must be None or empty with a DraftTree"):
-        walk([text], DraftTree.chain(2), AlwaysOpen(), FLAT, [SuffixProposer()])
+    with pytest.raises(ValueError, match="proposers must be None or empty with a StaticPolicy"):
+        walk([text], StaticPolicy.chain(2), AlwaysOpen(), FLAT, [SuffixProposer()])
 
 
 def test_the_vocabulary_of_the_traced_model() -> None:

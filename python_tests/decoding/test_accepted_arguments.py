@@ -12,7 +12,7 @@ from stand_ins import OracleHeads
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 from transformers import BatchEncoding, PreTrainedModel
 
-from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.engine.decode import decode
 
 NEW = 12
@@ -76,7 +76,7 @@ def test_integers(number: Any, llama: PreTrainedModel) -> None:
 
 def test_a_number_of_nodes_is_a_tree(llama: PreTrainedModel) -> None:
     stats = []
-    for tree in (6, DynamicTree(6)):
+    for tree in (6, DynamicPolicy(6)):
         heads = OracleHeads(generated("llama", "cpu", NEW), 3, VOCAB)
         stats.append(decode(llama, heads, IDS, max_new_tokens=NEW, tree=tree, proposers=[], streamer=heads).stats)
     assert stats[0].trace == stats[1].trace and stats[0].trace[0][0] == 6

@@ -14,14 +14,14 @@ from transformers import MambaConfig, PreTrainedModel
 
 from cerberus_ext import ops
 from cerberus_ext.drafting.gate import AlwaysClosed
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.target import attention
 from cerberus_ext.target.attention import UnsupportedAttention, attention_switch, check_attention, layer_windows
 from cerberus_ext.target.model import TargetModel
 from cerberus_ext.target.stand_ins import TreeStep, running
 
-TREE = DraftTree.from_paths([(0, 0, 0), (0, 1), (1, 0), (2,)])
+TREE = StaticPolicy.from_paths([(0, 0, 0), (0, 1), (1, 0), (2,)])
 
 
 def step_logits(model: PreTrainedModel, device: str) -> torch.Tensor:

@@ -12,7 +12,7 @@ from tiny_models import prompt
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime.capability import capability_of
 from cerberus_ext.target.model import TargetModel
@@ -118,7 +118,7 @@ def test_from_another_thread_in_the_middle_of_a_step(family: str, shared: bool) 
 def test_the_hidden_states_are_those_of_the_step() -> None:
     """Not those that another thread's forward of the same model hands to the LM head."""
     model, main, calls = make_family("llama"), threading.get_ident(), []
-    tree = DraftTree.chain(2)
+    tree = StaticPolicy.chain(2)
 
     def step() -> Tensor:
         with torch.inference_mode(), TargetModel(model, 64, 1) as base:

@@ -23,9 +23,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import PreTrainedModel
 
 from cerberus_ext import SuffixProposer
-from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime import compiled_step
 from cerberus_ext.runtime.compiled_step import CompileError, compiled_steps
@@ -35,9 +35,9 @@ from cerberus_ext.target.model import TargetModel
 NEW = 24
 # Of 4 nodes each: nothing but this size and 1 is compiled for most of the tests, since each size takes seconds.
 TREES = {
-    "chain": DraftTree.chain(3),
-    "wide": DraftTree.from_widths([3]),
-    "both": DraftTree.from_paths([(0,), (0, 1), (1,)]),
+    "chain": StaticPolicy.chain(3),
+    "wide": StaticPolicy.from_widths([3]),
+    "both": StaticPolicy.from_paths([(0,), (0, 1), (1,)]),
 }
 HEADS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": OracleHeads, "last draft": LastDraftHeads}
 GATES = {"open": AlwaysOpen, "closed": AlwaysClosed, "random": RandomGate}
@@ -91,7 +91,7 @@ def test_equals_generate(heads: str, tree: str, gate: str, llama: PreTrainedMode
 @pytest.mark.parametrize("heads", ["last draft", "random"])
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "qwen2-window", "mistral"])
 def test_other_models(name: str, heads: str) -> None:
-    assert run(copy.deepcopy(tiny_model(name)), heads, tree=DraftTree.from_widths([3, 4])).stats.compilations > 0
+    assert run(copy.deepcopy(tiny_model(name)), heads, tree=StaticPolicy.from_widths([3, 4])).stats.compilations > 0
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -110,7 +110,7 @@ def test_other_lengths(llama: PreTrainedModel) -> None:
 @pytest.mark.usefixtures("interpreted")
 def test_each_size_is_compiled_once() -> None:
     model = copy.deepcopy(tiny_model("llama"))
-    for tree in (DraftTree.from_widths([2, 2]), DraftTree.from_widths([69])):
+    for tree in (StaticPolicy.from_widths([2, 2]), StaticPolicy.from_widths([69])):
         first, second = (run(model, "random", tree=tree).stats for _ in range(2))
         assert (first.compilations, second.compilations) == (1 + (tree.size == 7), 0), "1, too, the first time"
 
@@ -125,7 +125,7 @@ def test_layers_share_their_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_dynamic_tree(llama: PreTrainedModel) -> None:
     want = generate(llama, prompt(), max_new_tokens=NEW)
-    options = {"tree": DynamicTree(4), "proposers": [SuffixProposer()], "compile": True}
+    options = {"tree": DynamicPolicy(4), "proposers": [SuffixProposer()], "compile": True}
     out = decode(llama, None, prompt(), max_new_tokens=NEW, **options)
     assert out.sequences.tolist() == want.tolist() and out.stats.compilations == 0
 
@@ -139,7 +139,7 @@ def test_drawn_tokens(llama: PreTrainedModel) -> None:
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4])
 def test_is_what_the_model_computes(nodes: int, llama: PreTrainedModel) -> None:
     """Hidden states, logits, and what is left in the cache, also where the step is filled up."""
-    tree = DraftTree.chain(nodes - 1) if nodes > 1 else DraftTree.root()
+    tree = StaticPolicy.chain(nodes - 1) if nodes > 1 else StaticPolicy.root()
     tokens = torch.arange(nodes)[None] + 3
     found = []
     for steps in (None, compiled_steps(llama, [1, 4], DecodeStats())):
@@ -159,15 +159,15 @@ def test_a_node_has_the_bits_that_it_has_alone(dtype: torch.dtype, llama: PreTra
     model: Any = llama if dtype == torch.float32 else make_llama(num_hidden_layers=1).to(dtype)
     stats = DecodeStats()
     steps = compiled_steps(model, [1, 4], stats)
-    tokens, tree = torch.tensor([[5, 60, 7, 88]]), DraftTree.from_widths([3])
+    tokens, tree = torch.tensor([[5, 60, 7, 88]]), StaticPolicy.from_widths([3])
     with torch.inference_mode(), TargetModel(model, 64, 1, compiled=steps) as base:
         base.prefill(prompt())
         hidden, logits = base.step(tokens, tree.on(tokens.device))
-        root_hidden, root_logits = base.step(tokens[:, :1], DraftTree.root().on(tokens.device))
+        root_hidden, root_logits = base.step(tokens[:, :1], StaticPolicy.root().on(tokens.device))
         assert root_hidden[0, 0].equal(hidden[0, 0]) and root_logits[0, 0].equal(logits[0, 0])
         base.cache.extend(1)  # the root
         for node in (1, 2, 3):
-            alone_hidden, alone_logits = base.step(tokens[:, [node]], DraftTree.root().on(tokens.device))
+            alone_hidden, alone_logits = base.step(tokens[:, [node]], StaticPolicy.root().on(tokens.device))
             assert alone_hidden[0, 0].equal(hidden[0, node]) and alone_logits[0, 0].equal(logits[0, node])
     assert stats.row_invariant is True
 

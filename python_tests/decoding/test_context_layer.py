@@ -20,10 +20,10 @@ from torch import Tensor
 from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.calibration.trace import Answer, trace
 from cerberus_ext.drafting.context_layer import BoundContext, rotate
-from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate
 from cerberus_ext.drafting.heads import Drafter
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime import compiled_step
 from cerberus_ext.runtime.stats import DecodeOutput
@@ -37,7 +37,7 @@ GATES = {
     "entropy": lambda: EntropyGate(3.04),
     "confidence": lambda: ConfidenceGate({1: 1.0, 8: 1.1, 64: 1.3}),
 }
-TREES = {"static": DraftTree.from_widths([3, 2, 1]), "dynamic": DynamicTree(12, 4)}
+TREES = {"static": StaticPolicy.from_widths([3, 2, 1]), "dynamic": DynamicPolicy(12, 4)}
 
 
 class Spy:
@@ -81,7 +81,7 @@ def test_equals_generate(name: str, tree: str, gate: str, device: str) -> None:
 
 def one_by_one(name: str, spy: Spy) -> dict[int, Tensor]:
     """What the heads read where no draft is ever accepted."""
-    run(name, tree=DynamicTree(9, 2), proposers=[KnowingMaker(generated(name, "cpu", NEW), wrong(VOCAB))])
+    run(name, tree=DynamicPolicy(9, 2), proposers=[KnowingMaker(generated(name, "cpu", NEW), wrong(VOCAB))])
     every = dict(spy.read)
     assert len(every) == NEW - 2, "of every place but the last ones"
     spy.read.clear()
@@ -92,7 +92,7 @@ def one_by_one(name: str, spy: Spy) -> dict[int, Tensor]:
 def test_what_heads_read_depends_on_the_text_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy(monkeypatch)
     every = one_by_one(name, spy)
-    out = run(name, tree=DynamicTree(24, 2), proposers=accepting(generated(name, "cpu", NEW)))
+    out = run(name, tree=DynamicPolicy(24, 2), proposers=accepting(generated(name, "cpu", NEW)))
     assert sum(map(bool, out.stats.accepted_histogram)) > 1 and 10 < len(spy.read) < NEW / 1.8
     for place, read in spy.read.items():
         torch.testing.assert_close(read, every[place], rtol=1e-5, atol=1e-5)
@@ -115,7 +115,7 @@ def test_a_pass_over_the_text_drafts_the_same(name: str, dtype: torch.dtype, mon
     model, new = tiny_model(name, "cpu", dtype), 100  # more than one piece of the pass
     heads = heads_for(model, dtype)
     spy = Spy(monkeypatch)
-    out = decode(model, heads, prompt(), max_new_tokens=new, tree=DynamicTree(6, 4), proposers=[])
+    out = decode(model, heads, prompt(), max_new_tokens=new, tree=DynamicPolicy(6, 4), proposers=[])
     drafted = {place: (ids.clone(), logs.clone()) for place, (ids, logs) in spy.drafts.items()}
     monkeypatch.undo()
     length = prompt().shape[1]
@@ -136,7 +136,7 @@ def test_pairs_are_the_same_read_or_only_kept(dtype: torch.dtype) -> None:
     model, ids = tiny_model("llama", "cpu", dtype), prompt()
     context = heads_for(model, dtype).bind(model).context
     assert context is not None
-    tree = DraftTree.from_widths([3, 2]).on(ids.device)
+    tree = StaticPolicy.from_widths([3, 2]).on(ids.device)
     tokens = torch.arange(len(tree.depths))[None] + 5
     kept = []
     with torch.inference_mode(), TargetModel(model, 64, 1, context=True) as base:
@@ -159,7 +159,9 @@ def test_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     model = copy.deepcopy(tiny_model("llama"))
     text, heads = generated("llama", "cpu", NEW), heads_for(model)
     outs = [
-        decode(model, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(8, 4), proposers=accepting(text), **options)
+        decode(
+            model, heads, prompt(), max_new_tokens=NEW, tree=DynamicPolicy(8, 4), proposers=accepting(text), **options
+        )
         for options in ({"compile": True}, {})
     ]
     assert outs[0].sequences.tolist() == outs[1].sequences.tolist() == text.tolist()
@@ -207,7 +209,7 @@ def test_a_model_that_hides_its_states_is_refused(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match="decode: heads must have no context layer with this model"):
         decode(model, heads_for(model), prompt(), max_new_tokens=4, tree=TREES["static"])
     assert not model.model._forward_hooks
-    assert decode(model, heads_for(model), prompt(), max_new_tokens=4, tree=DraftTree.root()).stats.new_tokens == 4
+    assert decode(model, heads_for(model), prompt(), max_new_tokens=4, tree=StaticPolicy.root()).stats.new_tokens == 4
 
 
 def test_nothing_is_done_for_it_where_heads_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,4 +220,4 @@ def test_nothing_is_done_for_it_where_heads_are_not_asked(monkeypatch: pytest.Mo
 def test_another_source_is_right() -> None:
     """A text that another proposer drafts to its end."""
     text = generated("llama", "cpu", NEW)
-    assert run("llama", tree=DynamicTree(16), proposers=[KnowingMaker(text, right())]).stats.tokens_per_step > 5
+    assert run("llama", tree=DynamicPolicy(16), proposers=[KnowingMaker(text, right())]).stats.tokens_per_step > 5

@@ -11,7 +11,7 @@ from transformers import MaxLengthCriteria, PreTrainedModel, StoppingCriteriaLis
 
 from cerberus_ext import ops
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 
 NEW = 24
@@ -19,11 +19,11 @@ HEADS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": Oracl
 GATES = {"open": AlwaysOpen, "closed": AlwaysClosed, "random": RandomGate}
 TABLE = [[0.6, 0.3, 0.1, 0.05]] * 4
 TREES = {
-    "chain": DraftTree.chain(4),
-    "16": DraftTree.from_accuracies(TABLE, 16),
-    "64": DraftTree.from_accuracies(TABLE, 64),
-    "one draft": DraftTree.chain(1),
-    "65, wide": DraftTree.from_widths([64]),
+    "chain": StaticPolicy.chain(4),
+    "16": StaticPolicy.from_accuracies(TABLE, 16),
+    "64": StaticPolicy.from_accuracies(TABLE, 64),
+    "one draft": StaticPolicy.chain(1),
+    "65, wide": StaticPolicy.from_widths([64]),
 }
 
 

@@ -15,20 +15,20 @@ from stand_ins import RandomHeads
 from tiny_models import VOCAB, prompt, tiny_model
 from transformers import T5Config, T5ForConditionalGeneration
 
-from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import ConfidenceGate, Gate
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.drafting.suffix import SuffixProposer
 from cerberus_ext.engine.decode import decode
 
 
 class DeepGate(Gate):
-    def trees(self, tree: DraftTree) -> list[DraftTree]:
-        return [DraftTree.chain(7)]
+    def trees(self, tree: StaticPolicy) -> list[StaticPolicy]:
+        return [StaticPolicy.chain(7)]
 
 
 class ChoosingGate(Gate):
-    def choose(self, tree: DraftTree, logprobs: torch.Tensor) -> None:
+    def choose(self, tree: StaticPolicy, logprobs: torch.Tensor) -> None:
         return None
 
 
@@ -104,27 +104,27 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_new_tokens": torch.tensor(True)}, TypeError, r"max_new_tokens must be an integer, got tensor\(True\)"),
     ({"max_new_tokens": np.float32(2)}, TypeError, "max_new_tokens must be an integer, got .*2.0"),
     ({"max_new_tokens": True}, TypeError, "max_new_tokens must be an integer, got True"),
-    ({"tree": [[0]]}, TypeError, "tree must be a number of nodes, a DraftTree, a DynamicTree or None, got list"),
-    ({"tree": True}, TypeError, "tree must be a number of nodes, a DraftTree, a DynamicTree or None, got bool"),
-    ({"tree": 16.0}, TypeError, "tree must be a number of nodes, a DraftTree, a DynamicTree or None, got float"),
+    ({"tree": [[0]]}, TypeError, "tree must be a number of nodes, a StaticPolicy, a DynamicPolicy or None, got list"),
+    ({"tree": True}, TypeError, "tree must be a number of nodes, a StaticPolicy, a DynamicPolicy or None, got bool"),
+    ({"tree": 16.0}, TypeError, "tree must be a number of nodes, a StaticPolicy, a DynamicPolicy or None, got float"),
     ({"tree": 1}, ValueError, "tree must be >= 2, got 1"),
     ({"tree": 16, "gate": ChoosingGate()}, ValueError, "gate must have choose_size, .* this ChoosingGate chooses"),
-    ({"tree": DraftTree.chain(5)}, ValueError, "tree must not be deeper than the heads, 4, got a depth of 5"),
+    ({"tree": StaticPolicy.chain(5)}, ValueError, "tree must not be deeper than the heads, 4, got a depth of 5"),
     ({"gate": 0.5}, TypeError, "gate must be a Gate or None, got float"),
     ({"gate": DeepGate()}, ValueError, "tree must not be deeper than the heads, 4, got a depth of 7"),
-    ({"gate": ConfidenceGate({1: 1.0}), "tree": DraftTree.chain(2)}, ValueError, "a tree has 3 nodes"),
+    ({"gate": ConfidenceGate({1: 1.0}), "tree": StaticPolicy.chain(2)}, ValueError, "a tree has 3 nodes"),
     (
-        {"heads": None, "tree": DraftTree.chain(1)},
+        {"heads": None, "tree": StaticPolicy.chain(1)},
         ValueError,
         "tree must not be deeper than the heads, 0, got a depth of",
     ),
-    ({"tree": DynamicTree(8, platt=((1, 0),))}, ValueError, "a correction for each of the 4 heads, .* got 1"),
+    ({"tree": DynamicPolicy(8, platt=((1, 0),))}, ValueError, "a correction for each of the 4 heads, .* got 1"),
     (
-        {"gate": ChoosingGate(), "tree": DynamicTree(8)},
+        {"gate": ChoosingGate(), "tree": DynamicPolicy(8)},
         ValueError,
         "gate must have choose_size, .* this ChoosingGate chooses",
     ),
-    ({"gate": ConfidenceGate({1: 1.0, 8: 2.0}), "tree": DynamicTree(9)}, ValueError, "a tree has 9 nodes, .* is 8"),
+    ({"gate": ConfidenceGate({1: 1.0, 8: 2.0}), "tree": DynamicPolicy(9)}, ValueError, "a tree has 9 nodes, .* is 8"),
     (
         {"proposers": SuffixProposer()},
         TypeError,
@@ -133,14 +133,14 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"proposers": [SuffixProposer(), 3]}, TypeError, "proposers must be None or a sequence of callables .* got list"),
     ({"proposers": iter([])}, TypeError, "proposers must be None or a sequence of callables .* got list_iterator"),
     (
-        {"proposers": [SuffixProposer], "tree": DynamicTree(8)},
+        {"proposers": [SuffixProposer], "tree": DynamicPolicy(8)},
         TypeError,
         r"proposers\[0\] must make .* got SuffixProposer",
     ),
     (
-        {"proposers": [SuffixProposer()], "tree": DraftTree.chain(1)},
+        {"proposers": [SuffixProposer()], "tree": StaticPolicy.chain(1)},
         ValueError,
-        "proposers must be None .* with a DraftTree",
+        "proposers must be None .* with a StaticPolicy",
     ),
     ({"temperature": -0.5}, ValueError, "temperature must be >= 0 and finite, got -0.5"),
     ({"temperature": float("inf")}, ValueError, "temperature must be >= 0 and finite, got inf"),

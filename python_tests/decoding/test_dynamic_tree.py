@@ -16,7 +16,7 @@ from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 from transformers import MaxLengthCriteria, PreTrainedModel
 
 from cerberus_ext import CerberusConfig, CerberusHeads
-from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from cerberus_ext.drafting.suffix import SuffixProposer
 from cerberus_ext.engine.decode import decode
@@ -63,7 +63,7 @@ def run(
     """A decode that has to give what the model alone gives."""
     model, text = tiny_model(name, device), generated(name, device, NEW)
     stand_in = HEADS[heads](text, 4, VOCAB) if heads else None
-    tree = DynamicTree(size, drafts=6, platt=options.pop("platt", None))
+    tree = DynamicPolicy(size, drafts=6, platt=options.pop("platt", None))
     out = decode(
         model, stand_in, prompt(device), max_new_tokens=NEW, tree=tree, gate=GATES[gate](), streamer=stand_in,
         proposers=proposers_of(kind, text, VOCAB), **options,
@@ -131,7 +131,7 @@ def test_sampling_depends_on_the_seed_only(options: dict[str, Any], device: str)
     for heads, kind in itertools.product([LastDraftHeads, None], ["suffix", "table", "several"]):
         stand_in = heads(plain, 4, VOCAB) if heads else None
         out = decode(
-            model, stand_in, ids, max_new_tokens=NEW, tree=DynamicTree(16), seed=1, streamer=stand_in,
+            model, stand_in, ids, max_new_tokens=NEW, tree=DynamicPolicy(16), seed=1, streamer=stand_in,
             proposers=proposers_of(kind, plain, VOCAB), **options,
         )  # fmt: skip
         assert out.sequences.tolist() == plain.tolist()
@@ -145,7 +145,7 @@ def test_default_is_a_dynamic_tree_with_the_texts_own_past(llama: PreTrainedMode
         heads = CerberusHeads(CerberusConfig("tiny", 32, VOCAB, draft_vocab=draft_vocab))
         if draft_vocab:
             heads.draft_vocab.copy_(torch.arange(5) * 20)
-        for options in ({}, {"proposers": []}, {"proposers": [SuffixProposer(2)], "tree": DynamicTree(70)}):
+        for options in ({}, {"proposers": []}, {"proposers": [SuffixProposer(2)], "tree": DynamicPolicy(70)}):
             out = decode(llama, heads, prompt(), max_new_tokens=NEW, **options)
             assert out.sequences.tolist() == text.tolist() and out.stats.open_steps > 0
     stats = decode(llama, None, prompt(), max_new_tokens=NEW).stats
@@ -159,7 +159,7 @@ def test_paths_are_deeper_than_the_heads(llama: PreTrainedModel) -> None:
     """A document that holds the text gives 15 tokens a step, with 4 heads that are always wrong, or none."""
     text = generate(llama, prompt(), max_new_tokens=1 + 3 * 16)
     for heads in (AdversarialHeads(text, 4, VOCAB), None):
-        options = {"max_new_tokens": 49, "tree": DynamicTree(16), "proposers": [KnowingMaker(text, right(0.995))]}
+        options = {"max_new_tokens": 49, "tree": DynamicPolicy(16), "proposers": [KnowingMaker(text, right(0.995))]}
         out = decode(llama, heads, prompt(), streamer=heads, **options)
         assert out.sequences.tolist() == text.tolist()
         assert out.stats.accepted_histogram == [0] * 15 + [3]
@@ -173,7 +173,7 @@ def test_text_that_repeats_itself(name: str, tokens: list[int], device: str) -> 
     want = generate(model, ids, max_new_tokens=60)
     for heads, size in itertools.product([LastDraftHeads, RandomHeads, None], [4, 16]):
         stand_in = heads(want, 2, VOCAB) if heads else None
-        out = decode(model, stand_in, ids, max_new_tokens=60, tree=DynamicTree(size), streamer=stand_in)
+        out = decode(model, stand_in, ids, max_new_tokens=60, tree=DynamicPolicy(size), streamer=stand_in)
         assert out.sequences.tolist() == want.tolist()
         if heads is None:
             assert len(out.stats.accepted_histogram) == size, "once, every draft was right"
@@ -189,7 +189,13 @@ def test_stops_at_max_new_tokens(new: int, heads: Any, llama: PreTrainedModel) -
         stand_in = heads(text, 4, VOCAB) if heads else None
         maker = KnowingMaker(text, right(0.5))
         out = decode(
-            llama, stand_in, prompt(), max_new_tokens=new, tree=DynamicTree(size), proposers=[maker], streamer=stand_in
+            llama,
+            stand_in,
+            prompt(),
+            max_new_tokens=new,
+            tree=DynamicPolicy(size),
+            proposers=[maker],
+            streamer=stand_in,
         )
         assert out.sequences.tolist() == want.tolist() and out.stats.new_tokens == new
         asked = [most for proposer in maker.made for most in proposer.asked]
@@ -205,7 +211,7 @@ def test_stops_at_eos(heads: Any, place: int, llama: PreTrainedModel) -> None:
     eos = int(text[0, prompt().shape[1] + place])
     want = generate(llama, prompt(), max_new_tokens=NEW, eos_token_id=eos)
     stand_in, maker = heads(text, 4, VOCAB) if heads else None, KnowingMaker(text, right())
-    options = {"tree": DynamicTree(16), "proposers": [maker, SuffixProposer()], "eos_token_id": eos}
+    options = {"tree": DynamicPolicy(16), "proposers": [maker, SuffixProposer()], "eos_token_id": eos}
     out = decode(llama, stand_in, prompt(), max_new_tokens=NEW, streamer=stand_in, **options)
     assert out.sequences.tolist() == want.tolist()
     assert [proposer.known for proposer in maker.made] == [want.shape[1]]
@@ -216,7 +222,7 @@ def test_stopping_criteria_cut_exactly(length: int, llama: PreTrainedModel) -> N
     text = generated("llama", "cpu", NEW)
     oracle, maker = OracleHeads(text, 4, VOCAB), KnowingMaker(text, right())
     out = decode(
-        llama, oracle, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), proposers=[maker], streamer=oracle,
+        llama, oracle, prompt(), max_new_tokens=NEW, tree=DynamicPolicy(8), proposers=[maker], streamer=oracle,
         stopping_criteria=[MaxLengthCriteria(length)],
     )  # fmt: skip
     assert out.sequences.tolist() == text[:, :length].tolist()
@@ -229,17 +235,17 @@ def test_up_to_the_last_position(device: str) -> None:
     want = generate(model, ids, max_new_tokens=17)  # the 17th is never put in
     for kind, size in itertools.product(["anything", "documents", "several", "tables"], [2, 33, 70]):
         out = decode(
-            model, None, ids, max_new_tokens=17, tree=DynamicTree(size), proposers=proposers_of(kind, want, VOCAB)
+            model, None, ids, max_new_tokens=17, tree=DynamicPolicy(size), proposers=proposers_of(kind, want, VOCAB)
         )
         assert out.sequences.tolist() == want.tolist()
-    out = decode(model, None, ids, max_new_tokens=17, tree=DynamicTree(64), proposers=[KnowingMaker(want, right())])
+    out = decode(model, None, ids, max_new_tokens=17, tree=DynamicPolicy(64), proposers=[KnowingMaker(want, right())])
     assert out.stats.accepted_histogram == [0] * 15 + [1]
 
 
 def test_beyond_the_last_position(llama: PreTrainedModel) -> None:
     ids = prompt(length=250)
     want = generate(llama, ids, max_new_tokens=20)
-    out = decode(llama, None, ids, max_new_tokens=20, tree=DynamicTree(33), proposers=[KnowingMaker(want, right())])
+    out = decode(llama, None, ids, max_new_tokens=20, tree=DynamicPolicy(33), proposers=[KnowingMaker(want, right())])
     assert out.sequences.tolist() == want.tolist()
     assert out.stats.open_steps == 1 and out.stats.accepted_histogram == [13, 0, 0, 0, 0, 1]
 
@@ -260,7 +266,7 @@ def test_trace_sources_of_paths_and_places(llama: PreTrainedModel) -> None:
         makers = [KnowingMaker(text, answer) for answer in answers]
         for heads in (AdversarialHeads(text, 4, VOCAB), None):
             out = decode(
-                llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(64), proposers=makers, streamer=heads
+                llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicPolicy(64), proposers=makers, streamer=heads
             )
             assert out.sequences.tolist() == text.tolist()
             found = list(itertools.chain(*out.stats.trace_proposers))
@@ -278,7 +284,7 @@ def test_trace_sources_name_the_likelier(llama: PreTrainedModel) -> None:
         ):
             oracle = OracleHeads(text, 4, VOCAB)
             stats = decode(
-                llama, oracle, prompt(), max_new_tokens=NEW, tree=DynamicTree(5), streamer=oracle,
+                llama, oracle, prompt(), max_new_tokens=NEW, tree=DynamicPolicy(5), streamer=oracle,
                 proposers=[KnowingMaker(text, answer)],
             ).stats  # fmt: skip
             assert {*itertools.chain(*(each[:4] for each in stats.trace_proposers))} == {proposer}
@@ -292,6 +298,6 @@ def test_nodes_that_nobody_drafted_are_not_checked(llama: PreTrainedModel) -> No
         return [[1, 2]] * 5, [[0.5, 0.0]] * 5
 
     makers = [KnowingMaker(text, table(VOCAB, 1, 1, 0)), KnowingMaker(text, impossible)]
-    stats = decode(llama, None, prompt(), max_new_tokens=NEW, tree=DynamicTree(64), proposers=makers).stats
+    stats = decode(llama, None, prompt(), max_new_tokens=NEW, tree=DynamicPolicy(64), proposers=makers).stats
     # After the root: what follows and 1, or, where that is 1, only it; then 1, at most 4 times.
     assert all(nodes <= 1 + 2 * 5 for nodes, _ in stats.trace) and stats.tokens_per_step > 1.9

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cerberus_ext import CerberusConfig, CerberusHeads
-from cerberus_ext.drafting.dynamic_tree import DynamicTree, StepTree, padded_size
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy, Tree, padded_size
 from cerberus_ext.drafting.gate import ConfidenceGate, Gate
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.drafting.suffix import DocumentProposer, SuffixProposer
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime.capability import capability_of
@@ -37,7 +37,7 @@ def test_padded_size(nodes: int, padded: int) -> None:
 
 def test_step_tree() -> None:
     parents, probabilities = np.array([-1, 0, 1, 0, 2]), np.array([1.0, 0.5, 0.25, 0.25, 0.125])
-    tree = StepTree(parents, np.array([0, 7, 8, 9, 7]), np.array([0, 0, 1, 0, 1]), probabilities)
+    tree = Tree(parents, np.array([0, 7, 8, 9, 7]), np.array([0, 0, 1, 0, 1]), probabilities)
     assert (tree.size, tree.depth, tree.depths.tolist()) == (5, 3, [0, 1, 2, 1, 3])
     assert tree.expected.tolist() == [1, 1.5, 1.75, 2, 2.125]
     assert tree.first(5) is tree and tree.first(9) is tree and tree.cut(3) is tree
@@ -63,9 +63,9 @@ WRONG_TREES: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("values", "error", "message"), WRONG_TREES, ids=[message for *_, message in WRONG_TREES])
 def test_wrong_tree(values: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"^DynamicTree: {message}"):
-        DynamicTree(**values)
-    assert DynamicTree(4, platt=[[1, 2]]).platt == ((1.0, 2.0),)  # type: ignore[arg-type]
+    with pytest.raises(error, match=f"^DynamicPolicy: {message}"):
+        DynamicPolicy(**values)
+    assert DynamicPolicy(4, platt=[[1, 2]]).platt == ((1.0, 2.0),)  # type: ignore[arg-type]
 
 
 class PathHeads(OracleHeads):
@@ -80,8 +80,8 @@ def test_heads_that_draft_along_paths_need_a_draft_tree(llama: PreTrainedModel, 
     heads = PathHeads(generated("llama", "cpu", NEW), 4, VOCAB)
     capability_of(llama)
     monkeypatch.setattr(TargetModel, "prefill", None)
-    with pytest.raises(ValueError, match="decode: tree must be a DraftTree with these heads, which draft along"):
-        decode(llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(8))
+    with pytest.raises(ValueError, match="decode: tree must be a StaticPolicy with these heads, which draft along"):
+        decode(llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicPolicy(8))
     monkeypatch.undo()
     check_usable(llama)
 
@@ -141,7 +141,7 @@ def test_a_broken_source_is_named(answer: Any, message: str, llama: PreTrainedMo
         proposers = [SuffixProposer(), lambda prompt: Broken(answer), KnowingMaker(text, table(VOCAB, 3, 2, 5))]
         with pytest.raises(ValueError, match=f"^decode: proposers: {message}"):
             decode(
-                llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(32), proposers=proposers, streamer=heads
+                llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicPolicy(32), proposers=proposers, streamer=heads
             )
         check_usable(llama)
 
@@ -157,7 +157,7 @@ def test_what_a_source_raises_comes_through(where: str, error: type[BaseExceptio
         setattr(proposer, where, fail)
     with pytest.raises(error, match="^of its own$"):
         maker = fail if where == "maker" else lambda prompt: proposer
-        decode(llama, None, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), proposers=[maker])
+        decode(llama, None, prompt(), max_new_tokens=NEW, tree=DynamicPolicy(8), proposers=[maker])
     check_usable(llama)
 
 
@@ -165,7 +165,9 @@ def test_documents_of_another_model(llama: PreTrainedModel) -> None:
     text = generated("llama", "cpu", NEW)
     document = [*text[0, :12].tolist(), VOCAB + 7]
     with pytest.raises(ValueError, match="DocumentDrafts.propose must return tokens in 0..100, got 108"):
-        decode(llama, None, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), proposers=[DocumentProposer([document])])
+        decode(
+            llama, None, prompt(), max_new_tokens=NEW, tree=DynamicPolicy(8), proposers=[DocumentProposer([document])]
+        )
 
 
 @pytest.mark.parametrize("made", [None, 3, SuffixProposer()])
@@ -178,12 +180,12 @@ def test_a_maker_of_something_else(made: Any, llama: PreTrainedModel) -> None:
 
 
 class Choosing(Gate):
-    """Written before there were other trees than DraftTrees."""
+    """Written before there were other trees than StaticPolicies."""
 
     def __init__(self) -> None:
-        self.chosen: list[DraftTree] = []
+        self.chosen: list[StaticPolicy] = []
 
-    def choose(self, tree: DraftTree, logprobs: Tensor) -> DraftTree:
+    def choose(self, tree: StaticPolicy, logprobs: Tensor) -> StaticPolicy:
         self.chosen.append(tree)
         return tree
 
@@ -192,13 +194,13 @@ def test_gates_that_choose_among_draft_trees_get_one(llama: PreTrainedModel) -> 
     """By themselves, and not where they are told otherwise."""
     heads = CerberusHeads(CerberusConfig("tiny", 32, VOCAB))
     choosing = Choosing()
-    confident = ConfidenceGate({1: 1.0, 8: 1.01}, [DraftTree.chain(1), DraftTree.chain(3)])
+    confident = ConfidenceGate({1: 1.0, 8: 1.01}, [StaticPolicy.chain(1), StaticPolicy.chain(3)])
     for gate in (choosing, confident):
-        for other, tree in ((heads, DynamicTree(4)), (None, None)):
+        for other, tree in ((heads, DynamicPolicy(4)), (None, None)):
             with pytest.raises(ValueError, match="decode: gate must have choose_size, and no trees of its own, for a"):
                 decode(llama, other, prompt(), max_new_tokens=NEW, tree=tree, gate=gate)
         out = decode(llama, heads, prompt(), max_new_tokens=NEW, gate=gate)
         assert out.sequences.tolist() == generated("llama", "cpu", NEW).tolist()
         if gate is confident:
             assert {4} < {nodes for nodes, _ in out.stats.trace} <= {1, 2, 3, 4}
-    assert choosing.chosen and all(isinstance(tree, DraftTree) for tree in choosing.chosen)
+    assert choosing.chosen and all(isinstance(tree, StaticPolicy) for tree in choosing.chosen)

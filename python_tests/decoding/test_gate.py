@@ -10,10 +10,10 @@ import torch
 
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate, answers
 from cerberus_ext.drafting.platt import corrected
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 
 HIDDEN = torch.zeros(1, 8)  # uniform: entropy log 8
-CHAIN, WIDE = DraftTree.chain(2), DraftTree.from_widths([4, 2])
+CHAIN, WIDE = StaticPolicy.chain(2), StaticPolicy.from_widths([4, 2])
 COSTS = {1: 1.0, 3: 1.2, 13: 1.8}
 
 
@@ -57,10 +57,10 @@ def test_what_a_gate_answers() -> None:
         ((0.05, 0.05), None),  # (1 + .05 + .0025) / 1.2 < 1
     ],
 )
-def test_confidence(best: tuple[float, ...], expected: DraftTree | None, device: str) -> None:
+def test_confidence(best: tuple[float, ...], expected: StaticPolicy | None, device: str) -> None:
     gate = ConfidenceGate(COSTS, [CHAIN, WIDE])
-    assert list(gate.trees(DraftTree.root())) == [CHAIN, WIDE]
-    assert gate.choose(DraftTree.root(), logprobs(*best).to(device)) is expected
+    assert list(gate.trees(StaticPolicy.root())) == [CHAIN, WIDE]
+    assert gate.choose(StaticPolicy.root(), logprobs(*best).to(device)) is expected
 
 
 def test_confidence_takes_the_wide_tree_where_drafts_are_alike() -> None:
@@ -79,11 +79,11 @@ def test_confidence_weighs_every_node_of_a_tree() -> None:
     #   4   5   6
     #           |                   1
     #           7
-    drawn = DraftTree(parents=(-1, 0, 0, 0, 1, 1, 3, 6), ranks=(0, 0, 1, 3, 0, 2, 0, 1))
+    drawn = StaticPolicy(parents=(-1, 0, 0, 0, 1, 1, 3, 6), ranks=(0, 0, 1, 3, 0, 2, 0, 1))
     probabilities = torch.tensor([[[0.5, 0.25, 0, 0.125], [0.5, 0, 0.25, 0], [0, 1.0, 0, 0]]])
     # 1 .5  2 .25  3 .125  4 .25  5 .125  6 .0625  7 .0625: 1.375 accepted drafts are expected
     for cost, expected in ((2.37, drawn), (2.38, None)):
-        gate = ConfidenceGate({1: 1.0, 8: cost}, [DraftTree.root(), drawn])
+        gate = ConfidenceGate({1: 1.0, 8: cost}, [StaticPolicy.root(), drawn])
         assert gate.choose(CHAIN, probabilities.log()) is expected
         assert ConfidenceGate({1: 1.0, 8: cost}).choose(drawn, probabilities.log()) is expected
 
@@ -123,9 +123,9 @@ WRONG = [
     (lambda: ConfidenceGate(COSTS, []), ValueError, "trees must be None or have at least one tree, got none"),
     (lambda: ConfidenceGate(COSTS, [CHAIN], -0.1), ValueError, "margin must be >= 0, got -0.1"),
     (lambda: ConfidenceGate(COSTS, rate=0.0), ValueError, "rate must be None or > 0, got 0.0"),
-    (lambda: ConfidenceGate(COSTS, [DraftTree.chain(20)]), ValueError, "a tree has 21 nodes, the largest .* is 13"),
+    (lambda: ConfidenceGate(COSTS, [StaticPolicy.chain(20)]), ValueError, "a tree has 21 nodes, the largest .* is 13"),
     (
-        lambda: ConfidenceGate(COSTS).choose(DraftTree.chain(20), logprobs(*[0.5] * 20)),
+        lambda: ConfidenceGate(COSTS).choose(StaticPolicy.chain(20), logprobs(*[0.5] * 20)),
         ValueError,
         "a tree has 21 nodes, the largest size with a cost is 13",
     ),

@@ -15,13 +15,13 @@ from transformers import GenerationConfig, PreTrainedModel, RepetitionPenaltyLog
 
 from cerberus_ext import ops
 from cerberus_ext.drafting.gate import AlwaysClosed
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime.logit_rules import REFUSED, RULES, logit_rules
 
 NEW = 24
 EOS = 26  # the tiny llama writes it soon
-TREE = DraftTree.from_widths([2, 2, 1])
+TREE = StaticPolicy.from_widths([2, 2, 1])
 # Fields of GenerationConfig that say nothing about the text of `generate(do_sample=False, max_new_tokens=...)`, for
 # models without an encoder and one beam. A field of a new transformers version belongs here, to RULES or to REFUSED.
 HARMLESS = {
@@ -158,7 +158,7 @@ def test_bits_do_not_depend_on_drafts(tree: Any, monkeypatch: pytest.MonkeyPatch
         assert out.sequences.tolist() == want.tolist()
 
 
-@pytest.mark.parametrize("tree", [16, TREE, DraftTree.from_widths([8, 4])])
+@pytest.mark.parametrize("tree", [16, TREE, StaticPolicy.from_widths([8, 4])])
 def test_as_many_logits_are_processed_as_tokens_gained(
     tree: Any, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,7 +188,7 @@ def test_equal_drafts_after_one_node(llama: PreTrainedModel, monkeypatch: pytest
     heads.propose = lambda drafts: torch.stack(
         [heads.next_tokens()[0].expand(drafts), (heads.next_tokens()[1] + torch.arange(drafts)) % VOCAB]
     )
-    tree = DraftTree.from_paths([(0,), (1,), (1, 0)])
+    tree = StaticPolicy.from_paths([(0,), (1,), (1, 0)])
     out = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=tree, streamer=heads)
     assert out.sequences.equal(want) and out.stats.accepted_histogram[2] == 7
 
@@ -228,7 +228,7 @@ def test_compiled_steps(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch)
     ids = beginning(18)
     want = generate(llama, ids, max_new_tokens=12)
     heads = OracleHeads(want, 1, VOCAB)
-    out = decode(llama, heads, ids, max_new_tokens=12, tree=DraftTree.chain(1), streamer=heads, compile=True)
+    out = decode(llama, heads, ids, max_new_tokens=12, tree=StaticPolicy.chain(1), streamer=heads, compile=True)
     assert out.sequences.tolist() == want.tolist() and out.stats.tokens_per_step > 1.5
 
 

@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cerberus_ext import CerberusConfig, CerberusHeads
-from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import AlwaysClosed, ConfidenceGate
 from cerberus_ext.drafting.platt import reading
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 
 NEW = 24
-STATIC = DraftTree.from_widths([3, 2])
-TREES = {"dynamic": DynamicTree(8), "corrected": DynamicTree(8, platt=((1.0, 4.0),) * 3), "static": STATIC}
+STATIC = StaticPolicy.from_widths([3, 2])
+TREES = {"dynamic": DynamicPolicy(8), "corrected": DynamicPolicy(8, platt=((1.0, 4.0),) * 3), "static": STATIC}
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_compiled_steps(llama: PreTrainedModel) -> None:
         ids[:, 1] = VOCAB
 
     heads = SpoiledHeads(best_only)
-    tree = DraftTree.from_widths([2])
+    tree = StaticPolicy.from_widths([2])
     out = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=tree, streamer=heads, compile=True)
     assert out.sequences.equal(generated("llama", "cpu", NEW)) and out.stats.accepted_histogram == [1, 11]
 
@@ -108,7 +108,7 @@ def test_heads_with_weights_that_are_no_numbers(dtype: torch.dtype, gate: Any) -
     with torch.no_grad():
         heads.weight.fill_(math.nan if dtype == torch.float32 else 6e4)  # whose products overflow
         heads.bias.fill_(0.0 if dtype == torch.float32 else 6e4)
-    for tree in (STATIC,) if gate is not None and gate.own_trees else (STATIC, DynamicTree(8)):
+    for tree in (STATIC,) if gate is not None and gate.own_trees else (STATIC, DynamicPolicy(8)):
         out = decode(model, heads, prompt(), max_new_tokens=NEW, tree=tree, gate=gate)
         assert out.sequences.equal(want)
         if tree is STATIC:  # now and then float16's are small enough
@@ -126,7 +126,7 @@ class AlongPaths:
     def bind(self, model: PreTrainedModel) -> AlongPaths:
         return self
 
-    def draft_tree(self, hidden: Tensor, root: Tensor, tree: DraftTree) -> Tensor:
+    def draft_tree(self, hidden: Tensor, root: Tensor, tree: StaticPolicy) -> Tensor:
         tokens = torch.tensor([[int(root), *[VOCAB + 9, -5] * tree.size]])[:, : tree.size]
         if self.right:
             tokens[0, self.right] = self.known.next_tokens()[0]

@@ -51,7 +51,7 @@ def test_shares_are_whole_vectors(width: int, threads: int) -> None:
         size = padded_nodes(nodes, [width], threads)
         if size is not None:
             shares = 1 if size * width < step_audit._SHARE else min(threads, -(-size * width // step_audit._SHARE))
-            assert nodes <= size <= nodes + step_audit.MOST_PADDING and size * width % 64 == 0
+            assert nodes <= size <= nodes + step_audit.MAX_PADDING and size * width % 64 == 0
             assert -(-size * width // shares) % 64 == 0
 
 
@@ -127,8 +127,8 @@ def test_named(function: Any, name: str) -> None:
 
 def test_the_tree_of_the_reading_is_no_small_sum() -> None:
     """Or a sum over its nodes would count as one of few terms, which is covered."""
-    assert NODES > row_invariant._MOST_TERMS
-    assert not read(lambda x: x[:, : row_invariant._MOST_TERMS].sum(1), X).uncovered
+    assert NODES > row_invariant._MAX_TERMS
+    assert not read(lambda x: x[:, : row_invariant._MAX_TERMS].sum(1), X).uncovered
 
 
 def test_the_first_call_is_named() -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cerberus_ext.drafting.static_tree import DraftTree, default_tree
+from cerberus_ext.drafting.static_policy import StaticPolicy, default_tree
 
 #        0
 #      / | \        ranks  0 1 3
@@ -16,7 +16,7 @@ from cerberus_ext.drafting.static_tree import DraftTree, default_tree
 #   4   5   6
 #           |                   1
 #           7
-DRAWN = DraftTree(parents=(-1, 0, 0, 0, 1, 1, 3, 6), ranks=(0, 0, 1, 3, 0, 2, 0, 1))
+DRAWN = StaticPolicy(parents=(-1, 0, 0, 0, 1, 1, 3, 6), ranks=(0, 0, 1, 3, 0, 2, 0, 1))
 PATHS = [(0,), (1,), (3,), (0, 0), (0, 2), (3, 0), (3, 0, 1)]
 
 
@@ -27,26 +27,26 @@ def test_numbers() -> None:
 
 
 def test_from_paths() -> None:
-    assert DraftTree.from_paths(reversed(PATHS)) == DRAWN
-    assert DraftTree.from_paths([(0, 2), (3, 0, 1), (0, 0), (1,)]) == DRAWN, "beginnings come with a path"
-    assert DraftTree.from_paths([]) == DraftTree.root()
+    assert StaticPolicy.from_paths(reversed(PATHS)) == DRAWN
+    assert StaticPolicy.from_paths([(0, 2), (3, 0, 1), (0, 0), (1,)]) == DRAWN, "beginnings come with a path"
+    assert StaticPolicy.from_paths([]) == StaticPolicy.root()
 
 
 def test_root() -> None:
-    root = DraftTree.root()
+    root = StaticPolicy.root()
     assert (root.size, root.depth, root.drafts, root.paths()) == (1, 0, 0, [])
 
 
 def test_chain_and_widths() -> None:
-    assert DraftTree.chain(3).parents == (-1, 0, 1, 2)
-    assert DraftTree.chain(0) == DraftTree.root()
-    assert DraftTree.from_widths([2, 3]).paths() == [(0,), (1,), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert StaticPolicy.chain(3).parents == (-1, 0, 1, 2)
+    assert StaticPolicy.chain(0) == StaticPolicy.root()
+    assert StaticPolicy.from_widths([2, 3]).paths() == [(0,), (1,), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
 
 
 def test_cut() -> None:
     assert DRAWN.cut(3) is DRAWN and DRAWN.cut(9) is DRAWN
-    assert DRAWN.cut(2) == DraftTree.from_paths(PATHS[:-1]) and DRAWN.cut(2) is DRAWN.cut(2)
-    assert DRAWN.cut(0) == DraftTree.root()
+    assert DRAWN.cut(2) == StaticPolicy.from_paths(PATHS[:-1]) and DRAWN.cut(2) is DRAWN.cut(2)
+    assert DRAWN.cut(0) == StaticPolicy.root()
 
 
 def test_tensors(device: str) -> None:
@@ -60,13 +60,13 @@ def test_tensors(device: str) -> None:
 
 def test_tensors_of_the_root() -> None:
     with torch.inference_mode():
-        tensors = DraftTree.root().on(torch.device("cpu"))
+        tensors = StaticPolicy.root().on(torch.device("cpu"))
     assert [tensor.tolist() for tensor in tensors] == [[-1], [[1]], [0], [], []]
     assert not any(tensor.is_inference() for tensor in tensors)
 
 
 def test_more_than_one_word_of_ancestors() -> None:
-    words = DraftTree.chain(64).on(torch.device("cpu")).ancestors
+    words = StaticPolicy.chain(64).on(torch.device("cpu")).ancestors
     assert words.shape == (65, 2)
     assert words[63].tolist() == [-1, 0] and words[64].tolist() == [-1, 1]
 
@@ -74,9 +74,9 @@ def test_more_than_one_word_of_ancestors() -> None:
 def test_from_accuracies() -> None:
     # Worth of the paths: (0) .6, (0,0) .3, (1) .2, (0,1) .12, (1,0) .1
     table = [[0.6, 0.2], [0.5, 0.2]]
-    assert DraftTree.from_accuracies(table, 1) == DraftTree.root()
-    assert set(DraftTree.from_accuracies(table, 5).paths()) == {(0,), (0, 0), (1,), (0, 1)}
-    assert DraftTree.from_accuracies(table, 100).size == 7, "there are no more"
+    assert StaticPolicy.from_accuracies(table, 1) == StaticPolicy.root()
+    assert set(StaticPolicy.from_accuracies(table, 5).paths()) == {(0,), (0, 0), (1,), (0, 1)}
+    assert StaticPolicy.from_accuracies(table, 100).size == 7, "there are no more"
 
 
 def heads(**config: object) -> SimpleNamespace:
@@ -96,31 +96,35 @@ def test_default_tree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 WRONG = [
-    (lambda: DraftTree((-1, 0), (0,)), ValueError, r"ranks must have one entry per node \(2\), got 1"),
-    (lambda: DraftTree((), ()), ValueError, r"parents must begin with -1, the root's, got \(\)"),
-    (lambda: DraftTree((0,), (0,)), ValueError, r"parents must begin with -1, the root's, got \(0,\)"),
-    (lambda: DraftTree((-1,), (2,)), ValueError, "ranks must begin with 0, the root's, got 2"),
-    (lambda: DraftTree((-1, 1), (0, 0)), ValueError, r"parents\[1\] must be in 0\.\.0, got 1"),
-    (lambda: DraftTree((-1, 0, -1), (0, 0, 0)), ValueError, r"parents\[2\] must be in 0\.\.1, got -1"),
-    (lambda: DraftTree((-1, 0), (0, -3)), ValueError, r"ranks\[1\] must be >= 0, got -3"),
-    (lambda: DraftTree((-1, 0, 0), (0, 4, 4)), ValueError, "nodes 1 and 2 are both draft 4 after node 0"),
-    (lambda: DraftTree((-1, 0.0), (0, 0)), TypeError, "parents must be integers, got 0.0"),
-    (lambda: DraftTree("abc", (0, 0)), TypeError, "parents must be a sequence of integers, got 'abc'"),
-    (lambda: DraftTree((-1, 0), (0, True)), TypeError, "ranks must be integers, got True"),
-    (lambda: DraftTree.from_paths([(0,), ()]), ValueError, r"paths\[1\] must have at least one rank, got none"),
-    (lambda: DraftTree.from_paths([(0, -1)]), ValueError, r"paths\[0\] must be ranks >= 0, got \(0, -1\)"),
-    (lambda: DraftTree.from_paths([0]), TypeError, r"paths\[0\] must be a sequence of integers, got 0"),
-    (lambda: DraftTree.from_widths([2, 0]), ValueError, r"widths\[1\] must be >= 1, got 0"),
-    (lambda: DraftTree.chain(-1), ValueError, "chain: depth must be >= 0, got -1"),
-    (lambda: DraftTree.chain(1.5), TypeError, "chain: depth must be an integer, got 1.5"),
+    (lambda: StaticPolicy((-1, 0), (0,)), ValueError, r"ranks must have one entry per node \(2\), got 1"),
+    (lambda: StaticPolicy((), ()), ValueError, r"parents must begin with -1, the root's, got \(\)"),
+    (lambda: StaticPolicy((0,), (0,)), ValueError, r"parents must begin with -1, the root's, got \(0,\)"),
+    (lambda: StaticPolicy((-1,), (2,)), ValueError, "ranks must begin with 0, the root's, got 2"),
+    (lambda: StaticPolicy((-1, 1), (0, 0)), ValueError, r"parents\[1\] must be in 0\.\.0, got 1"),
+    (lambda: StaticPolicy((-1, 0, -1), (0, 0, 0)), ValueError, r"parents\[2\] must be in 0\.\.1, got -1"),
+    (lambda: StaticPolicy((-1, 0), (0, -3)), ValueError, r"ranks\[1\] must be >= 0, got -3"),
+    (lambda: StaticPolicy((-1, 0, 0), (0, 4, 4)), ValueError, "nodes 1 and 2 are both draft 4 after node 0"),
+    (lambda: StaticPolicy((-1, 0.0), (0, 0)), TypeError, "parents must be integers, got 0.0"),
+    (lambda: StaticPolicy("abc", (0, 0)), TypeError, "parents must be a sequence of integers, got 'abc'"),
+    (lambda: StaticPolicy((-1, 0), (0, True)), TypeError, "ranks must be integers, got True"),
+    (lambda: StaticPolicy.from_paths([(0,), ()]), ValueError, r"paths\[1\] must have at least one rank, got none"),
+    (lambda: StaticPolicy.from_paths([(0, -1)]), ValueError, r"paths\[0\] must be ranks >= 0, got \(0, -1\)"),
+    (lambda: StaticPolicy.from_paths([0]), TypeError, r"paths\[0\] must be a sequence of integers, got 0"),
+    (lambda: StaticPolicy.from_widths([2, 0]), ValueError, r"widths\[1\] must be >= 1, got 0"),
+    (lambda: StaticPolicy.chain(-1), ValueError, "chain: depth must be >= 0, got -1"),
+    (lambda: StaticPolicy.chain(1.5), TypeError, "chain: depth must be an integer, got 1.5"),
     (
-        lambda: DraftTree.from_accuracies([0.5], 2),
+        lambda: StaticPolicy.from_accuracies([0.5], 2),
         ValueError,
         r"accuracy must be a \(heads, drafts\) table, got shape",
     ),
-    (lambda: DraftTree.from_accuracies([[1.5]], 2), ValueError, "accuracy must be probabilities in 0..1, got others"),
-    (lambda: DraftTree.from_accuracies([[float("nan")]], 2), ValueError, "accuracy must be probabilities in 0..1"),
-    (lambda: DraftTree.from_accuracies([[0.5]], 0), ValueError, "size must be >= 1, got 0"),
+    (
+        lambda: StaticPolicy.from_accuracies([[1.5]], 2),
+        ValueError,
+        "accuracy must be probabilities in 0..1, got others",
+    ),
+    (lambda: StaticPolicy.from_accuracies([[float("nan")]], 2), ValueError, "accuracy must be probabilities in 0..1"),
+    (lambda: StaticPolicy.from_accuracies([[0.5]], 0), ValueError, "size must be >= 1, got 0"),
 ]
 
 

@@ -12,8 +12,8 @@ import torch
 from bench_runs import bench, calibrated, rows_of, way_file
 
 from cerberus_ext import AlwaysOpen, CerberusHeads, compile_ahead, decode
-from cerberus_ext.drafting.dynamic_tree import DynamicTree
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.evaluation.evaluate import BenchOptions, evaluate
 from cerberus_ext.evaluation.ways import COMPILED
 from cerberus_ext.io.default_model import load_model
@@ -33,7 +33,7 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_all_run_beside_the_others(folder: Path, tmp_path: Path) -> None:
-    heads, out = calibrated(folder, tmp_path / "heads", AlwaysOpen(), DynamicTree(6)), tmp_path / "out"
+    heads, out = calibrated(folder, tmp_path / "heads", AlwaysOpen(), DynamicPolicy(6)), tmp_path / "out"
     names = ("generate", "cerberus", "cerberus-calibrated", *COMPILED)
     done = bench(folder, out, *SMALL, "--compile", "--heads", str(heads), "--ways", ",".join(names))
     assert done.exit_code == 0 and "All are the same." in done.output, done.output
@@ -91,9 +91,9 @@ def test_without_a_calibration(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_which_calibration_counts(compiled: bool, folder: Path, tmp_path: Path) -> None:
     """That of compiled steps, or else that of the others, which foresees nothing of compiled ones."""
-    heads = calibrated(folder, tmp_path / "heads", AlwaysOpen(), DynamicTree(6))
+    heads = calibrated(folder, tmp_path / "heads", AlwaysOpen(), DynamicPolicy(6))
     if compiled:
-        calibrated(folder, heads, AlwaysOpen(), DynamicTree(8), compiled=True)
+        calibrated(folder, heads, AlwaysOpen(), DynamicPolicy(8), compiled=True)
     options = ("--compile", "--heads", str(heads), "--ways", "cerberus-calibrated,cerberus-calibrated-compiled")
     done = bench(folder, tmp_path / "out", "--limit", "1", "--turns", "1", *options)
     assert done.exit_code == 0, done.output
@@ -136,12 +136,14 @@ def test_steps_that_cannot_be_compiled(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("tree", [None, DynamicTree(9), DraftTree.from_widths([2, 2])], ids=["default", "9", "static"])
+@pytest.mark.parametrize(
+    "tree", [None, DynamicPolicy(9), StaticPolicy.from_widths([2, 2])], ids=["default", "9", "static"]
+)
 def test_compiled_ahead(tree: Any, folder: Path, pieces: list[int]) -> None:
     model, _ = load_model(folder / "model", torch.float32, "cpu")
     heads = CerberusHeads.from_pretrained(folder / "heads")
     stats = compile_ahead(model, heads, tree=tree)
-    sizes = {None: {1, 4, 6}, DynamicTree(9): {1, 4, 8, 9}}.get(tree, {1, 7})
+    sizes = {None: {1, 4, 6}, DynamicPolicy(9): {1, 4, 8, 9}}.get(tree, {1, 7})
     assert set(pieces) == sizes and stats.compilations == len(sizes) and stats.row_invariant is True
     assert stats.compile_seconds > 0 and stats.steps == 0
     out = decode(model, heads, torch.tensor([[3, 4, 5]]), max_new_tokens=20, tree=tree, compile=True)

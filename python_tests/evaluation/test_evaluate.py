@@ -14,9 +14,9 @@ import torch
 from bench_runs import bench, calibrated, rows_of, way_file
 from typer.testing import CliRunner
 
-from cerberus_ext import CerberusHeads, ConfidenceGate, DraftTree, EntropyGate
+from cerberus_ext import CerberusHeads, ConfidenceGate, EntropyGate, StaticPolicy
 from cerberus_ext.cli.main import app
-from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.evaluation.evaluate import BenchOptions, Context, evaluate
 from cerberus_ext.io.default_model import load_model
 from cerberus_ext.io.prompts import encode_chat, read_questions
@@ -248,7 +248,7 @@ def test_what_calibration_stored_is_used(gate: Any, folder: Path, tmp_path: Path
 @pytest.mark.parametrize("size", [None, 9])
 def test_a_calibrated_tree_that_is_made_anew(size: int | None, folder: Path, tmp_path: Path) -> None:
     """It says how probabilities are corrected; its size is for all such ways, unless the user wants another."""
-    stored = DynamicTree(6, drafts=4, platt=((0.5, 0.1),) * 3)
+    stored = DynamicPolicy(6, drafts=4, platt=((0.5, 0.1),) * 3)
     heads = calibrated(folder, tmp_path / "heads", ConfidenceGate({1: 1.0, 8: 1.2}), stored)
     options = ["--turns", "1", "--limit", "1", "--heads", str(heads), "--entropy-threshold", "1"]
     done = bench(folder, tmp_path / "out", *options, *(["--tree-size", str(size)] if size else []))
@@ -260,8 +260,8 @@ def test_a_calibrated_tree_that_is_made_anew(size: int | None, folder: Path, tmp
     model, tokenizer = load_model(folder / "model", torch.float32, "cpu")
     context = Context(model, tokenizer, CerberusHeads.from_pretrained(heads), size)
     assert context.dynamic_tree() == replace(stored, size=size or 6)
-    assert context.suffix_tree() == DynamicTree(size or 6, drafts=4)
-    assert isinstance(context.tree(context.heads), DraftTree)
+    assert context.suffix_tree() == DynamicPolicy(size or 6, drafts=4)
+    assert isinstance(context.tree(context.heads), StaticPolicy)
 
 
 def test_rounds(folder: Path, tmp_path: Path) -> None:

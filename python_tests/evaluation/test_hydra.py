@@ -15,7 +15,7 @@ from tape import TapeRecorder
 from tiny_llama import make_llama, tiny_llama
 from tiny_models import generate, tiny_model
 
-from cerberus_ext import AlwaysOpen, CerberusConfig, ConfidenceGate, DraftTree, decode
+from cerberus_ext import AlwaysOpen, CerberusConfig, ConfidenceGate, StaticPolicy, decode
 from cerberus_ext.runtime import graphs
 from cerberus_ext.training.options import TrainOptions
 
@@ -28,10 +28,10 @@ VOCAB = 101
 NEW = 24
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 TREES = {
-    "chain": DraftTree.chain(3),
-    "one": DraftTree.chain(1),
-    "best first": DraftTree.from_accuracies([[0.6, 0.3], [0.5, 0.2], [0.9, 0.1]], 12),  # not in the order of depth
-    "wide": DraftTree.from_widths([4, 3, 2]),
+    "chain": StaticPolicy.chain(3),
+    "one": StaticPolicy.chain(1),
+    "best first": StaticPolicy.from_accuracies([[0.6, 0.3], [0.5, 0.2], [0.9, 0.1]], 12),  # not in the order of depth
+    "wide": StaticPolicy.from_widths([4, 3, 2]),
 }
 
 
@@ -64,7 +64,7 @@ def test_drafts_are_accepted() -> None:
             layer.mlp.down_proj.weight.zero_()
         model.lm_head.weight.copy_(model.model.embed_tokens.weight)  # and is the same one
     config = CerberusConfig("tiny", 32, VOCAB, num_heads=3)
-    out = decode(model, HydraHeads(config), IDS, max_new_tokens=NEW, tree=DraftTree.chain(3))
+    out = decode(model, HydraHeads(config), IDS, max_new_tokens=NEW, tree=StaticPolicy.chain(3))
     assert out.sequences.tolist() == generate(model, IDS, max_new_tokens=NEW).tolist()
     assert out.stats.tokens_per_step > 3
 
@@ -177,7 +177,7 @@ def test_states_in_training_are_those_of_the_draft(tmp_path: Path) -> None:
     trainer.options, trainer.device, trainer.dtype = TrainOptions(tmp_path, heads=3), torch.device("cpu"), torch.float32
     trainer.heads, trainer.embeddings = heads, model.get_input_embeddings().weight.detach()
     hidden, root = torch.randn(1, 32), torch.tensor([5])
-    path = heads.bind(model).draft_tree(hidden, root, DraftTree.chain(3))[0]  # root and three drafts
+    path = heads.bind(model).draft_tree(hidden, root, StaticPolicy.chain(3))[0]  # root and three drafts
     states = trainer.states(hidden, path[None, :3])
     drafted = (states[:, 0] @ model.lm_head.weight.T).argmax(-1)
     assert drafted.tolist() == path[1:].tolist()

@@ -14,11 +14,11 @@ from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 import cerberus_ext
 from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 
 NEW = 24
-TREE = DraftTree.from_accuracies([[0.6, 0.3, 0.1, 0.05]] * 4, 16)
+TREE = StaticPolicy.from_accuracies([[0.6, 0.3, 0.1, 0.05]] * 4, 16)
 GATES: dict[str, Gate] = {
     "open": AlwaysOpen(),
     "closed": AlwaysClosed(),

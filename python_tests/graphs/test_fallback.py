@@ -15,14 +15,14 @@ from tiny_models import generate, generated, prompt, tiny_model
 from transformers import PreTrainedModel
 
 from cerberus_ext.drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime import graphs
 from cerberus_ext.runtime.capability import capability_of
 from cerberus_ext.runtime.stats import DecodeStats
 
 NEW = 12
-TREE = DraftTree.from_paths([(0, 0, 0), (0, 1), (1, 0)])
+TREE = StaticPolicy.from_paths([(0, 0, 0), (0, 1), (1, 0)])
 
 
 def run(model: PreTrainedModel, **options: Any) -> DecodeStats:

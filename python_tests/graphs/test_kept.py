@@ -19,14 +19,14 @@ from transformers import PreTrainedModel
 import cerberus_ext
 from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, Gate
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime import graphs
 from cerberus_ext.runtime.stats import DecodeOutput
 
 NEW = 16
-TREE = DraftTree.from_paths([(0, 0, 0), (0, 1), (1, 0)])
-SAME_SIZE = DraftTree.from_paths([(1, 0), (1, 1), (0,), (1, 0, 1), (1, 0, 0)])
+TREE = StaticPolicy.from_paths([(0, 0, 0), (0, 1), (1, 0)])
+SAME_SIZE = StaticPolicy.from_paths([(1, 0), (1, 1), (0,), (1, 0, 1), (1, 0, 0)])
 pytestmark = pytest.mark.usefixtures("recorders")
 
 
@@ -85,12 +85,12 @@ def test_other_lengths_and_trees_of_the_size(model: PreTrainedModel) -> None:
 def test_a_tree_of_another_size_is_recorded(model: PreTrainedModel) -> None:
     heads = oracle(model)
     run(model, heads)
-    assert run(model, heads, tree=DraftTree.from_paths([(0, 1), (1,)])).stats.captures == 1
+    assert run(model, heads, tree=StaticPolicy.from_paths([(0, 1), (1,)])).stats.captures == 1
     assert run(model, heads).stats.captures == 0, "the first ones are still there"
 
 
 def test_capacity_grows_in_buckets(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_LEAST_CAPACITY", 32)
+    monkeypatch.setattr(graphs, "_MIN_CAPACITY", 32)
     heads = oracle(model)
     capacities, captures = [], []
     for length in (2, 5, 40, 90, 9):

@@ -11,9 +11,9 @@ from tape import TapeRecorder
 from tiny_models import VOCAB, generated, prompt, tiny_model
 from torch import Tensor
 
-from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import AlwaysOpen, ConfidenceGate
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 
 NEW = 12
@@ -30,14 +30,14 @@ class OverflownHeads(StaticHeads):
 
 
 @pytest.mark.parametrize("gate", [AlwaysOpen(), ConfidenceGate({1: 1.0, 8: 1.01})])
-@pytest.mark.parametrize("tree", [DraftTree.from_widths([2, 2, 1]), DynamicTree(8)])
+@pytest.mark.parametrize("tree", [StaticPolicy.from_widths([2, 2, 1]), DynamicPolicy(8)])
 def test_replayed(tree: object, gate: object, recorders: list[TapeRecorder]) -> None:
-    if isinstance(tree, DraftTree):
+    if isinstance(tree, StaticPolicy):
         gate = ConfidenceGate({1: 1.0, tree.size: 1.01}) if isinstance(gate, ConfidenceGate) else gate
     model = copy.deepcopy(tiny_model("llama"))
     want = generated("llama", "cpu", NEW)
     heads = OverflownHeads(model, want, [0, 0, 0])
-    proposers = None if isinstance(tree, DraftTree) else []
+    proposers = None if isinstance(tree, StaticPolicy) else []
     for _ in range(2):
         out = decode(model, heads, prompt(), max_new_tokens=NEW, tree=tree, gate=gate, proposers=proposers, graphs=True)
         assert out.sequences.equal(want) and out.stats.graphed_steps == out.stats.steps

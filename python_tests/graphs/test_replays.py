@@ -12,16 +12,16 @@ from tape import TapeRecorder
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime.stats import DecodeOutput
 
 NEW = 24
 TABLE = [[0.6, 0.3, 0.1, 0.05]] * 4
 TREES = {
-    "chain": DraftTree.chain(4),
-    "16": DraftTree.from_accuracies(TABLE, 16),
-    "65": DraftTree.from_accuracies(TABLE, 65),  # two words of ancestors
+    "chain": StaticPolicy.chain(4),
+    "16": StaticPolicy.from_accuracies(TABLE, 16),
+    "65": StaticPolicy.from_accuracies(TABLE, 65),  # two words of ancestors
 }
 HEADS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": OracleHeads, "last draft": LastDraftHeads}
 RANKS = {"oracle": [0] * 4, "second": [1] * 4, "mixed": [1, 0, 2, 0], "never": [-1] * 4}
@@ -99,7 +99,7 @@ class NotingGate(Gate):
             if question in questions:
                 setattr(self, question, getattr(self, "_" + question))
 
-    def trees(self, tree: DraftTree) -> list[DraftTree]:
+    def trees(self, tree: StaticPolicy) -> list[StaticPolicy]:
         return [TREES["16"], TREES["chain"]]
 
     def _opens_at(self, entropy: float) -> bool:
@@ -111,7 +111,7 @@ class NotingGate(Gate):
         self.notes.append(tiny_model("llama").lm_head(hidden).argmax(-1).tolist())
         return len(self.notes) % 3 != 0
 
-    def _choose(self, tree: DraftTree, logprobs: torch.Tensor) -> DraftTree | None:
+    def _choose(self, tree: StaticPolicy, logprobs: torch.Tensor) -> StaticPolicy | None:
         assert logprobs.device.type == "cpu" and logprobs.shape == (1, 4, TREES["16"].drafts)
         self.notes.append(logprobs.tolist())
         return [TREES["16"], TREES["chain"], None][len(self.notes) % 3]
@@ -153,7 +153,7 @@ def test_one_wait_a_step(gate: str, recorders: list[TapeRecorder], monkeypatch: 
         copied.add(host.untyped_storage().data_ptr())
         host.copy_(source)
 
-    def choose(gate: ConfidenceGate, tree: DraftTree, logprobs: torch.Tensor) -> DraftTree | None:
+    def choose(gate: ConfidenceGate, tree: StaticPolicy, logprobs: torch.Tensor) -> StaticPolicy | None:
         nonlocal deciding  # with log-probabilities that are on the host
         deciding = True
         try:

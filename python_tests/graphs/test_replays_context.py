@@ -9,13 +9,13 @@ from tape import TapeRecorder
 from tiny_models import VOCAB, generated, prompt, tiny_model
 
 from cerberus_ext import CerberusConfig, CerberusHeads
-from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 
 NEW = 40
-TREES = {"static": DraftTree.from_widths([3, 2, 1]), "dynamic": DynamicTree(12, 4)}
+TREES = {"static": StaticPolicy.from_widths([3, 2, 1]), "dynamic": DynamicPolicy(12, 4)}
 GATES = {
     "open": AlwaysOpen,
     "random": RandomGate,

@@ -14,9 +14,9 @@ from static_stand_ins import StaticHeads
 from tape import TapeRecorder
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 
-from cerberus_ext.drafting.dynamic_tree import DynamicTree, padded_size
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy, padded_size
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.drafting.suffix import SuffixProposer
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime import graphs
@@ -90,7 +90,7 @@ def test_heads_between_the_replays(heads: Any, kind: str, recorders: list[TapeRe
     """Heads that cannot be recorded draft before every replay; or there are none, and the host brings all tokens."""
     text = generated("llama", "cpu", NEW)
     stand_in = heads(text, 4, VOCAB) if heads else None
-    out = both(tiny_model("llama"), stand_in, text, prompt(), kind, max_new_tokens=NEW, tree=DynamicTree(13))
+    out = both(tiny_model("llama"), stand_in, text, prompt(), kind, max_new_tokens=NEW, tree=DynamicPolicy(13))
     check_recordings(out, recorders)
 
 
@@ -101,7 +101,7 @@ def test_heads_inside_the_replays(gate: str, heads: str, kind: str, recorders: l
     """What they draft for the next step comes with the step's one copy."""
     model, text = tiny_model("llama"), generated("llama", "cpu", NEW)
     stand_in = StaticHeads(model, text, RANKS[heads], every=3)
-    tree = DynamicTree(33, drafts=4)
+    tree = DynamicPolicy(33, drafts=4)
     out = both(model, stand_in, text, prompt(), kind, gate=GATES[gate], max_new_tokens=NEW, tree=tree)
     check_recordings(out, recorders)
 
@@ -110,7 +110,7 @@ def test_heads_inside_the_replays(gate: str, heads: str, kind: str, recorders: l
 def test_other_models(name: str, recorders: list[TapeRecorder]) -> None:
     model, text = tiny_model(name), generated(name, "cpu", NEW)
     for heads in (StaticHeads(model, text, RANKS["mixed"], every=3), LastDraftHeads(text, 4, VOCAB), None):
-        both(model, heads, text, prompt(), "several", gate=Sizes, max_new_tokens=NEW, tree=DynamicTree(70))
+        both(model, heads, text, prompt(), "several", gate=Sizes, max_new_tokens=NEW, tree=DynamicPolicy(70))
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -123,7 +123,7 @@ def test_drafts_are_the_same_as_op_by_op(inside: bool, recorders: list[TapeRecor
         maker, gate = KnowingMaker(text, right(0.2)), Sizes()
         streamer = None if inside else heads
         decode(
-            model, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(20), gate=gate, proposers=[maker],
+            model, heads, prompt(), max_new_tokens=NEW, tree=DynamicPolicy(20), gate=gate, proposers=[maker],
             graphs=replay, streamer=streamer,
         )  # fmt: skip
         asked.append((gate.notes, [proposer.asked for proposer in maker.made]))
@@ -146,13 +146,13 @@ def test_few_recordings_for_many_sizes(recorders: list[TapeRecorder]) -> None:
         maker = KnowingMaker(text, anything(VOCAB))
         heads = RandomHeads(text, 4, VOCAB)
         out = decode(
-            model, heads, prompt(), max_new_tokens=90, tree=DynamicTree(40), gate=Growing(), graphs=True,
+            model, heads, prompt(), max_new_tokens=90, tree=DynamicPolicy(40), gate=Growing(), graphs=True,
             proposers=[maker], streamer=heads,
         )  # fmt: skip
         assert out.sequences.tolist() == text.tolist()
         found.append((len({nodes for nodes, _ in out.stats.trace}), out.stats.captures))
     assert found[0][0] > 20 and [captures for _, captures in found] == [7, 0]
-    without = decode(model, None, prompt(), max_new_tokens=90, tree=DynamicTree(40), gate=Growing(), graphs=True)
+    without = decode(model, None, prompt(), max_new_tokens=90, tree=DynamicPolicy(40), gate=Growing(), graphs=True)
     assert without.sequences.tolist() == text.tolist() and without.stats.captures == 0, "nor does one without heads"
 
 
@@ -160,8 +160,15 @@ def test_static_and_dynamic_trees_take_turns(recorders: list[TapeRecorder]) -> N
     """Over the same tensors: each finds its own tree there, and the drafts of its own step."""
     model, text = tiny_model("llama"), generated("llama", "cpu", NEW)
     heads = StaticHeads(model, text, [1, 0, 1, 0], every=5)
-    static = DraftTree.from_accuracies([[0.5, 0.3, 0.1, 0.05]] * 4, 16)
-    for tree in (static, DynamicTree(16, drafts=4), static, DynamicTree(16, drafts=2), DraftTree.chain(1), static):
+    static = StaticPolicy.from_accuracies([[0.5, 0.3, 0.1, 0.05]] * 4, 16)
+    for tree in (
+        static,
+        DynamicPolicy(16, drafts=4),
+        static,
+        DynamicPolicy(16, drafts=2),
+        StaticPolicy.chain(1),
+        static,
+    ):
         for given in (heads, LastDraftHeads(text, 4, VOCAB)):
             out = decode(
                 model, given, prompt(), max_new_tokens=NEW, tree=tree, graphs=True,
@@ -175,7 +182,7 @@ def test_sampling(options: dict[str, Any], recorders: list[TapeRecorder]) -> Non
     model = tiny_model("llama")
     text = decode(model, None, prompt(), max_new_tokens=NEW, gate=AlwaysClosed(), graphs=False, **options).sequences
     for heads in (StaticHeads(model, text, RANKS["mixed"], every=3), OracleHeads(text, 4, VOCAB), None):
-        both(model, heads, text, prompt(), "several", gate=Sizes, max_new_tokens=NEW, tree=DynamicTree(16), **options)
+        both(model, heads, text, prompt(), "several", gate=Sizes, max_new_tokens=NEW, tree=DynamicPolicy(16), **options)
 
 
 @pytest.mark.parametrize("new", range(7))
@@ -186,7 +193,7 @@ def test_stops_at_max_new_tokens(new: int, recorders: list[TapeRecorder]) -> Non
         for replay in (True, False):
             proposers = proposers_of("several", text, VOCAB)
             out = decode(
-                model, heads, prompt(), max_new_tokens=new, tree=DynamicTree(16), proposers=proposers, graphs=replay
+                model, heads, prompt(), max_new_tokens=new, tree=DynamicPolicy(16), proposers=proposers, graphs=replay
             )
             assert out.sequences.tolist() == want.tolist()
 
@@ -197,14 +204,14 @@ def test_up_to_the_last_position(recorders: list[TapeRecorder]) -> None:
     text = generate(model, ids, max_new_tokens=17)  # the 17th is never put in
     for heads in (StaticHeads(model, text, RANKS["oracle"]), None):
         for kind in ("right", "anything", "tables"):
-            both(model, heads, text, ids, kind, max_new_tokens=17, tree=DynamicTree(70))
+            both(model, heads, text, ids, kind, max_new_tokens=17, tree=DynamicPolicy(70))
 
 
 def test_one_wait_a_step(recorders: list[TapeRecorder], monkeypatch: pytest.MonkeyPatch) -> None:
     """The tree is made of what the one copy of the step before has brought; later steps call no heads."""
     model, text = tiny_model("llama"), generated("llama", "cpu", NEW)
     heads = StaticHeads(model, text, RANKS["mixed"])
-    options: dict[str, Any] = {"max_new_tokens": NEW, "tree": DynamicTree(8), "graphs": True}
+    options: dict[str, Any] = {"max_new_tokens": NEW, "tree": DynamicPolicy(8), "graphs": True}
     decode(model, heads, prompt(), proposers=[SuffixProposer()], **options)  # records
     waits: list[int] = []
     real = TapeRecorder.fetch
@@ -233,7 +240,7 @@ def test_goes_on_in_the_middle(recorders: list[TapeRecorder], monkeypatch: pytes
             calls.clear()
             gate, proposers = Sizes(), proposers_of("several", text, VOCAB)
             out = decode(
-                model, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(16), gate=gate, proposers=proposers
+                model, heads, prompt(), max_new_tokens=NEW, tree=DynamicPolicy(16), gate=gate, proposers=proposers
             )
             assert out.sequences.tolist() == text.tolist()
             assert 0 < out.stats.graphed_steps < out.stats.steps and out.stats.captures == 2
@@ -248,6 +255,6 @@ def test_a_broken_source_leaves_the_recordings_usable(recorders: list[TapeRecord
     for answer in (([VOCAB], [0.5]), None):
         made = KnowingMaker(text, lambda follows, most, answer=answer: answer if len(follows) < 15 else ([1], [0.5]))
         with pytest.raises(ValueError, match="decode: proposers: KnowingProposer.propose must return"):
-            decode(model, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), proposers=[made], graphs=True)
-        out = decode(model, heads, prompt(), max_new_tokens=NEW, tree=DynamicTree(8), graphs=True)
+            decode(model, heads, prompt(), max_new_tokens=NEW, tree=DynamicPolicy(8), proposers=[made], graphs=True)
+        out = decode(model, heads, prompt(), max_new_tokens=NEW, tree=DynamicPolicy(8), graphs=True)
         assert out.sequences.tolist() == text.tolist() and out.stats.graphed_steps == out.stats.steps

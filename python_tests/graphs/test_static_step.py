@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cerberus_ext import CerberusConfig, CerberusHeads, ops
-from cerberus_ext.drafting.dynamic_tree import StepTree
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.dynamic_policy import Tree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.runtime.static_step import (
     StaticDrafts,
     StaticNodes,
@@ -28,7 +28,7 @@ from cerberus_ext.runtime.stepper import Sampling
 from cerberus_ext.target.model import StepWay, TargetModel
 
 CPU = torch.device("cpu")
-SMALL = DraftTree.from_paths([(0,), (2,), (0, 1)])  # nodes 1 and 2 after the root, 3 after 1
+SMALL = StaticPolicy.from_paths([(0,), (2,), (0, 1)])  # nodes 1 and 2 after the root, 3 after 1
 
 
 def test_packed_tree() -> None:
@@ -44,7 +44,7 @@ def test_packed_tree() -> None:
 
 def test_packed_step_tree() -> None:
     """Its tokens are given; nodes 3 and 4 repeat node 1."""
-    tree = StepTree(np.array([-1, 0, 1]), np.array([0, 17, 9]), np.zeros(3, np.int64), np.ones(3))
+    tree = Tree(np.array([-1, 0, 1]), np.array([0, 17, 9]), np.zeros(3, np.int64), np.ones(3))
     parents, depths, proposers, ancestors, given = np.split(pack_tree(tree, 5, 2, 4), [5, 10, 15, 20])
     assert parents.tolist() == [-1, 0, 1, 0, 0] and depths.tolist() == [0, 1, 2, 1, 1]
     assert ancestors.tolist() == [0b1, 0b11, 0b111, 0b1001, 0b10001]
@@ -53,7 +53,7 @@ def test_packed_step_tree() -> None:
 
 
 def test_packed_tree_of_several_words() -> None:
-    tree = DraftTree.chain(3)
+    tree = StaticPolicy.chain(3)
     packed = pack_tree(tree, 70, 1, 1)
     assert len(packed) == 70 * 6 and packed.dtype == np.int64
     ancestors = packed[210:350].reshape(70, 2)
@@ -61,7 +61,7 @@ def test_packed_tree_of_several_words() -> None:
 
 
 def test_root_alone() -> None:
-    assert pack_tree(DraftTree.root(), 1, 1, 0).tolist() == [-1, 0, 0, 1, 0]
+    assert pack_tree(StaticPolicy.root(), 1, 1, 0).tolist() == [-1, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -69,7 +69,7 @@ def test_padding_never_changes_what_is_accepted(seed: int) -> None:
     """Against the tree without it, for random trees and few tokens, so that much is accepted."""
     random = np.random.default_rng(seed)
     widths = random.integers(1, 4, size=random.integers(1, 4)).tolist()
-    tree = DraftTree.from_widths(widths).cut(int(random.integers(1, 4)))
+    tree = StaticPolicy.from_widths(widths).cut(int(random.integers(1, 4)))
     nodes = tree.size + int(random.integers(0, 70))
     static, drafts = StaticNodes(1, nodes, CPU), tree.drafts
     static.put(tree, drafts)
@@ -91,7 +91,7 @@ def test_a_tree_is_copied_once() -> None:
     nodes = StaticNodes(1, 6, CPU)
     nodes.put(SMALL, 4)
     nodes.parents.fill_(9)
-    nodes.put(DraftTree.from_paths([(0,), (2,), (0, 1)]), 4)
+    nodes.put(StaticPolicy.from_paths([(0,), (2,), (0, 1)]), 4)
     assert nodes.parents.tolist() == [9] * 6
     nodes.put(SMALL.cut(1), 4)
     assert nodes.parents.tolist() == [-1, 0, 0, 0, 0, 0]
@@ -121,7 +121,7 @@ def test_tokens_from_another_source() -> None:
     """No heads: what follows in the text is given node by node, beside a draft that is wrong."""
     model, text = tiny_model("llama"), generated("llama", "cpu", 8)
     length = prompt().shape[1]
-    tree = DraftTree.from_paths([(0, 0, 0), (1,)])  # nodes 1, 2 after the root, 3 after 1, 4 after 3
+    tree = StaticPolicy.from_paths([(0, 0, 0), (1,)])  # nodes 1, 2 after the root, 3 after 1, 4 after 3
     with torch.inference_mode(), TargetModel(model, 64, 1) as base:
         hidden, logits = base.prefill(prompt())
         state = StaticState(hidden.clone(), logits.argmax(-1))

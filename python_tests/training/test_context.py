@@ -11,9 +11,9 @@ from training_runs import options
 from transformers import LlamaForCausalLM
 
 from cerberus_ext import decode
-from cerberus_ext.drafting.dynamic_tree import DynamicTree
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.heads import CerberusHeads
-from cerberus_ext.drafting.static_tree import DraftTree
+from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.target.model import TargetModel, sole_decode
 from cerberus_ext.training.answers import read_answers
 from cerberus_ext.training.options import SEGMENT
@@ -53,7 +53,7 @@ def test_training_reads_what_decoding_reads(trainer: Trainer, llama: LlamaForCau
         with torch.inference_mode(), sole_decode(llama), TargetModel(llama, len(rows) + 8, 1, context=True) as base:
             base.prefill(tokens[None, :prompt])
             context.keep_prompt(base.cache, led_to, tokens[None, :prompt])
-            chain = DraftTree.chain(count - 1).on(torch.device("cpu"))
+            chain = StaticPolicy.chain(count - 1).on(torch.device("cpu"))
             found = context.read(base.cache, hidden[None, prompt:], tokens[None, prompt:], chain)[0]
         torch.testing.assert_close(read[in_answer], found, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(found, hidden[prompt:], atol=0.1)
@@ -93,7 +93,7 @@ def test_trained_heads_decode(tmp_path: Path, answers: Path, llama: LlamaForCaus
     assert heads.context.qkv.dtype == torch.bfloat16
     ids = torch.tensor([[5, 17, 3, 40]])
     expected = llama.generate(ids, do_sample=False, max_new_tokens=60)
-    for tree in (DraftTree.from_widths([3, 2, 1]), DynamicTree(12)):
+    for tree in (StaticPolicy.from_widths([3, 2, 1]), DynamicPolicy(12)):
         out = decode(llama, heads, ids, max_new_tokens=60, tree=tree, sources=None)
         assert torch.equal(out.sequences, expected)
         assert out.stats.tokens_per_step > 1.2

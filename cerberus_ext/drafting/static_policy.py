@@ -50,7 +50,7 @@ def _at_least(what: str, value: Any, least: int) -> int:
 
 
 @dataclass(frozen=True)
-class DraftTree:
+class StaticPolicy:
     """A tree, checked once, here; equal trees compare equal.
 
     parents: parents[0] = -1 and parents[i] < i, so that node order is depth order along every path.
@@ -59,7 +59,7 @@ class DraftTree:
     Example: the root, its two best continuations, and one draft of what follows the better one (ranks along the paths
     (0), (1) and (0, 0)):
 
-        DraftTree(parents=(-1, 0, 0, 1), ranks=(0, 0, 1, 0)) == DraftTree.from_paths([(0,), (1,), (0, 0)])
+        StaticPolicy(parents=(-1, 0, 0, 1), ranks=(0, 0, 1, 0)) == StaticPolicy.from_paths([(0,), (1,), (0, 0)])
     """
 
     parents: tuple[int, ...]
@@ -68,24 +68,24 @@ class DraftTree:
 
     def __post_init__(self) -> None:
         for name in ("parents", "ranks"):
-            object.__setattr__(self, name, _integers(f"DraftTree: {name}", getattr(self, name)))
+            object.__setattr__(self, name, _integers(f"StaticPolicy: {name}", getattr(self, name)))
         if len(self.parents) != len(self.ranks):
             raise ValueError(
-                f"DraftTree: ranks must have one entry per node ({len(self.parents)}), got {len(self.ranks)}"
+                f"StaticPolicy: ranks must have one entry per node ({len(self.parents)}), got {len(self.ranks)}"
             )
         if not self.parents or self.parents[0] != -1:
-            raise ValueError(f"DraftTree: parents must begin with -1, the root's, got {self.parents[:1]}")
+            raise ValueError(f"StaticPolicy: parents must begin with -1, the root's, got {self.parents[:1]}")
         if self.ranks[0] != 0:
-            raise ValueError(f"DraftTree: ranks must begin with 0, the root's, got {self.ranks[0]}")
+            raise ValueError(f"StaticPolicy: ranks must begin with 0, the root's, got {self.ranks[0]}")
         seen: dict[tuple[int, int], int] = {}
         for node, (parent, rank) in enumerate(zip(self.parents, self.ranks, strict=True)):
             if node and not 0 <= parent < node:
-                raise ValueError(f"DraftTree: parents[{node}] must be in 0..{node - 1}, got {parent}")
+                raise ValueError(f"StaticPolicy: parents[{node}] must be in 0..{node - 1}, got {parent}")
             if rank < 0:
-                raise ValueError(f"DraftTree: ranks[{node}] must be >= 0, got {rank}")
+                raise ValueError(f"StaticPolicy: ranks[{node}] must be >= 0, got {rank}")
             if (parent, rank) in seen:
                 raise ValueError(
-                    f"DraftTree: siblings must have different ranks, nodes {seen[parent, rank]} and {node}"
+                    f"StaticPolicy: siblings must have different ranks, nodes {seen[parent, rank]} and {node}"
                     f" are both draft {rank} after node {parent}"
                 )
             seen[parent, rank] = node
@@ -117,12 +117,12 @@ class DraftTree:
             paths.append((*paths[parent], rank))
         return paths[1:]
 
-    def cut(self, depth: int) -> DraftTree:
+    def cut(self, depth: int) -> StaticPolicy:
         """The tree without the nodes deeper than `depth`; itself, where there are none."""
         if depth >= self.depth:
             return self
         if depth not in self._cache:
-            self._cache[depth] = DraftTree.from_paths([path for path in self.paths() if len(path) <= depth])
+            self._cache[depth] = StaticPolicy.from_paths([path for path in self.paths() if len(path) <= depth])
         return self._cache[depth]
 
     def on(self, device: torch.device) -> TreeTensors:
@@ -141,46 +141,46 @@ class DraftTree:
         return self._cache[device]
 
     @staticmethod
-    def root() -> DraftTree:
+    def root() -> StaticPolicy:
         """The tree without drafts: a step with it is an autoregressive step."""
         return _ROOT
 
     @staticmethod
-    def chain(depth: int) -> DraftTree:
+    def chain(depth: int) -> StaticPolicy:
         """The best draft of each of the first `depth` heads: one path."""
-        return DraftTree.from_widths([1] * _at_least("DraftTree.chain: depth", depth, 0))
+        return StaticPolicy.from_widths([1] * _at_least("StaticPolicy.chain: depth", depth, 0))
 
     @staticmethod
-    def from_widths(widths: Sequence[int]) -> DraftTree:
+    def from_widths(widths: Sequence[int]) -> StaticPolicy:
         """Every node at depth d - 1 is followed by head d's widths[d - 1] best drafts: [3, 2] has 1 + 3 + 6 nodes."""
         paths: list[Path] = []
         level: list[Path] = [()]
         for index, width in enumerate(widths):
-            _at_least(f"DraftTree.from_widths: widths[{index}]", width, 1)
+            _at_least(f"StaticPolicy.from_widths: widths[{index}]", width, 1)
             level = [(*path, rank) for path in level for rank in range(width)]
             paths += level
-        return DraftTree.from_paths(paths)
+        return StaticPolicy.from_paths(paths)
 
     @staticmethod
-    def from_paths(paths: Iterable[Sequence[int]]) -> DraftTree:
+    def from_paths(paths: Iterable[Sequence[int]]) -> StaticPolicy:
         """From the ranks along each path: (1, 0) is head 1's second draft followed by head 2's best.
 
         The beginnings of a path come with it. Nodes are ordered by depth, then by ranks, whatever the order of `paths`.
         """
         wanted: set[Path] = set()
         for index, ranks in enumerate(paths):
-            path = _integers(f"DraftTree.from_paths: paths[{index}]", ranks)
+            path = _integers(f"StaticPolicy.from_paths: paths[{index}]", ranks)
             if not path:
-                raise ValueError(f"DraftTree.from_paths: paths[{index}] must have at least one rank, got none")
+                raise ValueError(f"StaticPolicy.from_paths: paths[{index}] must have at least one rank, got none")
             if min(path) < 0:
-                raise ValueError(f"DraftTree.from_paths: paths[{index}] must be ranks >= 0, got {path}")
+                raise ValueError(f"StaticPolicy.from_paths: paths[{index}] must be ranks >= 0, got {path}")
             wanted.update(path[:end] for end in range(1, len(path) + 1))
         ordered = sorted(wanted, key=lambda path: (len(path), path))
         node = {(): 0} | {path: i for i, path in enumerate(ordered, start=1)}
-        return DraftTree((-1, *(node[path[:-1]] for path in ordered)), (0, *(path[-1] for path in ordered)))
+        return StaticPolicy((-1, *(node[path[:-1]] for path in ordered)), (0, *(path[-1] for path in ordered)))
 
     @staticmethod
-    def from_accuracies(accuracy: Any, size: int) -> DraftTree:
+    def from_accuracies(accuracy: Any, size: int) -> StaticPolicy:
         """The tree of `size` nodes, the root included, with the most tokens to be expected a step.
 
         accuracy: (K, P), anything numpy understands: entry [k][r] is the probability that draft r of head k + 1 is
@@ -190,20 +190,20 @@ class DraftTree:
         table = np.asarray(accuracy, dtype=np.float64)
         if table.ndim != 2 or 0 in table.shape:
             raise ValueError(
-                f"DraftTree.from_accuracies: accuracy must be a (heads, drafts) table, got shape {table.shape}"
+                f"StaticPolicy.from_accuracies: accuracy must be a (heads, drafts) table, got shape {table.shape}"
             )
         if not ((table >= 0) & (table <= 1)).all():  # false for NaN too
-            raise ValueError("DraftTree.from_accuracies: accuracy must be probabilities in 0..1, got others")
-        _at_least("DraftTree.from_accuracies: size", size, 1)
+            raise ValueError("StaticPolicy.from_accuracies: accuracy must be probabilities in 0..1, got others")
+        _at_least("StaticPolicy.from_accuracies: size", size, 1)
         heads, drafts = table.shape
         possible = sum(drafts**depth for depth in range(heads + 1))
         parents, ranks = _host.best_tree(table, min(size, possible))
-        return DraftTree(tuple(parents), tuple(ranks))
+        return StaticPolicy(tuple(parents), tuple(ranks))
 
 
-_ROOT = DraftTree((-1,), (0,))
+_ROOT = StaticPolicy((-1,), (0,))
 
-_MOST_DEFAULT_HEADS = 5
+_MAX_DEFAULT_HEADS = 5
 _DEFAULT_DRAFTS = 8
 
 
@@ -218,7 +218,7 @@ def default_size(device: torch.device) -> int:
     return 16 if torch.cpu._is_amx_tile_supported() else 4
 
 
-def default_tree(heads: Any, device: torch.device, size: int | None = None) -> DraftTree:
+def default_tree(heads: Any, device: torch.device, size: int | None = None) -> StaticPolicy:
     """The tree for heads on a device: what was measured with the heads, else a general one.
 
     size: nodes, the root included; None: `default_size(device)`. There are fewer where heads do not draft so much.
@@ -228,9 +228,9 @@ def default_tree(heads: Any, device: torch.device, size: int | None = None) -> D
     size = default_size(device) if size is None else size
     config = heads.config
     if paths := getattr(config, "paths", None):
-        return DraftTree.from_paths(paths[: size - 1])
+        return StaticPolicy.from_paths(paths[: size - 1])
     accuracy = getattr(config, "accuracy", None)
     if accuracy is None:
-        depth = min(config.num_heads, _MOST_DEFAULT_HEADS)
+        depth = min(config.num_heads, _MAX_DEFAULT_HEADS)
         accuracy = [[0.6 * 0.8**k * 0.4**r for r in range(_DEFAULT_DRAFTS)] for k in range(depth)]
-    return DraftTree.from_accuracies(accuracy, size)
+    return StaticPolicy.from_accuracies(accuracy, size)

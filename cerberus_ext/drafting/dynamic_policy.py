@@ -1,8 +1,8 @@
 """Trees new at every step, of the drafts that are most likely to be right.
 
-    DynamicTree   what `decode` is told: how large, and how many drafts of each head compete
+    DynamicPolicy   what `decode` is told: how large, and how many drafts of each head compete
     TreeGrower    grows the trees of one text
-    StepTree      the tree of one step; its nodes are tokens
+    Tree      the tree of one step; its nodes are tokens
 
 A node is as likely to be accepted as the product of the probabilities on its path says; the most likely nodes are
 taken, one after the other (csrc/host/draft_search.h), so that the first n nodes of a tree are the best tree of n nodes.
@@ -28,7 +28,7 @@ MAX_DRAFTS = 32  # that `ops.draft_topk` gives
 
 
 @dataclass(frozen=True)
-class DynamicTree:
+class DynamicPolicy:
     """Every step checks the `size` most likely nodes, the root included, of what the proposers draft.
 
     size: >= 2. drafts: of each head that compete for a place, 1..32; of more than size - 1 none could win one.
@@ -44,12 +44,12 @@ class DynamicTree:
         for name, least, most in (("size", 2, None), ("drafts", 1, MAX_DRAFTS)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"DynamicTree: {name} must be an integer, got {value!r}")
+                raise TypeError(f"DynamicPolicy: {name} must be an integer, got {value!r}")
             if value < least or most is not None and value > most:
                 bounds = f">= {least}" if most is None else f"in {least}..{most}"
-                raise ValueError(f"DynamicTree: {name} must be {bounds}, got {value}")
+                raise ValueError(f"DynamicPolicy: {name} must be {bounds}, got {value}")
         if self.platt is not None:
-            message = f"DynamicTree: platt must be (slope, shift) of every head, got {self.platt!r}"
+            message = f"DynamicPolicy: platt must be (slope, shift) of every head, got {self.platt!r}"
             try:
                 lines = tuple((float(slope), float(shift)) for slope, shift in self.platt)
             except (TypeError, ValueError) as error:
@@ -74,7 +74,7 @@ class StepTensors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StepTree:
+class Tree:
     """Node 0 is the root, parents[i] < i. All (N,)."""
 
     parents: NDArray[np.int64]
@@ -99,13 +99,13 @@ class StepTree:
         """(N,): [n - 1] is how many tokens a step with the first n nodes can be expected to gain."""
         return np.cumsum(self.probabilities)
 
-    def first(self, size: int) -> StepTree:
+    def first(self, size: int) -> Tree:
         """The tree of the `size` most likely nodes; itself, where there are no more."""
         if size >= self.size:
             return self
-        return StepTree(self.parents[:size], self.tokens[:size], self.proposers[:size], self.probabilities[:size])
+        return Tree(self.parents[:size], self.tokens[:size], self.proposers[:size], self.probabilities[:size])
 
-    def cut(self, depth: int) -> StepTree:
+    def cut(self, depth: int) -> Tree:
         """Itself: it has been grown no deeper."""
         assert depth >= self.depth
         return self
@@ -122,7 +122,7 @@ class TreeGrower:
     proposers: for this text, besides the heads. vocabulary: of the model, in tokens.
     """
 
-    def __init__(self, tree: DynamicTree, proposers: Sequence[Proposer], vocabulary: int) -> None:
+    def __init__(self, tree: DynamicPolicy, proposers: Sequence[Proposer], vocabulary: int) -> None:
         self.tree = tree
         self._proposers = tuple(proposers)
         self._vocabulary = vocabulary
@@ -132,7 +132,7 @@ class TreeGrower:
         for proposer in self._proposers:
             proposer.extend(tokens)
 
-    def grow(self, heads: HeadsSignals, deepest: int) -> StepTree:
+    def grow(self, heads: HeadsSignals, deepest: int) -> Tree:
         """The tree of this step, no deeper than `deepest`. Raises ValueError for drafts that are none."""
         most = min(deepest, self.tree.size - 1)
         asked = [HeadsProposer(heads, self._vocabulary, self.tree.platt), *self._proposers]
@@ -140,7 +140,7 @@ class TreeGrower:
         places = join_places([(one, number) for number, one in enumerate(drafts) if one.tokens.ndim == 2])
         paths = [(*one, number) for number, one in enumerate(drafts) if one.tokens.ndim == 1 and one.tokens.size]
         try:
-            return StepTree(*_host.best_drafts(*places, paths, self._vocabulary, self.tree.size, most))
+            return Tree(*_host.best_drafts(*places, paths, self._vocabulary, self.tree.size, most))
         except ValueError:
             for proposer, one in zip(asked, drafts, strict=True):
                 check_values(proposer, one, self._vocabulary)  # says whose they are
