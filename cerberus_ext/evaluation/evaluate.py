@@ -20,7 +20,7 @@ import torch
 
 from ..drafting.gate import EntropyGate
 from ..drafting.heads import CerberusHeads, fingerprint
-from ..engine.calibration_entries import gate_to_json, tree_to_json
+from ..engine.calibration_entries import gate_to_json
 from ..io.files import check_writable, write_bytes, write_text
 from ..io.machine import commit, describe_machine, describe_versions
 from ..io.prompts import Question
@@ -129,7 +129,7 @@ def evaluate(
                 "draft": None if draft is None else fingerprint(draft[0].parameters(), rows=16),
             },
             "calibration": {
-                name: None if stored is None else [tree_to_json(stored.tree), gate_to_json(stored.gate)]
+                name: None if stored is None else [stored.tree.to_json(), gate_to_json(stored.gate)]
                 for name, stored in (
                     ("heads", context.calibration(heads)),
                     ("medusa", context.calibration(medusa)),

@@ -36,17 +36,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from ..drafting.drafter import HeadsLike
 from ..drafting.dynamic_policy import DynamicPolicy
 from ..drafting.gate import AlwaysOpen, EntropyGate, Gate
 from ..drafting.heads import CerberusHeads
 from ..drafting.proposers import ProposerFactory
 from ..drafting.static_policy import StaticPolicy, default_tree
+from ..drafting.tree import TreePolicy
 from ..engine.calibration_store import Calibration, find
-from ..engine.compile_ahead import compile_ahead
 from ..engine.decode import decode
+from ..engine.decoder import Decoder
 from ..engine.plan import default_policy
 from ..runtime.stats import DecodeStats
-from ..runtime.stepper import HeadsLike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,7 +108,7 @@ class Context:
         """The same without heads, and so without what is known of theirs."""
         return replace(self.dynamic_tree(), platt=None)
 
-    def _stored_tree(self, heads: Any, compiled: bool = False) -> StaticPolicy | DynamicPolicy | None:
+    def _stored_tree(self, heads: Any, compiled: bool = False) -> TreePolicy | None:
         stored = self.calibration(heads, compiled)
         return None if stored is None else stored.tree
 
@@ -126,7 +127,7 @@ class DecodeWay:
     name: str
     model: PreTrainedModel
     heads: HeadsLike | None
-    tree: StaticPolicy | DynamicPolicy | None = None
+    tree: TreePolicy | None = None
     gate: Gate | None = None
     description: str = ""
     expected: float | None = None
@@ -136,7 +137,9 @@ class DecodeWay:
     def compile_ahead(self) -> DecodeStats | None:
         if not self.compiled:
             return None
-        return compile_ahead(self.model, self.heads, tree=self.tree, gate=self.gate, proposers=self.proposers)
+        return Decoder(
+            self.model, self.heads, tree=self.tree, gate=self.gate, proposers=self.proposers, compile=True
+        ).warm_up()
 
     def run(self, ids: Tensor, new_tokens: int) -> tuple[list[int], DecodeStats | None]:
         out = decode(
@@ -181,7 +184,7 @@ def open_way(context: Context, name: str, heads: HeadsLike, what: str) -> Decode
     return DecodeWay(name, context.model, heads, tree, AlwaysOpen(), f"{what}, {describe(tree)}, drafts at every step")
 
 
-def describe(tree: StaticPolicy | DynamicPolicy) -> str:
+def describe(tree: TreePolicy) -> str:
     return f"{'dynamic ' if isinstance(tree, DynamicPolicy) else ''}tree of {tree.size} nodes"
 
 
