@@ -164,14 +164,14 @@ def _fill(stepper: Stepper, model: PreTrainedModel) -> None:
     """A short prompt, and numbers in the whole cache: memory that was never written may be faster to read."""
     embeddings: Any = model.get_input_embeddings().weight
     stepper.prefill(torch.zeros((1, 1), dtype=torch.int64, device=embeddings.device))
-    cache = stepper.base.cache.tensor
+    cache = stepper.target.cache.tensor
     assert cache is not None  # the prompt has filled it
     cache.normal_()
 
 
 def _time_step(stepper: Stepper, gate: Gate, tree: StaticPolicy, context: int) -> float:
     """Seconds of one step after `context` tokens."""
-    cache = stepper.base.cache
+    cache = stepper.target.cache
     cache.length.fill_(context)
     cache.committed = context
     if cache.length.is_cuda:

@@ -87,7 +87,7 @@ def size_rows(choice: Choice, costs: StepCosts, context: float) -> list[dict[str
             rows.append(
                 {
                     "size": size,
-                    "depth": None if isinstance(setting.tree, DynamicPolicy) else setting.tree.depth,
+                    "depth": setting.tree.depth if isinstance(setting.tree, StaticPolicy) else None,
                     "step_seconds": seconds[dynamic][size],
                     "tokens_per_step": tally.tokens_per_step,
                     "tokens_per_second": tally.tokens_per_second,

@@ -58,7 +58,7 @@ class Tally(StepCounts):
 
 
 class _Place:
-    """What a gate or a tree may want to see at one place of a text, see `loop.StepSignals`, and what they have asked for.
+    """What a gate or a tree may want to see at one place of a text (loop.StepSignals), and what they have asked for.
 
     looked: at the drafts. asked_entropy: for the entropy.
     """
