@@ -4,13 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from devices import device
 from tape import TapeRecorder
 
 from cerberus_ext.runtime import runtime
 from cerberus_ext.runtime.recorder import RECORDERS
-
-__all__ = ["device"]
 
 
 @pytest.fixture
