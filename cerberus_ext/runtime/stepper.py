@@ -82,7 +82,8 @@ class Stepper:
         self._shape = (drafts.heads.config.num_heads, drafts.drafts) if drafts.drafts else None
         self._results: dict[int, StaticResult] = {}
         self._drafted: tuple[Tensor, Tensor] | None = None  # of this step, on the device: ids, logprobs (B, K, P)
-        self._fetched: tuple[Tensor, Tensor] | None = None  # the same, on the host, as the last step has brought them
+        # The same of row 0, on the host, as the last step has brought them.
+        self._fetched: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
         self._entropy: float | None = None
 
     @property
@@ -111,7 +112,9 @@ class Stepper:
         """ids, logprobs (K, P) of the heads' drafts for row 0, on the host; (0, 0) where no tree has any."""
         if self._shape is None:
             return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
-        ids, logprobs = self._fetched or self._draft()
+        if self._fetched is not None:
+            return self._fetched
+        ids, logprobs = self._draft()
         return ids[0].numpy(force=True), logprobs[0].numpy(force=True)
 
     def step(self, tree: Tree) -> Chunk:

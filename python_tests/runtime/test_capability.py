@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from cerberus_ext.drafting.gate import AlwaysClosed
 from cerberus_ext.engine.decode import decode
-from cerberus_ext.runtime.capability import _can_be_padded, capability_of
+from cerberus_ext.runtime.capability import _can_be_padded
+from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.target import row_invariant
 from cerberus_ext.target.step_audit import unreadable
 
