@@ -145,7 +145,8 @@ def check_tree(tree: Any) -> TreePolicy:
 def check_gate(gate: Any) -> None:
     """What has `decide` and says which signals it needs."""
     needs = getattr(gate, "needs", None)
-    if not callable(getattr(gate, "decide", None)) or not isinstance(needs, frozenset | set | tuple):
+    known = not isinstance(gate, type) and callable(getattr(gate, "decide", None))
+    if not known or not isinstance(needs, frozenset | set | tuple):
         raise TypeError(f"decode: gate must be a Gate or None, got {type(gate).__name__}")
     if unknown := set(needs) - SIGNALS:
         raise ValueError(f"decode: gate must need no other signals than {sorted(SIGNALS)}, got {sorted(unknown)}")

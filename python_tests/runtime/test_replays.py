@@ -151,10 +151,10 @@ def test_one_wait_a_step(gate: str, recorders: list[TapeRecorder], monkeypatch: 
     def watch(name: str) -> None:
         real = getattr(torch.Tensor, name)
 
-        def read(tensor: torch.Tensor, *arguments: Any) -> Any:
+        def read(tensor: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
             if waits and tensor.untyped_storage().data_ptr() not in copied:
                 elsewhere.append(name)
-            return real(tensor, *arguments)
+            return real(tensor, *arguments, **keywords)
 
         monkeypatch.setattr(torch.Tensor, name, read)
 
