@@ -129,6 +129,8 @@ def gate_from_json(values: dict[str, Any]) -> Gate:
     if kind == "entropy":
         return EntropyGate(_number("threshold", values["threshold"]))
     if kind == "confidence":
+        if values.get("trees") is not None or values.get("platt") is not None:
+            raise ValueError("gate must have neither trees nor platt of its own, as those of older versions had")
         return ConfidenceGate(
             costs={
                 _integer("size", int(size), 1, MAX_NODES): _number("cost", cost)

@@ -15,6 +15,7 @@ from stand_ins import RandomHeads
 from tiny_models import VOCAB, prompt, tiny_model
 from transformers import T5Config, T5ForConditionalGeneration
 
+from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import ConfidenceGate, Gate
 from cerberus_ext.drafting.static_policy import StaticPolicy
@@ -44,6 +45,7 @@ def call(**changes: Any) -> None:
 
 
 IDS = prompt()
+HEADS = CerberusHeads(CerberusConfig("tiny", 32, VOCAB))
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"model": torch.nn.Linear(2, 2)}, TypeError, "model must be a transformers PreTrainedModel, got Linear"),
     ({"heads": 4}, TypeError, "heads must be CerberusHeads, got int"),
@@ -107,7 +109,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"gate": Gate}, TypeError, "gate must be a Gate or None, got type"),
     ({"gate": ReadingGate()}, ValueError, r"gate must need no other signals than .*, got \['weather'\]"),
     (
-        {"gate": ConfidenceGate({1: 1.0}), "tree": StaticPolicy.chain(2), "max_new_tokens": 4},
+        {"gate": ConfidenceGate({1: 1.0}), "tree": StaticPolicy.chain(2), "max_new_tokens": 4, "heads": HEADS},
         ValueError,
         "a tree has 3 nodes",
     ),
@@ -118,7 +120,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"tree": DynamicPolicy(8, platt=((1, 0),))}, ValueError, "a correction for each of the 4 heads, .* got 1"),
     (
-        {"gate": ConfidenceGate({1: 1.0, 8: 2.0}), "tree": DynamicPolicy(9), "max_new_tokens": 4},
+        {"gate": ConfidenceGate({1: 1.0, 8: 2.0}), "tree": DynamicPolicy(9), "max_new_tokens": 4, "heads": None},
         ValueError,
         "a tree has 9 nodes, .* is 8",
     ),

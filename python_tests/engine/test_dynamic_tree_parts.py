@@ -165,11 +165,11 @@ def test_a_maker_of_something_else(made: Any, llama: PreTrainedModel) -> None:
 
 def test_a_gate_chooses_the_first_nodes_of_either_policy(llama: PreTrainedModel) -> None:
     """One formula for both; the costs have to reach the size of the policy."""
-    heads, confident = CerberusHeads(CerberusConfig("tiny", 32, VOCAB)), ConfidenceGate({1: 1.0, 2: 1.001, 4: 1.003})
+    heads, confident = CerberusHeads(CerberusConfig("tiny", 32, VOCAB)), ConfidenceGate({1: 1.0, 2: 1.001, 4: 1.3})
     for tree in (DynamicPolicy(4), StaticPolicy.from_widths([3])):
-        out = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=tree, gate=confident)
+        out = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=tree, gate=confident, proposers=[])
         assert out.sequences.tolist() == generated("llama", "cpu", NEW).tolist()
-        assert {nodes for nodes, _ in out.stats.trace} > {1} and max(nodes for nodes, _ in out.stats.trace) <= 4
+        assert {2} <= {nodes for nodes, _ in out.stats.trace} <= {1, 2}, "the last step may be a plain one"
     for tree in (DynamicPolicy(5), StaticPolicy.from_widths([4])):
         with pytest.raises(ValueError, match="^ConfidenceGate: costs must reach .* 5 nodes, the largest .* is 4$"):
             decode(llama, heads, prompt(), max_new_tokens=NEW, tree=tree, gate=confident)

@@ -7,6 +7,8 @@ import os
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -16,29 +18,28 @@ from tiny_models import prompt, tiny_model
 
 from cerberus_ext import decode
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
-from cerberus_ext.drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from cerberus_ext.drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate, Signals
 from cerberus_ext.drafting.heads import CerberusHeads
 from cerberus_ext.drafting.static_policy import StaticPolicy
+from cerberus_ext.drafting.tree import TreePolicy
 from cerberus_ext.engine import calibration_entries as entries
 from cerberus_ext.engine import calibration_store as store
-from cerberus_ext.engine.calibration_store import Calibration, Expected, find, heads_fingerprint, key_of, place, save
+from cerberus_ext.engine.calibration_store import Calibration, Expected, heads_fingerprint, key_of, place, save
 from cerberus_ext.engine.plan import make_plan
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 CPU = torch.device("cpu")
-TREE = StaticPolicy.from_paths([(0,), (1,), (0, 0), (0, 2)])
+TREE = StaticPolicy.from_paths([(0,), (0, 0), (1,), (0, 2)])
 GATES: dict[str, Gate] = {
     "open": AlwaysOpen(),
     "entropy": EntropyGate(2.5),
-    "confidence": ConfidenceGate({1: 1.0, 8: 1.5}, [StaticPolicy.chain(1), TREE], 0.1),
-    "corrected": ConfidenceGate({1: 0.1, 8: 0.15}, [TREE], rate=12.5, platt=[(0.9, 0.1), (1.1, 0.0)]),
+    "confidence": ConfidenceGate({1: 1.0, 8: 1.5}, 0.1),
+    "rate": ConfidenceGate({1: 0.1, 8: 0.15}, rate=12.5),
 }
 
 
-@pytest.fixture(autouse=True)
-def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_said", set())
+KEPT: WeakKeyDictionary[CerberusHeads, Any] = WeakKeyDictionary()  # as a model's Runtime keeps it
 
 
 def make_heads(seed: int = 0) -> CerberusHeads:
@@ -57,12 +58,16 @@ def entry(
     heads: CerberusHeads,
     threads: int = 2,
     gate: Gate = GATES["open"],
-    tree: StaticPolicy | DynamicPolicy = TREE,
+    tree: TreePolicy = TREE,
     compiled: bool = False,
 ) -> Calibration:
     device, dtype, count, _ = key_of(CPU, torch.float32, threads)
     expected, own = Expected(50.0, 25.0, 1.9, 1.0, 0.25), heads_fingerprint(heads)
     return Calibration(device, dtype, count, own, "model", tree, gate, expected, {"texts": 3}, compiled)
+
+
+def find(*arguments: Any, compiled: bool = False) -> Calibration | None:
+    return store.find(*arguments, compiled, KEPT)
 
 
 def found(heads: CerberusHeads, threads: int = 2, dtype: torch.dtype = torch.float32) -> Calibration | None:
@@ -84,20 +89,21 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     assert back is not None and same_gate(back.gate, put.gate)
     assert (back.key, back.tree, back.expected, back.details) == (put.key, put.tree, put.expected, put.details)
     assert back.expected.speed_up == 2.0
-    logprobs = torch.tensor([[[0.9, 0.02, 0.02], [0.9, 0.02, 0.02]]]).log()
-    assert back.gate.choose(TREE, logprobs) == put.gate.choose(TREE, logprobs)
+    signals = Signals(5, torch.zeros(1, 8), 2.0, np.array([1, 1.8, 2.0, 2.1, 2.2]))
+    assert back.gate.decide(signals) == put.gate.decide(signals) == 5
 
 
 @pytest.mark.parametrize("platt", [None, ((0.9, 0.1), (1.1, 0.0))])
 def test_round_trip_of_a_dynamic_tree(platt: tuple | None, tmp_path: Path) -> None:
-    """With a gate that chooses how many of its nodes, and has no trees of its own."""
+    """With a gate that chooses how many of its nodes."""
     heads = saved_heads(tmp_path / "heads")
     tree, gate = DynamicPolicy(8, 5, platt), ConfidenceGate({1: 1.0, 4: 1.2, 8: 3.0}, rate=0.8)
     save(heads, entry(heads, gate=gate, tree=tree))
     back = found(CerberusHeads.from_pretrained(tmp_path / "heads"))
     assert back is not None and same_gate(back.gate, gate) and back.tree == tree
     expected = np.array([1.0, 1.7, 2.1, 2.4, 2.5, 2.6, 2.7, 2.8])
-    assert back.gate.choose_size(expected) == gate.choose_size(expected) == 4
+    signals = Signals(8, expected_tokens=expected)
+    assert back.gate.decide(signals) == gate.decide(signals) == 4
 
 
 def test_found_for_its_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +219,7 @@ def test_retrained_heads_do_not_use_it(tmp_path: Path) -> None:
     retrained = saved_heads(tmp_path, seed=1)
     with pytest.warns(UserWarning, match=r"calibration.json was made with other heads, .* calibrate again"):
         assert find(retrained, CPU, torch.float32, 2) is None
-    assert found(retrained) is None and found(CerberusHeads.from_pretrained(tmp_path)) is None, "warned of once"
+    assert found(retrained) is None and found(retrained, 4) is None, "warned of once"
     save(retrained, entry(retrained))
     assert len(store.read_entries(tmp_path / "calibration.json")) == 1, "those of the old heads are gone"
     assert found(retrained) is not None
@@ -236,7 +242,7 @@ def change(**values: object):
     return of
 
 
-DEEP = entries.tree_to_text(StaticPolicy.chain(3))
+DEEP = StaticPolicy.chain(3).to_json()
 DAMAGE = {
     "cut": lambda text: text[:100],
     "empty": lambda text: "",
@@ -268,8 +274,8 @@ ODD = {
     "infinite cost": change(gate={**entries.gate_to_json(GATES["confidence"]), "costs": {"1": 1.0, "8": float("inf")}}),
     "text for a cost": change(gate={**entries.gate_to_json(GATES["confidence"]), "costs": {"1": "1"}}),
     "no number": change(gate={"kind": "entropy", "threshold": float("nan")}),
-    "gate's platt": change(gate={**entries.gate_to_json(GATES["corrected"]), "platt": [[1.0, 0.0]]}),
-    "rate": change(gate={**entries.gate_to_json(GATES["corrected"]), "rate": "fast"}),
+    "gate's platt": change(gate={**entries.gate_to_json(GATES["rate"]), "platt": [[1.0, 0.0]]}),
+    "rate": change(gate={**entries.gate_to_json(GATES["rate"]), "rate": "fast"}),
     "details": change(details=3),
     "expected number": change(expected={**asdict(Expected(1, 1, 1, 1, 1)), "tokens_per_step": float("nan")}),
     "a correction": change(tree={"size": 8, "platt": [[1.0, 0.0]]}),
@@ -286,9 +292,11 @@ def test_damaged(damage: str, tmp_path: Path) -> None:
     model = tiny_model("llama")
     with pytest.warns(UserWarning, match="the defaults are used: .*/calibration.json"):
         assert find(heads, CPU, torch.float32, 2) is None
+    with pytest.warns(UserWarning, match="the defaults are used: .*/calibration.json"):
+        decode(model, heads, prompt(), max_new_tokens=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        decode(model, CerberusHeads.from_pretrained(tmp_path), prompt(), max_new_tokens=3)
+        decode(model, heads, prompt(), max_new_tokens=3)
     if damage in DAMAGE:
         with pytest.raises(ValueError, match=r"calibration.json is no file of calibrations .*; remove it"):
             save(heads, entry(heads))
@@ -351,7 +359,7 @@ def test_heads_of_another_kind_have_none() -> None:
 @pytest.mark.parametrize(
     ("given", "nodes"),
     [
-        ({}, {1, 3}),  # calibrated gate and trees
+        ({}, {1, 3}),  # calibrated gate and tree
         ({"tree": StaticPolicy.chain(1)}, {2}),  # that tree, always open
         ({"gate": AlwaysOpen()}, {TREE.size}),  # calibrated tree, that gate
     ],
@@ -362,7 +370,7 @@ def test_decode_uses_it(given: dict, nodes: set[int], tmp_path: Path) -> None:
     plain = decode(model, heads, prompt(), max_new_tokens=24)
     default = {size for size, _ in plain.stats.trace}
     # Opens about half of the time: head 1's best draft has a probability of 1 % to 90 %.
-    gate = ConfidenceGate({1: 1.0, 3: 1.6}, [StaticPolicy.chain(2)])
+    gate = ConfidenceGate({1: 1.0, 3: 1.6, 5: 9.0})
     save(heads, entry(heads, threads, gate))
     out = decode(model, heads, prompt(), max_new_tokens=24, **given)
     assert out.sequences.equal(plain.sequences)
@@ -375,6 +383,6 @@ def test_which_of_them_decode_uses(compiled: bool, tmp_path: Path) -> None:
     model, heads = tiny_model("llama"), saved_heads(tmp_path)
     save(heads, entry(heads, torch.get_num_threads()))
     save(heads, entry(heads, torch.get_num_threads(), tree=DynamicPolicy(9), compiled=True))
-    plan = make_plan(model, heads, None, None, None, compiled)
-    assert plan.tree == (DynamicPolicy(9) if compiled else TREE)
-    assert plan.sizes == ({1, 4, 8, 9} if compiled else {1, TREE.size}), "a calibrated size is compiled itself"
+    plan = make_plan(model, heads, compiled=compiled)
+    assert plan.policy == (DynamicPolicy(9) if compiled else TREE)
+    assert plan.policy.sizes == ((1, 4, 8, 9) if compiled else (1, TREE.size)), "a calibrated size is compiled itself"
