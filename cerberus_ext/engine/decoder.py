@@ -122,7 +122,7 @@ class Decoder:
         plan, stats, runtime = self._make_plan(), DecodeStats(), runtime_of(self.model)
         capacity = 1 + plan.policy.size
         options = (self._graphs, self._compile)
-        with torch.inference_mode(), runtime.steps(plan.drafts, Sampling(), stats, capacity, *options) as stepper:
+        with runtime.steps(plan.drafts, Sampling(), stats, capacity, *options) as stepper, torch.inference_mode():
             stepper.prefill(torch.zeros((1, 1), dtype=torch.int64, device=self.model.device))
             for size in plan.policy.sizes:
                 stepper.prepare(size)

@@ -6,7 +6,7 @@ Letters: B rows (1 so far), N nodes of the step's tree, K heads, P drafts per he
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from ..drafting.drafter import NO_DRAFTER, Drafter, HeadsLike
-from ..drafting.tree import ALONE, Tree, filled_size
+from ..drafting.tree import ALONE, Tree, filled_size, tree_of_ranks
 from ..target.model import TargetModel
 from .recorder import Unrecordable
 from .recordings import Recordings
@@ -140,8 +140,10 @@ class Stepper:
         if self._recordings is None:
             self.target.prepare(nodes)
         else:
-            self._memory.nodes(nodes)
-            self._recordings.step(self.target, self._kind(nodes, nodes > 1 and not self._drafts.looks), self.stats)
+            names_drafts = nodes > 1 and not self._drafts.looks
+            star = tree_of_ranks([-1, *[0] * (nodes - 1)], [0] * nodes)
+            self._memory.nodes(nodes).put(star if names_drafts else replace(star, ranks=None), self.max_drafts)
+            self._recordings.step(self.target, self._kind(nodes, names_drafts), self.stats)
 
     def _with_drafts(self, tree: Tree) -> Tree:
         """The tree, after the drafts that it names by their ranks were put where the step finds them."""

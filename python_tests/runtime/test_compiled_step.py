@@ -321,5 +321,6 @@ class TestErrors:
         monkeypatch.undo()
 
     def test_on_another_device(self) -> None:
+        model = copy.deepcopy(tiny_model("llama")).to("meta")
         with pytest.raises(CompileError, match=REFUSED + "the model is on meta, where steps are CUDA graphs"):
-            runtime_of(copy.deepcopy(tiny_model("llama")).to("meta")).compiled([1], DecodeStats())
+            runtime_of(model).compiled([1], DecodeStats())
