@@ -31,7 +31,7 @@ class Proposer(Protocol):
     """Drafts how one text goes on. It never changes the text: what it drafts wrong is not taken."""
 
     def extend(self, tokens: list[int]) -> None:
-        """The text has grown by these, at least one; the last one is now the root of the next tree."""
+        """The text has grown by these, at least one; the last one is now the pending token."""
 
     def propose(self, most: int) -> tuple[ArrayLike, ArrayLike]:
         """Up to `most` places behind the text -> tokens, integers, and probabilities, in 0..1, of one shape.
