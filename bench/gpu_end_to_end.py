@@ -64,7 +64,7 @@ def body(run: stage.Stage) -> None:
             run.add(f"warm-up of {name}", {"error": failure} if failure else {})
             if failure:
                 run.problems.append(f"{name}: {failure}")
-                cerberus_ext.release_graphs(subject.model)  # so that the next size is tried, too
+                cerberus_ext.Decoder(subject.model).close()  # so that the next size is tried, too
         if not run.rows.get(f"warm-up of {name}", {"error": "not done"}).get("error"):
             ready[name] = way
     texts: dict[tuple[str, int], Tensor] = {}

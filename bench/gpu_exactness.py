@@ -56,7 +56,7 @@ def body(run: stage.Stage) -> None:
             if made is None:
                 row |= {"error": failure, "texts_differ": None}
                 run.problems.append(f"{name}: {failure}")
-                cerberus_ext.release_graphs(subject.model)  # so that the next size is tried, too
+                cerberus_ext.Decoder(subject.model).close()  # so that the next size is tried, too
                 break
             found = compare(subject, made[0], references(index, ids), ids.shape[1])
             row["texts"] += 1

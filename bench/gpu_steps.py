@@ -138,7 +138,7 @@ def measure(
     }
     graphs = run.device != "cpu"
     found, failure = tried(lambda: steps.seconds(context, nodes, graphs), run.device)
-    cerberus_ext.release_graphs(steps.model)  # their cache is as long as the context
+    cerberus_ext.Decoder(steps.model).close()  # their cache is as long as the context
     problem = None
     if found is None and graphs:
         problem = f"{_key(steps.shapes.name, context, nodes)}: not as a graph: {failure}"
