@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..drafting.gate import Gate, Signals
 from ..drafting.tree import ALONE, Tree, TreePolicy, Trees
+from ..io.checks import check_integer
 from ..runtime.stepper import Chunk, Stepper
 from .plan import Plan
 from .text import GeneratedText
@@ -43,7 +44,7 @@ def propose(step: StepSignals, policy: TreePolicy, gate: Gate, trees: Trees, max
         step.entropy() if "entropy" in gate.needs else None,
         None if tree is None else tree.expected_tokens,
     )
-    nodes = gate.decide(signals)
+    nodes = check_integer(f"decode: gate: what {type(gate).__name__}.decide returns", gate.decide(signals))
     if nodes < 2:
         return ALONE
     return (tree or trees.grow(step, max_depth, False)).first(nodes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from stand_ins import OracleHeads
@@ -196,3 +197,39 @@ def test_what_is_kept_serves_in_both_modes(
             out = decoder.decode(prompt(), max_new_tokens=NEW)
         assert out.sequences.equal(generated("llama", "cpu", NEW))
     assert out.stats.captures == 0
+
+
+@pytest.mark.parametrize("answer", [True, None, 2.0, "all"])
+def test_gates_that_answer_something_else(answer: Any, llama: PreTrainedModel) -> None:
+    class Odd(Gate):
+        def decide(self, signals: Signals) -> int:
+            return answer
+
+    with pytest.raises(TypeError, match="decode: gate: what Odd.decide returns must be an integer, got "):
+        decode(llama, heads(), prompt(), max_new_tokens=4, gate=Odd())
+    is_as_it_was(llama)
+
+
+@pytest.mark.parametrize("nodes", [np.int64(5), torch.tensor(5), -1, 0, 1, 99])
+def test_gates_that_answer_numbers(nodes: Any, llama: PreTrainedModel) -> None:
+    class Fixed:
+        """No Gate, but as one."""
+
+        needs = ("hidden",)
+
+        def decide(self, signals: Signals) -> Any:
+            assert signals.hidden is not None and signals.hidden.shape == (1, 32)
+            assert (signals.entropy, signals.expected_tokens, signals.max_nodes) == (None, None, 8)
+            return nodes
+
+    out = decode(llama, heads(), prompt(), max_new_tokens=NEW, tree=8, gate=Fixed(), proposers=[])  # type: ignore[arg-type]
+    assert out.sequences.equal(generated("llama", "cpu", NEW))
+    assert max(size for size, _ in out.stats.trace) == min(max(int(nodes), 1), 8)
+
+
+def test_a_static_policy_names_drafts_that_have_to_be_there(llama: PreTrainedModel) -> None:
+    few = CerberusHeads(CerberusConfig("tiny", 32, VOCAB, num_heads=3, draft_vocab=5))
+    with pytest.raises(ValueError, match=r"Drafter.draft: drafts must be in 1\.\.5, got 6"):
+        decode(llama, few, prompt(), max_new_tokens=4, tree=StaticPolicy.from_widths([6]))
+    is_as_it_was(llama)
+    assert decode(llama, few, prompt(), max_new_tokens=4, tree=16).stats.new_tokens == 4, "a dynamic one takes them"
