@@ -104,10 +104,10 @@ class Decoder:
     def stream(self, ids: Tensor | Sequence[int] | Mapping[str, Any], **options: Any) -> Iterator[Chunk]:
         """As `decode`, but yields tokens as they are accepted, and who drafted each of them, see Chunk.
 
-        `stats` are those of this text. Until it ends, or is closed, the model is decoding: no other text can begin.
-        Arguments are checked when the first chunk is asked for.
+        `stats` are those of this text. From the first chunk on, until the stream ends or is closed, the model is
+        decoding: no other text can begin. Arguments are checked at once.
         """
-        yield from self._generate(self._request(ids, None, **options))
+        return self._generate(self._request(ids, None, **options))
 
     def warm_up(self) -> DecodeStats:
         """Compiles, or records, a step of each number of nodes, so that no later text waits for one.

@@ -120,7 +120,7 @@ def test_arguments_are_checked_where_they_are_given(llama: PreTrainedModel) -> N
     with pytest.raises(TypeError, match="unexpected keyword argument 'tree'"):
         decoder.decode(prompt(), tree=8)
     with pytest.raises(ValueError, match="decode: max_new_tokens must be >= 0, got -1"):
-        next(decoder.stream(prompt(), max_new_tokens=-1))
+        decoder.stream(prompt(), max_new_tokens=-1)
     is_as_it_was(llama)
 
 
