@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..drafting.gate import Gate
+from ..drafting.gate import Gate, Signals
 from ..io.prompts import Question, encode_chat
 from ..runtime.stats import DecodeStats
 from .results import Results
@@ -211,9 +211,12 @@ def median_entropy(context: Context, questions: Sequence[Question]) -> float:
     seen: list[float] = []
 
     class Watching(Gate):
-        def opens_at(self, entropy: float) -> bool:
-            seen.append(entropy)
-            return False
+        needs = frozenset({"entropy"})
+
+        def decide(self, signals: Signals) -> int:
+            assert signals.entropy is not None
+            seen.append(signals.entropy)
+            return 0
 
     way = DecodeWay("entropy", context.model, context.heads, gate=Watching())
     for question in tqdm(questions[:ENTROPY_QUESTIONS], desc="median entropy", unit="text", leave=False):
