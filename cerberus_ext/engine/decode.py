@@ -12,7 +12,7 @@ from ..drafting.gate import Gate
 from ..drafting.proposers import ProposerFactory
 from ..drafting.tree import TreePolicy
 from ..runtime.stats import DecodeOutput
-from .decoder import Decoder
+from .decoder import MAX_NEW_TOKENS, Decoder
 from .text import ends_streamer
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def decode(
     ids: Tensor | Sequence[int] | Mapping[str, Any],
     *,
     attention_mask: Tensor | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     tree: int | TreePolicy | None = None,
     gate: Gate | None = None,
     proposers: Sequence[ProposerFactory] | None = None,

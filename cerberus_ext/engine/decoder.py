@@ -84,7 +84,6 @@ class Decoder:
         """ids, streamer and options (attention_mask, max_new_tokens, temperature, top_k, top_p, seed, eos_token_id,
         stopping_criteria): as in `decode`, which says what it returns and raises."""
         return self.run(ids, streamer=streamer, **options)
-        return self._decode(ids, streamer=streamer, **options)
 
     def run(self, ids: Any, *, streamer: Any = None, **options: Any) -> DecodeOutput:
         """As `decode`, but `streamer.end` is the caller's to call."""

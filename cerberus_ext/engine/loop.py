@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..drafting.gate import Gate, Signals
+from ..drafting.proposers import HeadsSignals
 from ..drafting.tree import ALONE, Tree, TreePolicy, Trees
 from ..io.checks import check_integer
 from ..runtime.stepper import Chunk, Stepper
@@ -18,15 +17,13 @@ from .plan import Plan
 from .text import GeneratedText
 
 
-class StepSignals(Protocol):
+class StepSignals(HeadsSignals, Protocol):
     """What a gate or a tree may want to see of a step; a Stepper has it."""
 
     @property
     def hidden(self) -> Tensor: ...
 
     def entropy(self) -> float: ...
-
-    def drafts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...
 
 
 def propose(step: StepSignals, policy: TreePolicy, gate: Gate, trees: Trees, max_depth: int) -> Tree:
