@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..drafting.dynamic_policy import DynamicPolicy
@@ -62,18 +62,10 @@ class Calibration:
         return self.device, self.dtype, self.threads, self.compiled
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "device": self.device,
-            "dtype": self.dtype,
-            "threads": self.threads,
-            "compiled": self.compiled,
-            "heads": self.heads,
-            "model": self.model,
-            "tree": self.tree.to_json(),
-            "gate": gate_to_json(self.gate),
-            "expected": asdict(self.expected),
-            "details": self.details,
-        }
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        return plain | {
+            "tree": self.tree.to_json(), "gate": gate_to_json(self.gate), "expected": asdict(self.expected)
+        }  # fmt: skip
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Calibration:
