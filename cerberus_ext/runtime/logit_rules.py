@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 if TYPE_CHECKING:
+    from ..drafting.tree import Tree
     from .sampling import Chooser, Sampling
 
 
@@ -130,12 +131,13 @@ class LogitRules:
     def first(self, logits: Tensor, positions: Tensor) -> Tensor:
         return self._sampling.choose(self._apply(self._text, logits), positions)
 
-    def targets(self, logits: Tensor, tokens: Tensor, parents: Sequence[int], positions: Tensor) -> Tensor:
+    def targets(self, logits: Tensor, tokens: Tensor, tree: Tree | None, positions: Tensor) -> Tensor:
         """-1 after nodes that are not accepted, for which nothing is computed: as many logits are processed as tokens
         are accepted."""
-        drafts, chosen = tokens[0].tolist(), [-1] * len(parents)
+        assert tree is not None
+        drafts, chosen = tokens[0].tolist(), [-1] * tree.size
         contexts = {-1: self._text[:, :-1]}  # of the accepted nodes, themselves included
-        for node, parent in enumerate(parents):
+        for node, parent in enumerate(tree.parents.tolist()):
             if parent in contexts and (node == 0 or drafts[node] == chosen[parent]):
                 contexts[node] = torch.cat([contexts[parent], tokens[:, node : node + 1]], 1)
                 processed = self._apply(contexts[node], logits[:, node])

@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from .. import ops
+from ..drafting.tree import Tree
 
 
 class Chooser(Protocol):
@@ -23,9 +24,9 @@ class Chooser(Protocol):
     def first(self, logits: Tensor, positions: Tensor) -> Tensor:
         """logits (B, V) after the prompt, positions (B,) of the tokens to choose -> tokens (B,)."""
 
-    def targets(self, logits: Tensor, tokens: Tensor, parents: Sequence[int], positions: Tensor) -> Tensor:
+    def targets(self, logits: Tensor, tokens: Tensor, tree: Tree | None, positions: Tensor) -> Tensor:
         """What the target model chooses after each node of a step: logits (B, N, V), tokens (B, N), positions (B, N) of
-        the tokens to choose -> (B, N). parents (N,): the tree's, on the host."""
+        the tokens to choose -> (B, N). tree: as the host knows it."""
 
     def extend(self, tokens: list[int]) -> None:
         """The text has grown by these."""
@@ -52,7 +53,7 @@ class Sampling:
     def first(self, logits: Tensor, positions: Tensor) -> Tensor:
         return self.choose(logits, positions)
 
-    def targets(self, logits: Tensor, tokens: Tensor, parents: Sequence[int], positions: Tensor) -> Tensor:
+    def targets(self, logits: Tensor, tokens: Tensor, tree: Tree | None, positions: Tensor) -> Tensor:
         return self.choose(logits, positions)
 
     def extend(self, tokens: list[int]) -> None:

@@ -135,11 +135,12 @@ class StaticResult:
         self.host = torch.zeros((batch, columns), dtype=torch.int64, pin_memory=device.type == "cuda")
         self._nodes, self._shape = nodes, shape
         self.target, self.path, self.entropy, self.ids, self.logprobs = self._parts(self.buffer)
+        self._on_host = self._parts(self.host)
         self.path[:, 1:] = -1
 
     def read(self) -> Read:
         """After the buffer was copied to `host`."""
-        target, path, entropy, ids, logprobs = self._parts(self.host)
+        target, path, entropy, ids, logprobs = self._on_host
         drafts = None if ids is None or logprobs is None else (ids[0].numpy().copy(), logprobs[0].numpy().copy())
         accepted = [node for node in path[0].tolist() if node >= 0]
         return Read(target[0].tolist(), accepted, entropy[0].item(), drafts)
@@ -250,8 +251,7 @@ def _settle(
     agrees with, and what the next step begins with."""
     # The token after node i stands one place behind the node, which is at length + depth.
     positions = cache.length[:, None] + nodes.depths + 1  # (B, N)
-    parents = () if nodes.tree is None else nodes.tree.parents.tolist()
-    target = kind.chooser.targets(logits, tokens, parents, positions)
+    target = kind.chooser.targets(logits, tokens, nodes.tree, positions)
     result.target.copy_(target)
     if kind.nodes == 1:  # the pending token, which is always accepted and lies where it has to stay
         cache.length += 1
