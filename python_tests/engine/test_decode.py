@@ -295,7 +295,7 @@ def test_interrupted_it_leaves_the_model_as_it_was(where: str, error, llama: Pre
         options["stopping_criteria"] = [fail]
     elif where == "gate":
         options["gate"] = RandomGate()
-        options["gate"].decide = fail
+        options["gate"].decide = lambda signals: fail() and signals.max_nodes
     elif where == "op":
         monkeypatch.setattr("cerberus_ext.target.cache.ops.write_cache", fail)
     else:
