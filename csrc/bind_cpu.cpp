@@ -1,19 +1,23 @@
-// The CPU implementation of every op: prepare, then the kernel on torch's threads.
+// Registers the CPU implementation of every op: prepare, then the kernel on torch's threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <utility>
+#include <vector>
 
+#include "bind.h"
 #include "check.h"
 #include "cpu/cpu.h"
-#include "prepare.h"
 
 namespace cerberus {
 namespace {
+
+using torch::stable::detail::StableLibrary;
 
 // Each thread takes the next task when it is done with one: torch's own parallel_for deals them out
 // beforehand, and waits for the slowest thread where another program has taken a core.
@@ -27,76 +31,39 @@ void run_on_torch_threads(int64_t tasks, Parallel::Body body, const void* state)
 
 Parallel torch_threads() { return {run_on_torch_threads, torch::stable::get_num_threads()}; }
 
-Tensor hidden_entropy(const Tensor& hidden) {
-  const HiddenEntropyCall call = prepare_hidden_entropy(hidden);
-  hidden_entropy_cpu(call.args, torch_threads());
-  return call.entropy;
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
+
+  static constexpr Splits kSplits = {draft_topk_parts_cpu,
+                                     [](const TreeAttentionArgs&) -> int64_t { return 1; }};
+
+  template <typename Args>
+  void run(const char*, void (*kernel)(const Args&, const Parallel&), const Args& args) const {
+    kernel(args, torch_threads());
+  }
+};
+
+void register_kernels(StableLibrary& m) {
+#define REGISTER(name, Name, schema) register_op<op::name, Cpu, name##_cpu>(m);
+  CERBERUS_OPS(REGISTER)
+#undef REGISTER
 }
 
-Tensor head_stack(const Tensor& hidden, const Tensor& anchor, const Tensor& weight, const Tensor& bias) {
-  const HeadStackCall call = prepare_head_stack(hidden, anchor, weight, bias);
-  head_stack_cpu(call.args, torch_threads());
-  return call.states;
+// What refuses the calls that have no kernel, and names the argument that is the reason.
+
+// The names of the arguments that a schema lists: of "(Tensor(a!) keys, int depth=0) -> ()" keys and depth.
+std::vector<std::string> argument_names(const std::string& schema) {
+  std::vector<std::string> names;
+  for (size_t end, begin = 0; begin < schema.find(") ->"); begin = end + 1) {
+    end = std::min(schema.find(',', begin), schema.find(") ->"));
+    const std::string argument = schema.substr(begin, end - begin);
+    const size_t name = argument.rfind(' ') + 1;
+    names.push_back(argument.substr(name, argument.find('=') - name));
+  }
+  return names;
 }
 
-std::tuple<Tensor, Tensor> draft_topk(const Tensor& states, const Tensor& projection, int64_t drafts) {
-  const DraftTopkCall call = prepare_draft_topk(states, projection, drafts, draft_topk_parts_cpu);
-  draft_topk_cpu(call.args, torch_threads());
-  return {call.ids, call.logprobs};
-}
-
-Tensor choose_tokens(const Tensor& logits, const Tensor& positions, int64_t seed, double temperature,
-                     int64_t top_k, double top_p) {
-  const ChooseTokensCall call = prepare_choose_tokens(logits, positions, seed, temperature, top_k, top_p);
-  choose_tokens_cpu(call.args, torch_threads());
-  return call.tokens;
-}
-
-Tensor tree_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& length,
-                      const Tensor& ancestors, double scale, int64_t window, double softcap,
-                      const std::optional<Tensor>& sinks) {
-  const TreeAttentionCall call =
-      prepare_tree_attention(q, keys, values, length, ancestors, scale, window, softcap, sinks,
-                             [](const TreeAttentionArgs&) { return 1; });
-  tree_attention_cpu(call.args, torch_threads());
-  return call.output;
-}
-
-void write_cache(const Tensor& keys, const Tensor& values, const Tensor& new_keys, const Tensor& new_values,
-                 const Tensor& length) {
-  write_cache_cpu(prepare_write_cache(keys, values, new_keys, new_values, length), torch_threads());
-}
-
-std::tuple<Tensor, Tensor> verify_tree(const Tensor& draft, const Tensor& target, const Tensor& parents,
-                                       const Tensor& ancestors, int64_t depth) {
-  const VerifyTreeCall call = prepare_verify_tree(draft, target, parents, ancestors, depth);
-  verify_tree_cpu(call.args, torch_threads());
-  return {call.path, call.accepted};
-}
-
-void commit_cache(const Tensor& cache, const Tensor& length, const Tensor& path, const Tensor& accepted) {
-  commit_cache_cpu(prepare_commit_cache(cache, length, path, accepted), torch_threads());
-}
-
-Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, bool transposed) {
-  const LinearCall call = prepare_linear(input, weight, bias, transposed);
-  // Without outputs there may be any number of rows.
-  if (call.args.out_size > 0) linear_cpu(call.args, torch_threads());
-  return call.output;
-}
-
-Tensor grouped_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                      const Tensor& ends, bool transposed) {
-  const LinearCall call = prepare_grouped_linear(input, weight, bias, ends, transposed);
-  if (call.args.out_size > 0) linear_cpu(call.args, torch_threads());
-  return call.output;
-}
-
-Tensor activation(const Tensor& input, const std::string& kind) {
-  const ActivationCall call = prepare_activation(input, kind);
-  activation_cpu(call.args, torch_threads());
-  return call.output;
-}
+bool is_changing(const char* schema) { return std::strchr(schema, '!') != nullptr; }
 
 bool is_view(const char* question, const Tensor& tensor) {
   StableIValue stack[1] = {torch::stable::detail::from(tensor)};
@@ -104,113 +71,78 @@ bool is_view(const char* question, const Tensor& tensor) {
   return torch::stable::detail::to<bool>(stack[0]);
 }
 
-// A view that stands for the negated or conjugated numbers in its memory. torch gives the other ops a copy of
-// it, and cannot do so where an op changes its arguments.
-void refuse_lazy(const char* op, std::initializer_list<std::pair<const char*, const Tensor*>> arguments) {
-  for (const auto& [name, tensor] : arguments) {
-    if (is_view("aten::is_neg", *tensor))
-      Check(op).fail(name, "a plain tensor", "a negated view: call resolve_neg() before");
-    if (is_view("aten::is_conj", *tensor))
-      Check(op).fail(name, "a plain tensor", "a conjugated view: call resolve_conj() before");
-  }
-  throw std::runtime_error(std::string(op) + ": no argument may be a negated or conjugated view");
+void refuse_lazy(const char* op, const std::string& name, const Tensor& tensor) {
+  if (is_view("aten::is_neg", tensor))
+    Check(op).fail(name.c_str(), "a plain tensor", "a negated view: call resolve_neg() before");
+  if (is_view("aten::is_conj", tensor))
+    Check(op).fail(name.c_str(), "a plain tensor", "a conjugated view: call resolve_conj() before");
 }
+template <typename Number>
+void refuse_lazy(const char*, const std::string&, const Number&) {}
 
-void write_cache_lazy(const Tensor& keys, const Tensor& values, const Tensor& new_keys,
-                      const Tensor& new_values, const Tensor& length) {
-  refuse_lazy("write_cache", {{"keys", &keys},
-                              {"values", &values},
-                              {"new_keys", &new_keys},
-                              {"new_values", &new_values},
-                              {"length", &length}});
-}
-
-void commit_cache_lazy(const Tensor& cache, const Tensor& length, const Tensor& path,
-                       const Tensor& accepted) {
-  refuse_lazy("commit_cache",
-              {{"cache", &cache}, {"length", &length}, {"path", &path}, {"accepted", &accepted}});
-}
-
-void register_ops(torch::stable::detail::StableLibrary& m) {
-  m.impl("hidden_entropy", TORCH_BOX(&hidden_entropy));
-  m.impl("head_stack", TORCH_BOX(&head_stack));
-  m.impl("draft_topk", TORCH_BOX(&draft_topk));
-  m.impl("choose_tokens", TORCH_BOX(&choose_tokens));
-  m.impl("tree_attention", TORCH_BOX(&tree_attention));
-  m.impl("write_cache", TORCH_BOX(&write_cache));
-  m.impl("verify_tree", TORCH_BOX(&verify_tree));
-  m.impl("commit_cache", TORCH_BOX(&commit_cache));
-  m.impl("linear", TORCH_BOX(&linear));
-  m.impl("activation", TORCH_BOX(&activation));
-  m.impl("grouped_linear", TORCH_BOX(&grouped_linear));
-}
-
-// Where an op has no kernels: on another device, on CUDA without _cuda.so, and where every tensor is None.
-// Refused by the first argument.
-struct OpWithoutKernel {
-  const char *op, *first_argument;
-};
-constexpr OpWithoutKernel kOps[] = {
-    {"hidden_entropy", "hidden"}, {"head_stack", "hidden"},   {"draft_topk", "states"},
-    {"choose_tokens", "logits"},  {"tree_attention", "q"},    {"write_cache", "keys"},
-    {"verify_tree", "draft"},     {"commit_cache", "cache"},  {"linear", "input"},
-    {"activation", "input"},      {"grouped_linear", "input"}};
-
-[[noreturn]] void refuse(const OpWithoutKernel& op, const Tensor& first) {
-  if (!first.defined()) Check(op.op).fail(op.first_argument, "a tensor", "None");
-  Check(op.op).fail(op.first_argument, "on a device that the op has kernels for", device_text(first));
-}
-
-template <typename Function>
+template <typename Op, typename Prepare = std::decay_t<decltype(Op::kPrepare)>>
 struct Refusal;
-template <typename Result, typename... Others>
-struct Refusal<Result(const Tensor&, Others...)> {
-  template <int kOp>
-  static Result call(const Tensor& first, Others...) {
-    refuse(kOps[kOp], first);
+template <typename Op, typename Call, typename... Others>
+struct Refusal<Op, Call (*)(const Splits&, const Tensor&, Others...)>
+    : Refusal<Op, Call (*)(const Tensor&, Others...)> {};
+template <typename Op, typename Call, typename... Others>
+struct Refusal<Op, Call (*)(const Tensor&, Others...)> {
+  using Result = decltype(std::declval<Call>().result());
+
+  // Where an op has no kernels: on another device, on CUDA without _cuda.so, and where every tensor is None.
+  static Result device(const Tensor& first, Others...) {
+    const std::string name = argument_names(Op::kSchema)[0];
+    if (!first.defined()) Check(Op::kName).fail(name.c_str(), "a tensor", "None");
+    Check(Op::kName).fail(name.c_str(), "on a device that the op has kernels for", device_text(first));
+  }
+
+  // A view that stands for the negated or conjugated numbers in its memory. torch gives the other ops a copy
+  // of it, and cannot do so where an op changes its arguments.
+  static Result lazy(const Tensor& first, Others... others) {
+    const std::vector<std::string> names = argument_names(Op::kSchema);
+    size_t i = 0;
+    refuse_lazy(Op::kName, names[i++], first);
+    (refuse_lazy(Op::kName, names[i++], others), ...);
+    throw std::runtime_error(std::string(Op::kName) + ": no argument may be a negated or conjugated view");
   }
 };
 
-template <int kOp, typename Function>
-void register_refusal(torch::stable::detail::StableLibrary& m, Function*) {
-  m.impl(kOps[kOp].op, TORCH_BOX(&Refusal<Function>::template call<kOp>));
+template <typename Op>
+void register_refusal(StableLibrary& m) {
+  m.impl(Op::kName, TORCH_BOX(&Refusal<Op>::device));
+}
+template <typename Op>
+void register_lazy_refusal(StableLibrary& m) {
+  if (is_changing(Op::kSchema)) m.impl(Op::kName, TORCH_BOX(&Refusal<Op>::lazy));
 }
 
-void register_refusals(torch::stable::detail::StableLibrary& m) {
-  register_refusal<0>(m, hidden_entropy);
-  register_refusal<1>(m, head_stack);
-  register_refusal<2>(m, draft_topk);
-  register_refusal<3>(m, choose_tokens);
-  register_refusal<4>(m, tree_attention);
-  register_refusal<5>(m, write_cache);
-  register_refusal<6>(m, verify_tree);
-  register_refusal<7>(m, commit_cache);
-  register_refusal<8>(m, linear);
-  register_refusal<9>(m, activation);
-  register_refusal<10>(m, grouped_linear);
+void register_refusals(StableLibrary& m) {
+#define REGISTER(name, Name, schema) register_refusal<op::name>(m);
+  CERBERUS_OPS(REGISTER)
+#undef REGISTER
+}
+
+void register_lazy_refusals(StableLibrary& m) {
+#define REGISTER(name, Name, schema) register_lazy_refusal<op::name>(m);
+  CERBERUS_OPS(REGISTER)
+#undef REGISTER
 }
 
 }  // namespace
 }  // namespace cerberus
 
-STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CPU, m) { cerberus::register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CPU, m) { cerberus::register_kernels(m); }
 
 // Tensors that no op takes: torch sends them here instead of refusing them itself, without naming an
 // argument.
-STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, SparseCPU, m) { cerberus::register_ops(m); }
-STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, SparseCsrCPU, m) { cerberus::register_ops(m); }
-STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, MkldnnCPU, m) { cerberus::register_ops(m); }
-STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, QuantizedCPU, m) { cerberus::register_ops(m); }
-STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, NestedTensorCPU, m) { cerberus::register_ops(m); }
-STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, AutogradNestedTensor, m) { cerberus::register_ops(m); }
-STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, Negative, m) {
-  m.impl("write_cache", TORCH_BOX(&cerberus::write_cache_lazy));
-  m.impl("commit_cache", TORCH_BOX(&cerberus::commit_cache_lazy));
-}
-STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, Conjugate, m) {
-  m.impl("write_cache", TORCH_BOX(&cerberus::write_cache_lazy));
-  m.impl("commit_cache", TORCH_BOX(&cerberus::commit_cache_lazy));
-}
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, SparseCPU, m) { cerberus::register_kernels(m); }
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, SparseCsrCPU, m) { cerberus::register_kernels(m); }
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, MkldnnCPU, m) { cerberus::register_kernels(m); }
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, QuantizedCPU, m) { cerberus::register_kernels(m); }
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, NestedTensorCPU, m) { cerberus::register_kernels(m); }
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, AutogradNestedTensor, m) { cerberus::register_kernels(m); }
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, Negative, m) { cerberus::register_lazy_refusals(m); }
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, Conjugate, m) { cerberus::register_lazy_refusals(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cerberus::cpu_isa));

@@ -1,4 +1,4 @@
-"""The emulated CUDA kernels for tests: builds csrc/simt, and calls its ops with guarded tensors.
+"""The emulated CUDA kernels for tests: builds simt/emulator, and calls its ops with guarded tensors.
 
 CERBERUS_SIMT_BUILD=sanitize or coverage takes another build than the plain one. The former needs more in the
 environment: env $(python python_tests/simt_library.py) pytest python_tests/simt
@@ -47,7 +47,7 @@ def build(target: str, kind: str = KIND) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another test run may be building
-        configure = [tool("cmake"), "-G", "Ninja", "-S", ROOT / "csrc" / "simt", "-B", folder, *OPTIONS[kind]]
+        configure = [tool("cmake"), "-G", "Ninja", "-S", ROOT / "python_tests" / "simt" / "emulator", "-B", folder, *OPTIONS[kind]]
         run([*configure, f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"])
         run([tool("ninja"), "-C", folder, target])
     return folder

@@ -32,16 +32,9 @@ namespace {
 struct Level {
   const char* name;
   bool (*runs_here)();
-  decltype(&portable::hidden_entropy) hidden_entropy;
-  decltype(&portable::head_stack) head_stack;
-  decltype(&portable::draft_topk) draft_topk;
-  decltype(&portable::choose_tokens) choose_tokens;
-  decltype(&portable::tree_attention) tree_attention;
-  decltype(&portable::write_cache) write_cache;
-  decltype(&portable::verify_tree) verify_tree;
-  decltype(&portable::commit_cache) commit_cache;
-  decltype(&portable::linear) linear;
-  decltype(&portable::activation) activation;
+#define KERNEL(op, Op, schema) void (*op)(const Op##Args&, const Parallel&);
+  CERBERUS_OPS(KERNEL)
+#undef KERNEL
 };
 
 bool always() { return true; }
@@ -91,8 +84,8 @@ void choose(const Args& a, const Parallel& parallel) {
 #define CERBERUS_BFLOAT16(isa, op, Args) (&choose<Args, &isa::op, &avx512::op>)
 #endif
 
-// A level whose products are those named, its other kernels those of `isa`. Those of `portable` only move or
-// compare integers.
+// A level, in the order of ops.h: its products are those named, its other kernels those of `isa`. Those of
+// `portable` only move or compare integers.
 #define CERBERUS_LEVEL(name, isa, runs_here, linear, head_stack, draft_topk) \
   {name,                                                                     \
    runs_here,                                                                \
@@ -105,6 +98,7 @@ void choose(const Args& a, const Parallel& parallel) {
    &portable::verify_tree,                                                   \
    &portable::commit_cache,                                                  \
    linear,                                                                   \
+   linear, /* grouped_linear: rows in more than one group */                 \
    &isa::activation}
 #define CERBERUS_WHOLE_LEVEL(isa, runs_here) \
   CERBERUS_LEVEL(#isa, isa, runs_here, &isa::linear, &isa::head_stack, &isa::draft_topk)
@@ -143,18 +137,21 @@ const Level& level() {
   return chosen;
 }
 
+// Without outputs there may be any number of rows, which the kernel would walk.
+bool is_empty(const LinearArgs& a) { return a.out_size == 0; }
+template <typename Args>
+bool is_empty(const Args&) {
+  return false;
+}
+
 }  // namespace
 
-void hidden_entropy_cpu(const HiddenEntropyArgs& a, const Parallel& p) { level().hidden_entropy(a, p); }
-void head_stack_cpu(const HeadStackArgs& a, const Parallel& p) { level().head_stack(a, p); }
-void draft_topk_cpu(const DraftTopkArgs& a, const Parallel& p) { level().draft_topk(a, p); }
-void choose_tokens_cpu(const ChooseTokensArgs& a, const Parallel& p) { level().choose_tokens(a, p); }
-void tree_attention_cpu(const TreeAttentionArgs& a, const Parallel& p) { level().tree_attention(a, p); }
-void write_cache_cpu(const WriteCacheArgs& a, const Parallel& p) { level().write_cache(a, p); }
-void verify_tree_cpu(const VerifyTreeArgs& a, const Parallel& p) { level().verify_tree(a, p); }
-void commit_cache_cpu(const CommitCacheArgs& a, const Parallel& p) { level().commit_cache(a, p); }
-void linear_cpu(const LinearArgs& a, const Parallel& p) { level().linear(a, p); }
-void activation_cpu(const ActivationArgs& a, const Parallel& p) { level().activation(a, p); }
+#define CHOSEN(op, Op, schema)                          \
+  void op##_cpu(const Op##Args& a, const Parallel& p) { \
+    if (!is_empty(a)) level().op(a, p);                 \
+  }
+CERBERUS_OPS(CHOSEN)
+#undef CHOSEN
 
 int64_t draft_topk_parts_cpu(int64_t vocab) { return (vocab + kDraftTopkPart - 1) / kDraftTopkPart; }
 

@@ -1,22 +1,53 @@
-// What the PTX of cuda/mma.cuh means, on a host; the layout of the operands is described there. Only that
-// file includes this one.
+// Stand-in for csrc/cuda/ptx.cuh, which documents these functions: what each of them means, for the
+// emulation. Found before that file, because the folder of this one comes first on the include path.
 #pragma once
 
-#include "simt/emulator.h"
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "emulator.h"
 
 namespace cerberus {
+
+template <typename T>
+inline T* dynamic_shared() {
+  return static_cast<T*>(simt::dynamic_shared());
+}
+
+inline void start_copy16(void* shared, const void* global, bool valid) {
+  simt::start_copy(shared, global, valid);
+}
+inline void end_copies() { simt::end_copies(); }
+template <int kPending>
+inline void wait_for_copies() {
+  simt::wait_for_copies(kPending);
+}
+
+inline void prefetch_l2(const void*) {}
+inline void assume_global(const void*) {}
+
+inline void wait_for_previous_launch() { simt::wait_for_previous_launch(); }
+inline void allow_next_launch() { simt::allow_next_launch(); }
 
 // Element `half` of a register with two elements of T.
 template <typename T>
 inline float half_of(uint32_t word, int half) {
   T both[2];
   std::memcpy(both, &word, sizeof(word));
-  return to_float(both[half]);
+  if constexpr (std::is_same_v<T, __half>)
+    return __half2float(both[half]);
+  else
+    return __bfloat162float(both[half]);
 }
 
 template <typename T>
 inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>,
+  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>,
                 "tensor cores multiply bf16 and fp16 here");
   const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   const simt::WarpWords& of_lane = simt::exchange(simt::Collective::kMultiply, mine, 6);

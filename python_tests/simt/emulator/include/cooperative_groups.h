@@ -1,7 +1,7 @@
 // Stand-in for the toolkit's header of this name: the barrier of a cooperative launch.
 #pragma once
 
-#include "simt/emulator.h"
+#include "emulator.h"
 
 namespace cooperative_groups {
 

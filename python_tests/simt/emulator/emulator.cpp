@@ -15,8 +15,8 @@
 #include <utility>
 #include <vector>
 
+#include "cuda_runtime.h"
 #include "fiber.h"
-#include "include/cuda_runtime.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;

@@ -10,7 +10,7 @@
 #include <utility>
 
 #include "cuda_runtime_api.h"
-#include "simt/emulator.h"
+#include "emulator.h"
 
 #define __global__
 #define __device__

@@ -4,8 +4,8 @@
 #include <map>
 #include <utility>
 
-#include "include/cuda_runtime.h"
-#include "simt/emulator.h"
+#include "cuda_runtime.h"
+#include "emulator.h"
 
 namespace simt {
 namespace {
