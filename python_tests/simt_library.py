@@ -19,6 +19,7 @@ from op_cases import assert_same_bits
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+EMULATOR = ROOT / "python_tests" / "simt" / "emulator"
 OPTIONS = {
     "plain": [],
     "sanitize": ["-DCERBERUS_SIMT_SANITIZE=ON"],
@@ -47,7 +48,7 @@ def build(target: str, kind: str = KIND) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another test run may be building
-        configure = [tool("cmake"), "-G", "Ninja", "-S", ROOT / "python_tests" / "simt" / "emulator", "-B", folder, *OPTIONS[kind]]
+        configure = [tool("cmake"), "-G", "Ninja", "-S", EMULATOR, "-B", folder, *OPTIONS[kind]]
         run([*configure, f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"])
         run([tool("ninja"), "-C", folder, target])
     return folder

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-namespace cerberus::host {
+namespace cerberus::search {
 
 namespace py = pybind11;
 
@@ -42,4 +42,4 @@ inline py::array_t<int64_t> to_numpy(std::vector<int64_t>&& values, std::vector<
   return py::array_t<int64_t>(std::move(shape), owned->data(), owner);
 }
 
-}  // namespace cerberus::host
+}  // namespace cerberus::search

@@ -9,7 +9,7 @@
 #include "arrays.h"
 #include "suffix_index.h"
 
-namespace cerberus::host {
+namespace cerberus::search {
 namespace {
 
 // Tokens as a 1-D array. An empty list has no integer type, so it is let through; uint64 does not fit int64.
@@ -47,19 +47,15 @@ py::array_t<int64_t> record(const SuffixIndex& index) {
 void bind_suffix_index(py::module_& m) {
   py::class_<SuffixIndex>(
       m, "SuffixIndex",
-      "How a text goes on, judging by its own past: an index that grows by a token at a time.\n\n"
-      "The match of a text is the longest run of its last tokens, at most `max_match`, that is followed by "
-      "a\n"
-      "token somewhere in what is indexed. The draft is the token that has followed it most often; of "
-      "several\n"
-      "the one that did so last.\n\n"
-      "max_match: 1 .. 1024. The work per token grows with it.\n"
-      "max_tokens: 2 .. 2^30, the most tokens that are remembered. Tokens are indexed in halves of that "
-      "size:\n"
-      "when one is full, the one before it is forgotten. Where both match, the longer match counts, of "
-      "equal\n"
-      "ones the younger half's.\n"
-      "Raises ValueError on other sizes.")
+      R"(How a text goes on, judging by its own past: an index that grows by a token at a time.
+
+The match of a text is the longest run of its last tokens, at most `max_match`, that is followed by a token somewhere in
+what is indexed. The draft is the token that has followed it most often; of several the one that did so last.
+
+max_match: 1 .. 1024. The work per token grows with it.
+max_tokens: 2 .. 2^30, the most tokens that are remembered. Tokens are indexed in halves of that size: when one is full,
+the one before it is forgotten. Where both match, the longer match counts, of equal ones the younger half's.
+Raises ValueError on other sizes.)")
       .def(py::init<int64_t, int64_t>(), py::arg("max_match") = 24, py::arg("max_tokens") = 1 << 20)
       .def("extend", &extend, py::arg("tokens"),
            "Appends tokens.\n\n"
@@ -77,7 +73,7 @@ void bind_suffix_index(py::module_& m) {
            "tail: (N,) integers in 0 .. 2^31 - 1; the last `max_match` of them count.\n"
            "Raises ValueError on anything else.")
       .def("record", &record,
-           "How trustworthy matches have been, by their length.\n\n"
+           "How often matches have been right, by their length.\n\n"
            "Returns (max_match + 1, 2) int64: how often there was a match of m tokens before a token was\n"
            "appended, and how often that token was the draft. Row 0 counts the tokens without a match.")
       .def("__len__", &SuffixIndex::size)
@@ -87,4 +83,4 @@ void bind_suffix_index(py::module_& m) {
       .def_property_readonly("nbytes", &SuffixIndex::bytes, "Bytes of memory in use.");
 }
 
-}  // namespace cerberus::host
+}  // namespace cerberus::search

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-namespace cerberus::host {
+namespace cerberus::search {
 namespace {
 
 // Room for `size` elements. Grows by a half, because there are thousands of trees and memory counts.
@@ -29,47 +29,47 @@ ContextTree::ContextTree(size_t max_match, Context before)
 
 // `path` gets the nodes whose longest context is among the last tokens of `context`, from the root, which it
 // leaves out, downwards.
-ContextTree::Place ContextTree::walk(Context context, std::vector<uint32_t>* path) const {
+ContextTree::MatchEnd ContextTree::walk(Context context, std::vector<uint32_t>* path) const {
   const size_t longest = std::min(context.size, max_match_);
-  Place place{kRoot, 0};
-  while (place.depth < longest) {
-    const uint32_t parent = place.node;
-    const Token token = context[place.depth];
+  MatchEnd match{kRoot, 0};
+  while (match.depth < longest) {
+    const uint32_t parent = match.node;
+    const Token token = context[match.depth];
     const uint32_t child = children_.find(hash_of_token(parent, token), [&](uint32_t id) {
       return nodes_[id].parent == parent && first_token(id) == token;
     });
     if (child == kNone) break;
     const Context known{text_.data() + nodes_[child].end, nodes_[child].depth};
-    const size_t end = std::min(known.size, longest);
-    place.node = child;
+    const size_t stop = std::min(known.size, longest);
+    match.node = child;
     do {
-      ++place.depth;
-    } while (place.depth < end && known[place.depth] == context[place.depth]);
-    if (place.depth < known.size) break;  // inside the edge
+      ++match.depth;
+    } while (match.depth < stop && known[match.depth] == context[match.depth]);
+    if (match.depth < known.size) break;  // inside the edge
     if (path != nullptr) path->push_back(child);
   }
-  return place;
+  return match;
 }
 
-Match ContextTree::match_at(Place place) const { return {place.depth, nodes_[place.node].next}; }
+Match ContextTree::match_at(MatchEnd end) const { return {end.depth, nodes_[end.node].next}; }
 
 Match ContextTree::match(Context context) const { return match_at(walk(context, nullptr)); }
 
 Match ContextTree::append(Token token) {
   const Context context = this->context();
   path_.clear();
-  const Place place = walk(context, &path_);
-  const Match match = match_at(place);
-  const bool inside = place.depth < nodes_[place.node].depth;  // of an edge
-  reserve(inside ? place.node : kNone);                        // from here on nothing can fail
+  const MatchEnd end = walk(context, &path_);
+  const Match match = match_at(end);
+  const bool inside = end.depth < nodes_[end.node].depth;  // of an edge
+  reserve(inside ? end.node : kNone);                      // from here on nothing can fail
 
   uint32_t last = path_.empty() ? kRoot : path_.back();
   if (inside) {
-    last = split(place.node, place.depth);
+    last = split(end.node, end.depth);
     path_.push_back(last);
   }
   for (const uint32_t node : path_) count(node, token);
-  if (place.depth < context.size) {
+  if (end.depth < context.size) {
     add_node(
         {static_cast<uint32_t>(text_.size()), static_cast<uint32_t>(context.size), last, token, 1, kNone});
   }
@@ -165,4 +165,4 @@ size_t ContextTree::bytes() const {
          counts_table_.bytes();
 }
 
-}  // namespace cerberus::host
+}  // namespace cerberus::search

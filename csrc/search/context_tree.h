@@ -23,7 +23,7 @@
 
 #include "id_table.h"
 
-namespace cerberus::host {
+namespace cerberus::search {
 
 using Token = int32_t;  // >= 0
 
@@ -82,15 +82,15 @@ class ContextTree {
 
   // Where the longest match of a context ends: `depth` tokens deep, at `node` or inside the edge that leads
   // to it.
-  struct Place {
+  struct MatchEnd {
     uint32_t node;
     size_t depth;
   };
 
   static constexpr uint32_t kRoot = 0;
 
-  Place walk(Context context, std::vector<uint32_t>* path) const;
-  Match match_at(Place place) const;
+  MatchEnd walk(Context context, std::vector<uint32_t>* path) const;
+  Match match_at(MatchEnd end) const;
 
   Token first_token(uint32_t node) const;  // of the edge from its parent
   uint32_t& child_slot(uint32_t parent, Token token);
@@ -112,4 +112,4 @@ class ContextTree {
   std::vector<uint32_t> path_;  // of `append`: the nodes whose contexts the new token follows
 };
 
-}  // namespace cerberus::host
+}  // namespace cerberus::search

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace cerberus::host {
+namespace cerberus::search {
 namespace {
 
 constexpr size_t kNone = static_cast<size_t>(-1);
@@ -49,10 +49,10 @@ class Trie {
 };
 
 // A node of the tree, and what is needed to find its children.
-struct Place {
+struct Expanded {
   size_t depth;
-  size_t trie;    // its node in the trie, or kNone
-  double others;  // what the probabilities of place drafts after it are multiplied with
+  size_t trie;   // its node in the trie, or kNone
+  double share;  // what the probabilities of the next depth's drafts are multiplied with
 };
 
 struct Candidate {
@@ -62,7 +62,7 @@ struct Candidate {
   int64_t token;
   int64_t proposer;
   size_t trie;
-  size_t rank;  // among the place drafts after its parent; kNone: it comes from the trie
+  size_t rank;  // among the drafts of its depth; kNone: it comes from the trie
 };
 
 bool operator<(const Candidate& a, const Candidate& b) {
@@ -71,8 +71,8 @@ bool operator<(const Candidate& a, const Candidate& b) {
 
 class Search {
  public:
-  Search(const PlaceDrafts& places, const std::vector<PathDraft>& paths, size_t deepest)
-      : drafts_(places), trie_(paths), deepest_(deepest) {}
+  Search(const DepthDrafts& drafts, const std::vector<PathDraft>& paths, size_t max_depth)
+      : drafts_(drafts), trie_(paths), max_depth_(max_depth) {}
 
   BestDrafts run(size_t size) {
     add({1.0, 0, kNone, 0, 0, 0, kNone}, -1);
@@ -91,37 +91,37 @@ class Search {
     tree_.tokens.push_back(node.token);
     tree_.proposers.push_back(node.proposer);
     tree_.probabilities.push_back(node.probability);
-    places_.push_back({parent < 0 ? 0 : places_[parent].depth + 1, node.trie, 1.0});
-    if (places_.back().depth < deepest_) offer_children(places_.size() - 1);
+    expanded_.push_back({parent < 0 ? 0 : expanded_[parent].depth + 1, node.trie, 1.0});
+    if (expanded_.back().depth < max_depth_) offer_children(expanded_.size() - 1);
   }
 
   void offer_children(size_t node) {
-    if (places_[node].trie != kNone) {
-      double by_path = 0, by_place = 0;  // what the two kinds give the tokens of the paths
-      for (const size_t child : trie_[places_[node].trie].children) {
+    if (expanded_[node].trie != kNone) {
+      double by_path = 0, by_depth = 0;  // what the two kinds give the tokens of the paths
+      for (const size_t child : trie_[expanded_[node].trie].children) {
         const Trie::Node& path = trie_[child];
-        const size_t rank = rank_of(places_[node].depth, path.token);
-        const double drafted = rank == kNone ? 0.0 : probability(places_[node].depth, rank);
+        const size_t rank = rank_of(expanded_[node].depth, path.token);
+        const double drafted = rank == kNone ? 0.0 : probability(expanded_[node].depth, rank);
         const bool path_likelier = path.probability >= drafted;
         offer(node, path_likelier ? path.probability : drafted, path.token,
-              path_likelier ? path.proposer : proposer(places_[node].depth, rank), child, kNone);
+              path_likelier ? path.proposer : proposer(expanded_[node].depth, rank), child, kNone);
         by_path += std::max(path.probability, drafted);
-        by_place += drafted;
+        by_depth += drafted;
       }
-      if (by_path > 0) places_[node].others = by_path < 1 ? (1 - by_path) / (1 - by_place) : 0.0;
+      if (by_path > 0) expanded_[node].share = by_path < 1 ? (1 - by_path) / (1 - by_depth) : 0.0;
     }
     offer_draft(node, 0);
   }
 
-  // Offers the place draft of this rank after `node`, or the next that is no child from the trie and no
-  // repetition.
+  // Offers the draft of this rank of the depth after `node`, or the next that is no child from the trie and
+  // no repetition.
   void offer_draft(size_t node, size_t rank) {
-    const auto [depth, trie, others] = places_[node];
-    if (depth >= drafts_.places) return;
+    const auto [depth, trie, share] = expanded_[node];
+    if (depth >= drafts_.depths) return;
     for (; rank < drafts_.drafts; ++rank) {
       const int64_t token = drafts_.tokens[depth * drafts_.drafts + rank];
       if (rank_of(depth, token) != rank || follows(trie, token)) continue;
-      offer(node, probability(depth, rank) * others, token, proposer(depth, rank), kNone, rank);
+      offer(node, probability(depth, rank) * share, token, proposer(depth, rank), kNone, rank);
       return;
     }
   }
@@ -137,12 +137,12 @@ class Search {
     return std::any_of(children.begin(), children.end(), [&](size_t c) { return trie_[c].token == token; });
   }
 
-  // The first rank at which the token is drafted for the place after `depth` drafts, or kNone.
+  // The first rank at which the token is drafted for depth `depth` + 1, or kNone.
   size_t rank_of(size_t depth, int64_t token) const {
-    if (depth >= drafts_.places) return kNone;
+    if (depth >= drafts_.depths) return kNone;
     const int64_t* row = drafts_.tokens + depth * drafts_.drafts;
-    const int64_t* found = std::find(row, row + drafts_.drafts, token);
-    return found == row + drafts_.drafts ? kNone : static_cast<size_t>(found - row);
+    const int64_t* at = std::find(row, row + drafts_.drafts, token);
+    return at == row + drafts_.drafts ? kNone : static_cast<size_t>(at - row);
   }
 
   double probability(size_t depth, size_t rank) const {
@@ -153,11 +153,11 @@ class Search {
     return drafts_.proposers[depth * drafts_.drafts + rank];
   }
 
-  const PlaceDrafts& drafts_;
+  const DepthDrafts& drafts_;
   const Trie trie_;
-  const size_t deepest_;
+  const size_t max_depth_;
   BestDrafts tree_;
-  std::vector<Place> places_;
+  std::vector<Expanded> expanded_;
   std::priority_queue<Candidate> candidates_;
   int64_t order_ = 0;
 };
@@ -169,7 +169,7 @@ void check(const int64_t* tokens, const double* probabilities, size_t count, int
                                   ", got " + std::to_string(tokens[i]));
     }
     if (!(probabilities[i] >= 0.0 &&
-          probabilities[i] <= 1.0)) {  // not (c < 0 or c > 1): that would let a NaN through
+          probabilities[i] <= 1.0)) {  // not (p < 0 or p > 1): that would let a NaN through
       throw std::invalid_argument("best_drafts: probabilities must be in 0 .. 1, got " +
                                   std::to_string(probabilities[i]));
     }
@@ -179,22 +179,22 @@ void check(const int64_t* tokens, const double* probabilities, size_t count, int
 }  // namespace
 
 // Best first: a node is worth the product of the probabilities on its path, so a child is never worth more
-// than its parent, and taking the best candidate again and again gives the best nodes of all. Place drafts
-// are best first after every node, so only the best one not yet taken has to be a candidate.
-BestDrafts best_drafts(const PlaceDrafts& places, const std::vector<PathDraft>& paths, int64_t vocabulary,
-                       int64_t size, int64_t deepest) {
+// than its parent, and taking the best candidate again and again gives the best nodes of all. The drafts of a
+// depth are best first after every node, so only the best one not yet taken has to be a candidate.
+BestDrafts best_drafts(const DepthDrafts& drafts, const std::vector<PathDraft>& paths, int64_t vocabulary,
+                       int64_t size, int64_t max_depth) {
   if (size < 1) throw std::invalid_argument("best_drafts: size must be >= 1, got " + std::to_string(size));
-  if (deepest < 0) {
-    throw std::invalid_argument("best_drafts: deepest must be >= 0, got " + std::to_string(deepest));
+  if (max_depth < 0) {
+    throw std::invalid_argument("best_drafts: max_depth must be >= 0, got " + std::to_string(max_depth));
   }
-  check(places.tokens, places.probabilities, places.places * places.drafts, vocabulary);
-  for (size_t i = 0; i < places.places * places.drafts; ++i) {
-    if (i % std::max<size_t>(places.drafts, 1) && places.probabilities[i] > places.probabilities[i - 1]) {
-      throw std::invalid_argument("best_drafts: the drafts of a place must be best first");
+  check(drafts.tokens, drafts.probabilities, drafts.depths * drafts.drafts, vocabulary);
+  for (size_t i = 0; i < drafts.depths * drafts.drafts; ++i) {
+    if (i % std::max<size_t>(drafts.drafts, 1) && drafts.probabilities[i] > drafts.probabilities[i - 1]) {
+      throw std::invalid_argument("best_drafts: the drafts of a depth must be best first");
     }
   }
   for (const PathDraft& path : paths) check(path.tokens, path.probabilities, path.length, vocabulary);
-  return Search(places, paths, static_cast<size_t>(deepest)).run(static_cast<size_t>(size));
+  return Search(drafts, paths, static_cast<size_t>(max_depth)).run(static_cast<size_t>(size));
 }
 
-}  // namespace cerberus::host
+}  // namespace cerberus::search

@@ -5,15 +5,15 @@
 #include <cstdint>
 #include <vector>
 
-namespace cerberus::host {
+namespace cerberus::search {
 
-// Drafts for each of the next places, whatever stands before them: the heads', and others of this kind.
-// Row-major (places, drafts), best first; proposers: who makes each of them.
-struct PlaceDrafts {
+// Drafts for each depth, whatever the path there is: the heads', and others of this kind. Row-major (depths,
+// drafts), row d for nodes of depth d + 1, best first; proposers: who makes each of them.
+struct DepthDrafts {
   const int64_t* tokens = nullptr;
   const double* probabilities = nullptr;
   const int64_t* proposers = nullptr;
-  size_t places = 0;
+  size_t depths = 0;
   size_t drafts = 0;
 };
 
@@ -33,14 +33,14 @@ struct BestDrafts {
   std::vector<double> probabilities;  // that the node is accepted, its whole path being right; 1 for the root
 };
 
-// The `size` nodes, root included and none deeper than `deepest`, that are most likely to be accepted; fewer
-// where there are no more drafts; one of probability 0 is none.
+// The `size` nodes, root included and none deeper than `max_depth`, that are most likely to be accepted;
+// fewer where there are no more drafts; one of probability 0 is none.
 //
 // A token that both kinds of drafts offer after a node is one node, as likely as the likelier of the two
-// says. After a node of a path, the other drafts share what probability the path leaves them. Throws
-// std::invalid_argument where size < 1 or deepest < 0, where a token is not in 0 .. vocabulary - 1, or a
+// says. After a node of a path, the other drafts share the probability that the path leaves. Throws
+// std::invalid_argument where size < 1 or max_depth < 0, where a token is not in 0 .. vocabulary - 1, or a
 // probability not in 0 .. 1.
-BestDrafts best_drafts(const PlaceDrafts& places, const std::vector<PathDraft>& paths, int64_t vocabulary,
-                       int64_t size, int64_t deepest);
+BestDrafts best_drafts(const DepthDrafts& drafts, const std::vector<PathDraft>& paths, int64_t vocabulary,
+                       int64_t size, int64_t max_depth);
 
-}  // namespace cerberus::host
+}  // namespace cerberus::search

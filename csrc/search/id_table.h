@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace cerberus::host {
+namespace cerberus::search {
 
 constexpr uint32_t kNone = UINT32_MAX;  // no id
 
@@ -23,14 +23,14 @@ class IdTable {
   // The id with this hash for which `is_it(id)` is true, or kNone.
   template <typename IsIt>
   uint32_t find(uint64_t hash, IsIt is_it) const {
-    return slots_[place(hash, is_it)];
+    return slots_[position(hash, is_it)];
   }
 
   // Its slot; without such an id the free slot, which holds kNone, where it may be put once room for it has
   // been reserved. Valid until the next `reserve`.
   template <typename IsIt>
   uint32_t& slot(uint64_t hash, IsIt is_it) {
-    return slots_[place(hash, is_it)];
+    return slots_[position(hash, is_it)];
   }
 
   // Makes room for `ids` ids in all; `hash` gives the hash of an id that is in the table.
@@ -51,7 +51,7 @@ class IdTable {
   static constexpr size_t kOfIds = 5, kOfSlots = 7;  // at most 5 of 7 slots are taken, so a search ends soon
 
   template <typename IsIt>
-  size_t place(uint64_t hash, IsIt is_it) const {
+  size_t position(uint64_t hash, IsIt is_it) const {
     size_t i = (hash >> 32) * slots_.size() >> 32;
     while (slots_[i] != kNone && !is_it(slots_[i])) i = i + 1 == slots_.size() ? 0 : i + 1;
     return i;
@@ -60,4 +60,4 @@ class IdTable {
   std::vector<uint32_t> slots_ = std::vector<uint32_t>(kOfSlots, kNone);
 };
 
-}  // namespace cerberus::host
+}  // namespace cerberus::search

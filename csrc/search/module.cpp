@@ -10,7 +10,7 @@
 
 namespace py = pybind11;
 
-namespace cerberus::host {
+namespace cerberus::search {
 namespace {
 
 using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
@@ -64,4 +64,4 @@ PYBIND11_MODULE(_host, m) {
         "Returns (N,) int64. Raises ValueError on anything else.");
 }
 
-}  // namespace cerberus::host
+}  // namespace cerberus::search

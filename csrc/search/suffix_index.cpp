@@ -5,20 +5,20 @@
 #include <string>
 #include <utility>
 
-namespace cerberus::host {
+namespace cerberus::search {
 namespace {
 
-int64_t checked(const std::string& what, int64_t value, int64_t least, int64_t most) {
-  if (value < least || value > most) {
-    throw std::invalid_argument(what + " must be in " + std::to_string(least) + " .. " +
-                                std::to_string(most) + ", got " + std::to_string(value));
+int64_t checked(const std::string& what, int64_t value, int64_t min, int64_t max) {
+  if (value < min || value > max) {
+    throw std::invalid_argument(what + " must be in " + std::to_string(min) + " .. " + std::to_string(max) +
+                                ", got " + std::to_string(value));
   }
   return value;
 }
 
 void check_tokens(const std::string& what, const int64_t* tokens, size_t count) {
   for (size_t i = 0; i < count; ++i) {
-    if (tokens[i] < 0 || tokens[i] > SuffixIndex::kMaxToken) {  // before a name is made up for each of them
+    if (tokens[i] < 0 || tokens[i] > SuffixIndex::kMaxToken) {  // only then is the name put together
       checked(what + "[" + std::to_string(i) + "]", tokens[i], 0, SuffixIndex::kMaxToken);
     }
   }
@@ -81,4 +81,4 @@ size_t SuffixIndex::bytes() const {
   return sizeof(*this) + young_.bytes() + (old_ ? old_->bytes() : 0) + record_.capacity() * sizeof(int64_t);
 }
 
-}  // namespace cerberus::host
+}  // namespace cerberus::search

@@ -16,7 +16,7 @@
 
 #include "context_tree.h"
 
-namespace cerberus::host {
+namespace cerberus::search {
 
 // tokens[i] is the draft after the text and tokens[.. i), made from a match of matches[i] tokens.
 struct Continuation {
@@ -67,4 +67,4 @@ class SuffixIndex {
   std::vector<int64_t> record_;
 };
 
-}  // namespace cerberus::host
+}  // namespace cerberus::search

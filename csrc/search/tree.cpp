@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace cerberus::host {
+namespace cerberus::search {
 namespace {
 
 // A node that could join the tree next: one whose parent, and whose better siblings, are in it already.
@@ -14,8 +14,8 @@ struct Candidate {
   double value;   // probability that every draft on its path is right
   int64_t order;  // when it became a candidate; breaks ties, so that equal inputs give equal trees
   int64_t parent;
-  size_t depth;  // of the node itself, so it is a draft of head `depth`
-  size_t place;  // among its siblings, best first
+  size_t depth;    // of the node itself, so it is a draft of head `depth`
+  size_t sibling;  // how many of its siblings are better
 };
 
 // std::priority_queue keeps the greatest on top: greater value, else the earlier candidate.
@@ -58,10 +58,10 @@ Tree best_tree(const double* accuracy, size_t heads, size_t drafts, int64_t size
   std::vector<double> values{1.0};
   std::priority_queue<Candidate> candidates;
   int64_t order = 0;
-  const auto offer = [&](int64_t parent, size_t depth, size_t place) {
-    if (depth > heads || place >= drafts) return;
-    const double probability = accuracy[(depth - 1) * drafts + ranks[depth - 1][place]];
-    candidates.push({values[parent] * probability, order++, parent, depth, place});
+  const auto offer = [&](int64_t parent, size_t depth, size_t sibling) {
+    if (depth > heads || sibling >= drafts) return;
+    const double probability = accuracy[(depth - 1) * drafts + ranks[depth - 1][sibling]];
+    candidates.push({values[parent] * probability, order++, parent, depth, sibling});
   };
 
   offer(0, 1, 0);
@@ -70,10 +70,10 @@ Tree best_tree(const double* accuracy, size_t heads, size_t drafts, int64_t size
     candidates.pop();
     const auto node = static_cast<int64_t>(tree.parents.size());
     tree.parents.push_back(best.parent);
-    tree.ranks.push_back(static_cast<int64_t>(ranks[best.depth - 1][best.place]));
+    tree.ranks.push_back(static_cast<int64_t>(ranks[best.depth - 1][best.sibling]));
     values.push_back(best.value);
     offer(node, best.depth + 1, 0);
-    offer(best.parent, best.depth, best.place + 1);
+    offer(best.parent, best.depth, best.sibling + 1);
   }
   return tree;
 }
@@ -107,4 +107,4 @@ std::vector<int64_t> ancestors(const int64_t* parents, size_t nodes) {
   return masks;
 }
 
-}  // namespace cerberus::host
+}  // namespace cerberus::search

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace cerberus::host {
+namespace cerberus::search {
 
 struct Tree {
   std::vector<int64_t> parents;
@@ -29,4 +29,4 @@ std::vector<int64_t> ancestors(const int64_t* parents, size_t nodes);
 
 inline size_t ancestor_words(size_t nodes) { return (nodes + 63) / 64; }
 
-}  // namespace cerberus::host
+}  // namespace cerberus::search
