@@ -1,9 +1,9 @@
-// What torch calls for an op on a device: prepare_<op>, then the kernel, then the results. Shared by the
-// files that register the ops of ops.h, each of which says in a class what its device does:
+// What torch calls for an op on a device: prepare_<op>, then the kernel, then the results. For the files that
+// register the ops of ops.h, each of which says in a class what its device does:
 //
-//   explicit Device(const Tensor& first);   before anything is allocated; `first` is the first argument of
-//   the op static constexpr Splits kSplits         how it divides the work of a call void run(const char* op,
-//   kernel, args)  calls or enqueues the kernel
+//   explicit Device(const Tensor& first);  // the op's first argument; before prepare_<op>
+//   static constexpr Splits kSplits;        // see prepare.h
+//   void run(const char* op, kernel, args) const;  // calls or enqueues it
 #pragma once
 
 #include <torch/csrc/stable/library.h>

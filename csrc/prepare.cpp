@@ -345,7 +345,7 @@ CommitCacheCall prepare_commit_cache(const Tensor& cache, const Tensor& length, 
   args.kv_heads = cache.size(2);
   args.capacity = cache.size(3);
   args.head_size = cache.size(4);
-  args.path_places = path.size(1);
+  args.path_nodes = path.size(1);
   args.cache = cache.mutable_data_ptr();
   args.length = mutable_data<int64_t>(length);
   args.path = data<int32_t>(path);

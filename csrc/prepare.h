@@ -18,11 +18,11 @@ namespace cerberus {
 
 using torch::stable::Tensor;
 
-// Into how many pieces a device splits a call.
+// Into how many pieces a device splits a call: DraftTopkArgs::parts, and TreeAttentionArgs::splits by the
+// sizes and the pointers that the arguments hold already.
 struct Splits {
-  int64_t (*draft_topk)(int64_t vocab);  // DraftTopkArgs::parts
-  int64_t (*tree_attention)(
-      const TreeAttentionArgs& args);  // TreeAttentionArgs::splits, by the sizes in args
+  int64_t (*draft_topk)(int64_t vocab);
+  int64_t (*tree_attention)(const TreeAttentionArgs& args);
 };
 
 // The prepared call: `args` points into the tensors, which keep the memory alive; what the op returns.
