@@ -87,23 +87,28 @@ static inline void from_float(float x, Float16& out) {
   }
 }
 
-// out[i] = x[i], rounded to the type of `out`, for four elements.
-template <typename T>
-static inline void from_four(const float* x, T* out) {
-  for (int i = 0; i < 4; ++i) from_float(x[i], out[i]);
+// out[i] = x[i], rounded to the type of `out`, for kCount elements: a power of two, of no more than kLanes.
+template <int kCount, typename T>
+static inline void from_floats(const float* x, T* out) {
+  for (int i = 0; i < kCount; ++i) from_float(x[i], out[i]);
 }
-#if defined(__AVX2__)
-static inline void from_four(const float* x, BFloat16* out) {
-  const __m128 value = _mm_loadu_ps(x);
-  const __m128i bits = _mm_castps_si128(value), upper = _mm_srli_epi32(bits, 16);
-  const __m128i odd = _mm_and_si128(upper, _mm_set1_epi32(1));
-  const __m128i rounded = _mm_srli_epi32(_mm_add_epi32(_mm_add_epi32(bits, _mm_set1_epi32(0x7fff)), odd), 16);
-  const __m128i nan = _mm_or_si128(upper, _mm_set1_epi32(0x40));
-  const __m128i is_nan = _mm_castps_si128(_mm_cmpunord_ps(value, value));
-  const __m128i all = _mm_blendv_epi8(rounded, nan, is_nan);
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi32(all, all));
+template <int kCount>
+struct Integers {
+  typedef uint32_t Words __attribute__((vector_size(4 * kCount)));
+  typedef uint16_t Halves __attribute__((vector_size(2 * kCount)));
+};
+template <int kCount>
+static inline void from_floats(const float* x, BFloat16* out) {
+  using Words = typename Integers<kCount>::Words;
+  using Halves = typename Integers<kCount>::Halves;
+  Words bits;
+  __builtin_memcpy(&bits, x, sizeof(bits));
+  const Words upper = bits >> 16, rounded = (bits + 0x7fffu + (upper & 1u)) >> 16;
+  const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const Words all = is_nan ? upper | 0x40u : rounded;
+  const Halves halves = __builtin_convertvector(all, Halves);
+  __builtin_memcpy(out, &halves, sizeof(halves));
 }
-#endif
 
 // --- one vector ---
 
