@@ -88,6 +88,7 @@ static inline void from_float(float x, Float16& out) {
 }
 
 // out[i] = x[i], rounded to the type of `out`, for kCount elements: a power of two, of no more than kLanes.
+// To the bits that from_float gives, of a NaN too.
 template <int kCount, typename T>
 static inline void from_floats(const float* x, T* out) {
   for (int i = 0; i < kCount; ++i) from_float(x[i], out[i]);
@@ -98,17 +99,40 @@ struct Integers {
   typedef uint16_t Halves __attribute__((vector_size(2 * kCount)));
 };
 template <int kCount>
-static inline void from_floats(const float* x, BFloat16* out) {
-  using Words = typename Integers<kCount>::Words;
-  using Halves = typename Integers<kCount>::Halves;
-  Words bits;
+static inline typename Integers<kCount>::Words load_words(const float* x) {
+  typename Integers<kCount>::Words bits;
   __builtin_memcpy(&bits, x, sizeof(bits));
-  const Words upper = bits >> 16, rounded = (bits + 0x7fffu + (upper & 1u)) >> 16;
-  const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  const Words all = is_nan ? upper | 0x40u : rounded;
-  const Halves halves = __builtin_convertvector(all, Halves);
+  return bits;
+}
+template <int kCount>
+static inline void from_floats(const float* x, BFloat16* out) {
+  const auto bits = load_words<kCount>(x), upper = bits >> 16;
+  const auto rounded = (bits + 0x7fffu + (upper & 1u)) >> 16;
+  const auto all = (bits & 0x7fffffffu) > 0x7f800000u ? upper | 0x40u : rounded;
+  const auto halves = __builtin_convertvector(all, typename Integers<kCount>::Halves);
   __builtin_memcpy(out, &halves, sizeof(halves));
 }
+#if defined(__F16C__)
+template <int kCount>
+static inline void from_floats(const float* x, Float16* out) {
+  if constexpr (kCount < 8) {
+    for (int i = 0; i < kCount; ++i) from_float(x[i], out[i]);
+  } else {
+    const auto bits = load_words<kCount>(x);
+    const auto number = (bits & 0x7fffffffu) > 0x7f800000u ? (bits & 0x80000000u) | 0x7fc00000u : bits;
+#if defined(__AVX512F__)
+    if constexpr (kCount == 16) {
+      const __m256i halves = _mm512_cvtps_ph(bit_cast<__m512>(number), _MM_FROUND_TO_NEAREST_INT);
+      return _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), halves);
+    }
+#endif
+    if constexpr (kCount == 8) {
+      const __m128i halves = _mm256_cvtps_ph(bit_cast<__m256>(number), _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), halves);
+    }
+  }
+}
+#endif
 
 // --- one vector ---
 
