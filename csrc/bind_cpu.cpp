@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <vector>
 
 #include "bind.h"
 #include "cpu/cpu.h"
@@ -11,14 +12,27 @@
 namespace cerberus {
 namespace {
 
-// Each thread takes the next task when it is done with one: torch's own parallel_for deals them out
-// beforehand, and waits for the slowest thread where another program has taken a core.
+// Every thread has consecutive tasks of its own, since a task asks memory for what the next one reads; when
+// they are done, it takes the others'. torch's own parallel_for waits for the slowest thread where another
+// program has taken a core.
 void run_on_torch_threads(int64_t tasks, Parallel::Body body, const void* state) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(
-      0, std::min<int64_t>(tasks, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
-        for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(state, task);
-      });
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  std::vector<Share> shares(threads);
+  for (int64_t i = 0; i < threads; ++i) {
+    shares[i].next = tasks * i / threads;
+    shares[i].end = tasks * (i + 1) / threads;
+  }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
+    for (int64_t i = 0; i < threads; ++i) {
+      Share& share = shares[(first + i) % threads];
+      for (int64_t task; (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+        body(state, task);
+    }
+  });
 }
 
 Parallel torch_threads() { return {run_on_torch_threads, torch::stable::get_num_threads()}; }

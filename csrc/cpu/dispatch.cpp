@@ -2,9 +2,15 @@
 //
 // Not while the library is loaded: an exception there would end the process. cerberus_ext/__init__.py calls
 // cpu_isa() right after loading, so that a wrong CERBERUS_ISA shows as an error of the import.
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
+#include <type_traits>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #if defined(CERBERUS_AMX)
 #include <cpuid.h>
@@ -137,19 +143,34 @@ const Level& level() {
   return chosen;
 }
 
-// Without outputs there may be any number of rows, which the kernel would walk.
-bool is_empty(const LinearArgs& a) { return a.out_size == 0; }
+// Memory that malloc maps anew for every call, which is what it does with so much of it: on pages of 2 MiB,
+// where the system has them, writing to it first does not stop at every 4 KiB. Measured on two threads, 48
+// MiB (512 rows of 49152 bfloat16): 3 ms instead of 12.
+[[maybe_unused]] constexpr int64_t kMappedAnew = 32 << 20;
+
+void prefer_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (start + kPage - 1) / kPage * kPage, end = (start + bytes) / kPage * kPage;
+  if (bytes >= kMappedAnew) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// Calls the kernel. Products without outputs may have any number of rows, which the kernel would walk.
 template <typename Args>
-bool is_empty(const Args&) {
-  return false;
+void call(void (*kernel)(const Args&, const Parallel&), const Args& a, const Parallel& parallel) {
+  if constexpr (std::is_same_v<Args, LinearArgs>) {
+    if (a.out_size == 0) return;
+    prefer_large_pages(a.output, a.rows * a.out_size * (a.dtype == DType::kFloat32 ? 4 : 2));
+  }
+  kernel(a, parallel);
 }
 
 }  // namespace
 
-#define CHOSEN(op, Op, schema)                          \
-  void op##_cpu(const Op##Args& a, const Parallel& p) { \
-    if (!is_empty(a)) level().op(a, p);                 \
-  }
+#define CHOSEN(op, Op, schema) \
+  void op##_cpu(const Op##Args& a, const Parallel& p) { call(level().op, a, p); }
 CERBERUS_OPS(CHOSEN)
 #undef CHOSEN
 
