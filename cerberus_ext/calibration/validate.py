@@ -21,7 +21,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from ..engine.compile_ahead import compile_ahead
 from ..engine.decode import decode
 from ..evaluation.bootstrap import bootstrap_interval, ratio_of_totals
-from ..evaluation.rotation import rotated
+from ..evaluation.timing import rotated
 from .choice import PLAIN, Choice, Setting
 from .cost import StepCosts
 from .trace import Answer, TracedText, trace

@@ -31,7 +31,7 @@ from .page import html
 from .plots import TITLES, draw
 from .results import Results
 from .tables import markdown
-from .ways import Context, Way, built_in_ways, model_name, select, ways_of_file
+from .ways import ENTROPY, Context, Way, built_in_ways, model_name, select, ways_of_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +40,6 @@ __all__ = ["BenchOptions", "Context", "Way", "evaluate", "report"]
 
 RESULTS_FILE = "results.jsonl"
 REPORT_FILES = ("bench.json", "bench.md", "index.html", *(f"{name}.png" for name in TITLES))
-ENTROPY_WAY = "cerberus-entropy"
 
 
 @dataclass(frozen=True)
@@ -112,52 +111,58 @@ def evaluate(
         check_compilable(model)
     results = begin_folder(out)
     threshold = options.entropy_threshold
-    if threshold is None and (options.ways is None or ENTROPY_WAY in options.ways):
+    if threshold is None and (options.ways is None or ENTROPY in options.ways):
         threshold = find_threshold(context, questions, results)
     ways, missing = built_in_ways(context, medusa, draft, threshold, options.compile)
     for file in options.way_files:
         ways += ways_of_file(file, context)
     ways = select(ways, missing, options.ways)
-    results.begin(
-        identity={
-            "model": names.get("model", model_name(model)),
-            **{name: names.get(name) for name in ("questions", "heads", "medusa", "draft")},
-            "prints": {
-                "model": fingerprint(model.parameters(), rows=16),
-                "heads": fingerprint(heads.parameters()),
-                "medusa": None if medusa is None else fingerprint(medusa.parameters()),
-                "draft": None if draft is None else fingerprint(draft[0].parameters(), rows=16),
-            },
-            "calibration": {
-                name: None if stored is None else [tree_to_json(stored.tree), gate_to_json(stored.gate)]
-                for name, stored in (
-                    ("heads", context.calibration(heads)),
-                    ("medusa", context.calibration(medusa)),
-                    *([("compiled", context.calibration(heads, compiled=True))] if options.compile else []),
-                )
-            },
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": model.device.type,
-            "turns": options.turns,
-            "new_tokens": options.new_tokens,
-            "rounds": options.rounds,
-            "tree_size": options.tree_size,
-            "seed": options.seed,
-            "ways": {way.name: getattr(way, "description", "") for way in ways},
-            "machine": describe_machine(model.device),
-            "versions": describe_versions(),
-        },
-        about={
-            "date": datetime.date.today().isoformat(),
-            "commit": commit(),
-            "command": command_of(names, options, model),
-            "left_out": missing if options.ways is None else {},
-            "entropy_threshold": threshold,
-            "expected": {way.name: value for way in ways if (value := getattr(way, "expected", None)) is not None},
-        },
-    )
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "command": command_of(names, options, model),
+        "left_out": missing if options.ways is None else {},
+        "entropy_threshold": threshold,
+        "expected": {way.name: value for way in ways if (value := getattr(way, "expected", None)) is not None},
+    }
+    results.begin(identity_of(context, ways, options, names, medusa, None if draft is None else draft[0]), about)
     Measuring(context, ways, results, options.new_tokens, options.rounds).run(tasks)
     return report(out)
+
+
+def identity_of(
+    context: Context,
+    ways: Sequence[Way],
+    options: BenchOptions,
+    names: dict[str, str],
+    medusa: CerberusHeads | None,
+    draft: PreTrainedModel | None,
+) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    model, heads = context.model, context.heads
+    stored = {"heads": context.calibration(heads), "medusa": context.calibration(medusa)}
+    if options.compile:
+        stored["compiled"] = context.calibration(heads, compiled=True)
+    return {
+        "model": names.get("model", model_name(model)),
+        **{name: names.get(name) for name in ("questions", "heads", "medusa", "draft")},
+        "prints": {
+            name: None
+            if one is None
+            else fingerprint(one.parameters(), rows=256 if isinstance(one, CerberusHeads) else 16)
+            for name, one in {"model": model, "heads": heads, "medusa": medusa, "draft": draft}.items()
+        },
+        "calibration": {
+            name: None if one is None else [tree_to_json(one.tree), gate_to_json(one.gate)]
+            for name, one in stored.items()
+        },
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        **{name: getattr(options, name) for name in ("turns", "new_tokens", "rounds", "tree_size", "seed")},
+        "ways": {way.name: getattr(way, "description", "") for way in ways},
+        "machine": describe_machine(model.device),
+        "versions": describe_versions(),
+    }
 
 
 def begin_folder(out: Path) -> Results:
@@ -195,9 +200,8 @@ def find_threshold(context: Context, questions: Sequence[Question], results: Res
 def command_of(names: dict[str, str], options: BenchOptions, model: PreTrainedModel) -> str:
     """What repeats the run, with the names of files and folders for their paths."""
     words = ["cerberus bench", f"--questions {names.get('questions', 'FILE')}", "--out DIR"]
-    words += [f"--{flag} {names[name]}" for name, flag in (
-        ("model", "model"), ("heads", "heads"), ("medusa", "medusa"), ("draft", "draft-model"),
-    ) if name in names]  # fmt: skip
+    flags = {"model": "model", "heads": "heads", "medusa": "medusa", "draft": "draft-model"}
+    words += [f"--{flag} {names[name]}" for name, flag in flags.items() if name in names]
     words += ["--way " + ":".join(Path(part).name for part in file.split(":")) for file in options.way_files]
     words.append(f"--turns {'both' if len(options.turns) > 1 else options.turns[0]}")
     words.append(f"--new-tokens {options.new_tokens} --rounds {options.rounds} --seed {options.seed}")
