@@ -230,7 +230,7 @@ def test_what_calibration_stored_is_used(gate: Any, folder: Path, tmp_path: Path
     assert done.exit_code == 0, done.output
     summary = json.loads((tmp_path / "out" / "bench.json").read_text())
     ways = summary["settings"]["ways"]
-    assert ways["cerberus-static"] == "heads, tree of 5 nodes, drafts at every step"
+    assert ways["cerberus-static"] == "heads, tree of 4 nodes, drafts at every step", "not calibrated"
     assert ways["cerberus-calibrated"].endswith(type(gate).__name__)
     assert ("< 1.25" in ways["cerberus-entropy"]) == isinstance(gate, EntropyGate)
     assert {name: found["expected"] for name, found in summary["expected"].items()} == {
