@@ -20,7 +20,7 @@ from ..drafting.dynamic_policy import DynamicPolicy
 from ..drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from ..drafting.simulate import best_paths
 from ..drafting.static_policy import StaticPolicy
-from ..engine.plan import compiled_sizes
+from ..drafting.tree import TreePolicy
 from .cost import StepCosts
 from .signals import fit_platt
 from .trace import TracedText
@@ -40,7 +40,7 @@ class Setting:
     """What `decode` may run with. kind: one of KINDS."""
 
     kind: str
-    tree: StaticPolicy | DynamicPolicy
+    tree: TreePolicy
     gate: Gate
 
 
@@ -67,14 +67,6 @@ class Fit:
     def trees(self) -> dict[int, StaticPolicy]:
         """By size; the best one of each that is asked for, as far as the texts know so many right paths."""
         return self._trees(self._rows)
-
-    def shapes(self, most: int) -> tuple[StaticPolicy, ...]:
-        """Trees of 2 to `most` nodes for a gate to choose from: the best ones at all places, and those at the places
-        where head 1 is most certain, less, and least: there they are long, there they are wide."""
-        certain = np.concatenate([text.logprobs[:, 0, 0].numpy() for text in self.texts])
-        thirds = np.array_split(np.argsort(certain, kind="stable"), 3)
-        known = [self.trees, *(self._trees([self._rows[place] for place in third]) for third in thirds)]
-        return tuple(dict.fromkeys(tree for trees in known for tree in trees.values() if 1 < tree.size <= most))
 
     @cached_property
     def _rows(self) -> list[list[int]]:
@@ -105,17 +97,14 @@ class Fit:
         if not grown:
             return found
         widest = best if best.size > 1 else grown[0]
-        shapes = self.shapes(min((tree.size for tree in grown if tree.size > widest.size), default=widest.size))
         by_size = costs.by_size(self._context, asked=True)
         base_rate = max(tally.tokens_per_second for tally in alone.values())
-        for name, trees in (("all", tuple(grown)), ("shapes", shapes), ("one", (widest,))):
-            for suffix, platt in (("", None), (" corrected", self.platt)):
-                common: dict[str, Any] = {"costs": by_size, "trees": trees, "platt": platt}
-                for margin in _MARGINS:
-                    gate = ConfidenceGate(margin=margin, **common)
-                    found[f"confidence {name}{suffix} margin {margin}"] = Setting("confidence", widest, gate)
-                gate = self._rated(widest, base_rate, costs, common)
-                found[f"confidence {name}{suffix} rate"] = Setting("confidence", widest, gate)
+        common: dict[str, Any] = {"costs": by_size}
+        for margin in _MARGINS:
+            gate = ConfidenceGate(margin=margin, **common)
+            found[f"confidence margin {margin}"] = Setting("confidence", widest, gate)
+        gate = self._rated(widest, base_rate, costs, common)
+        found["confidence rate"] = Setting("confidence", widest, gate)
         return found
 
     def _dynamic(self, costs: StepCosts) -> dict[str, Setting]:
@@ -128,7 +117,7 @@ class Fit:
         rate = max(walk(self.texts, tree, AlwaysOpen(), costs).tokens_per_second for tree in trees)
         by_size = costs.by_size(self._context, asked=True)
         if costs.compiled:  # a step of another size would be filled up to the next of these
-            by_size = {size: by_size[size] for size in sorted(compiled_sizes(trees[-1], AlwaysOpen()) & set(by_size))}
+            by_size = {size: by_size[size] for size in sorted({*trees[-1].sizes} & set(by_size))}
         common: dict[str, Any] = {"costs": by_size}
         gates = {f"margin {margin}": ConfidenceGate(margin=margin, **common) for margin in _MARGINS}
         gates["rate"] = self._rated(trees[-1], rate, costs, common)
@@ -136,9 +125,7 @@ class Fit:
             f"dynamic gate {name}": Setting("dynamic gate", trees[-1], gate) for name, gate in gates.items()
         }
 
-    def _rated(
-        self, tree: StaticPolicy | DynamicPolicy, rate: float, costs: StepCosts, common: dict[str, Any]
-    ) -> ConfidenceGate:
+    def _rated(self, tree: TreePolicy, rate: float, costs: StepCosts, common: dict[str, Any]) -> ConfidenceGate:
         """A gate whose rate is the one that it reaches. rate: to begin with."""
         for _ in range(_ROUNDS):
             rate = walk(self.texts, tree, ConfidenceGate(rate=rate, **common), costs).tokens_per_second

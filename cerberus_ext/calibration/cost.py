@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..drafting.gate import ConfidenceGate, EntropyGate, Gate, answers
+from ..drafting.gate import ConfidenceGate, EntropyGate, Gate, Signals
 from ..drafting.static_policy import StaticPolicy
-from ..engine.decode import ask, take_step
-from ..runtime.compiled_step import compiled_steps
-from ..runtime.graphs import open_stepper
+from ..engine.loop import propose
+from ..runtime.runtime import runtime_of
+from ..runtime.sampling import Sampling
 from ..runtime.stats import DecodeStats
-from ..runtime.stepper import Sampling, Stepper
+from ..runtime.stepper import Drafts, Stepper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,10 +92,10 @@ class StepCosts:
 class _Answering(ConfidenceGate):
     """Computes what a ConfidenceGate does, and gives the answer that is to be timed."""
 
-    answer: StaticPolicy | None = None
+    answer: int = 0
 
-    def choose(self, tree: StaticPolicy, logprobs: Tensor) -> StaticPolicy | None:
-        super().choose(tree, logprobs)
+    def decide(self, signals: Signals) -> int:
+        super().decide(signals)
         return self.answer
 
 
@@ -118,29 +117,28 @@ def measure_costs(
     }
     entropy: list[float] = []
     grown = [tree for tree in trees.values() if tree.size > 1]
-    neutral = [(1.0, 0.0)] * heads.config.num_heads
-    choosing = _Answering({1: 1.0, max(sizes): 2.0}, grown or None, rate=1.0, platt=neutral)
+    choosing = _Answering({1: 1.0, max(sizes): 2.0}, rate=1.0)
     capacity = max(contexts) + 1 + max(sizes)
-    drafts = max(tree.drafts for tree in trees.values())
+    drafts = max(tree.useful_drafts for tree in trees.values())
     kinds = (False, True) if grown else (False,)
     compile_seconds = 0.0
     with tqdm(total=PASSES * len(kinds) * (rounds + 1), desc="step costs", unit="round") as bar:
         for _ in range(PASSES):
             for asked in kinds:
                 gate: Gate = choosing if asked else Gate()
-                sampling, stats = Sampling(), DecodeStats()
-                steps = compiled_steps(model, trees, stats) if compiled else None
-                with (
-                    torch.inference_mode(),
-                    open_stepper(model, heads, capacity, 1, drafts, asked, sampling, stats, None, steps) as stepper,
-                ):
+                stats, how = DecodeStats(), Drafts(heads, drafts, asked, tuple(sizes))
+                steps = runtime_of(model).steps(how, Sampling(), stats, capacity, compile=compiled)
+                with torch.inference_mode(), steps as stepper:
                     _fill(stepper, model)
                     for number in range(rounds + 1):  # the first one warms up, and compiles
                         for (kind, size, context), times in samples.items():
                             if kind is not asked:
                                 continue
-                            choosing.answer = trees[size] if size > 1 else None
-                            row = [_time_step(stepper, gate, trees[size], context) for _ in range(1 + _IN_A_ROW)]
+                            choosing.answer = size
+                            row = [
+                                _time_step(stepper, gate, trees[size if size > 1 or not asked else max(sizes)], context)
+                                for _ in range(1 + _IN_A_ROW)
+                            ]
                             if number:
                                 times += row[1:]
                         bar.update()
@@ -179,17 +177,15 @@ def _time_step(stepper: Stepper, gate: Gate, tree: StaticPolicy, context: int) -
     if cache.length.is_cuda:
         torch.cuda.synchronize(cache.length.device)
     begin = time.perf_counter()
-    # A root alone is not asked about: it is a plain step, except for a gate that has looked before it closed.
-    deepest = stepper.deepest() if answers(gate, "choose") or tree.size > 1 else 0
-    take_step(stepper, gate, tree, deepest)
+    stepper.step(propose(stepper, tree, gate, tree, stepper.max_depth()))
     return time.perf_counter() - begin
 
 
 def _time_entropy(stepper: Stepper) -> list[float]:
-    gate, root, times = EntropyGate(0.0), StaticPolicy.root(), []
+    gate, chain, times = EntropyGate(0.0), StaticPolicy.chain(1), []
     for _ in range(_ASKED):
         begin = time.perf_counter()
-        ask(gate, root, stepper, 1)
+        propose(stepper, chain, gate, chain, 1)
         times.append(time.perf_counter() - begin)
     return times
 

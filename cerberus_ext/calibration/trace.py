@@ -22,14 +22,16 @@ from ..drafting.simulate import ABSENT, accepted_length
 from ..drafting.static_policy import StaticPolicy, default_tree
 from ..engine.decode import decode
 from ..io.prompts import Question, encode_chat
+from ..runtime.runtime import runtime_of
 from ..runtime.stepper import prefill
-from ..target.model import TargetModel, position_limit, sole_decode
+from ..target.model import position_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..drafting.context_layer import BoundContext
-    from ..drafting.heads import CerberusHeads, Drafter
+    from ..drafting.heads import CerberusHeads
+    from ..drafting.heads_drafter import HeadsDrafter
     from ..target.cache import TreeCache
 
 _PIECE = 64  # tokens a forward
@@ -127,7 +129,7 @@ def trace(model: PreTrainedModel, heads: CerberusHeads, answer: Answer) -> Trace
     with torch.inference_mode():
         tokens = answer.ids[0, answer.prompt :]
         drafter = heads.bind(model)
-        hidden, read, chosen, next_entropy = _forward(model, answer, drafter.context)  # (n, D) twice, (n,) twice
+        hidden, read, chosen, next_entropy = _forward(model, answer, drafter)  # (n, D) twice, (n,) twice
         drafts = min(MAX_DRAFTS, drafter.projection.shape[0])
         ids, logprobs = _draft(drafter, read, tokens[:-1], drafts)  # (n, K, P) each
         entropy = ops.hidden_entropy(hidden)
@@ -149,9 +151,7 @@ def trace(model: PreTrainedModel, heads: CerberusHeads, answer: Answer) -> Trace
     )
 
 
-def _forward(
-    model: PreTrainedModel, answer: Answer, context: BoundContext | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(model: PreTrainedModel, answer: Answer, drafter: HeadsDrafter) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """At every place: hidden (n, D), what the heads read of it (n, D), the token chosen from it (n,) and the entropy of
     what it was chosen from (n,)."""
     prompt, rest = answer.ids[:, : answer.prompt], answer.ids[:, answer.prompt : -2]
@@ -166,11 +166,12 @@ def _forward(
         chosen.append(logits.argmax(-1))
         entropy.append(-(logs.exp() * logs).nan_to_num(0.0).sum(-1))
 
-    with sole_decode(model), TargetModel(model, answer.ids.shape[1], 1, context=context is not None) as base:
-        keep(*prefill(base, context, prompt))
+    runtime, context = runtime_of(model), drafter.context
+    with runtime.sole(), runtime.target(answer.ids.shape[1], context=drafter.has_context) as base:
+        keep(*prefill(base, drafter, prompt))
         for piece in rest.split(_PIECE, dim=1) if rest.shape[1] else ():
             count = piece.shape[1]
-            states, logits = base.step(piece, StaticPolicy.chain(count - 1).on(piece.device))
+            states, logits = base.step(piece, StaticPolicy.chain(count - 1).tree.on(piece.device))
             base.cache.extend(count)
             keep(states[0], logits[0])
         read = found = torch.cat(hidden)
@@ -186,12 +187,12 @@ def _read(context: BoundContext, cache: TreeCache, hidden: Tensor, answer: Answe
     tokens = answer.ids[:, answer.prompt : -1]
     for states, roots in zip(hidden[None].split(_PIECE, 1), tokens.split(_PIECE, 1), strict=True):
         count = roots.shape[1]
-        read.append(context.read(cache, states, roots, StaticPolicy.chain(count - 1).on(roots.device), begin)[0])
+        read.append(context.read(cache, states, roots, StaticPolicy.chain(count - 1).tree.on(roots.device), begin)[0])
         begin = begin + count
     return torch.cat(read)
 
 
-def _draft(drafter: Drafter, hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
+def _draft(drafter: HeadsDrafter, hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
     """hidden (n, D), root (n,) -> ids, logprobs (n, K, P)"""
     pieces = zip(hidden.split(_PIECE), root.split(_PIECE), strict=True)
     ids, logprobs = zip(*(drafter.draft(states, roots, drafts) for states, roots in pieces), strict=True)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..engine.compile_ahead import compile_ahead
 from ..engine.decode import decode
+from ..engine.decoder import Decoder
 from ..evaluation.bootstrap import bootstrap_interval, ratio_of_totals
 from ..evaluation.timing import rotated
 from .choice import PLAIN, Choice, Setting
@@ -102,7 +102,7 @@ def validate(
     names = list(settings)
     if costs.compiled:
         for setting in settings.values():
-            compile_ahead(model, heads, tree=setting.tree, gate=setting.gate)
+            Decoder(model, heads, tree=setting.tree, gate=setting.gate, compile=True).warm_up()
     rounds = [(name, number) for number in range(len(texts)) for name in rotated(names, number)
               if name != PLAIN or number % 2 == 0]  # fmt: skip
     found = {name: Measured() for name in names}

@@ -10,13 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..drafting.dynamic_policy import DynamicPolicy, Tree, TreeGrower, filled_size
 from ..drafting.gate import Gate
-from ..drafting.proposers import ProposerFactory
-from ..drafting.static_policy import StaticPolicy
+from ..drafting.proposers import ProposerFactory, make_proposer
+from ..drafting.tree import Tree, TreePolicy, Trees, filled_size
 from ..engine.checks import check_proposers
-from ..engine.decode import ask
-from ..engine.plan import begin_trees, compiled_sizes, makers_for, max_drafts
+from ..engine.loop import propose
 from ..runtime.stats import StepCounts
 from .cost import StepCosts
 from .trace import TracedText
@@ -60,7 +58,7 @@ class Tally(StepCounts):
 
 
 class _Place:
-    """What a gate or a tree may want to see at one place of a text, see `decode.Signals`, and what they have asked for.
+    """What a gate or a tree may want to see at one place of a text, see `loop.StepSignals`, and what they have asked for.
 
     looked: at the drafts. asked_entropy: for the entropy.
     """
@@ -84,10 +82,6 @@ class _Place:
         self.asked_entropy = True
         return self._text.entropy[self.index]
 
-    def logprobs(self) -> Tensor:
-        self.looked = True
-        return self._logprobs[self.index : self.index + 1]
-
     def drafts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         self.looked = True
         ids, logprobs = self._tables
@@ -96,7 +90,7 @@ class _Place:
 
 def walk(
     texts: Iterable[TracedText],
-    tree: StaticPolicy | DynamicPolicy,
+    tree: TreePolicy,
     gate: Gate,
     costs: StepCosts,
     proposers: Sequence[ProposerFactory] | None = None,
@@ -107,15 +101,15 @@ def walk(
     the costs are of compiled steps, a step costs what the compiled one does that its tree is filled up to.
     Raises ValueError where there are proposers for a StaticPolicy.
     """
-    if proposers is not None:
-        check_proposers(proposers, tree)
-    drafts = max_drafts(tree, gate)
-    tally, makers = Tally(), makers_for(tree, proposers)
-    sizes = compiled_sizes(tree, gate) if costs.compiled else set()
+    check_proposers(proposers)
+    tally, makers = Tally(), tree.default_proposers() if proposers is None else proposers
+    sizes = tree.sizes if costs.compiled else ()
     for text in texts:
         known = text.prompt + 1  # the prompt's forward has brought the first token
-        trees = begin_trees(tree, makers, text.tokens[:known], text.vocabulary)
-        _walk_text(tally, text, _Place(text, drafts), trees, gate, costs, sizes)
+        tree.check(text.logprobs.shape[1], proposers)
+        asked = [make_proposer(maker, number, text.tokens[:known]) for number, maker in enumerate(makers)]
+        trees = tree.begin(asked, text.vocabulary)
+        _walk_text(tally, text, _Place(text, tree.useful_drafts), tree, trees, gate, costs, sizes)
     return tally
 
 
@@ -123,23 +117,21 @@ def _walk_text(
     tally: Tally,
     text: TracedText,
     place: _Place,
-    trees: StaticPolicy | TreeGrower,
+    policy: TreePolicy,
+    trees: Trees,
     gate: Gate,
     costs: StepCosts,
     sizes: Collection[int],
 ) -> None:
     """Adds the steps through one text. trees: as `decode` has them at its beginning. sizes: of compiled steps."""
-    plain = StaticPolicy.root()
     while place.index < len(text):
         index = place.index
         deepest = text.deepest[index] if place.max_drafts else 0
-        chosen = ((ask(gate, trees, place, deepest) if deepest > 0 else None) or plain).cut(deepest)
+        chosen = propose(place, policy, gate, trees, deepest)
         context = text.prompt + index
-        if isinstance(chosen, Tree):
-            accepted = accepted_by(chosen, text.tokens[context + 1 : context + 1 + deepest])
-            tally.promises.append((float(chosen.expected[-1]), accepted + 1))
-        else:
-            accepted = text.accepted(chosen)[index] if chosen.size > 1 else 0
+        accepted = accepted_by(chosen, text.tokens[context + 1 : context + 1 + deepest], text.ranks[index])
+        if chosen.size > 1 and not np.isnan(chosen.probabilities[-1]):
+            tally.promises.append((float(chosen.expected_tokens[-1]), accepted + 1))
         size = filled_size(chosen.size, sizes)
         tally.seconds += costs.seconds(size, context, place.looked, place.asked_entropy)
         tally.steps += 1
@@ -148,16 +140,19 @@ def _walk_text(
         tally.zero_accept_steps += chosen.size > 1 and accepted == 0
         tally.accepted[accepted] += 1
         place.go_to(index + accepted + 1)
-        if isinstance(trees, TreeGrower):
-            trees.extend(text.tokens[context + 1 : context + accepted + 2])
+        trees.extend(text.tokens[context + 1 : context + accepted + 2])
     tally.tokens += len(text)
 
 
-def accepted_by(tree: Tree, ahead: Sequence[int]) -> int:
-    """How many drafts of a tree are accepted where the text goes on with `ahead` behind the root."""
+def accepted_by(tree: Tree, ahead: Sequence[int], ranks: Sequence[int]) -> int:
+    """How many drafts of a tree are accepted where the text goes on with `ahead` behind node 0.
+
+    ranks: where the right token stands among every head's drafts, for trees that name their nodes so.
+    """
+    named, right = (tree.tokens, ahead) if tree.ranks is None else (tree.ranks, ranks)
     node = depth = 0
     # A node's children come behind it, and no two of them are the same token.
-    for child, (parent, token) in enumerate(zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True)):
-        if child and depth < len(ahead) and parent == node and token == ahead[depth]:
+    for child, (parent, draft) in enumerate(zip(tree.parents.tolist(), named.tolist(), strict=True)):
+        if child and depth < len(right) and parent == node and draft == right[depth]:
             node, depth = child, depth + 1
     return depth

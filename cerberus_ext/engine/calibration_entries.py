@@ -9,6 +9,7 @@ from typing import Any
 from ..drafting.dynamic_policy import DynamicPolicy
 from ..drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from ..drafting.static_policy import StaticPolicy
+from ..drafting.tree import TreePolicy
 
 MAX_NODES = 1024  # of a tree: far beyond what is ever fastest
 MAX_DEPTH = 128
@@ -50,7 +51,7 @@ class Calibration:
     threads: int
     heads: str
     model: str
-    tree: StaticPolicy | DynamicPolicy
+    tree: TreePolicy
     gate: Gate
     expected: Expected
     details: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +69,7 @@ class Calibration:
             "compiled": self.compiled,
             "heads": self.heads,
             "model": self.model,
-            "tree": tree_to_json(self.tree),
+            "tree": self.tree.to_json(),
             "gate": gate_to_json(self.gate),
             "expected": asdict(self.expected),
             "details": self.details,
@@ -96,24 +97,12 @@ def is_compiled(entry: dict[str, Any]) -> bool:
     return bool(entry.get("compiled", False))
 
 
-def tree_to_json(tree: StaticPolicy | DynamicPolicy) -> str | dict[str, Any]:
-    return asdict(tree) if isinstance(tree, DynamicPolicy) else tree_to_text(tree)
-
-
-def tree_from_json(tree: str | dict[str, Any]) -> StaticPolicy | DynamicPolicy:
-    if not isinstance(tree, dict):
-        return tree_from_text(tree)
-    _integer("size", tree.get("size"), 2, MAX_NODES)
-    return DynamicPolicy(**tree)
-
-
-def tree_to_text(tree: StaticPolicy) -> str:
-    """The ranks along every path: "0 1 0.0" is the root's two best continuations, and the best one of the first."""
-    return " ".join(".".join(map(str, path)) for path in tree.paths())
-
-
-def tree_from_text(text: str) -> StaticPolicy:
-    paths = [[int(rank) for rank in path.split(".")] for path in text.split()]
+def tree_from_json(tree: str | dict[str, Any]) -> TreePolicy:
+    """Of what `TreePolicy.to_json` gives."""
+    if isinstance(tree, dict):
+        _integer("size", tree.get("size"), 2, MAX_NODES)
+        return DynamicPolicy(**tree)
+    paths = [[int(rank) for rank in path.split(".")] for path in tree.split()]
     if len(paths) >= MAX_NODES or any(len(path) > MAX_DEPTH for path in paths):
         raise ValueError(f"a tree must have at most {MAX_NODES} nodes and depth {MAX_DEPTH}, got more")
     return StaticPolicy.from_paths(paths)
@@ -127,10 +116,8 @@ def gate_to_json(gate: Gate) -> dict[str, Any]:
         return {
             "kind": "confidence",
             "costs": {str(size): cost for size, cost in gate.costs.items()},
-            "trees": None if gate.own_trees is None else [tree_to_text(tree) for tree in gate.own_trees],
             "margin": gate.margin,
             "rate": gate.rate,
-            "platt": None if gate.platt is None else [list(line) for line in gate.platt],
         }
     return {"kind": "open"}
 
@@ -147,25 +134,21 @@ def gate_from_json(values: dict[str, Any]) -> Gate:
                 _integer("size", int(size), 1, MAX_NODES): _number("cost", cost)
                 for size, cost in values["costs"].items()
             },
-            trees=None if values["trees"] is None else [tree_from_text(text) for text in values["trees"]],
             margin=_number("margin", values["margin"]),
             rate=None if values["rate"] is None else _number("rate", values["rate"]),
-            platt=None
-            if values["platt"] is None
-            else [(_number("slope", slope), _number("shift", shift)) for slope, shift in values["platt"]],
         )
     raise ValueError(f"gate must be open, entropy or confidence, got {kind!r}")
 
 
 def _number(name: str, value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not math.isfinite(value):  # of JSON: no numpy, no texts
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return float(value)
 
 
-def _integer(name: str, value: Any, least: int, most: int = 1 << 20) -> int:
-    if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{name} must be an integer in {least}..{most}, got {value!r}")
+def _integer(name: str, value: Any, min_value: int, max_value: int = 1 << 20) -> int:
+    if type(value) is not int or not min_value <= value <= max_value:
+        raise ValueError(f"{name} must be an integer in {min_value}..{max_value}, got {value!r}")
     return value
 
 

@@ -20,7 +20,7 @@ import torch
 
 from ..drafting.gate import EntropyGate
 from ..drafting.heads import CerberusHeads, fingerprint
-from ..engine.calibration_entries import gate_to_json, tree_to_json
+from ..engine.calibration_entries import gate_to_json
 from ..io.files import check_writable, write_bytes, write_text
 from ..io.machine import commit, describe_machine, describe_versions
 from ..io.prompts import Question
@@ -153,7 +153,7 @@ def identity_of(
             for name, one in {"model": model, "heads": heads, "medusa": medusa, "draft": draft}.items()
         },
         "calibration": {
-            name: None if one is None else [tree_to_json(one.tree), gate_to_json(one.gate)]
+            name: None if one is None else [one.tree.to_json(), gate_to_json(one.gate)]
             for name, one in stored.items()
         },
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..drafting.gate import Gate
+from ..drafting.gate import Gate, Signals
 from ..io.prompts import Question, encode_chat
 from ..runtime.stats import DecodeStats
 from .results import Results
@@ -94,8 +94,7 @@ class Measuring:
         longest = max((self.encode(task.question.turns[:1]) for task in tasks), key=torch.numel)
         new_tokens = min(self.new_tokens, WARM_UP_TOKENS) if longest.device.type == "cpu" else self.new_tokens
         for way in tqdm(self.ways, desc="warm-up", unit="way", leave=False):
-            compiling = getattr(way, "compile_ahead", None)
-            stats = None if compiling is None else compiling()
+            stats = way.warm_up() if hasattr(way, "warm_up") else None
             key = f"compiled/{way.name}"
             if stats is not None and key not in self.results:
                 self.results.add(key, compilations=stats.compilations, compile_seconds=stats.compile_seconds)
@@ -186,9 +185,12 @@ def median_entropy(context: Context, questions: Sequence[Question]) -> float:
     seen: list[float] = []
 
     class Watching(Gate):
-        def opens_at(self, entropy: float) -> bool:
-            seen.append(entropy)
-            return False
+        needs = frozenset({"entropy"})
+
+        def decide(self, signals: Signals) -> int:
+            assert signals.entropy is not None
+            seen.append(signals.entropy)
+            return 0
 
     way = DecodeWay("entropy", context.model, context.heads, options={"gate": Watching()})
     for question in tqdm(questions[:ENTROPY_QUESTIONS], desc="median entropy", unit="text", leave=False):

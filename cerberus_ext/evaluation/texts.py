@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..target.model import TargetModel
+from ..runtime.runtime import runtime_of
 
 # Two sums of the same products, in another order and rounded to 8 or 11 bits between the layers, differ by a few units
 # in the last place of the largest logit.
@@ -44,7 +44,7 @@ def difference(model: PreTrainedModel, got: Tensor, want: Tensor, prompt: int) -
 def last_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """What the model says after the text (1, S): (V,) float32. As `decode` reads a prompt, which is faster where torch
     has no fast products in the model's dtype."""
-    with torch.inference_mode(), TargetModel(model, ids.shape[1], 1) as base:
+    with torch.inference_mode(), runtime_of(model).target(ids.shape[1]) as base:
         return base.prefill(ids)[1][0].float()
 
 

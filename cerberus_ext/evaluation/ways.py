@@ -6,7 +6,7 @@ A way is anything with a `name` and a `run`. To add some, write a file with a fu
 
 and give it to `cerberus bench --way FILE.py`, or `--way FILE.py:ARGUMENT`, which `context.argument` then is. Next to
 `name` a way may have `description`, one line for the report, `expected`, tokens a second that somebody expects,
-`compiled`, whether its steps are compiled and so round differently, and `compile_ahead()`, which is called before
+`compiled`, whether its steps are compiled and so round differently, and `warm_up()`, which is called before
 anything is timed and returns a DecodeStats that tells what was compiled.
 
 Those that are built in:
@@ -36,16 +36,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from ..drafting.drafter import HeadsLike
 from ..drafting.dynamic_policy import DynamicPolicy
 from ..drafting.gate import AlwaysOpen, EntropyGate
 from ..drafting.heads import CerberusHeads
 from ..drafting.static_policy import StaticPolicy, default_tree
+from ..drafting.tree import TreePolicy
 from ..engine.calibration_store import Calibration, find
-from ..engine.compile_ahead import compile_ahead
 from ..engine.decode import decode
+from ..engine.decoder import Decoder
 from ..engine.plan import default_policy
 from ..runtime.stats import DecodeStats
-from ..runtime.stepper import HeadsLike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,8 +99,7 @@ class Context:
     def dynamic_tree(self, compiled: bool = False) -> DynamicPolicy:
         """A tree of its own for every step: as calibration stored, else the default; of the user's size."""
         stored = self.calibration(self.heads, compiled)
-        tree = None if stored is None else stored.tree
-        tree = tree if isinstance(tree, DynamicPolicy) else default_policy(self.model.device)
+        tree = default_policy(self.model.device) if stored is None else stored.tree
         return tree if self.tree_size is None else replace(tree, size=self.tree_size)
 
     def suffix_tree(self) -> DynamicPolicy:
@@ -126,8 +126,8 @@ class DecodeWay:
     compiled: bool = False
     expected: float | None = None
 
-    def compile_ahead(self) -> DecodeStats | None:
-        return compile_ahead(self.model, self.heads, **self.options) if self.compiled else None
+    def warm_up(self) -> DecodeStats | None:
+        return Decoder(self.model, self.heads, compile=True, **self.options).warm_up() if self.compiled else None
 
     def run(self, ids: Tensor, new_tokens: int) -> tuple[list[int], DecodeStats | None]:
         out = decode(self.model, self.heads, ids, max_new_tokens=new_tokens, compile=self.compiled, **self.options)
@@ -223,7 +223,7 @@ def plain_way(name: str, about: str, context: Context, calibration: Calibration 
 
 
 def open_way(
-    name: str, what: str, context: Context, heads: Any, tree: StaticPolicy | DynamicPolicy, **options: Any
+    name: str, what: str, context: Context, heads: Any, tree: TreePolicy, **options: Any
 ) -> DecodeWay:
     """`decode` with drafts at every step. what: whose they are, for the description."""
     about = f"{what}, {describe(tree)}, drafts at every step"
@@ -238,7 +238,7 @@ def calibrated_way(name: str, context: Context, calibration: Calibration) -> Dec
     return DecodeWay(name, context.model, context.heads, about, expected=expected)
 
 
-def describe(tree: StaticPolicy | DynamicPolicy) -> str:
+def describe(tree: TreePolicy) -> str:
     return f"{'dynamic ' if isinstance(tree, DynamicPolicy) else ''}tree of {tree.size} nodes"
 
 
