@@ -1,7 +1,7 @@
 """Texts that the model writes itself, and what the heads think of every place in them.
 
-A step at a place depends on that place alone: on its hidden state and root. So what every step of every tree and gate
-would have done can be told from one pass over the finished text, without decoding it again.
+What heads draft at a place depends on that place alone: on its hidden state and pending token. So what every step of
+every tree and gate would have done can be told from one pass over the finished text, without decoding it again.
 
 Letters: n places of a text, K heads, P drafts per head, D hidden size.
 """
@@ -9,7 +9,7 @@ Letters: n places of a text, K heads, P drafts per head, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +18,11 @@ from torch import Tensor
 from .. import ops
 from ..drafting.dynamic_policy import MAX_DRAFTS
 from ..drafting.heads import input_matrix
-from ..drafting.simulate import ABSENT, accepted_length
-from ..drafting.static_policy import StaticPolicy, default_tree
+from ..drafting.simulate import ABSENT
+from ..drafting.static_policy import StaticPolicy
+from ..drafting.tree import TreeTensors
 from ..engine.decode import decode
+from ..engine.plan import default_policy
 from ..io.prompts import Question, encode_chat
 from ..runtime.runtime import runtime_of
 from ..runtime.stepper import prefill
@@ -54,18 +56,19 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class TracedText:
-    """An answer of n + 1 tokens has n places at which a step may begin: place i has the token i as its root.
+    """An answer of n + 1 tokens has n places at which a step may begin: place i has the token i as its
+    pending token.
 
     question     number of the question: the turns of one belong together
     prompt       tokens before place 0
     deepest      per place, how deep a tree may be there, as `decode` has it
     ranks        (n, K): where the right token stands among every head's drafts, see simulate.py
     hidden       (n, D); entropy (n,): in nats, of softmax(hidden)
-    next_entropy (n,): in nats, of the target model's distribution from which the root was chosen
+    next_entropy (n,): in nats, of the target model's distribution from which the pending token was chosen
     ids          (n, K, P) int64: of the drafts; logprobs (n, K, P) float32
     tokens       (prompt + n + 1,): of prompt and answer
     vocabulary   of the model, in tokens
-    agreeing     share of the places whose root the pass over the text would have chosen, too
+    agreeing     share of the places whose pending token the pass over the text would have chosen, too
     """
 
     question: int
@@ -80,22 +83,9 @@ class TracedText:
     tokens: list[int]
     vocabulary: int
     agreeing: float
-    _accepted: dict[StaticPolicy, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.ranks)
-
-    def without_heads(self) -> TracedText:
-        """The same text for decoding with other proposers alone."""
-        return replace(self, ranks=[[] for _ in self.ranks], ids=self.ids[:, :0], logprobs=self.logprobs[:, :0])
-
-    def accepted(self, tree: StaticPolicy) -> list[int]:
-        """Per place: how many drafts a step with `tree` accepts."""
-        if tree not in self._accepted:
-            paths = set(tree.paths())
-            lengths = (accepted_length(row, paths) for row in self.ranks)
-            self._accepted[tree] = [min(pair) for pair in zip(lengths, self.deepest, strict=True)]
-        return self._accepted[tree]
 
 
 def write_answers(
@@ -105,7 +95,7 @@ def write_answers(
 
     What goes beyond the model's positions is not asked for.
     """
-    tree, positions = default_tree(heads, model.device), position_limit(model)
+    tree, positions = default_policy(model.device), position_limit(model)
     for number, question in enumerate(questions):
         turns: list[str] = []
         for turn in question.turns:
@@ -170,9 +160,8 @@ def _forward(model: PreTrainedModel, answer: Answer, drafter: HeadsDrafter) -> t
     with runtime.sole(), runtime.target(answer.ids.shape[1], context=drafter.has_context) as base:
         keep(*prefill(base, drafter, prompt))
         for piece in rest.split(_PIECE, dim=1) if rest.shape[1] else ():
-            count = piece.shape[1]
-            states, logits = base.step(piece, StaticPolicy.chain(count - 1).tree.on(piece.device))
-            base.cache.extend(count)
+            states, logits = base.step(piece, _chain(piece))
+            base.cache.extend(piece.shape[1])
             keep(states[0], logits[0])
         read = found = torch.cat(hidden)
         if context is not None:
@@ -180,22 +169,26 @@ def _forward(model: PreTrainedModel, answer: Answer, drafter: HeadsDrafter) -> t
     return found, read, torch.cat(chosen), torch.cat(entropy)
 
 
+def _chain(tokens: Tensor) -> TreeTensors:
+    """tokens (1, m) as the nodes of one path."""
+    return StaticPolicy.chain(tokens.shape[1] - 1).tree.on(tokens.device)
+
+
 def _read(context: BoundContext, cache: TreeCache, hidden: Tensor, answer: Answer) -> Tensor:
     """hidden (n, D) -> what the context layer makes of it, (n, D), behind the prompt whose pairs are in the cache."""
     read: list[Tensor] = []
     begin = torch.full_like(cache.length, answer.prompt)
     tokens = answer.ids[:, answer.prompt : -1]
-    for states, roots in zip(hidden[None].split(_PIECE, 1), tokens.split(_PIECE, 1), strict=True):
-        count = roots.shape[1]
-        read.append(context.read(cache, states, roots, StaticPolicy.chain(count - 1).tree.on(roots.device), begin)[0])
-        begin = begin + count
+    for states, pending in zip(hidden[None].split(_PIECE, 1), tokens.split(_PIECE, 1), strict=True):
+        read.append(context.read(cache, states, pending, _chain(pending), begin)[0])
+        begin = begin + pending.shape[1]
     return torch.cat(read)
 
 
-def _draft(drafter: HeadsDrafter, hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
-    """hidden (n, D), root (n,) -> ids, logprobs (n, K, P)"""
-    pieces = zip(hidden.split(_PIECE), root.split(_PIECE), strict=True)
-    ids, logprobs = zip(*(drafter.draft(states, roots, drafts) for states, roots in pieces), strict=True)
+def _draft(drafter: HeadsDrafter, hidden: Tensor, pending: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
+    """hidden (n, D), pending (n,) -> ids, logprobs (n, K, P)"""
+    pieces = zip(hidden.split(_PIECE), pending.split(_PIECE), strict=True)
+    ids, logprobs = zip(*(drafter.draft(*piece, drafts) for piece in pieces), strict=True)
     return torch.cat(ids), torch.cat(logprobs)
 
 

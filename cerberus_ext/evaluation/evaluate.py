@@ -153,8 +153,7 @@ def identity_of(
             for name, one in {"model": model, "heads": heads, "medusa": medusa, "draft": draft}.items()
         },
         "calibration": {
-            name: None if one is None else [one.tree.to_json(), gate_to_json(one.gate)]
-            for name, one in stored.items()
+            name: None if one is None else [one.tree.to_json(), gate_to_json(one.gate)] for name, one in stored.items()
         },
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,

@@ -99,7 +99,8 @@ class Context:
     def dynamic_tree(self, compiled: bool = False) -> DynamicPolicy:
         """A tree of its own for every step: as calibration stored, else the default; of the user's size."""
         stored = self.calibration(self.heads, compiled)
-        tree = default_policy(self.model.device) if stored is None else stored.tree
+        tree = None if stored is None else stored.tree
+        tree = tree if isinstance(tree, DynamicPolicy) else default_policy(self.model.device)
         return tree if self.tree_size is None else replace(tree, size=self.tree_size)
 
     def suffix_tree(self) -> DynamicPolicy:
@@ -222,9 +223,7 @@ def plain_way(name: str, about: str, context: Context, calibration: Calibration 
     return DecodeWay(name, context.model, context.heads, about, {"tree": StaticPolicy.root()}, expected=expected)
 
 
-def open_way(
-    name: str, what: str, context: Context, heads: Any, tree: TreePolicy, **options: Any
-) -> DecodeWay:
+def open_way(name: str, what: str, context: Context, heads: Any, tree: TreePolicy, **options: Any) -> DecodeWay:
     """`decode` with drafts at every step. what: whose they are, for the description."""
     about = f"{what}, {describe(tree)}, drafts at every step"
     return DecodeWay(name, context.model, heads, about, {"tree": tree, "gate": AlwaysOpen(), **options})
