@@ -27,6 +27,7 @@ from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime import compiled_step
 from cerberus_ext.runtime.stats import DecodeOutput
+from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.target.model import TargetModel
 
 NEW = 40
@@ -139,7 +140,7 @@ def test_pairs_are_the_same_read_or_only_kept(dtype: torch.dtype) -> None:
     tree = StaticPolicy.from_widths([3, 2]).on(ids.device)
     tokens = torch.arange(len(tree.depths))[None] + 5
     kept = []
-    with torch.inference_mode(), TargetModel(model, 64, 1, context=True) as base:
+    with torch.inference_mode(), runtime_of(model).target(64, context=True) as base:
         base.prefill(ids)
         states, _ = base.step(tokens, tree)
         led = torch.cat([states[:, :1], states[:, tree.parents[1:]]], 1)

@@ -19,7 +19,7 @@ from cerberus_ext.drafting.gate import ConfidenceGate, Gate
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.drafting.suffix import DocumentProposer, SuffixProposer
 from cerberus_ext.engine.decode import decode
-from cerberus_ext.runtime.capability import capability_of
+from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.target.model import TargetModel
 
 NEW = 24
@@ -78,7 +78,7 @@ class PathHeads(OracleHeads):
 def test_heads_that_draft_along_paths_need_a_draft_tree(llama: PreTrainedModel, monkeypatch: Any) -> None:
     """They are refused before the prompt's forward, which may be long."""
     heads = PathHeads(generated("llama", "cpu", NEW), 4, VOCAB)
-    capability_of(llama)
+    runtime_of(llama).capability()
     monkeypatch.setattr(TargetModel, "prefill", None)
     with pytest.raises(ValueError, match="decode: tree must be a StaticPolicy with these heads, which draft along"):
         decode(llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicPolicy(8))

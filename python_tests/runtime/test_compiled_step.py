@@ -163,11 +163,11 @@ def test_a_node_has_the_bits_that_it_has_alone(dtype: torch.dtype, llama: PreTra
     with torch.inference_mode(), TargetModel(model, 64, 1, compiled=steps) as base:
         base.prefill(prompt())
         hidden, logits = base.step(tokens, tree.on(tokens.device))
-        root_hidden, root_logits = base.step(tokens[:, :1], StaticPolicy.root().on(tokens.device))
+        root_hidden, root_logits = base.step(tokens[:, :1], ALONE.on(tokens.device))
         assert root_hidden[0, 0].equal(hidden[0, 0]) and root_logits[0, 0].equal(logits[0, 0])
         base.cache.extend(1)  # the root
         for node in (1, 2, 3):
-            alone_hidden, alone_logits = base.step(tokens[:, [node]], StaticPolicy.root().on(tokens.device))
+            alone_hidden, alone_logits = base.step(tokens[:, [node]], ALONE.on(tokens.device))
             assert alone_hidden[0, 0].equal(hidden[0, node]) and alone_logits[0, 0].equal(logits[0, node])
     assert stats.row_invariant is True
 

@@ -18,7 +18,7 @@ from cerberus_ext.drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime import graphs
-from cerberus_ext.runtime.capability import capability_of
+from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.runtime.stats import DecodeStats
 
 NEW = 12
@@ -148,7 +148,7 @@ def test_an_error_inside_the_model_is_not_hidden(
     def fail(*arguments: Any) -> None:
         raise RuntimeError("broken")
 
-    capability_of(model)  # where a model that fails at once is refused
+    runtime_of(model).capability()  # where a model that fails at once is refused
     monkeypatch.setattr("cerberus_ext.target.cache.ops.write_cache", fail)
     with pytest.raises(RuntimeError, match="broken"):
         decode(model, heads, prompt(), max_new_tokens=NEW, tree=TREE)

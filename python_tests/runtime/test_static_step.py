@@ -24,7 +24,7 @@ from cerberus_ext.runtime.static_step import (
     pack_tree,
     run_step,
 )
-from cerberus_ext.runtime.stepper import Sampling
+from cerberus_ext.runtime.sampling import Sampling
 from cerberus_ext.target.model import StepWay, TargetModel
 
 CPU = torch.device("cpu")
@@ -122,7 +122,7 @@ def test_tokens_from_another_source() -> None:
     model, text = tiny_model("llama"), generated("llama", "cpu", 8)
     length = prompt().shape[1]
     tree = StaticPolicy.from_paths([(0, 0, 0), (1,)])  # nodes 1, 2 after the root, 3 after 1, 4 after 3
-    with torch.inference_mode(), TargetModel(model, 64, 1) as base:
+    with torch.inference_mode(), runtime_of(model).target(64) as base:
         hidden, logits = base.prefill(prompt())
         state = StaticState(hidden.clone(), logits.argmax(-1))
         drafts, nodes, result = (
@@ -165,13 +165,13 @@ def test_a_step_never_leaves_the_device(name: str, drafts: str, nodes: int) -> N
     device = torch.device("meta")
     model = tiny_model(name, device="meta")
     drafter = CerberusHeads(CerberusConfig("tiny", 32, VOCAB, num_heads=3, draft_vocab=50)).to(device).bind(model)
-    with torch.inference_mode(), TargetModel(model, 64, 1, way=StepWay.plain(model)) as base:
+    with torch.inference_mode(), TargetModel(model, StepWay.plain(model), 64) as base:
         hidden, logits = base.prefill(torch.zeros(1, 9, dtype=torch.int64, device=device))
         state = StaticState(hidden.clone(), logits.argmax(-1))
-        drafts = StaticDrafts(drafter, 1, 3, 4, device)
+        static = StaticDrafts(drafter, 1, 3, 4, device)
         sampling = Sampling(seed=3, temperature=0.7, top_p=0.9)
-        kind = StepKind(nodes, sampling, drafts, drafts == "before", drafts == "after")
-        result = StaticResult(1, nodes, drafts if drafts == "after" else None, device)
+        kind = StepKind(nodes, sampling, static, drafts == "before", drafts == "after")
+        result = StaticResult(1, nodes, static if drafts == "after" else None, device)
         static = StaticNodes(1, nodes, device)
         with OneDevice("meta") as seen:
             run_step(base, kind, state, static, result)
@@ -185,7 +185,7 @@ def test_a_step_without_heads_never_leaves_the_device(nodes: int) -> None:
     """Its tokens are all given."""
     device = torch.device("meta")
     model = tiny_model("llama", device="meta")
-    with torch.inference_mode(), TargetModel(model, 64, 1, way=StepWay.plain(model)) as base:
+    with torch.inference_mode(), TargetModel(model, StepWay.plain(model), 64) as base:
         hidden, logits = base.prefill(torch.zeros(1, 9, dtype=torch.int64, device=device))
         state = StaticState(hidden.clone(), logits.argmax(-1))
         result, static = StaticResult(1, nodes, None, device), StaticNodes(1, nodes, device)
