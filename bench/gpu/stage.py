@@ -1,6 +1,8 @@
 """What the stages of a GPU session have in common: arguments, a deadline, and results that outlive the process.
 
-A stage is a script: `stage.main(__doc__, body)`. It fills `result` and names in `problems` what it found to be wrong.
+    python bench/gpu/stage.py bench/gpu/stages/kernels.py --out kernels.json
+
+A stage is a file with a function `body(run)`. It fills `result` and names in `problems` what it found to be wrong.
 Its file is written after every row, whole or not at all, so that a crash loses only the row at which it happened.
 Started again with the same file, a stage goes on behind that row.
 """
@@ -8,16 +10,18 @@ Started again with the same file, a stage goes on behind that row.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
 PROBLEMS = 3  # exit status of a stage that ran to its end and found something wrong
+sys.path += [str(ROOT / "bench" / "shared"), str(ROOT / "python_tests" / "helpers")]  # what stages import
 
 
 class Skipped(Exception):
@@ -37,6 +41,7 @@ class Stage:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.device: str = arguments.device
+        self.on_cpu = self.device == "cpu"  # only to see that the stage works: everything is tiny
         self.deadline = time.monotonic() + arguments.seconds
         before = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
         self.result: dict[str, Any] = before.get("result", {})
@@ -90,12 +95,10 @@ class Stage:
         write_json(self.arguments.out, {name: getattr(self, name) for name in names})
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """What every stage takes; `gpu.py` hands it on."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> argparse.ArgumentParser:
+    """What every stage takes; the session hands it on."""
+    made = argparse.ArgumentParser(add_help=False)
     made.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    made.add_argument("--out", type=Path, required=True, help="JSON")
-    made.add_argument("--seconds", type=float, default=300.0, help="to be done within")
     made.add_argument("--model", help="folder of the model to decode with; default: the cached SmolLM2-135M-Instruct")
     made.add_argument("--heads", default="smollm2-135m-instruct", help="packaged name or folder")
     made.add_argument("--medusa", help="folder of Medusa heads for the same model")
@@ -104,12 +107,27 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def main(description: str | None, body: Callable[[Stage], None]) -> None:
-    """Runs the stage and exits."""
-    stage = Stage(parser(description).parse_args())
+def main() -> int:
+    """Runs a stage; returns its exit status."""
+    arguments_of = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[parser()]
+    )
+    arguments_of.add_argument("file", type=Path, help="of the stage")
+    arguments_of.add_argument("--out", type=Path, required=True, help="JSON")
+    arguments_of.add_argument("--seconds", type=float, default=300.0, help="to be done within")
+    run = Stage(arguments_of.parse_args())
+    sys.modules["stage"] = sys.modules[__name__]  # what the stage imports, too
+    spec = importlib.util.spec_from_file_location("stage_body", run.arguments.file)
+    assert spec is not None and spec.loader is not None
+    body = sys.modules["stage_body"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(body)
     try:
-        body(stage)
+        body.body(run)
     except Skipped as reason:
-        stage.skipped = str(reason)
-    stage.save()
-    sys.exit(PROBLEMS if stage.problems else 0)
+        run.skipped = str(reason)
+    run.save()
+    return PROBLEMS if run.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """The Markdown tables of a GPU session, from its JSON.
 
-python bench/report.py results/gpu.json > results/gpu.md
+python bench/gpu/report.py results/gpu.json > results/gpu.md
 """
 
 from __future__ import annotations

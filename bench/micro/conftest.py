@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # benchmarks are scripts, too, and import each other as such
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "shared"))
 
 import machine  # noqa: E402
 

@@ -9,12 +9,13 @@ which there are enough to push the first one out of the L2 cache before it is us
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any, TypeVar
 
 import torch
+
+from cerberus_ext.evaluation.timing import timed, wait_for
 
 Call = Callable[[], Any]
 T = TypeVar("T")
@@ -22,12 +23,6 @@ T = TypeVar("T")
 FEWEST_CALLS = 20  # in a graph, so that the launch of the graph itself does not count
 MAX_COPIES = 512  # inputs so small that more would be needed are timed from the cache
 _SECONDS = 0.06  # of replays for one number, besides the warm-up
-
-
-def wait_for(device: str) -> None:
-    """Until everything given to the device is done; on the CPU it is when a call returns."""
-    if device != "cpu":
-        torch.cuda.synchronize()
 
 
 def cache_bytes(device: str) -> int:
@@ -59,9 +54,7 @@ def seconds_of(call: Call, device: str, repeats: int, before: Call | None = None
             before()
         wait_for(device)
         if device == "cpu":
-            start = time.perf_counter()
-            call()
-            found.append(time.perf_counter() - start)
+            found.append(timed(call, device)[1])
         else:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

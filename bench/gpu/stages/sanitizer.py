@@ -1,7 +1,4 @@
-"""Stage "sanitizer" of a GPU session: compute-sanitizer over small launches of every kernel (launch_kernels.py).
-
-python bench/gpu_sanitizer.py --out sanitizer.json
-"""
+"""Stage "sanitizer" of a GPU session: compute-sanitizer over small launches of every kernel (launch_kernels.py)."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from typing import Any
 import processes
 import stage
 
-SCRIPT = Path(__file__).resolve().parent / "launch_kernels.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "launch_kernels.py"
 PROOF = "memcheck of an invalid read"
 TOOLS = {"memcheck": 1.0, "racecheck": 1.3, "synccheck": 0.7}  # tool -> its part of the time
 _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) err.*, (\d+) warn")
@@ -92,12 +89,11 @@ def proof(prefix: list[str], seconds: float, log: Path) -> dict[str, Any]:
 
 def body(run: stage.Stage) -> None:
     processes.end_when_told()
-    on_cpu = run.device == "cpu"
-    prefixes = {tool: [] if on_cpu else command(find(run.arguments.sanitizer), tool) for tool in TOOLS}
-    if on_cpu:  # shows that the launches are right; there is nothing for the sanitizer to see
+    prefixes = {tool: [] if run.on_cpu else command(find(run.arguments.sanitizer), tool) for tool in TOOLS}
+    if run.on_cpu:  # shows that the launches are right; there is nothing for the sanitizer to see
         prefixes = {"no tool": []}
     tools = run.result.setdefault("tools", {})
-    if not on_cpu and PROOF not in tools:
+    if not run.on_cpu and PROOF not in tools:
         log = run.arguments.out.with_name("invalid_read.log")
         tools[PROOF] = proof(prefixes["memcheck"], min(60.0, 0.2 * run.left), log)
         if tools[PROOF]["status"] == "failed":
@@ -116,9 +112,5 @@ def body(run: stage.Stage) -> None:
         elif not found["all"]:
             run.unfinished = f"{tool} saw only {found['launched']} calls in its time"
         run.save()
-    if on_cpu and not run.problems:
+    if run.on_cpu and not run.problems:
         raise stage.Skipped("compute-sanitizer is for CUDA; its launches ran on the CPU without it")
-
-
-if __name__ == "__main__":
-    stage.main(__doc__, body)

@@ -1,7 +1,4 @@
-"""Stage "machine" of a GPU session: what is measured on, and the two speeds of memory that everything is compared with.
-
-python bench/gpu_machine.py --out machine.json
-"""
+"""Stage "machine" of a GPU session: what is measured on, and the two speeds of memory that everything is compared with."""
 
 from __future__ import annotations
 
@@ -64,7 +61,3 @@ def body(run: stage.Stage) -> None:
     run.result["copy_bytes_per_second"] = machine.copy_bandwidth(run.device)
     run.result["read_bytes_per_second"] = machine.read_bandwidth(run.device)
     run.result["driver"] = nvidia_smi()  # just after the GPU was busy: the clocks that it works at
-
-
-if __name__ == "__main__":
-    stage.main(__doc__, body)

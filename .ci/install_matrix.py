@@ -1,8 +1,8 @@
 """Installs the package in every supported way, each in a fresh virtual environment, and checks what came out.
 
-    python bench/install_matrix.py                 # all of them; 5 to 30 minutes, depending on what pip has cached
-    python bench/install_matrix.py --only fresh    # some of them: --list names them
-    python bench/install_matrix.py --torch torch==2.13.0
+    python .ci/install_matrix.py                 # all of them; 5 to 30 minutes, depending on what pip has cached
+    python .ci/install_matrix.py --only fresh    # some of them: --list names them
+    python .ci/install_matrix.py --torch torch==2.13.0
 
 What is checked: torch that was there is still there, and is what the build used; _cuda.so is there exactly where it
 should be; the installed package imports from another folder and runs an op; files of the build are not left out.
@@ -28,12 +28,13 @@ BUILD_TOOLS = ["setuptools>=77", "pybind11", "cmake", "ninja"]  # as in pyprojec
 
 PROBE = """
 import json, torch, cerberus_ext
-from cerberus_ext import _load, _host
-record = _load.build_record()
+from cerberus_ext import _host
+from cerberus_ext.ops import libraries
+record = libraries.build_record()
 entropy = torch.ops.cerberus_ext.hidden_entropy(torch.zeros(1, 8)).item()
 assert abs(entropy - 2.0794415) < 1e-5, entropy
 assert _host.depths([-1, 0]).tolist() == [0, 1]
-package = _load.PACKAGE
+package = libraries.PACKAGE
 print(json.dumps({
     "package": str(package), "torch": torch.__version__, "torch_folder": torch.__path__[0],
     "built_with": record["torch"], "cuda": record["cuda"], "cuda_library": (package / "_cuda.so").is_file(),

@@ -1,6 +1,6 @@
 """`linear` at the shapes of small and large models, beside torch's and both limits: memory and multiply-adds.
 
-    python bench/linear.py [--dtype bfloat16] [--other OLD_LIBRARY.so=NAMESPACE] [--out RESULT.json]
+    python bench/micro/linear.py [--dtype bfloat16] [--other OLD_LIBRARY.so=NAMESPACE] [--out RESULT.json]
 
 One process, calls take turns: torch, the other build, ours, and a plain sum over the same weights, which is what
 reading them takes. Weights have left the last cache before they are used again. The limit of multiply-adds is a loop
@@ -15,18 +15,21 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from cerberus_ext import ops
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "shared"))
+import machine  # noqa: E402
 
 SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (49152, 576), (4096, 4096), (14336, 4096))  # (O, I)
 ROWS = (1, 2, 4, 6, 8, 12, 16, 32, 64, 512)

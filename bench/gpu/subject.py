@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import sys
-from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import stage
 import torch
 from shapes import SHAPES
+from timing import tried
+from tiny_llama import make_llama
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import cerberus_ext
-from cerberus_ext import AlwaysClosed, CerberusConfig, CerberusHeads, DecodeStats
+from cerberus_ext import AlwaysClosed, CerberusConfig, CerberusHeads, Decoder, DecodeStats
 from cerberus_ext.calibration.questions import OWN_QUESTIONS
 from cerberus_ext.drafting.static_policy import default_tree
+from cerberus_ext.evaluation.timing import timed
+from cerberus_ext.evaluation.ways import DecodeWay, GenerateWay
 from cerberus_ext.io.default_model import FOLDER, cache_dir, load_model
 from cerberus_ext.io.prompts import encode_chat, read_questions
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests" / "helpers"))
-from tiny_llama import make_llama  # noqa: E402
-
 TREES = (8, 16, 32, 64)
-Way = Callable[[Tensor, int], tuple[Tensor, DecodeStats | None]]  # ids (1, S), new tokens -> text (1, S + new), stats
+GENERATE = "generate"
+AnyWay = DecodeWay | GenerateWay
 
 
 @dataclass
@@ -41,9 +40,10 @@ class Subject:
     prompts: list[Tensor]  # (1, S) each
 
 
-def load(arguments: Namespace, dtype: torch.dtype, prompts: int) -> Subject:
+def load(run: stage.Stage, dtype: torch.dtype, prompts: int) -> Subject:
     """Raises stage.Skipped where there is no model: nothing is fetched here."""
-    if arguments.device == "cpu" and arguments.model is None:
+    arguments = run.arguments
+    if run.on_cpu and arguments.model is None:
         return tiny(prompts)
     folder = Path(arguments.model or cache_dir() / FOLDER)
     if not folder.exists():
@@ -53,7 +53,7 @@ def load(arguments: Namespace, dtype: torch.dtype, prompts: int) -> Subject:
     questions = OWN_QUESTIONS[::3][:prompts] if file is None else read_questions(file, prompts)
     return Subject(
         folder.name,
-        arguments.device == "cuda" and model.config.get_text_config().hidden_size == SHAPES["135M"].hidden,
+        not run.on_cpu and model.config.get_text_config().hidden_size == SHAPES["135M"].hidden,
         model,
         CerberusHeads.from_pretrained(arguments.heads).to(dtype),
         None if arguments.medusa is None else CerberusHeads.from_pretrained(arguments.medusa).to(dtype),
@@ -78,39 +78,38 @@ def random_heads(vocab: int, size: int, draft_vocab: int | None = None, **option
     return heads.eval().requires_grad_(False)
 
 
-def generate(subject: Subject, **options: Any) -> Way:
-    """transformers' own decoding."""
-
-    def run(ids: Tensor, new: int) -> tuple[Tensor, None]:
-        mask = torch.ones_like(ids)
-        given = {"attention_mask": mask, "do_sample": False, "max_new_tokens": new, "pad_token_id": 0, **options}
-        return subject.model.generate(ids, **given), None
-
-    return run
-
-
-def decode(model: PreTrainedModel, heads: CerberusHeads, device: str, nodes: int, graphs: bool) -> Way:
+def our_way(name: str, model: PreTrainedModel, heads: CerberusHeads, nodes: int, graphs: bool) -> DecodeWay:
     """This project's loop, with a tree of so many nodes; 1: without drafts."""
-    options: dict[str, Any] = {"gate": AlwaysClosed()} if nodes == 1 else {}
-    if nodes > 1:
-        options["tree"] = default_tree(heads, torch.device(device), nodes)
-    if device == "cuda":
+    options: dict[str, Any] = {"tree": default_tree(heads, model.device, nodes)} if nodes > 1 else {}
+    if nodes == 1:
+        options["gate"] = AlwaysClosed()
+    if model.device.type == "cuda":
         options["graphs"] = graphs
-
-    def run(ids: Tensor, new: int) -> tuple[Tensor, DecodeStats]:
-        out = cerberus_ext.decode(model, heads, ids, max_new_tokens=new, **options)
-        return out.sequences, out.stats
-
-    return run
+    return DecodeWay(name, model, heads, options=options)
 
 
-def our_ways(subject: Subject, device: str, graphs: bool, trees: tuple[int, ...] = TREES) -> dict[str, Way]:
-    """Name -> our loop without drafts, and with trees of several sizes."""
+def our_ways(subject: Subject, graphs: bool, trees: tuple[int, ...] = TREES) -> list[AnyWay]:
+    """Our loop without drafts, and with trees of several sizes."""
     mode = "graphs" if graphs else "eager"
     everyone = {"cerberus": subject.heads, "medusa": subject.medusa}
-    ways = {f"loop, {mode}": decode(subject.model, subject.heads, device, 1, graphs)}
+    ways: list[AnyWay] = [our_way(f"loop, {mode}", subject.model, subject.heads, 1, graphs)]
     for nodes in trees:
         for name, heads in everyone.items():
             if heads is not None:
-                ways[f"{name}, {mode}, {nodes} nodes"] = decode(subject.model, heads, device, nodes, graphs)
+                ways.append(our_way(f"{name}, {mode}, {nodes} nodes", subject.model, heads, nodes, graphs))
     return ways
+
+
+def once(way: AnyWay, ids: Tensor, new: int) -> tuple[Tensor, DecodeStats | None, float]:
+    """The text (1, S + new), the statistics of our loop, and tokens/s from prompt to last token."""
+    (tokens, stats), seconds = timed(partial(way.run, ids, new), ids.device)
+    return torch.cat([ids, ids.new_tensor([tokens])], 1), stats, len(tokens) / seconds
+
+
+def try_once(way: AnyWay, ids: Tensor, new: int) -> tuple[Tensor | None, str | None]:
+    """The text, or the error; after one, what is kept for the model is freed, so that the next size is tried, too."""
+    made, failure = tried(partial(once, way, ids, new), ids.device.type)
+    if made is None:
+        Decoder(way.model).close()
+        return None, failure
+    return made[0], None

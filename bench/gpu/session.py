@@ -1,8 +1,8 @@
 """A whole session on a GPU, unattended: is everything right, and how fast is it? In 8 minutes, without a network.
 
-    python bench/gpu.py --out results                 # everything
-    python bench/gpu.py --out results --stages kernels steps
-    python bench/gpu.py --out results --device cpu    # the same code at tiny sizes, to see that it works; a minute
+    python bench/gpu --out results                 # everything
+    python bench/gpu --out results --stages kernels steps
+    python bench/gpu --out results --device cpu    # the same code at tiny sizes, to see that it works; a minute
 
 Writes results/gpu.json and, made from it by report.py, results/gpu.md, after every stage. Each stage is a process with
 a time limit of its own: one that crashes, hangs or breaks the GPU's context takes no other along. What a stage does not
@@ -23,9 +23,10 @@ from typing import Any
 
 import processes
 import report
-from stage import PROBLEMS, parser, write_json
+import stage
 
 HERE = Path(__file__).resolve().parent
+STAGES = HERE / "stages"
 DEFAULT_BUDGET = 465.0  # 8 minutes, with what is not a stage
 _MAX_STARTS = 4  # of one stage that crashes and goes on behind the row at which it did
 _GRACE = 5.0  # between a stage's own deadline and its end by force
@@ -33,24 +34,26 @@ _GRACE = 5.0  # between a stage's own deadline and its end by force
 
 @dataclass(frozen=True)
 class Plan:
-    """A stage: its script, its share of the time, whether it checks correctness."""
+    """A stage: its file, its share of the time, whether it checks correctness."""
 
     name: str
-    script: Path
+    file: Path
     share: float
     checks: bool
 
 
-PLANS = (
-    Plan("machine", HERE / "gpu_machine.py", 30, checks=False),
-    Plan("tests", HERE / "gpu_tests.py", 70, checks=True),
-    Plan("sanitizer", HERE / "gpu_sanitizer.py", 95, checks=True),
-    Plan("kernels", HERE / "gpu_kernels.py", 65, checks=True),
-    Plan("steps", HERE / "gpu_steps.py", 85, checks=False),
-    Plan("exactness", HERE / "gpu_exactness.py", 25, checks=True),
-    Plan("end_to_end", HERE / "gpu_end_to_end.py", 65, checks=False),
-    Plan("compiled", HERE / "gpu_compiled.py", 45, checks=False),
-)
+SHARES = {  # in seconds, where all run
+    "machine": 30,
+    "tests": 70,
+    "sanitizer": 95,
+    "kernels": 65,
+    "steps": 85,
+    "exactness": 25,
+    "end_to_end": 65,
+    "compiled": 45,
+}
+CHECKS = {"tests", "sanitizer", "kernels", "exactness"}
+PLANS = [Plan(name, STAGES / f"{name}.py", share, name in CHECKS) for name, share in SHARES.items()]
 
 
 def run_stages(plans: Sequence[Plan], budget: float, out: Path, options: Sequence[str], record: dict[str, Any]) -> None:
@@ -63,7 +66,7 @@ def run_stages(plans: Sequence[Plan], budget: float, out: Path, options: Sequenc
         print(f"{plan.name:12} at most {limit:4.0f} s ... ", end="", flush=True)
         stages[plan.name] = run_stage(plan, limit, out, options)
         record["seconds"] = round(time.monotonic() - begin, 1)
-        write_json(out / "gpu.json", record)
+        stage.write_json(out / "gpu.json", record)
         (out / "gpu.md").write_text(report.markdown(record))
         print(f"{stages[plan.name]['status']}, {stages[plan.name]['seconds']:.0f} s", flush=True)
 
@@ -78,10 +81,19 @@ def run_stage(plan: Plan, limit: float, out: Path, options: Sequence[str]) -> di
     for _ in range(_MAX_STARTS):
         left = limit - (time.monotonic() - begin)
         own = max(1.0, left - _GRACE)
-        command = [sys.executable, str(plan.script), "--out", str(file), "--seconds", f"{own:.1f}", *options]
+        command = [
+            sys.executable,
+            str(HERE / "stage.py"),
+            str(plan.file),
+            "--out",
+            str(file),
+            "--seconds",
+            f"{own:.1f}",
+            *options,
+        ]
         status = processes.run(command, left, log)
         found = _read(file)
-        if status in (None, 0, PROBLEMS) or not found.get("running"):
+        if status in (None, 0, stage.PROBLEMS) or not found.get("running"):
             break  # it came to its end, ran out of time, or died where it would die again
     return {
         "status": _outcome(status, found),
@@ -101,7 +113,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _outcome(status: int | None, found: dict[str, Any]) -> str:
     if status is None:
         return "timed out"
-    if status not in (0, PROBLEMS):
+    if status not in (0, stage.PROBLEMS):
         return "crashed"
     if found.get("skipped"):
         return "skipped"
@@ -112,7 +124,7 @@ def _outcome(status: int | None, found: dict[str, Any]) -> str:
 
 def _reason(status: int | None, found: dict[str, Any], log: Path) -> str:
     """Why a stage did not simply pass; empty if it did."""
-    if status is None or status not in (0, PROBLEMS):
+    if status is None or status not in (0, stage.PROBLEMS):
         how = "" if status is None else f"exit status {status}; " if status > 0 else f"signal {-status}; "
         where = f"at {found['running']}; " if found.get("running") else ""
         return f"{how}{where}the log ends with: " + " / ".join(log.read_text().strip().splitlines()[-6:])
@@ -122,7 +134,7 @@ def _reason(status: int | None, found: dict[str, Any], log: Path) -> str:
 def failed_checks(record: dict[str, Any]) -> list[str]:
     """Names of the stages that check correctness and did not get through."""
     wrong = ("failed", "crashed", "timed out")
-    return [name for name, stage in record["stages"].items() if stage["checks"] and stage["status"] in wrong]
+    return [name for name, found in record["stages"].items() if found["checks"] and found["status"] in wrong]
 
 
 def main() -> int:
@@ -130,11 +142,10 @@ def main() -> int:
     arguments_of = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[parser(None)],
-        conflict_handler="resolve",
+        parents=[stage.parser()],
+        prog="python bench/gpu",
     )
     arguments_of.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
-    arguments_of.add_argument("--seconds", help=argparse.SUPPRESS)
     arguments_of.add_argument("--stages", nargs="+", choices=names, metavar="STAGE", help=f"of {', '.join(names)}")
     arguments_of.add_argument("--budget", type=float, default=DEFAULT_BUDGET, help="seconds for everything")
     arguments = arguments_of.parse_args()
@@ -160,7 +171,7 @@ def main() -> int:
     record = {
         "schema": 1,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join(["python bench/gpu.py", *(Path(part).name for part in sys.argv[1:])]),
+        "command": " ".join(["python bench/gpu", *(Path(part).name for part in sys.argv[1:])]),
         "device": arguments.device,
         "budget": arguments.budget,
     }
@@ -170,7 +181,3 @@ def main() -> int:
     print(report.summary(record))
     print(f"{arguments.out / 'gpu.md'}; not right: {', '.join(wrong)}" if wrong else arguments.out / "gpu.md")
     return int(bool(wrong))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Which machine a number was measured on. Every benchmark prints this beside its numbers.
 
-python bench/machine.py
+python bench/shared/machine.py
 """
 
 from __future__ import annotations

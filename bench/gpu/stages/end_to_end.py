@@ -1,7 +1,5 @@
 """Stage "end_to_end" of a GPU session: tokens a second over questions, of this loop and of transformers' ways.
 
-    python bench/gpu_end_to_end.py --out end_to_end.json
-
 The ways take turns on every question, so that whatever disturbs one disturbs all. Reported are medians over the
 questions of tokens/s and of the ratio to another way on the same question and round.
 """
@@ -9,70 +7,46 @@ questions of tokens/s and of the ratio to another way on the same question and r
 from __future__ import annotations
 
 import time
-from functools import partial
 from statistics import median
 from typing import Any
 
 import stage
 import torch
-from gpu_model import TREES, Subject, Way, generate, load, our_ways
-from timing import tried, wait_for
+from subject import GENERATE, TREES, AnyWay, Subject, load, once, our_ways, try_once
 from torch import Tensor
 
-import cerberus_ext
 from cerberus_ext import DecodeStats
 from cerberus_ext.evaluation.texts import difference
+from cerberus_ext.evaluation.ways import GenerateWay
 
-GENERATE = "generate"
-LOOKUP = 10  # tokens that prompt lookup takes, transformers' usual number
-
-
-def all_ways(subject: Subject, device: str) -> dict[str, Way]:
-    ways = {GENERATE: generate(subject), "generate, prompt lookup": generate(subject, prompt_lookup_num_tokens=LOOKUP)}
-    if device == "cpu":
-        return ways | our_ways(subject, device, False, TREES[:2])
-    return ways | our_ways(subject, device, False, ()) | our_ways(subject, device, True)
+Texts = dict[tuple[str, int], Tensor]  # by way and question
 
 
-def once(way: Way, ids: Tensor, new: int, device: str) -> tuple[float, Tensor, DecodeStats | None]:
-    """tokens/s from prompt to last token, the text, the statistics of our loop"""
-    wait_for(device)
-    begin = time.perf_counter()
-    text, stats = way(ids, new)
-    wait_for(device)
-    return (text.shape[1] - ids.shape[1]) / (time.perf_counter() - begin), text, stats
+def all_ways(subject: Subject, on_cpu: bool) -> list[AnyWay]:
+    lookup = {"prompt_lookup_num_tokens": 10}  # transformers' usual number
+    ways: list[AnyWay] = [GenerateWay(GENERATE, subject.model)]
+    ways.append(GenerateWay("generate, prompt lookup", subject.model, options=lookup))
+    if on_cpu:
+        return ways + our_ways(subject, False, TREES[:2])
+    return ways + our_ways(subject, False, ()) + our_ways(subject, True)
 
 
 def body(run: stage.Stage) -> None:
-    on_cpu = run.device == "cpu"
-    prompts, new, rounds = (2, 12, 1) if on_cpu else (8, 128, 3)
-    dtype = torch.float32 if on_cpu else torch.bfloat16
-    subject = load(run.arguments, dtype, prompts)
-    ways = all_ways(subject, run.device)
+    prompts, new, rounds = (2, 12, 1) if run.on_cpu else (8, 128, 3)
+    dtype = torch.float32 if run.on_cpu else torch.bfloat16
+    subject = load(run, dtype, prompts)
+    ways = all_ways(subject, run.on_cpu)
     run.result |= {
         "model": subject.name,
         "dtype": str(dtype).removeprefix("torch."),
         "new_tokens": new,
         "medusa": "no heads were given" if subject.medusa is None else "measured",
     }
-    ready: dict[str, Way] = {}
     longest = max(subject.prompts, key=torch.numel)
     begin = time.perf_counter()
-    for name, way in ways.items():  # the first time sets up kernels and graphs, and shows which ways work
-        if run.begin(f"warm-up of {name}", limit=60):
-            _, failure = tried(partial(way, longest, new), run.device)
-            run.add(f"warm-up of {name}", {"error": failure} if failure else {})
-            if failure:
-                run.problems.append(f"{name}: {failure}")
-                cerberus_ext.release_graphs(subject.model)  # so that the next size is tried, too
-        if not run.rows.get(f"warm-up of {name}", {"error": "not done"}).get("error"):
-            ready[name] = way
-    texts: dict[tuple[str, int], Tensor] = {}
-    samples: dict[str, list[DecodeStats]] = {name: [] for name in ready}
-
-    def summaries() -> list[dict[str, Any]]:
-        return [summary(name, run.rows, samples.get(name, []), subject) for name in ways]
-
+    ready = warmed_up(run, ways, longest, new)
+    texts: Texts = {}
+    samples: dict[str, list[DecodeStats]] = {way.name: [] for way in ways}
     slowest = time.perf_counter() - begin  # a round does what the warm-up did
     for turn in range(rounds):
         for index, ids in enumerate(subject.prompts):
@@ -81,16 +55,27 @@ def body(run: stage.Stage) -> None:
                 continue
             start = time.perf_counter()
             speeds: dict[str, float] = {}
-            for name, way in ready.items():
-                speeds[name], text, stats = once(way, ids, new, run.device)
-                samples[name] += [] if stats is None else [stats]
-                texts.setdefault((name, index), text)
+            for way in ready:
+                text, stats, speeds[way.name] = once(way, ids, new)
+                samples[way.name] += [] if stats is None else [stats]
+                texts.setdefault((way.name, index), text)
             slowest = time.perf_counter() - start
             run.add(key, {"tokens_per_second": speeds})
-            run.result["ways"] = summaries()
+            run.result["ways"] = [summary(way.name, run.rows, samples[way.name], subject) for way in ways]
             run.save()
-    found = [row | parted(row["way"], texts, subject, run) for row in summaries()]
+    rows = [summary(way.name, run.rows, samples[way.name], subject) for way in ways]
+    found = [row | parted(row["way"], texts, subject, run) for row in rows]
     run.result["ways"] = found + best_tree(found)
+
+
+def warmed_up(run: stage.Stage, ways: list[AnyWay], ids: Tensor, new: int) -> list[AnyWay]:
+    """Those that work: the first call sets up kernels and graphs, and shows it."""
+    for way in ways:
+        if run.begin(f"warm-up of {way.name}", limit=60):
+            _, failure = try_once(way, ids, new)
+            run.add(f"warm-up of {way.name}", {"error": failure} if failure else {})
+            run.problems += [f"{way.name}: {failure}"] if failure else []
+    return [way for way in ways if not run.rows.get(f"warm-up of {way.name}", {"error": "not done"}).get("error")]
 
 
 def our_loop(measured: set[str]) -> str | None:
@@ -124,9 +109,7 @@ def summary(name: str, rows: dict[str, Any], samples: list[DecodeStats], subject
     return row
 
 
-def parted(
-    name: str, texts: dict[tuple[str, int], Tensor], subject: Subject, run: stage.Stage
-) -> dict[str, list[dict[str, Any]]]:
+def parted(name: str, texts: Texts, subject: Subject, run: stage.Stage) -> dict[str, list[dict[str, Any]]]:
     """Where a way's texts part from those of our loop and of `generate`, and the gap of the two best logits there."""
     found: dict[str, list[dict[str, Any]]] = {}
     for other in {our_loop({way for way, _ in texts}), GENERATE} - {None, name}:
@@ -134,9 +117,7 @@ def parted(
             if (name, index) not in texts or (other, index) not in texts or run.left < 2:
                 continue
             where = difference(subject.model, texts[name, index], texts[other, index], ids.shape[1])
-            found.setdefault(f"parts_from {other}", [])
-            if where is not None:
-                found[f"parts_from {other}"].append({"question": index, **where})
+            found.setdefault(f"parts_from {other}", []).extend([] if where is None else [{"question": index, **where}])
     return found
 
 
@@ -145,7 +126,3 @@ def best_tree(ways: list[dict[str, Any]]) -> list[dict[str, Any]]:
     tried_trees = [way for way in ways if way["way"].startswith("cerberus") and way.get("over_loop")]
     best = max(tried_trees, key=lambda way: way["over_loop"], default=None)
     return [] if best is None else [{**best, "way": f"best {best['way']}"}]
-
-
-if __name__ == "__main__":
-    stage.main(__doc__, body)

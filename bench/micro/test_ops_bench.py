@@ -4,7 +4,7 @@
 
 Ours and PyTorch's take turns, each with a cold cache, as in a decoding step, where the rest of the model has been in
 between; both are warmed up and the medians compared. The table at the end is conftest.py's. On a GPU these times hold
-the launch: `gpu.py` measures the kernels alone.
+the launch: `bench/gpu` measures the kernels alone.
 """
 
 from __future__ import annotations

@@ -1,20 +1,15 @@
-"""Stage "tests" of a GPU session: those of python_tests/ that run on the device, as far as the time allows.
-
-python bench/gpu_tests.py --out tests.json
-"""
+"""Stage "tests" of a GPU session: those of python_tests/ that run on the device, as far as the time allows."""
 
 from __future__ import annotations
 
 import signal
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import stage
 
-ROOT = Path(__file__).resolve().parent.parent
-TESTS = ROOT / "python_tests"
+TESTS = stage.ROOT / "python_tests"
 ELSEWHERE = ("simt", "bench", "cli")  # about no device
 ON_CPU = [str(TESTS / "ops" / name) for name in ("test_verify_tree.py", "test_cache_ops.py")]
 _MAX_FAILURES = 25  # after an illegal access every further test fails, too
@@ -72,7 +67,7 @@ def body(run: stage.Stage) -> None:
     chosen = run.result["tests"] = "cuda" if run.device == "cuda" else "cpu and by_hand"
     options = ["-q", "-k", chosen, f"--maxfail={_MAX_FAILURES}", "-p", "no:cacheprovider", "--tb=short"]
     options += [f"--deselect={test}" for test in run.rows]  # those at which the process died before
-    status = pytest.main([*where, *options, "-c", str(ROOT / "pyproject.toml")], plugins=[watch])
+    status = pytest.main([*where, *options, "-c", str(stage.ROOT / "pyproject.toml")], plugins=[watch])
     run.running = None
     run.problems += [f"{test}: {message}" for test, message in list(watch.failures.items())[:_MAX_FAILURES]]
     ran = watch.counts["passed"] + watch.counts["failed"] + watch.counts["skipped"]
@@ -83,7 +78,3 @@ def body(run: stage.Stage) -> None:
     elif status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         run.problems.append(f"pytest ended with status {int(status)}")
     watch.save()
-
-
-if __name__ == "__main__":
-    stage.main(__doc__, body)

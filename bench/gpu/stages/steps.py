@@ -1,7 +1,5 @@
 """Stage "steps" of a GPU session: what a decoding step costs, with trees of several sizes, for three sizes of models.
 
-    python bench/gpu_steps.py --out steps.json
-
 The models have random weights, made on the device: a step costs the same whatever they say. So have the heads, of which
 nearly no draft is accepted. Two decodes of different lengths are subtracted from each other: what is left is the steps
 that one has and the other has not, without the prompt and without the last steps, whose trees are cut.
@@ -16,13 +14,12 @@ from typing import Any
 import machine
 import stage
 import torch
-from gpu_model import decode, random_heads
 from shapes import SHAPES, Shapes
+from subject import our_way, random_heads
 from timing import tried
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import cerberus_ext
-from cerberus_ext import CerberusHeads, DecodeStats
+from cerberus_ext import CerberusHeads, Decoder, DecodeStats
 
 MODELS = ("8B", "135M", "1B")  # those first that there is a target for
 CONTEXTS = (2048, 512, 8192)
@@ -78,11 +75,11 @@ class Steps:
         """Of a step, and how it came about."""
         numbers = torch.Generator().manual_seed(context)
         ids = torch.randint(self.shapes.vocab, (1, context), generator=numbers).to(self.device)
-        run = decode(self.model, self.heads, self.device, nodes, graphs)
+        way = our_way("", self.model, self.heads, nodes, graphs)
         fewer, more = NEW_TOKENS[self.device]
         stats: dict[int, list[DecodeStats]] = {more: [], fewer: []}
         for new in (more, more, more, fewer, fewer, fewer):  # the first ones capture
-            one = run(ids, new)[1]
+            one = way.run(ids, new)[1]
             assert one is not None  # our loop has statistics
             stats[new].append(one)
         short, long = (min(stats[new][1:], key=_step_seconds) for new in (fewer, more))
@@ -97,8 +94,7 @@ class Steps:
 
 
 def body(run: stage.Stage) -> None:
-    on_cpu = run.device == "cpu"
-    models, contexts = (("tiny",), (64,)) if on_cpu else (MODELS, CONTEXTS)
+    models, contexts = (("tiny",), (64,)) if run.on_cpu else (MODELS, CONTEXTS)
     copy_speed = run.result["copy_bytes_per_second"] = machine.copy_bandwidth(run.device)
     run.result["weights"] = "random"
     for name in models:
@@ -114,7 +110,7 @@ def body(run: stage.Stage) -> None:
                 print(row, flush=True)
         del steps
         gc.collect()
-        if not on_cpu:
+        if not run.on_cpu:
             torch.cuda.empty_cache()
     if any(_key(name, c, n) not in run.rows for name in models for c, n in cells(contexts)):
         run.unfinished = "out of time"
@@ -136,9 +132,9 @@ def measure(
         "weight_bytes": steps.bytes,
         "floor_milliseconds": steps.bytes / copy_speed * 1e3,
     }
-    graphs = run.device != "cpu"
+    graphs = not run.on_cpu
     found, failure = tried(lambda: steps.seconds(context, nodes, graphs), run.device)
-    cerberus_ext.release_graphs(steps.model)  # their cache is as long as the context
+    Decoder(steps.model).close()  # what is kept has a cache as long as the context
     problem = None
     if found is None and graphs:
         problem = f"{_key(steps.shapes.name, context, nodes)}: not as a graph: {failure}"
@@ -159,7 +155,3 @@ def _step_seconds(stats: DecodeStats) -> float:
 
 def _key(model: str, context: int, nodes: int) -> str:
     return f"{model} {context} {nodes}"
-
-
-if __name__ == "__main__":
-    stage.main(__doc__, body)

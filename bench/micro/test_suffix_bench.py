@@ -1,6 +1,6 @@
 """The suffix index at 100 000 tokens: nanoseconds to append a token, microseconds of a decoding step, bytes per token.
 
-    pytest bench/test_suffix_bench.py --benchmark-only
+    pytest bench/micro/test_suffix_bench.py --benchmark-only
 
 `append` indexes the whole text in one call. `step` goes on from there as decoding does, a token at a time: each is
 appended, then 8 tokens are drafted; both calls from Python are in it. The words are a text that people wrote, Python's

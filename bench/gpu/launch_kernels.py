@@ -1,7 +1,7 @@
 """Launches every kernel of every op at sizes small enough for compute-sanitizer, which slows them down a lot.
 
-    python bench/launch_kernels.py [--device cpu] [--until SECONDS]
-    python bench/launch_kernels.py --invalid    one call that reads outside of all memory, on a GPU
+    python bench/gpu/launch_kernels.py [--device cpu] [--until SECONDS]
+    python bench/gpu/launch_kernels.py --invalid    one call that reads outside of all memory, on a GPU
 
 Every dtype and every size that chooses another kernel or another path through one. Ends with the line
 "launched N calls, all of them".
@@ -21,7 +21,7 @@ import torch
 
 from cerberus_ext import ops
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests" / "helpers"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python_tests" / "helpers"))
 from op_cases import CUDA_OPS, attention_inputs, example, integers, normal, random_parents, tree  # noqa: E402
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -1,7 +1,5 @@
 """Stage "kernels" of a GPU session: every op at the sizes of three models, against PyTorch and against a copy's speed.
 
-    python bench/gpu_kernels.py --out kernels.json
-
 Each number is the median of a call, within a CUDA graph of many and alone, on inputs that have left the L2 cache where
 they are large enough (timing.py). PyTorch's version and cuBLAS or SDPA alone are timed in the same way.
 """
@@ -169,7 +167,3 @@ def body(run: stage.Stage) -> None:
             print(case.key, row, flush=True)
             if run.device == "cuda":
                 torch.cuda.empty_cache()
-
-
-if __name__ == "__main__":
-    stage.main(__doc__, body)
