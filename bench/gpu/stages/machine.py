@@ -1,4 +1,4 @@
-"""Stage "machine" of a GPU session: what is measured on, and the two speeds of memory that everything is compared with."""
+"""Stage "machine" of a GPU session: what is measured on, and how fast its memory is."""
 
 from __future__ import annotations
 
