@@ -7,55 +7,76 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import targets
 from targets import TARGETS
 
-Stage = Mapping[str, Any]
-_UNMEASURED = "–"
+Record = Mapping[str, Any]
+Row = Mapping[str, Any]
+Cell = Callable[[Row], str]
+NOTHING = "–"
 
 
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows])
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:  # not the package's, which would be imported for seconds
+    head, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
 
-def number(value: float | None, form: str = "{:.1f}") -> str:
-    return _UNMEASURED if value is None else form.format(value)
+def number(value: float | None, form: str) -> str:
+    return NOTHING if value is None else form.format(value)
 
 
-def microseconds(value: float | None) -> str:
-    return number(value, "{:.1f}" if value is not None and value < 1000 else "{:.0f}")
+def table(columns: Mapping[str, Cell], rows: Iterable[Row]) -> str:
+    """A row that has an error instead of numbers tells it in its last columns."""
+    return markdown_table([list(columns), *([cell(row) for cell in columns.values()] for row in rows)])
 
 
-def percent(value: float | None) -> str:
-    return number(value, "{:.0%}")
+def text(name: str) -> Cell:
+    return lambda row: str(row.get(name, ""))
 
 
-def times(value: float | None) -> str:
-    return number(value, "{:.2f}x")
+def of(name: str, form: str = "{:.1f}") -> Cell:
+    return lambda row: number(row.get(name), form)
 
 
-def target_cell(stage: str, row: Mapping[str, Any]) -> str:
-    return "; ".join(f"{target.asks}: **{outcome}**" for target, outcome in targets.of_row(stage, row))
+def microseconds(name: str) -> Cell:
+    return lambda row: number(row.get(name), "{:.1f}" if (row.get(name) or 0) < 1000 else "{:.0f}")
 
 
-def found(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def shortened(text: str, most: int = 400) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[:most] + " ..."
+
+
+def target(stage: str) -> Cell:
+    return lambda row: "; ".join(f"{target.asks}: **{outcome}**" for target, outcome in targets.of_row(stage, row))
+
+
+def ranged(name: str) -> Cell:
+    def cell(row: Row) -> str:
+        if row.get(name) is None:
+            return NOTHING
+        return "{:.2f}x ({:.2f} - {:.2f})".format(row[name], *row[f"{name}_range"])
+
+    return cell
+
+
+def result_of(record: Record, name: str) -> Mapping[str, Any]:
     return record["stages"].get(name, {}).get("result", {})
 
 
-def rows_of(record: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+def rows_of(record: Record, name: str) -> list[Row]:
     """A stage's rows, as far as they have been measured."""
-    result = found(record, name)
+    result = result_of(record, name)
     rows = result.get("ways", []) if name == "end_to_end" else result.get("rows", {}).values()
     return [row for row in rows if row.get("model") or row.get("way")]
 
 
-def machine(record: Mapping[str, Any]) -> str:
-    result = found(record, "machine")
+def machine(record: Record) -> str:
+    result = result_of(record, "machine")
     rows = [["started", record.get("started", "")], ["command", f"`{record.get('command', '')}`"]]
     for group in ("versions", "gpu", "driver", "libraries"):
         rows += [[str(label), str(value)] for label, value in result.get(group, {}).items()]
@@ -64,183 +85,139 @@ def machine(record: Mapping[str, Any]) -> str:
     for label, name in (("copy, read + write", "copy_bytes_per_second"), ("sum, read only", "read_bytes_per_second")):
         if name in result:
             rows.append([label, f"{result[name] / 1e9:.0f} GB/s, measured"])
-    return table(["machine", ""], rows)
+    return markdown_table([["machine", ""], *rows])
 
 
-def summary(record: Mapping[str, Any]) -> str:
-    rows = [
-        [name, stage["status"], number(stage.get("seconds"), "{:.0f} s"), shortened(stage.get("reason", ""))]
-        for name, stage in record["stages"].items()
-    ]
-    return table(["stage", "outcome", "time", "why"], rows)
+def summary(record: Record) -> str:
+    columns = {"stage": text("name"), "outcome": text("status"), "time": of("seconds", "{:.0f} s"),
+               "why": lambda row: shortened(row.get("reason", ""))}  # fmt: skip
+    return table(columns, [{"name": name, **stage} for name, stage in record["stages"].items()])
 
 
-def shortened(text: str, most: int = 400) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[:most] + " ..."
-
-
-def all_targets(record: Mapping[str, Any]) -> str:
+def all_targets(record: Record) -> str:
     rows = []
     for target in TARGETS:
         having = [row for row in rows_of(record, target.stage) if target.applies(row)]
         values = [row[target.value] for row in having if row.get(target.value) is not None]
-        shown = ", ".join(f"{value:.3g}" for value in values) or _UNMEASURED
+        shown = ", ".join(f"{value:.3g}" for value in values) or NOTHING
         rows.append([target.what, target.asks, shown, target.overall(having)])
-    return table(["target", "asks for", "found", "outcome"], rows)
+    return markdown_table([["target", "asks for", "found", "outcome"], *rows])
 
 
-def tests(record: Mapping[str, Any]) -> str:
-    result = found(record, "tests")
-    columns = ["selected", "passed", "failed", "skipped"]
-    counts = [str(result.get(name, 0)) for name in columns]
-    text = table(["tests", *columns], [[f"`pytest python_tests -k '{result.get('tests')}'`", *counts]])
+def tests(record: Record) -> str:
+    result = result_of(record, "tests")
+    counts = {name: of(name, "{}") for name in ("selected", "passed", "failed", "skipped")}
+    columns = {"tests": lambda row: f"`pytest python_tests -k '{row.get('tests')}'`", **counts}
+    shown = table(columns, [dict.fromkeys(counts, 0) | dict(result)])
     failures = [f"- {test}: {shortened(message)}" for test, message in result.get("failures", {}).items()]
-    return "\n".join([text, "", *failures]) if failures else text
+    return "\n".join([shown, "", *failures]) if failures else shown
 
 
-def sanitizer(record: Mapping[str, Any]) -> str:
-    rows = [
-        [
-            tool,
-            ran["status"],
-            str(ran["errors"]) if ran.get("errors") is not None else _UNMEASURED,
-            f"{ran.get('launched')}, {'all' if ran.get('all') else 'not all'}",
-            number(ran["seconds"], "{:.0f} s"),
-        ]
-        for tool, ran in found(record, "sanitizer").get("tools", {}).items()
-    ]
-    return table(["compute-sanitizer", "outcome", "errors and hazards", "calls", "time"], rows)
+def sanitizer(record: Record) -> str:
+    columns = {
+        "compute-sanitizer": text("tool"), "outcome": text("status"), "errors and hazards": of("errors", "{}"),
+        "calls": lambda row: f"{row.get('launched')}, {'all' if row.get('all') else 'not all'}",
+        "time": of("seconds", "{:.0f} s"),
+    }  # fmt: skip
+    tools = result_of(record, "sanitizer").get("tools", {})
+    return table(columns, [{"tool": tool, **ran} for tool, ran in tools.items()])
 
 
-_SIZES = ("rows", "nodes", "length", "vocab", "temperature")
+def kernels(record: Record) -> str:
+    sizes = ("rows", "nodes", "length", "vocab", "temperature")
+    columns: dict[str, Cell] = {
+        "op": text("op"),
+        "model": text("model"),
+        "dtype": text("dtype"),
+        "size": lambda row: ", ".join(f"{name} {row[name]}" for name in sizes if name in row),
+        "us in a graph": lambda row: shortened(row["error"]) if "error" in row else microseconds("ours_graph_us")(row),
+        "us alone": microseconds("ours_alone_us"),
+        "GB/s": of("gigabytes_per_second", "{:.0f}"),
+        "of a copy": of("share_of_copy", "{:.0%}"),
+        "PyTorch, graph": microseconds("eager_graph_us"),
+        "PyTorch, alone": microseconds("eager_alone_us"),
+        "cuBLAS or SDPA alone, graph": microseconds("library_graph_us"),
+        "ours over the faster of both": of("over_best_pytorch", "{:.2f}x"),
+        "reads from": lambda row: "memory" if row.get("cold") else "cache",
+        "target": target("kernels"),
+    }
+    return table(columns, rows_of(record, "kernels"))
 
 
-def kernels(record: Mapping[str, Any]) -> str:
-    rows = []
-    for row in rows_of(record, "kernels"):
-        size = ", ".join(f"{name} {row[name]}" for name in _SIZES if name in row)
-        if "error" in row:
-            rows.append([row["op"], row["model"], row["dtype"], size, shortened(row["error"]), *[""] * 9])
-            continue
-        rows.append(
-            [
-                row["op"],
-                row["model"],
-                row["dtype"],
-                size,
-                microseconds(row.get("ours_graph_us")),
-                microseconds(row.get("ours_alone_us")),
-                number(row.get("gigabytes_per_second"), "{:.0f}"),
-                percent(row.get("share_of_copy")),
-                microseconds(row.get("eager_graph_us")),
-                microseconds(row.get("eager_alone_us")),
-                microseconds(row.get("library_graph_us")),
-                times(row.get("over_best_pytorch")),
-                "memory" if row["cold"] else "cache",
-                target_cell("kernels", row),
-            ]
-        )
-    columns = ["op", "model", "dtype", "size", "us in a graph", "us alone", "GB/s", "of a copy", "PyTorch, graph"]
-    columns += ["PyTorch, alone", "cuBLAS or SDPA alone, graph", "ours over the faster of both", "reads from", "target"]
-    return table(columns, rows)
+def steps(record: Record) -> str:
+    columns: dict[str, Cell] = {
+        "model": lambda row: f"{row['model']}, random weights",
+        "context": text("context"),
+        "nodes": text("nodes"),
+        "ms a step": lambda row: row["error"] if "error" in row else of("milliseconds", "{:.3f}")(row),
+        "weights' floor, ms": of("floor_milliseconds", "{:.3f}"),
+        "floor / step": of("share_of_floor", "{:.0%}"),
+        "over 1 node": of("over_autoregressive", "{:.2f}x"),
+        "steps": lambda row: f"{row.get('graphed_steps')} graphed" if row.get("graphed") else "eager",
+        "captures": of("capture_seconds", "{:.2f} s"),
+        "target": target("steps"),
+    }
+    return table(columns, rows_of(record, "steps"))
 
 
-def steps(record: Mapping[str, Any]) -> str:
-    rows = []
-    for row in rows_of(record, "steps"):
-        how = "eager" if not row.get("graphed") else f"{row.get('graphed_steps')} graphed"
-        rows.append(
-            [
-                f"{row['model']}, random weights",
-                str(row["context"]),
-                str(row["nodes"]),
-                row["error"] if "error" in row else number(row["milliseconds"], "{:.3f}"),
-                number(row["floor_milliseconds"], "{:.3f}"),
-                percent(row.get("share_of_floor")),
-                times(row.get("over_autoregressive")),
-                how,
-                number(row.get("capture_seconds"), "{:.2f} s"),
-                target_cell("steps", row),
-            ]
-        )
-    columns = ["model", "context", "nodes", "ms a step", "weights' floor, ms", "floor / step", "over 1 node", "steps"]
-    return table([*columns, "captures", "target"], rows)
+def near_ties(row: Row) -> str:
+    return ", ".join(f"token {one['new_token']}, gap {one['gap']:.1e}" for one in row["near_ties"]) or "none"
 
 
-def exactness(record: Mapping[str, Any]) -> str:
-    rows = [
-        [
-            row["way"],
-            str(row["texts"]),
-            row.get("error") or str(row["texts_differ"]),
-            ", ".join(f"token {one['new_token']}, gap {one['gap']:.1e}" for one in row["near_ties"]) or "none",
-            target_cell("exactness", row),
-        ]
-        for row in rows_of(record, "exactness")
-    ]
-    return table(["float32", "texts", "that differ", "near ties taken otherwise", "target"], rows)
+def exactness(record: Record) -> str:
+    columns: dict[str, Cell] = {
+        "float32": text("way"), "texts": text("texts"),
+        "that differ": lambda row: row.get("error") or str(row["texts_differ"]),
+        "near ties taken otherwise": near_ties, "target": target("exactness"),
+    }  # fmt: skip
+    return table(columns, rows_of(record, "exactness"))
 
 
-def end_to_end(record: Mapping[str, Any]) -> str:
-    rows = []
-    for row in rows_of(record, "end_to_end"):
-        apart = [one for name, places in row.items() if name.startswith("parts_from loop") for one in places]
-        where = ", ".join(f"{one['question']}: token {one['new_token']}, gap {one['gap']:.3f}" for one in apart)
-        compared = any(name.startswith("parts_from loop") for name in row)
-        rows.append(
-            [
-                row["way"],
-                shortened(row["error"]) if row.get("error") else number(row.get("tokens_per_second")),
-                _with_range(row, "over_generate"),
-                _with_range(row, "over_loop"),
-                number(row.get("tokens_per_step"), "{:.2f}"),
-                shortened(where) if where else ("same" if compared else _UNMEASURED),
-                target_cell("end_to_end", row),
-            ]
-        )
-    columns = ["way", "tokens/s", "over generate", "over our loop", "tokens a step", "text parts from our loop's"]
-    return table([*columns, "target"], rows)
+def where_parted(row: Row) -> str:
+    """From our loop's text; end to end."""
+    places = [places for name, places in row.items() if name.startswith("parts_from loop")]
+    apart = [f"{one['question']}: token {one['new_token']}, gap {one['gap']:.3f}" for some in places for one in some]
+    return shortened(", ".join(apart)) or ("same" if places else NOTHING)
 
 
-def _with_range(row: Mapping[str, Any], column: str) -> str:
-    if row.get(column) is None:
-        return _UNMEASURED
-    least, most = row[f"{column}_range"]
-    return f"{row[column]:.2f}x ({least:.2f} - {most:.2f})"
+def end_to_end(record: Record) -> str:
+    columns: dict[str, Cell] = {
+        "way": text("way"),
+        "tokens/s": lambda row: shortened(row["error"]) if row.get("error") else of("tokens_per_second")(row),
+        "over generate": ranged("over_generate"),
+        "over our loop": ranged("over_loop"),
+        "tokens a step": of("tokens_per_step", "{:.2f}"),
+        "text parts from our loop's": where_parted,
+        "target": target("end_to_end"),
+    }
+    return table(columns, rows_of(record, "end_to_end"))
 
 
-def compiled(record: Mapping[str, Any]) -> str:
-    result = found(record, "compiled")
+def compiled(record: Record) -> str:
+    result = result_of(record, "compiled")
+    ratio = number(result.get("over_generate"), "{:.2f}x")
     speeds = result.get("tokens_per_second", {})
-    ratio = result.get("over_generate")
-    rows = [[way, number(speed), "1" if way == "generate" else times(ratio)] for way, speed in speeds.items()]
-    return table(["transformers, in one process", "tokens/s", "over generate"], rows)
+    rows = [[way, number(speed, "{:.1f}"), "1" if way == "generate" else ratio] for way, speed in speeds.items()]
+    return markdown_table([["transformers, in one process", "tokens/s", "over generate"], *rows])
 
 
 # stage -> title, table
-SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
-    "machine": ("Machine", machine),
-    "tests": ("Tests", tests),
-    "sanitizer": ("Sanitizer", sanitizer),
-    "kernels": ("Kernels", kernels),
-    "steps": ("Steps", steps),
-    "exactness": ("Exactness", exactness),
-    "end_to_end": ("End to end", end_to_end),
-    "compiled": ("Compiled", compiled),
+SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
+    make.__name__: (make.__name__.capitalize().replace("_", " "), make)
+    for make in (machine, tests, sanitizer, kernels, steps, exactness, end_to_end, compiled)
 }
 
 
-def heading(record: Mapping[str, Any], name: str) -> str:
+def heading(record: Record, name: str) -> str:
     """A stage's title, with what its numbers are about."""
-    result = found(record, name)
+    result = result_of(record, name)
     about = [str(result[key]) for key in ("model", "dtype", "note") if result.get(key)]
     about += [f"{result['new_tokens']} new tokens"] if "new_tokens" in result else []
     about += [f"Medusa heads: {result['medusa']}"] if "medusa" in result else []
     return SECTIONS[name][0] + (f" ({', '.join(about)})" if about else "")
 
 
-def markdown(record: Mapping[str, Any]) -> str:
+def markdown(record: Record) -> str:
     """All tables; a stage without results says why."""
     parts = ["# A session on the GPU" if record["device"] == "cuda" else "# The GPU session's code on a CPU"]
     if record["device"] != "cuda":
@@ -254,11 +231,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> None:
+if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     print(markdown(json.loads(Path(sys.argv[1]).read_text())), end="")
-
-
-if __name__ == "__main__":
-    main()

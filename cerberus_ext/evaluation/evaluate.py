@@ -125,32 +125,27 @@ def evaluate(
         "entropy_threshold": threshold,
         "expected": {way.name: value for way in ways if (value := getattr(way, "expected", None)) is not None},
     }
-    results.begin(identity_of(context, ways, options, names, medusa, None if draft is None else draft[0]), about)
+    others = {"model": model, "heads": heads, "medusa": medusa, "draft": None if draft is None else draft[0]}
+    results.begin(identity_of(context, ways, options, names, others), about)
     Measuring(context, ways, results, options.new_tokens, options.rounds).run(tasks)
     return report(out)
 
 
 def identity_of(
-    context: Context,
-    ways: Sequence[Way],
-    options: BenchOptions,
-    names: dict[str, str],
-    medusa: CerberusHeads | None,
-    draft: PreTrainedModel | None,
+    context: Context, ways: Sequence[Way], options: BenchOptions, names: dict[str, str], others: dict[str, Any]
 ) -> dict[str, Any]:
-    """What must be the same for a run to go on."""
+    """What must be the same for a run to go on. others: the models and heads by name, None where there are none."""
     model, heads = context.model, context.heads
-    stored = {"heads": context.calibration(heads), "medusa": context.calibration(medusa)}
+    stored = {name: context.calibration(one) for name, one in others.items() if name in ("heads", "medusa")}
     if options.compile:
         stored["compiled"] = context.calibration(heads, compiled=True)
+    rows = {"model": 16, "draft": 16}  # of each tensor: models have many
     return {
-        "model": names.get("model", model_name(model)),
         **{name: names.get(name) for name in ("questions", "heads", "medusa", "draft")},
+        "model": names.get("model", model_name(model)),
         "prints": {
-            name: None
-            if one is None
-            else fingerprint(one.parameters(), rows=256 if isinstance(one, CerberusHeads) else 16)
-            for name, one in {"model": model, "heads": heads, "medusa": medusa, "draft": draft}.items()
+            name: None if one is None else fingerprint(one.parameters(), rows.get(name, 256))
+            for name, one in others.items()
         },
         "calibration": {
             name: None if one is None else [one.tree.to_json(), gate_to_json(one.gate)] for name, one in stored.items()
@@ -187,10 +182,9 @@ def begin_folder(out: Path) -> Results:
 
 def find_threshold(context: Context, questions: Sequence[Question], results: Results) -> float:
     """Where no threshold was given: that of the run to go on with, or the calibrated one, or the median."""
-    begun = results.about.get("entropy_threshold")
-    if begun is not None:
-        return begun
     calibration = context.calibration(context.heads)
+    if (begun := results.about.get("entropy_threshold")) is not None:
+        return begun
     if calibration is not None and isinstance(calibration.gate, EntropyGate):
         return calibration.gate.threshold
     return median_entropy(context, questions)
@@ -198,23 +192,21 @@ def find_threshold(context: Context, questions: Sequence[Question], results: Res
 
 def command_of(names: dict[str, str], options: BenchOptions, model: PreTrainedModel) -> str:
     """What repeats the run, with the names of files and folders for their paths."""
-    words = ["cerberus bench", f"--questions {names.get('questions', 'FILE')}", "--out DIR"]
-    flags = {"model": "model", "heads": "heads", "medusa": "medusa", "draft": "draft-model"}
-    words += [f"--{flag} {names[name]}" for name, flag in flags.items() if name in names]
+    flags: dict[str, Any] = {
+        "questions": names.get("questions", "FILE"),
+        "out": "DIR",
+        **{name: names.get(name) for name in ("model", "heads", "medusa")},
+        "draft-model": names.get("draft"),
+        "turns": "both" if len(options.turns) > 1 else options.turns[0],
+        **{name: getattr(options, name) for name in ("new_tokens", "rounds", "seed", "tree_size", "entropy_threshold")},
+        "ways": None if options.ways is None else ",".join(options.ways),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
+    }
+    words = [f"--{flag.replace('_', '-')} {value}" for flag, value in flags.items() if value is not None]
     words += ["--way " + ":".join(Path(part).name for part in file.split(":")) for file in options.way_files]
-    words.append(f"--turns {'both' if len(options.turns) > 1 else options.turns[0]}")
-    words.append(f"--new-tokens {options.new_tokens} --rounds {options.rounds} --seed {options.seed}")
-    if options.compile:
-        words.append("--compile")
-    if options.ways is not None:
-        words.append(f"--ways {','.join(options.ways)}")
-    for name in ("tree_size", "entropy_threshold"):
-        if getattr(options, name) is not None:
-            words.append(f"--{name.replace('_', '-')} {getattr(options, name)}")
-    words.append(f"--dtype {str(model.dtype).removeprefix('torch.')} --device {model.device.type}")
-    if model.device.type == "cpu":
-        words.append(f"--threads {torch.get_num_threads()}")
-    return " ".join(words)
+    return " ".join(["cerberus bench", *words, *(["--compile"] if options.compile else [])])
 
 
 def report(folder: Path) -> dict[str, Any]:
