@@ -135,10 +135,10 @@ def identity_of(
     context: Context, ways: Sequence[Way], options: BenchOptions, names: dict[str, str], others: dict[str, Any]
 ) -> dict[str, Any]:
     """What must be the same for a run to go on. others: the models and heads by name, None where there are none."""
-    model, heads = context.model, context.heads
-    stored = {name: context.calibration(one) for name, one in others.items() if name in ("heads", "medusa")}
+    model = context.model
+    stored = {"heads": context.calibration()}
     if options.compile:
-        stored["compiled"] = context.calibration(heads, compiled=True)
+        stored["compiled"] = context.calibration(compiled=True)
     rows = {"model": 16, "draft": 16}  # of each tensor: models have many
     return {
         **{name: names.get(name) for name in ("questions", "heads", "medusa", "draft")},
@@ -182,7 +182,7 @@ def begin_folder(out: Path) -> Results:
 
 def find_threshold(context: Context, questions: Sequence[Question], results: Results) -> float:
     """Where no threshold was given: that of the run to go on with, or the calibrated one, or the median."""
-    calibration = context.calibration(context.heads)
+    calibration = context.calibration()
     if (begun := results.about.get("entropy_threshold")) is not None:
         return begun
     if calibration is not None and isinstance(calibration.gate, EntropyGate):

@@ -53,8 +53,4 @@ def is_near_tie(found: dict[str, Any], dtype: torch.dtype) -> bool:
     largest logit. Never in float32, in which texts have to be the same."""
     if dtype == torch.float32 or found["gap"] is None:
         return False
-    return found["gap"] <= near_tie_gap(found["largest"], dtype)
-
-
-def near_tie_gap(largest: float, dtype: torch.dtype) -> float:
-    return NEAR_TIE_UNITS * torch.finfo(dtype).eps * largest
+    return found["gap"] <= NEAR_TIE_UNITS * torch.finfo(dtype).eps * found["largest"]

@@ -92,13 +92,9 @@ class Context:
     tree_size: int | None = None
     argument: str | None = None  # what followed FILE.py: in --way
 
-    def tree(self, heads: Any) -> StaticPolicy:
-        """The same one for every step: of the user's size, or the default."""
-        return default_tree(heads, self.model.device, self.tree_size)
-
     def dynamic_tree(self, compiled: bool = False) -> DynamicPolicy:
         """A tree of its own for every step: as calibration stored, else the default; of the user's size."""
-        stored = self.calibration(self.heads, compiled)
+        stored = self.calibration(compiled)
         tree = None if stored is None else stored.tree
         tree = tree if isinstance(tree, DynamicPolicy) else default_policy(self.model.device)
         return tree if self.tree_size is None else replace(tree, size=self.tree_size)
@@ -107,12 +103,12 @@ class Context:
         """The same without heads, and so without what is known of theirs."""
         return replace(self.dynamic_tree(), platt=None)
 
-    def calibration(self, heads: Any, compiled: bool = False) -> Calibration | None:
+    def calibration(self, compiled: bool = False) -> Calibration | None:
         """What `cerberus calibrate` stored with the heads for this device, dtype and number of threads.
 
         compiled: preferably of compiled steps.
         """
-        return find(heads, self.model.device, self.model.dtype, torch.get_num_threads(), compiled)
+        return find(self.heads, self.model.device, self.model.dtype, torch.get_num_threads(), compiled)
 
 
 @dataclass
@@ -169,7 +165,7 @@ def built_in_ways(
     entropy_threshold: of the entropy gate, in nats; None: there is none. compile: those with compiled steps, too.
     """
     model, heads = context.model, context.heads
-    stored, static, dynamic = context.calibration(heads), context.tree(heads), context.dynamic_tree()
+    stored, static, dynamic = context.calibration(), static_tree(context, heads), context.dynamic_tree()
     found: dict[str, Way | str] = {  # in the order of the report; a text says what is missing
         AUTOREGRESSIVE: plain_way(AUTOREGRESSIVE, "this loop, which never drafts", context, stored),
         GENERATE: GenerateWay(GENERATE, model, "transformers' generate"),
@@ -188,7 +184,7 @@ def built_in_ways(
         about = f"generate, assisted by {model_name(draft[0])}"
         found[ASSISTED] = GenerateWay(ASSISTED, model, about, assistant(context, *draft))
     if medusa is not None:
-        found[MEDUSA] = open_way(MEDUSA, "Medusa's heads", context, medusa, context.tree(medusa))
+        found[MEDUSA] = open_way(MEDUSA, "Medusa's heads", context, medusa, static_tree(context, medusa))
     if entropy_threshold is not None:
         about = f"heads, {describe(static)} where the hidden state's entropy is < {entropy_threshold:.4g}"
         options = {"tree": static, "gate": EntropyGate(entropy_threshold)}
@@ -203,7 +199,7 @@ def built_in_ways(
 
 def compiled_ways(context: Context) -> dict[str, Way | str]:
     """A calibration of steps that are not compiled expects nothing of those that are."""
-    stored, tree = context.calibration(context.heads, compiled=True), context.dynamic_tree(compiled=True)
+    stored, tree = context.calibration(compiled=True), context.dynamic_tree(compiled=True)
     of_these = stored if stored is not None and stored.compiled else None
     plain = plain_way(AUTOREGRESSIVE_COMPILED, "this loop", context, of_these)
     both = open_way(BOTH_COMPILED, "heads and the text's own past", context, context.heads, tree)
@@ -215,6 +211,11 @@ def compiled_ways(context: Context) -> dict[str, Way | str]:
     if stored is not None and of_these is None:
         ways[-1].description, ways[-1].expected = f"{ways[-1].description} (calibrated for steps that are not)", None
     return {CALIBRATED_COMPILED: NO_CALIBRATION, **{way.name: way for way in ways}}
+
+
+def static_tree(context: Context, heads: CerberusHeads) -> StaticPolicy:
+    """The same one for every step: what was measured with the heads, see default_tree; of the user's size."""
+    return default_tree(heads, context.model.device, context.tree_size)
 
 
 def plain_way(name: str, about: str, context: Context, calibration: Calibration | None) -> DecodeWay:

@@ -104,7 +104,7 @@ def test_which_calibration_counts(compiled: bool, folder: Path, tmp_path: Path) 
     assert "of 6 nodes" in summary["settings"]["ways"]["cerberus-calibrated"]
     foreseen = {"autoregressive-compiled", "cerberus-calibrated-compiled"}
     assert set(summary["expected"]) == {"autoregressive", "cerberus-calibrated", *(foreseen if compiled else ())}
-    assert set(summary["settings"]["calibration"]) == {"heads", "medusa", "compiled"}
+    assert set(summary["settings"]["calibration"]) == {"heads", "compiled"}
 
 
 COMPILED_WAY = "tokens[3], stats = (tokens[3] + 1) % 60, out.stats; self.compiled = True"

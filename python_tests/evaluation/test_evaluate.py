@@ -14,7 +14,7 @@ import torch
 from bench_runs import bench, calibrated, rows_of, way_file
 from typer.testing import CliRunner
 
-from cerberus_ext import CerberusHeads, ConfidenceGate, EntropyGate, StaticPolicy
+from cerberus_ext import CerberusHeads, ConfidenceGate, EntropyGate
 from cerberus_ext.cli.main import app
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.evaluation.evaluate import BenchOptions, Context, evaluate
@@ -259,7 +259,6 @@ def test_a_calibrated_tree_that_is_made_anew(size: int | None, folder: Path, tmp
     context = Context(model, tokenizer, CerberusHeads.from_pretrained(heads), size)
     assert context.dynamic_tree() == replace(stored, size=size or 6)
     assert context.suffix_tree() == DynamicPolicy(size or 6, drafts=4)
-    assert isinstance(context.tree(context.heads), StaticPolicy)
 
 
 def test_rounds(folder: Path, tmp_path: Path) -> None:
