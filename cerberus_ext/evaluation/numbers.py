@@ -29,7 +29,7 @@ def summarize(results: Results) -> dict[str, Any]:
     identity, about = results.identity, results.about
     if identity is None:
         raise ValueError(f"bench: there must be results in {results.file}, got none")
-    names, seed = list(identity["ways"]), identity["seed"]
+    names = list(identity["ways"])
     keys = [key for key, row in results.items() if "parts" in row]
     if not keys:
         raise ValueError(f"bench: {results.file.name} must have a text that every way has made, got none")
@@ -39,7 +39,7 @@ def summarize(results: Results) -> dict[str, Any]:
     parts = {name: {one: chosen(rows[name], one) for one in categories} for name in names}  # way -> category -> rows
 
     def over(name: str, other: str, category: str, terms: Terms) -> dict[str, Any]:
-        return speed_up(parts[name][category], parts[other][category], terms, seed)
+        return speed_up(parts[name][category], parts[other][category], terms, identity["seed"])
 
     ways = {
         name: {
