@@ -9,20 +9,7 @@ and give it to `cerberus bench --way FILE.py`, or `--way FILE.py:ARGUMENT`, whic
 `compiled`, whether its steps are compiled and so round differently, and `warm_up()`, which is called before
 anything is timed and returns a DecodeStats that tells what was compiled.
 
-Those that are built in:
-
-    autoregressive        this loop without drafts
-    generate              transformers' `generate`; prompt-lookup, assisted: the same with its ways to draft
-    medusa                Medusa's heads, the same tree at every step
-    suffix                a tree of its own for every step, of what the text's own past says; no heads
-    cerberus-static       the heads, the same tree at every step
-    cerberus-dynamic      the heads, a tree of its own for every step
-    cerberus              the heads and the text's own past, a tree of its own for every step
-    cerberus-entropy      as cerberus-static, where the entropy of the hidden state is low (the paper's gate)
-    cerberus-calibrated   what `decode` does by itself with what `cerberus calibrate` has stored
-
-and where compiled steps were asked for, autoregressive-compiled, cerberus-compiled and cerberus-calibrated-compiled,
-the same with the target model's steps through torch.compile, as calibrated for such steps where that was done.
+Those that are built in, and what each of them is, are in `built_in_ways`.
 """
 
 from __future__ import annotations
@@ -162,7 +149,9 @@ def built_in_ways(
 ) -> tuple[list[Way], dict[str, str]]:
     """Those that there is everything for, and the others: name -> what is missing.
 
-    entropy_threshold: of the entropy gate, in nats; None: there is none. compile: those with compiled steps, too.
+    What is static has one tree for all steps, what is not a tree of its own for every step. With `compile` come the
+    autoregressive way, `cerberus` and the calibrated one with the target model's steps through torch.compile.
+    entropy_threshold: of the entropy gate, in nats; None: there is none.
     """
     model, heads = context.model, context.heads
     stored, static, dynamic = context.calibration(), static_tree(context, heads), context.dynamic_tree()
