@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .numbers import ALL, BASELINES, REFERENCES
@@ -23,6 +22,9 @@ BY_CATEGORY = (
 )
 
 
+Cell = Callable[[Any], str]
+
+
 class Table(NamedTuple):
     """rows: the first one is the header."""
 
@@ -31,22 +33,19 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
+def grid(columns: Mapping[str, Cell], ways: Mapping[str, Any]) -> list[list[str]]:
+    """columns: title -> what makes a cell of what there is of a way."""
+    return [["way", *columns], *([name, *(cell(way) for cell in columns.values())] for name, way in ways.items())]
+
+
 def tables(summary: dict[str, Any]) -> list[Table]:
     """Those that there are numbers for."""
-    ways, categories = summary["ways"], summary["categories"]
-    head = ["way", *categories]
-
-    def by_category(of: dict[str, Any], cell: Callable[[Any], str]) -> list[list[str]]:
-        """of: way -> category -> what a cell is made of."""
-        return [head, *([name, *(cell(found[one]) for one in categories)] for name, found in of.items())]
-
+    ways = summary["ways"]
     drafting = {name: ways[name] for name in drafting_ways(summary)}
-    counts = {name: found[ALL]["decode"]["accepted_histogram"] for name, found in drafting.items()}
-    longest = max(map(len, counts.values()), default=0)
-    shares = [
-        [name, *(number(count / max(1, sum(row)), "{:.1%}") for count in row + [0] * (longest - len(row)))]
-        for name, row in counts.items()
-    ]
+
+    def by_category(cell: Cell, ways: Mapping[str, Any]) -> list[list[str]]:
+        return grid({one: lambda way, one=one: cell(way[one]) for one in summary["categories"]}, ways)  # type: ignore[misc]
+
     found = [
         Table(
             "All questions",
@@ -55,30 +54,27 @@ def tables(summary: dict[str, Any]) -> list[Table]:
             overall(summary),
         ),
         Table("Decoding", "What happened in the steps behind the prompt; seconds over all texts.", decoding(summary)),
-        *(
-            Table(
-                f"Speed-up over {other}, by category",
-                GAINS.get(other, ""),
-                by_category({k: v for k, v in ways.items() if k != other}, partial(over, other)),
-            )
-            for other in REFERENCES
-            if other in ways
-        ),
-        *(
-            Table(f"{title}, by category", "", by_category(drafting, partial(counted, what, form)))
-            for title, what, form in BY_CATEGORY
-        ),
-        Table("Accepted drafts, share of the steps", "", [["way", *map(str, range(longest))], *shares]),
-        Table("Tokens a step over Medusa's heads", "", by_category(summary["over_medusa"], times)),
-        Table(
-            "Compiling",
-            "Before anything was timed; what an earlier way in the table needs, too, is counted there.",
-            compiled_rows(summary),
-        ),
-        Table("Foreseen by calibration", "Tokens a second behind the prompt.", expected_rows(summary)),
     ]
-    optional = {"Tokens a step over Medusa's heads", "Compiling", "Foreseen by calibration"}
-    return [table for table in found if len(table.rows) > 1 or table.title not in optional]
+    for other in REFERENCES:
+        if other in ways:
+            others = {name: way for name, way in ways.items() if name != other}
+            rows = by_category(over(other), others)
+            found.append(Table(f"Speed-up over {other}, by category", GAINS.get(other, ""), rows))
+    for title, what, form in BY_CATEGORY:
+        found.append(Table(f"{title}, by category", "", by_category(counted(what, form), drafting)))
+    counts = {name: way[ALL]["decode"]["accepted_histogram"] for name, way in drafting.items()}
+    longest = max(map(len, counts.values()), default=0)
+    found.append(
+        Table("Accepted drafts, share of the steps", "", grid({str(n): share(n) for n in range(longest)}, counts))
+    )
+    if over_medusa := summary["over_medusa"]:
+        found.append(Table("Tokens a step over Medusa's heads", "", by_category(times, over_medusa)))
+    if summary["compiled"]:
+        note = "Before anything was timed; what an earlier way in the table needs, too, is counted there."
+        found.append(Table("Compiling", note, compiled_rows(summary)))
+    if summary["expected"]:
+        found.append(Table("Foreseen by calibration", "Tokens a second behind the prompt.", expected_rows(summary)))
+    return found
 
 
 def drafting_ways(summary: dict[str, Any]) -> list[str]:
@@ -87,49 +83,45 @@ def drafting_ways(summary: dict[str, Any]) -> list[str]:
 
 
 def overall(summary: dict[str, Any]) -> list[list[str]]:
-    references = [name for name in BASELINES if name in summary["ways"]]
-    rows = [["way", "tokens/s", *(f"over {name}" for name in references), "tokens a step", "nodes a step"]]
-    for name, categories in summary["ways"].items():
-        numbers = categories[ALL]
-        rows.append([
-            name,
-            number(numbers["tokens_per_second"], "{:.1f}"),
-            *("1" if one == name else f"{over(one, numbers)} [{number(numbers['over'][one]['median'], '{:.2f}x')}]"
-              for one in references),
-            counted("tokens_per_step", "{:.2f}", numbers),
-            counted("nodes_per_step", "{:.1f}", numbers),
-        ])  # fmt: skip
-    return rows
+    ways = {name: way[ALL] for name, way in summary["ways"].items()}
+
+    def beside(other: str) -> Cell:
+        median = "{:.2f}x"
+        return lambda way: (
+            "1" if way is ways[other] else f"{over(other)(way)} [{number(way['over'][other]['median'], median)}]"
+        )
+
+    columns = {
+        "tokens/s": of("tokens_per_second", "{:.1f}"),
+        **{f"over {other}": beside(other) for other in BASELINES if other in ways},
+        "tokens a step": counted("tokens_per_step", "{:.2f}"),
+        "nodes a step": counted("nodes_per_step", "{:.1f}"),
+    }
+    return grid(columns, ways)
 
 
 def decoding(summary: dict[str, Any]) -> list[list[str]]:
-    forms = {
-        "tokens/s": ("tokens_per_second", "{:.1f}"),
-        "tokens a step": ("tokens_per_step", "{:.2f}"),
-        "nodes a step": ("nodes_per_step", "{:.1f}"),
-        "accept nothing": ("accepts_nothing", "{:.0%}"),
-        "gate open": ("gate_open_rate", "{:.0%}"),
+    columns = {
+        "tokens/s": of("tokens_per_second", "{:.1f}"),
+        "tokens a step": of("tokens_per_step", "{:.2f}"),
+        "nodes a step": of("nodes_per_step", "{:.1f}"),
+        "accept nothing": of("accepts_nothing", "{:.0%}"),
+        "gate open": of("gate_open_rate", "{:.0%}"),
+        **{f"{phase}, s": lambda way, phase=phase: f"{way['seconds'][phase]:.1f}" for phase in PHASES},  # type: ignore[misc]
     }
-    rows = [["way", *forms, *(f"{phase}, s" for phase in PHASES)]]
-    for name, categories in summary["ways"].items():
-        if decode := categories[ALL].get("decode"):
-            seconds = (number(decode["seconds"][phase], "{:.1f}") for phase in PHASES)
-            rows.append([name, *(number(decode[what], form) for what, form in forms.values()), *seconds])
-    return rows
+    return grid(columns, {name: way[ALL]["decode"] for name, way in summary["ways"].items() if "decode" in way[ALL]})
 
 
 def expected_rows(summary: dict[str, Any]) -> list[list[str]]:
-    return [["way", "foreseen", "measured", "deviation"]] + [
-        [name, f"{one['expected']:.1f}", f"{one['measured']:.1f}", f"{one['deviation_percent']:+.1f} %"]
-        for name, one in summary["expected"].items()
-    ]
+    forms = {"foreseen": ("expected", "{:.1f}"), "measured": ("measured", "{:.1f}"),
+             "deviation": ("deviation_percent", "{:+.1f} %")}  # fmt: skip
+    return grid({title: of(*form) for title, form in forms.items()}, summary["expected"])
 
 
 def compiled_rows(summary: dict[str, Any]) -> list[list[str]]:
-    return [["way", "sizes of steps", "seconds", "seconds in timed texts"]] + [
-        [name, str(one["compilations"]), f"{one['compile_seconds']:.1f}", f"{one['timed_compile_seconds']:.1f}"]
-        for name, one in summary["compiled"].items()
-    ]
+    forms = {"sizes of steps": ("compilations", "{}"), "seconds": ("compile_seconds", "{:.1f}"),
+             "seconds in timed texts": ("timed_compile_seconds", "{:.1f}")}  # fmt: skip
+    return grid({title: of(*form) for title, form in forms.items()}, summary["compiled"])
 
 
 def facts(summary: dict[str, Any]) -> dict[str, str]:
@@ -166,17 +158,26 @@ def equality_lines(equality: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def counted(what: str, form: str, numbers: dict[str, Any]) -> str:
-    """Of what `decode` counts."""
-    return number(numbers.get("decode", {}).get(what), form)
-
-
-def over(other: str, numbers: dict[str, Any]) -> str:
-    return times(numbers["over"][other])
-
-
 def number(value: float | None, form: str) -> str:
     return NOTHING if value is None else form.format(value)
+
+
+def of(what: str, form: str) -> Cell:
+    return lambda numbers: number(numbers[what], form)
+
+
+def counted(what: str, form: str) -> Cell:
+    """Of what `decode` counts."""
+    return lambda numbers: number(numbers.get("decode", {}).get(what), form)
+
+
+def over(other: str) -> Cell:
+    return lambda numbers: times(numbers["over"][other])
+
+
+def share(place: int) -> Cell:
+    """Of the counts of a histogram."""
+    return lambda counts: number((counts[place] if place < len(counts) else 0) / max(1, sum(counts)), "{:.1%}")
 
 
 def times(found: dict[str, Any]) -> str:
