@@ -20,7 +20,7 @@ from .proposers import (
     ProposerFactory,
     ask_proposer,
     check_values,
-    join_places,
+    join_tables,
 )
 from .suffix import SuffixProposer
 from .tree import Tree, TreePolicy
@@ -34,7 +34,7 @@ _MIN_FILLED = 4
 class DynamicPolicy(TreePolicy):
     """Every step verifies the `size` most likely nodes, the pending token included, of what the proposers draft.
 
-    size: >= 2. drafts: of each head that compete for a place, 1..32; of more than size - 1 none could win one.
+    size: >= 2. drafts: of each head that compete, 1..32; of more than size - 1 none could win.
     platt: (slope, shift) of every head, where its probabilities p are to be read as
         sigmoid(slope * logit(p) + shift); None: as they are.
     """
@@ -99,10 +99,10 @@ class DynamicTrees:
         depth = min(max_depth, self._policy.size - 1)
         asked = [HeadsProposer(heads, self._vocabulary, self._policy.platt), *self._proposers]
         drafts = [ask_proposer(proposer, depth) for proposer in asked]
-        places = join_places([(part, number) for number, part in enumerate(drafts) if part.tokens.ndim == 2])
+        table = join_tables([(part, number) for number, part in enumerate(drafts) if part.tokens.ndim == 2])
         paths = [(*part, number) for number, part in enumerate(drafts) if part.tokens.ndim == 1 and part.tokens.size]
         try:
-            return Tree(*_host.best_drafts(*places, paths, self._vocabulary, self._policy.size, depth))
+            return Tree(*_host.best_drafts(*table, paths, self._vocabulary, self._policy.size, depth))
         except ValueError:
             for proposer, part in zip(asked, drafts, strict=True):
                 check_values(proposer, part, self._vocabulary)  # says whose they are

@@ -47,7 +47,7 @@ class CerberusHeads(
 
     weight        (L, K, D, 2D), or (L, K, D, D) when not chained
     bias          (L, K, D)
-    anchor_scale  ()    what the root's embedding is multiplied by; only with anchor="root" and chained
+    anchor_scale  ()    what the pending token's embedding is multiplied by; only with anchor="root" and chained
     draft_vocab   (Vd,) int64, ascending token ids; only when config.draft_vocab is set
     context       ContextLayer; only when config.context_layer is set
 

@@ -2,7 +2,7 @@
 drafts.
 
 Everything here works on ranks: ranks[i][k] is the rank, among the drafts of head k + 1 at position i of a
-text, of the token that really stands k + 1 places after the root (0 is the best draft); ABSENT when the text
+text, of the token that really stands k + 1 places after the pending token (0 is the best draft); ABSENT when the text
 ends before it or the head cannot draft it. Worked example: ranks [0, 2] are a step in which the first head's
 best draft was right and so was the second head's third, so the path (0, 2) would have been accepted.
 """
@@ -19,7 +19,7 @@ RankPath = tuple[int, ...]
 def best_paths(ranks: Iterable[Sequence[int]], count: int, drafts: int) -> list[RankPath]:
     """The `count` paths that were right most often, most frequent first.
 
-    A path's beginning is right at least as often as the path, and wins ties, so the root and the first n
+    A path's beginning is right at least as often as the path, and wins ties, so the pending token and the first n
     paths are a tree for every n, and no other tree of n + 1 nodes would have had more tokens accepted on
     these ranks.
     """
@@ -33,7 +33,7 @@ def best_paths(ranks: Iterable[Sequence[int]], count: int, drafts: int) -> list[
 
 
 def accepted_length(row: Sequence[int], tree: set[RankPath]) -> int:
-    """How many tokens after the root one step with `tree` accepts."""
+    """How many tokens after the pending one a step with `tree` accepts."""
     depth = 0
     while depth < len(row) and tuple(row[: depth + 1]) in tree:
         depth += 1

@@ -145,12 +145,12 @@ class Found:
             warnings.warn(f"decode: no calibrated tree and gate, the defaults are used: {message}", stacklevel=2)
 
 
-def _stamp(file: Path) -> tuple[int, int] | None:
+def _stamp(file: Path) -> tuple[int, int, int] | None:
     try:
         status = file.stat()
     except OSError:
         return None
-    return status.st_mtime_ns, status.st_size
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def find(

@@ -85,9 +85,9 @@ def prompt_ids(ids: Any, attention_mask: Any, model: PreTrainedModel) -> Tensor:
         raise ValueError(f"decode: ids must be on the model's device, {model.device}, got {tensor.device}")
     embeddings = model.get_input_embeddings().weight
     assert isinstance(embeddings, Tensor)
-    least, most, vocab = int(tensor.min()), int(tensor.max()), embeddings.shape[0]
-    if least < 0 or most >= vocab:
-        raise ValueError(f"decode: ids must be in 0..{vocab - 1}, got {least if least < 0 else most}")
+    lowest, highest, vocab = int(tensor.min()), int(tensor.max()), embeddings.shape[0]
+    if lowest < 0 or highest >= vocab:
+        raise ValueError(f"decode: ids must be in 0..{vocab - 1}, got {lowest if lowest < 0 else highest}")
     _check_attention_mask(attention_mask, tensor)
     return tensor.to(torch.int64)
 
@@ -145,7 +145,8 @@ def check_tree(tree: Any) -> TreePolicy:
 def check_gate(gate: Any) -> None:
     """What has `decide` and says which signals it needs."""
     needs = getattr(gate, "needs", None)
-    if not callable(getattr(gate, "decide", None)) or not isinstance(needs, frozenset | set | tuple):
+    known = not isinstance(gate, type) and callable(getattr(gate, "decide", None))
+    if not known or not isinstance(needs, frozenset | set | tuple):
         raise TypeError(f"decode: gate must be a Gate or None, got {type(gate).__name__}")
     if unknown := set(needs) - SIGNALS:
         raise ValueError(f"decode: gate must need no other signals than {sorted(SIGNALS)}, got {sorted(unknown)}")

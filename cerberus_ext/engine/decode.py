@@ -12,7 +12,7 @@ from ..drafting.gate import Gate
 from ..drafting.proposers import ProposerFactory
 from ..drafting.tree import TreePolicy
 from ..runtime.stats import DecodeOutput
-from .decoder import Decoder
+from .decoder import MAX_NEW_TOKENS, Decoder
 from .text import ends_streamer
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def decode(
     ids: Tensor | Sequence[int] | Mapping[str, Any],
     *,
     attention_mask: Tensor | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     tree: int | TreePolicy | None = None,
     gate: Gate | None = None,
     proposers: Sequence[ProposerFactory] | None = None,
@@ -53,9 +53,9 @@ def decode(
     tree: which drafts a step checks: a DynamicPolicy, or its number of nodes, those that are most likely right at this
         step, a StaticPolicy always the same of the heads' alone. None: the one that `calibrate` found for these heads
         on this device, with this dtype and, on a CPU, torch.get_num_threads(), with `compile` of compiled steps, if
-        that was calibrated; where there is none, a DynamicPolicy, or, for other heads than CerberusHeads and for a gate
-        that chooses among StaticPolicies, `default_tree`.
-    gate: when, and with which tree. None: the calibrated one where the tree is, too; otherwise at every step.
+        that was calibrated; where there is none, a DynamicPolicy.
+    gate: whether to draft at a step, and with how many nodes, see gate.py. None: the calibrated one where the tree is,
+        too; otherwise at every step.
     proposers: who drafts besides the heads, see proposers.py; None: the text's own past, `[SuffixProposer()]`, with
         a DynamicPolicy; a StaticPolicy has none.
     temperature: 0 takes the most likely token, as `model.generate(do_sample=False)` does. What model.generation_config
@@ -66,7 +66,7 @@ def decode(
     stopping_criteria, streamer: transformers' own. A criterion gets None as its scores, as from `generate` without
         output_scores. The streamer gets the prompt when nothing more is refused; its `end` is called once, also where
         this raises or is interrupted.
-    graphs: steps as CUDA graphs, see graphs.py. None: where possible; True: or an error; False: not.
+    graphs: steps as CUDA graphs, see recordings.py. None: where possible; True: or an error; False: not.
     compile: on a CPU, the target model's steps go through torch.compile, see compiled_step.py. The first decode of a
         process waits until they are compiled.
 

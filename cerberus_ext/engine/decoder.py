@@ -84,7 +84,6 @@ class Decoder:
         """ids, streamer and options (attention_mask, max_new_tokens, temperature, top_k, top_p, seed, eos_token_id,
         stopping_criteria): as in `decode`, which says what it returns and raises."""
         return self.run(ids, streamer=streamer, **options)
-        return self._decode(ids, streamer=streamer, **options)
 
     def run(self, ids: Any, *, streamer: Any = None, **options: Any) -> DecodeOutput:
         """As `decode`, but `streamer.end` is the caller's to call."""
@@ -104,10 +103,10 @@ class Decoder:
     def stream(self, ids: Tensor | Sequence[int] | Mapping[str, Any], **options: Any) -> Iterator[Chunk]:
         """As `decode`, but yields tokens as they are accepted, and who drafted each of them, see Chunk.
 
-        `stats` are those of this text. Until it ends, or is closed, the model is decoding: no other text can begin.
-        Arguments are checked when the first chunk is asked for.
+        `stats` are those of this text. From the first chunk on, until the stream ends or is closed, the model is
+        decoding: no other text can begin. Arguments are checked at once.
         """
-        yield from self._generate(self._request(ids, None, **options))
+        return self._generate(self._request(ids, None, **options))
 
     def warm_up(self) -> DecodeStats:
         """Compiles, or records, a step of each number of nodes, so that no later text waits for one.
@@ -122,7 +121,7 @@ class Decoder:
         plan, stats, runtime = self._make_plan(), DecodeStats(), runtime_of(self.model)
         capacity = 1 + plan.policy.size
         options = (self._graphs, self._compile)
-        with torch.inference_mode(), runtime.steps(plan.drafts, Sampling(), stats, capacity, *options) as stepper:
+        with runtime.steps(plan.drafts, Sampling(), stats, capacity, *options) as stepper, torch.inference_mode():
             stepper.prefill(torch.zeros((1, 1), dtype=torch.int64, device=self.model.device))
             for size in plan.policy.sizes:
                 stepper.prepare(size)

@@ -5,27 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..drafting.gate import Gate, Signals
+from ..drafting.proposers import HeadsSignals
 from ..drafting.tree import ALONE, Tree, TreePolicy, Trees
+from ..io.checks import check_integer
 from ..runtime.stepper import Chunk, Stepper
 from .plan import Plan
 from .text import GeneratedText
 
 
-class StepSignals(Protocol):
+class StepSignals(HeadsSignals, Protocol):
     """What a gate or a tree may want to see of a step; a Stepper has it."""
 
     @property
     def hidden(self) -> Tensor: ...
 
     def entropy(self) -> float: ...
-
-    def drafts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...
 
 
 def propose(step: StepSignals, policy: TreePolicy, gate: Gate, trees: Trees, max_depth: int) -> Tree:
@@ -43,7 +41,7 @@ def propose(step: StepSignals, policy: TreePolicy, gate: Gate, trees: Trees, max
         step.entropy() if "entropy" in gate.needs else None,
         None if tree is None else tree.expected_tokens,
     )
-    nodes = gate.decide(signals)
+    nodes = check_integer(f"decode: gate: what {type(gate).__name__}.decide returns", gate.decide(signals))
     if nodes < 2:
         return ALONE
     return (tree or trees.grow(step, max_depth, False)).first(nodes)

@@ -48,9 +48,10 @@ class Plan:
 
     @property
     def drafts(self) -> Drafts:
-        config = self.heads.config
-        known = getattr(config, "draft_vocab", None) or self.vocabulary
-        drafts = min(self.policy.useful_drafts, known) if config.num_heads else 0
+        config, drafts = self.heads.config, self.policy.useful_drafts
+        if self.policy.looks:  # it takes what there is; the others name their drafts, which have to be there
+            known = getattr(config, "draft_vocab", None) or self.vocabulary
+            drafts = min(drafts, known) if config.num_heads else 0
         return Drafts(self.heads, drafts, self.looks, self.policy.sizes)
 
     @property

@@ -152,23 +152,23 @@ def _own_logits(model: PreTrainedModel, path: Sequence[int]) -> list[Tensor]:
 
 def _tokens(model: PreTrainedModel, nodes: Sequence[int] | None = None) -> Tensor:
     """(1, T): the proof's prompt, or the tokens of nodes of its tree."""
-    places = torch.arange(_PROMPT) if nodes is None else torch.tensor(list(nodes)) + _PROMPT
+    numbers = torch.arange(_PROMPT) if nodes is None else torch.tensor(list(nodes)) + _PROMPT
     embeddings: Any = model.get_input_embeddings()
-    return (places * _STRIDE % embeddings.weight.shape[0])[None].to(model.device)
+    return (numbers * _STRIDE % embeddings.weight.shape[0])[None].to(model.device)
 
 
-def _agree(one: Tensor, other: Tensor) -> bool:
+def _agree(got: Tensor, want: Tensor) -> bool:
     """On a CPU, bit for bit; on another device, up to rounding. What is no number in both agrees."""
-    if one.device.type == "cpu":
-        return one.nan_to_num().equal(other.nan_to_num())
-    return _difference(one, other) <= _LARGEST_DIFFERENCE[one.dtype]
+    if got.device.type == "cpu":
+        return got.nan_to_num().equal(want.nan_to_num())
+    return _difference(got, want) <= _LARGEST_DIFFERENCE[got.dtype]
 
 
-def _difference(one: Tensor, other: Tensor) -> float:
-    """As a share of the norm; NaN where only one is finite. What is finite in neither does not count."""
-    one, other = one.float(), other.float()
-    finite = other.isfinite()
-    if not finite.equal(one.isfinite()):
+def _difference(got: Tensor, want: Tensor) -> float:
+    """As a share of the norm; NaN where only one of them is finite. What is finite in neither does not count."""
+    got, want = got.float(), want.float()
+    finite = want.isfinite()
+    if not finite.equal(got.isfinite()):
         return math.nan
-    one, other = one[finite], other[finite]
-    return float((one - other).norm() / other.norm().clamp(min=torch.finfo(torch.float32).tiny))
+    got, want = got[finite], want[finite]
+    return float((got - want).norm() / want.norm().clamp(min=torch.finfo(torch.float32).tiny))

@@ -32,11 +32,13 @@ class Context(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A field of generation_config: when its value says something, and the processor that does what it says."""
+    """A field of generation_config: when its value says something, and transformers' processor that does what it says,
+    with what it is made of."""
 
     field: str
     active: Callable[[Any, Context], bool]
-    build: Callable[[Any, Context], Any]
+    processor: str
+    arguments: Callable[[Any, Context], tuple[Any, ...]]
 
 
 def _is_set(value: Any, context: Context) -> bool:
@@ -70,41 +72,28 @@ def _first_place(context: Context) -> int:
     return prompt + 1 if prompt == 1 and context.config.forced_bos_token_id is not None else prompt
 
 
-_T: Any = transformers  # its logits processors, all public
 # In the order in which `generate` applies them, after LogitsProcessor classes of the user's and before sampling.
-RULES = (
-    Rule("sequence_bias", _is_set, lambda v, c: _T.SequenceBiasLogitsProcessor(v)),
-    Rule("encoder_repetition_penalty", _is_not_one, lambda v, c: _T.EncoderRepetitionPenaltyLogitsProcessor(v, c.ids)),
-    Rule("repetition_penalty", _is_not_one, lambda v, c: _T.RepetitionPenaltyLogitsProcessor(v)),
-    Rule("no_repeat_ngram_size", _is_positive, lambda v, c: _T.NoRepeatNGramLogitsProcessor(v)),
-    Rule("encoder_no_repeat_ngram_size", _is_positive, lambda v, c: _T.EncoderNoRepeatNGramLogitsProcessor(v, c.ids)),
-    Rule("bad_words_ids", _is_set, lambda v, c: _T.NoBadWordsLogitsProcessor(v, c.eos)),
-    Rule("min_length", _min_length, lambda v, c: _T.MinLengthLogitsProcessor(v, c.eos)),
-    Rule(
-        "min_new_tokens",
-        _delays_eos,
-        lambda v, c: _T.MinNewTokensLengthLogitsProcessor(c.ids.shape[1], v, c.eos),
-    ),
-    Rule("forced_bos_token_id", _is_set, lambda v, c: _T.ForcedBOSTokenLogitsProcessor(v)),
-    Rule(
-        "forced_eos_token_id",
-        _is_set,
-        lambda v, c: _T.ForcedEOSTokenLogitsProcessor(c.max_length, v, c.ids.device),
-    ),
-    Rule("remove_invalid_values", _is_true, lambda v, c: _T.InfNanRemoveLogitsProcessor()),
-    Rule(
-        "exponential_decay_length_penalty",
-        _is_set,
-        lambda v, c: _T.ExponentialDecayLengthPenalty(v, c.eos, c.ids.shape[1]),
-    ),
-    Rule("suppress_tokens", _is_set, lambda v, c: _T.SuppressTokensLogitsProcessor(v, c.ids.device)),
-    Rule(
-        "begin_suppress_tokens",
-        _is_set,
-        lambda v, c: _T.SuppressTokensAtBeginLogitsProcessor(v, _first_place(c), c.ids.device),
-    ),
-    Rule("renormalize_logits", _is_true, lambda v, c: _T.LogitNormalization()),
+RULES = tuple(
+    Rule(*row)
+    for row in (
+        ("sequence_bias", _is_set, "SequenceBias", lambda v, c: (v,)),
+        ("encoder_repetition_penalty", _is_not_one, "EncoderRepetitionPenalty", lambda v, c: (v, c.ids)),
+        ("repetition_penalty", _is_not_one, "RepetitionPenalty", lambda v, c: (v,)),
+        ("no_repeat_ngram_size", _is_positive, "NoRepeatNGram", lambda v, c: (v,)),
+        ("encoder_no_repeat_ngram_size", _is_positive, "EncoderNoRepeatNGram", lambda v, c: (v, c.ids)),
+        ("bad_words_ids", _is_set, "NoBadWords", lambda v, c: (v, c.eos)),
+        ("min_length", _min_length, "MinLength", lambda v, c: (v, c.eos)),
+        ("min_new_tokens", _delays_eos, "MinNewTokensLength", lambda v, c: (c.ids.shape[1], v, c.eos)),
+        ("forced_bos_token_id", _is_set, "ForcedBOSToken", lambda v, c: (v,)),
+        ("forced_eos_token_id", _is_set, "ForcedEOSToken", lambda v, c: (c.max_length, v, c.ids.device)),
+        ("remove_invalid_values", _is_true, "InfNanRemove", lambda v, c: ()),
+        ("exponential_decay_length_penalty", _is_set, "ExponentialDecay", lambda v, c: (v, c.eos, c.ids.shape[1])),
+        ("suppress_tokens", _is_set, "SuppressTokens", lambda v, c: (v, c.ids.device)),
+        ("begin_suppress_tokens", _is_set, "SuppressTokensAtBegin", lambda v, c: (v, _first_place(c), c.ids.device)),
+        ("renormalize_logits", _is_true, "LogitNormalization", lambda v, c: ()),
+    )
 )
+_OTHER_NAMES = {"ExponentialDecay": "ExponentialDecayLengthPenalty", "LogitNormalization": "LogitNormalization"}
 
 # What changes the text of `generate`, and cannot be had from `decode`: field -> the values that it must not have, and
 # what to do instead.
@@ -183,7 +172,8 @@ def logit_rules(
         try:
             if not rule.active(value, context):
                 continue
-            processor = rule.build(value, context)
+            name = _OTHER_NAMES.get(rule.processor, f"{rule.processor}LogitsProcessor")
+            processor = getattr(transformers, name)(*rule.arguments(value, context))
             # Once, on nothing: token ids that the model does not have are better found before the first token.
             processor(ids, torch.zeros((1, model.get_output_embeddings().weight.shape[0]), device=ids.device))
         except Exception as error:

@@ -105,21 +105,25 @@ class Runtime:
 
         compiled = self.compiled(drafts.sizes, stats) if compile else None
         with self.sole():
-            drafter = drafts.heads.bind(self.model)  # also where they are not asked: they have to fit
-            if not isinstance(drafter, Drafter):
-                raise TypeError(f"decode: heads.bind must return a Drafter, got {type(drafter).__name__}")
-            drafter = drafter if drafts.drafts else NO_DRAFTER
-            recordings = None
-            if graphs is not False and compiled is None:
-                try:
-                    recordings = self._recorded(chooser, capacity, drafter.has_context)
-                    drafter = recordings.keep(drafts.heads, drafter)
-                except Unrecordable as error:
-                    fall_back(error)
-            cache = None if recordings is None else recordings.memory.cache
-            options: dict[str, Any] = {"cache": cache, "compiled": compiled, "context": drafter.has_context}
-            with self.target(capacity, **options) as target:
+            with torch.inference_mode():  # what is kept is made and written in it, whatever the caller's mode is
+                drafter = self._bind(drafts)
+                recordings = None
+                if graphs is not False and compiled is None:
+                    try:
+                        recordings = self._recorded(chooser, capacity, drafter.has_context)
+                        drafter = recordings.keep(drafts.heads, drafter)
+                    except Unrecordable as error:
+                        fall_back(error)
+                cache = None if recordings is None else recordings.memory.cache
+                target = self.target(capacity, cache=cache, compiled=compiled, context=drafter.has_context)
+            with target:
                 yield Stepper(target, drafts, drafter, chooser, stats, recordings, give_up)
+
+    def _bind(self, drafts: Drafts) -> Drafter:
+        drafter = drafts.heads.bind(self.model)  # also where they are not asked: they have to fit
+        if not isinstance(drafter, Drafter):
+            raise TypeError(f"decode: heads.bind must return a Drafter, got {type(drafter).__name__}")
+        return drafter if drafts.drafts else NO_DRAFTER
 
     def compiled(self, sizes: Collection[int], stats: DecodeStats) -> CompiledSteps:
         """The compiled steps of one decode with trees of these sizes; what an earlier one has compiled serves again.

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _host, ops
@@ -115,7 +116,7 @@ class Read(NamedTuple):
     target: list[int]  # what the target model chose after each node
     path: list[int]  # the accepted nodes, node 0 included
     entropy: float
-    drafts: tuple[Tensor, Tensor] | None  # ids, logprobs (B, K, P) for the next step
+    drafts: tuple[NDArray[np.int64], NDArray[np.float32]] | None  # ids, logprobs (K, P) for the next step
 
 
 class StaticResult:
@@ -139,7 +140,7 @@ class StaticResult:
     def read(self) -> Read:
         """After the buffer was copied to `host`."""
         target, path, entropy, ids, logprobs = self._parts(self.host)
-        drafts = None if ids is None or logprobs is None else (ids.clone(), logprobs.clone())
+        drafts = None if ids is None or logprobs is None else (ids[0].numpy().copy(), logprobs[0].numpy().copy())
         accepted = [node for node in path[0].tolist() if node >= 0]
         return Read(target[0].tolist(), accepted, entropy[0].item(), drafts)
 

@@ -6,7 +6,7 @@ Letters: B rows (1 so far), N nodes of the step's tree, K heads, P drafts per he
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from ..drafting.drafter import NO_DRAFTER, Drafter, HeadsLike
-from ..drafting.tree import ALONE, Tree, filled_size
+from ..drafting.tree import ALONE, Tree, filled_size, tree_of_ranks
 from ..target.model import TargetModel
 from .recorder import Unrecordable
 from .recordings import Recordings
@@ -82,7 +82,8 @@ class Stepper:
         self._shape = (drafts.heads.config.num_heads, drafts.drafts) if drafts.drafts else None
         self._results: dict[int, StaticResult] = {}
         self._drafted: tuple[Tensor, Tensor] | None = None  # of this step, on the device: ids, logprobs (B, K, P)
-        self._fetched: tuple[Tensor, Tensor] | None = None  # the same, on the host, as the last step has brought them
+        # The same of row 0, on the host, as the last step has brought them.
+        self._fetched: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
         self._entropy: float | None = None
 
     @property
@@ -111,7 +112,9 @@ class Stepper:
         """ids, logprobs (K, P) of the heads' drafts for row 0, on the host; (0, 0) where no tree has any."""
         if self._shape is None:
             return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
-        ids, logprobs = self._fetched or self._draft()
+        if self._fetched is not None:
+            return self._fetched
+        ids, logprobs = self._draft()
         return ids[0].numpy(force=True), logprobs[0].numpy(force=True)
 
     def step(self, tree: Tree) -> Chunk:
@@ -137,8 +140,10 @@ class Stepper:
         if self._recordings is None:
             self.target.prepare(nodes)
         else:
-            self._memory.nodes(nodes)
-            self._recordings.step(self.target, self._kind(nodes, nodes > 1 and not self._drafts.looks), self.stats)
+            names_drafts = nodes > 1 and not self._drafts.looks
+            star = tree_of_ranks([-1, *[0] * (nodes - 1)], [0] * nodes)
+            self._memory.nodes(nodes).put(star if names_drafts else replace(star, ranks=None), self.max_drafts)
+            self._recordings.step(self.target, self._kind(nodes, names_drafts), self.stats)
 
     def _with_drafts(self, tree: Tree) -> Tree:
         """The tree, after the drafts that it names by their ranks were put where the step finds them."""

@@ -213,7 +213,7 @@ class TargetModel:
 
 
 def filled(nodes: int, tokens: Tensor, positions: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens, positions (B, N), ancestors (N, W) of a step, filled up to so many nodes with copies of the root."""
+    """tokens, positions (B, N), ancestors (N, W) of a step, filled up to so many nodes with copies of node 0."""
     missing = nodes - tokens.shape[1]
     if missing <= 0:
         return tokens, positions, ancestors

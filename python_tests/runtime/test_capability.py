@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from cerberus_ext.drafting.gate import AlwaysClosed
 from cerberus_ext.engine.decode import decode
-from cerberus_ext.runtime.capability import _can_be_padded, capability_of
+from cerberus_ext.runtime.capability import _can_be_padded
+from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.target import row_invariant
 from cerberus_ext.target.step_audit import unreadable
 
@@ -138,7 +139,7 @@ def test_a_module_that_mixes_tokens(share: float, llama: PreTrainedModel) -> Non
 def test_what_the_prompt_calls_is_not_read(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where torch's products are slow, and it goes the way of the steps: it is the same in all decodes."""
     monkeypatch.setattr(row_invariant, "_is_native", lambda weight: False)
-    assert capability_of(make_family("llama", dtype)).inexact_because is None
+    assert runtime_of(make_family("llama", dtype)).capability().inexact_because is None
 
 
 @pytest.mark.parametrize(("threads", "can"), [(1, True), (16, True), (32, False)])

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from cerberus_ext.drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
-from cerberus_ext.runtime import graphs
+from cerberus_ext.runtime import runtime
 from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.runtime.stats import DecodeStats
 
@@ -96,8 +96,8 @@ class TestRecordable:
         model = type(model)(model.config).eval()
         self.falls_back(model, "recording a step failed: CaptureError: operation not permitted", gate=gate)
         assert len(recorders) == 1 and not recorders[0].tapes
-        assert run(model, gate=gate).capture_seconds == 0 and model not in graphs._kept
-        graphs.release_graphs(model)
+        assert run(model, gate=gate).capture_seconds == 0 and runtime_of(model)._recordings is None
+        runtime_of(model).release()
         assert run(model, gate=gate).capture_seconds > 0
 
     @pytest.mark.parametrize("after", [1, 2])
@@ -127,8 +127,7 @@ class TestRecordable:
 
     def test_the_reason_is_said_once(self, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
         """The model pretends to be on a GPU, where graphs are expected."""
-        monkeypatch.setattr(graphs, "_said", set())
-        monkeypatch.setattr(graphs, "expected_on", lambda device: True)
+        monkeypatch.setattr(runtime, "expected_on", lambda device: True)
         handle = model.model.norm.register_forward_hook(lambda *arguments: None)
         with pytest.warns(UserWarning, match="decode: no CUDA graphs, .*: the model has hooks") as caught:
             run(model)

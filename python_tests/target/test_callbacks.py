@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime.runtime import runtime_of
-from cerberus_ext.target.model import TargetModel
 
 NEW = 6
 # Named attention, seen call by call; with swapped weights; with windows; with soft caps; with experts; of its own.
@@ -118,7 +117,7 @@ def test_from_another_thread_in_the_middle_of_a_step(family: str, shared: bool) 
 def test_the_hidden_states_are_those_of_the_step() -> None:
     """Not those that another thread's forward of the same model hands to the LM head."""
     model, main, calls = make_family("llama"), threading.get_ident(), []
-    tree = StaticPolicy.chain(2)
+    tree = StaticPolicy.chain(2).tree
 
     def step() -> Tensor:
         with torch.inference_mode(), runtime_of(model).target(64) as base:
