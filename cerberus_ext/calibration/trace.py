@@ -157,15 +157,15 @@ def _forward(model: PreTrainedModel, answer: Answer, drafter: HeadsDrafter) -> t
         entropy.append(-(logs.exp() * logs).nan_to_num(0.0).sum(-1))
 
     runtime, context = runtime_of(model), drafter.context
-    with runtime.sole(), runtime.target(answer.ids.shape[1], context=drafter.has_context) as base:
-        keep(*prefill(base, drafter, prompt))
+    with runtime.sole(), runtime.target(answer.ids.shape[1], context=drafter.has_context) as target:
+        keep(*prefill(target, drafter, prompt))
         for piece in rest.split(_PIECE, dim=1) if rest.shape[1] else ():
-            states, logits = base.step(piece, _chain(piece))
-            base.cache.extend(piece.shape[1])
+            states, logits = target.step(piece, _chain(piece))
+            target.cache.extend(piece.shape[1])
             keep(states[0], logits[0])
         read = found = torch.cat(hidden)
         if context is not None:
-            read = _read(context, base.cache, found, answer)
+            read = _read(context, target.cache, found, answer)
     return found, read, torch.cat(chosen), torch.cat(entropy)
 
 

@@ -148,10 +148,10 @@ def speed_up(ours: Sequence[Row], theirs: Sequence[Row], terms: Terms, seed: int
     return found
 
 
-def expected(ways: dict[str, Any], promised: dict[str, float]) -> dict[str, Any]:
+def expected(ways: dict[str, Any], foreseen: dict[str, float]) -> dict[str, Any]:
     """Tokens a second that were expected, and those that came. Where `decode` ran, without the prompt's forward."""
     found = {}
-    for name, value in promised.items():
+    for name, value in foreseen.items():
         numbers = ways[name][ALL]
         measured = (numbers.get("decode") or numbers)["tokens_per_second"]
         if measured:
