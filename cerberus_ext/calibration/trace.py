@@ -26,12 +26,11 @@ from ..engine.plan import default_policy
 from ..io.prompts import Question, encode_chat
 from ..runtime.runtime import runtime_of
 from ..runtime.stepper import prefill
-from ..target.model import position_limit
+from ..target.model import TargetModel, position_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..drafting.context_layer import BoundContext
     from ..drafting.heads import CerberusHeads
     from ..drafting.heads_drafter import HeadsDrafter
     from ..target.cache import TreeCache
@@ -116,19 +115,21 @@ def trace(model: PreTrainedModel, heads: CerberusHeads, answer: Answer) -> Trace
     The answer goes through the same forwards as a draft tree that is one long path. On a CPU, where nodes do not depend
     on each other, everything here has the bits that `decode` sees.
     """
-    with torch.inference_mode():
-        tokens = answer.ids[0, answer.prompt :]
-        drafter = heads.bind(model)
-        hidden, read, chosen, next_entropy = _forward(model, answer, drafter)  # (n, D) twice, (n,) twice
-        drafts = min(MAX_DRAFTS, drafter.projection.shape[0])
-        ids, logprobs = _draft(drafter, read, tokens[:-1], drafts)  # (n, K, P) each
+    tokens = answer.ids[0, answer.prompt :]
+    drafter, runtime = heads.bind(model), runtime_of(model)
+    with (
+        torch.inference_mode(),
+        runtime.sole(),
+        runtime.target(answer.ids.shape[1], context=drafter.has_context) as target,
+    ):
+        hidden, chosen, next_entropy = _forward(target, drafter, answer)  # (n, D), (n,) twice
+        ids, logprobs = _drafts(drafter, target.cache, hidden, tokens[:-1], answer.prompt)  # (n, K, P) each
         entropy = ops.hidden_entropy(hidden)
-    places = answer.new - 1
-    limit = position_limit(model) - 1 - answer.prompt
+    limit = min(answer.most - 2, position_limit(model) - 1 - answer.prompt)
     return TracedText(
         question=answer.question,
         prompt=answer.prompt,
-        deepest=[max(0, min(answer.most - 2, limit) - place) for place in range(places)],
+        deepest=[max(0, limit - place) for place in range(answer.new - 1)],
         ranks=_ranks(ids.cpu(), tokens.cpu()),
         hidden=hidden,
         entropy=entropy.tolist(),
@@ -141,32 +142,22 @@ def trace(model: PreTrainedModel, heads: CerberusHeads, answer: Answer) -> Trace
     )
 
 
-def _forward(model: PreTrainedModel, answer: Answer, drafter: HeadsDrafter) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """At every place: hidden (n, D), what the heads read of it (n, D), the token chosen from it (n,) and the entropy of
-    what it was chosen from (n,)."""
-    prompt, rest = answer.ids[:, : answer.prompt], answer.ids[:, answer.prompt : -2]
-    hidden: list[Tensor] = []
-    chosen: list[Tensor] = []
-    entropy: list[Tensor] = []
+def _forward(target: TargetModel, drafter: HeadsDrafter, answer: Answer) -> tuple[Tensor, Tensor, Tensor]:
+    """At every place: hidden (n, D), the token chosen from it (n,) and the entropy of what it was chosen from (n,)."""
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def keep(states: Tensor, logits: Tensor) -> None:
         """states (m, D), logits (m, V)"""
         logs = logits.float().log_softmax(-1)
-        hidden.append(states)
-        chosen.append(logits.argmax(-1))
-        entropy.append(-(logs.exp() * logs).nan_to_num(0.0).sum(-1))
+        rows.append((states, logits.argmax(-1), -(logs.exp() * logs).nan_to_num(0.0).sum(-1)))
 
-    runtime, context = runtime_of(model), drafter.context
-    with runtime.sole(), runtime.target(answer.ids.shape[1], context=drafter.has_context) as target:
-        keep(*prefill(target, drafter, prompt))
-        for piece in rest.split(_PIECE, dim=1) if rest.shape[1] else ():
-            states, logits = target.step(piece, _chain(piece))
-            target.cache.extend(piece.shape[1])
-            keep(states[0], logits[0])
-        read = found = torch.cat(hidden)
-        if context is not None:
-            read = _read(context, target.cache, found, answer)
-    return found, read, torch.cat(chosen), torch.cat(entropy)
+    keep(*prefill(target, drafter, answer.ids[:, : answer.prompt]))
+    for piece in answer.ids[:, answer.prompt : -2].split(_PIECE, 1) if answer.new > 2 else ():
+        states, logits = target.step(piece, _chain(piece))
+        target.cache.extend(piece.shape[1])
+        keep(states[0], logits[0])
+    hidden, chosen, entropy = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    return hidden, chosen, entropy
 
 
 def _chain(tokens: Tensor) -> TreeTensors:
@@ -174,22 +165,19 @@ def _chain(tokens: Tensor) -> TreeTensors:
     return StaticPolicy.chain(tokens.shape[1] - 1).tree.on(tokens.device)
 
 
-def _read(context: BoundContext, cache: TreeCache, hidden: Tensor, answer: Answer) -> Tensor:
-    """hidden (n, D) -> what the context layer makes of it, (n, D), behind the prompt whose pairs are in the cache."""
-    read: list[Tensor] = []
-    begin = torch.full_like(cache.length, answer.prompt)
-    tokens = answer.ids[:, answer.prompt : -1]
-    for states, pending in zip(hidden[None].split(_PIECE, 1), tokens.split(_PIECE, 1), strict=True):
-        read.append(context.read(cache, states, pending, _chain(pending), begin)[0])
-        begin = begin + pending.shape[1]
-    return torch.cat(read)
-
-
-def _draft(drafter: HeadsDrafter, hidden: Tensor, pending: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
-    """hidden (n, D), pending (n,) -> ids, logprobs (n, K, P)"""
-    pieces = zip(hidden.split(_PIECE), pending.split(_PIECE), strict=True)
-    ids, logprobs = zip(*(drafter.draft(*piece, drafts) for piece in pieces), strict=True)
-    return torch.cat(ids), torch.cat(logprobs)
+def _drafts(
+    drafter: HeadsDrafter, cache: TreeCache, hidden: Tensor, pending: Tensor, prompt: int
+) -> tuple[Tensor, Tensor]:
+    """hidden (n, D), pending (n,) behind `prompt` tokens, all of which are in the cache -> ids, logprobs (n, K, P)."""
+    drafts = min(MAX_DRAFTS, drafter.projection.shape[0])
+    begin, found = torch.full_like(cache.length, prompt), []
+    for states, tokens in zip(hidden.split(_PIECE), pending.split(_PIECE), strict=True):
+        if drafter.context is not None:
+            states = drafter.context.read(cache, states[None], tokens[None], _chain(tokens[None]), begin)[0]
+            begin = begin + len(tokens)
+        found.append(drafter.draft(states, tokens, drafts))
+    ids, logprobs = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return ids, logprobs
 
 
 def _ranks(ids: Tensor, tokens: Tensor) -> list[list[int]]:
