@@ -1,7 +1,7 @@
 """Trees new at every step, of the drafts that are most likely to be right.
 
 A node is as likely to be accepted as the product of the probabilities on its path says; the most likely nodes are
-taken, one after the other (csrc/host/draft_search.h), so that the first n nodes of a tree are the best tree of n nodes.
+taken, one after the other (csrc/search/draft_search.h), so that the first n nodes of a tree are the best of n nodes.
 """
 
 from __future__ import annotations

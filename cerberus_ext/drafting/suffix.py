@@ -16,7 +16,7 @@ from .. import _host
 
 # Probability that the token after a match of 0, 1, 2 ... tokens is the drafted one, in 1898 answers (382,584 tokens; a
 # quarter greedy, a quarter at temperature 0.3, the others at 0.7) of SmolLM2-135M-Instruct to questions of
-# bench/training_prompts.py.
+# many kinds, made of templates.
 _USUAL = np.array(
     [0.0, 0.20, 0.50, 0.57, 0.67, 0.72, 0.75, 0.78, 0.79, 0.83, 0.84, 0.84, 0.87]
     + [0.89] * 3 + [0.91] * 2 + [0.92] * 2 + [0.93] * 4 + [0.98]

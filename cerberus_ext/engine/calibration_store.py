@@ -20,16 +20,15 @@ from typing import Any
 
 import torch
 
-from ..drafting.dynamic_policy import MAX_DRAFTS
 from ..drafting.gate import ConfidenceGate
 from ..drafting.heads import PRETRAINED, CerberusHeads, fingerprint
 from ..io.default_model import cache_dir
 from ..io.files import write_json
 from ..io.machine import device_name
-from .calibration_entries import Calibration, Expected, Key, is_compiled
+from .calibration_entries import Calibration, Expected, Key
 
 FILE = "calibration.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: static trees, and gates with trees of their own
 
 __all__ = ["Calibration", "Expected", "find", "save"]
 
@@ -44,7 +43,7 @@ def key_of(device: torch.device, dtype: torch.dtype, threads: int, compiled: boo
 
 
 def _key_of_entry(entry: dict[str, Any]) -> Key:
-    return entry["device"], entry["dtype"], entry["threads"], is_compiled(entry)
+    return entry["device"], entry["dtype"], entry["threads"], entry["compiled"]
 
 
 _device_name = cache(device_name)  # asked at every decode, and reads a file
@@ -185,9 +184,6 @@ def find(
 def _checked(calibration: Calibration, heads: CerberusHeads) -> Calibration:
     policy, gate = calibration.tree, calibration.gate
     policy.check(heads.config.num_heads, None)
-    drafts = min(MAX_DRAFTS, heads.config.draft_vocab or heads.config.vocab_size)
-    if not policy.looks and policy.useful_drafts > drafts:
-        raise ValueError("a calibrated tree is larger than what the heads can draft")
     if isinstance(gate, ConfidenceGate) and policy.size > max(gate.costs):
         raise ValueError("a calibrated gate has no cost for the size of its tree")
     return calibration
