@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,7 @@ def state_estimate(trainer: Trainer) -> None:
     """Prints, in the main process, the draft vocabulary's coverage, the memory and the time of the training."""
     if not trainer.processes.main:
         return
-    options, say = trainer.options, trainer.processes.say
+    options, say, windows = trainer.options, trainer.processes.say, trainer.windows.epoch(0)
     if trainer.heads.draft_vocab is not None:
         shares = coverage(trainer)
         say(
@@ -30,21 +31,18 @@ def state_estimate(trainer: Trainer) -> None:
         )
     steps = options.steps - trainer.step
     tokens = sum(piece.tokens for piece in trainer.training)
-    windows = trainer.windows.epoch(0)
-    window = max(sum(piece.rows for piece in part) for part in windows)
-    at_a_time = max(sum(piece.tokens for piece in part) for part in windows)
+    at_a_time = max(sum(piece.tokens for piece in window) for window in windows)
     say(
         f"training: {steps} steps of {options.batch} positions, {steps * options.batch / tokens:.1f} times the"
         f" {tokens} there are, {at_a_time} of them in memory at a time"
     )
-    parts = memory(trainer, window)
-    say(f"  memory about {size(sum(parts.values()))}: " + ", ".join(f"{name} {size(n)}" for name, n in parts.items()))
+    say(memory_line(memory(trainer, max(sum(piece.rows for piece in window) for window in windows))))
     seconds = step_seconds(trainer)
     line = f"  time about {duration(steps * seconds)} ({seconds:.3g} s a step, without measurements)"
-    missing = missing_states(trainer)
+    missing, source = missing_states(trainer), trainer.source
     if missing:
-        rate = trainer.source.computed / trainer.source.seconds if trainer.source.seconds else None
-        needed = duration(missing / rate / trainer.processes.count) if rate else "an unknown time"
+        rate = source.computed / source.seconds * trainer.processes.count if source.seconds else None
+        needed = duration(missing / rate) if rate else "an unknown time"
         line += f", and {needed} for the hidden states of {missing} tokens"
     say(line)
 
@@ -57,18 +55,15 @@ def coverage(trainer: Trainer) -> dict[str, float]:
 
 
 def memory(trainer: Trainer, window: int) -> dict[str, int]:
-    """Bytes in this process, by what they hold."""
+    """Bytes in this process, by what they hold. window: rows of hidden states at a time."""
     options, rows = trainer.options, trainer.options.batch // trainer.processes.count
-    held = sum(line.nbytes for line in vars(trainer.held).values()) if trainer.held else 0
-    hidden = window * trainer.windows.row_bytes + held
-    heads = 4 * 4 * sum(parameter.numel() for parameter in trainer.heads.parameters())  # with gradient and two moments
+    held = sum(part.nbytes for part in vars(trainer.held).values()) if trainer.held else 0
     teacher_rows = rows // SEGMENT * (SEGMENT + options.heads - 1)
-    logits = 4 * len(trainer.projection) * (3 * teacher_rows + 3 * rows)
     return {
         "model": model_bytes(trainer.model),
-        "hidden states": hidden,
-        "heads and optimizer": heads,
-        "logits": logits,
+        "hidden states": window * trainer.windows.row_bytes + held,
+        "heads and optimizer": 4 * model_bytes(trainer.heads),  # with gradient and two moments
+        "logits": 4 * len(trainer.projection) * (3 * teacher_rows + 3 * rows),
     }
 
 
@@ -78,11 +73,10 @@ def model_bytes(model: nn.Module) -> int:
 
 def step_seconds(trainer: Trainer) -> float:
     """Of one step of this process, the gradients' exchange left out. Changes nothing that the training depends on."""
-    held = trainer.held
-    assert held is not None  # the main process has it
+    assert trainer.held is not None  # the main process has it
     segments = trainer.options.batch // SEGMENT // trainer.processes.count
-    starts = torch.arange(segments) * SEGMENT % max(1, len(held.answers) - SEGMENT)
-    batch = trainer.cut(held, starts)
+    starts = torch.arange(segments) * SEGMENT % max(1, len(trainer.held.answers) - SEGMENT)
+    batch = trainer.cut(trainer.held, starts)
     counts = counted(batch.left, trainer.options.heads)
     for step in range(WARM_STEPS + TIMED_STEPS):
         if step == WARM_STEPS:
@@ -94,23 +88,15 @@ def step_seconds(trainer: Trainer) -> float:
 
 def missing_states(trainer: Trainer) -> int:
     """Rows of hidden states that have to be computed until the last step."""
-    windows, source = trainer.windows, trainer.source
+    source, kept, rows = trainer.source, set[int](), 0
     allowed = source.cache.allowed if source.cache else 0
-    stored = {chunk.chunk for chunk in source.chunks if source.cached(chunk.chunk)}
-    epoch, number, _ = windows.locate(trainer.step)
-    last = windows.locate(trainer.options.steps - 1)[:2]
-    if windows.whole:
-        epoch = last[0]  # they are computed once for all epochs
-    tokens = 0
-    while (epoch, number) <= last:
-        parts = windows.epoch(epoch)
-        for piece in parts[number]:
-            if piece.chunk not in stored:
-                tokens += source.chunks[piece.chunk].rows
-                if piece.chunk < allowed:
-                    stored.add(piece.chunk)
-        epoch, number = (epoch, number + 1) if number + 1 < len(parts) else (epoch + 1, 0)
-    return tokens
+    drawn = islice(trainer.windows.drawn(trainer.step), trainer.options.steps - trainer.step)
+    windows = {(0 if trainer.windows.whole else step.epoch, step.number): step.window for step in drawn}
+    for window in windows.values():
+        new = [piece for piece in window if piece.chunk not in kept]
+        rows += source.missing(new)
+        kept.update(piece.chunk for piece in new if piece.chunk < allowed)
+    return rows
 
 
 def duration(seconds: float) -> str:
@@ -122,3 +108,7 @@ def duration(seconds: float) -> str:
 
 def size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def memory_line(parts: dict[str, int]) -> str:
+    return f"  memory about {size(sum(parts.values()))}: " + ", ".join(f"{name} {size(n)}" for name, n in parts.items())

@@ -17,7 +17,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from .answers import Answer
+from .answers import Answers
 
 CHUNK_LINES = 256
 
@@ -54,60 +54,57 @@ class Positions:
     answers: Tensor
 
 
-def pieces(lines: list[Answer], first: int, end: int, prompts: bool = False) -> list[Piece]:
-    """Lines first..end - 1, by chunk. prompts: whether the tokens of the prompts have rows."""
-    result = []
-    for chunk in range(first // CHUNK_LINES, -(-end // CHUNK_LINES)):
-        begin = chunk * CHUNK_LINES
-        start, stop = max(first, begin), min(end, begin + CHUNK_LINES)
-        wanted = lines[start:stop]
-        counts = (stored_rows(wanted, prompts), stored_rows(lines[begin:start], prompts))
-        result.append(Piece(chunk, start, stop, answer_tokens(wanted), *counts))
-    return result
+class Corpus:
+    """The answers, and which of their tokens have rows: those of the prompts only with `prompts`.
 
+    tokens, rows: of every line. chunks: pieces of all lines.
+    """
 
-def positions(
-    lines: list[Answer], parts: list[Piece], size: int, states: Iterable[Tensor], prompts: bool = False
-) -> Positions:
-    """The positions of the pieces. states: of each piece's whole chunk, (rows, size) bfloat16, in the same order."""
-    total = sum(piece.rows for piece in parts)
-    hidden = torch.empty(total, size, dtype=torch.bfloat16)
-    start = 0
-    for piece, chunk in zip(parts, states, strict=True):
-        hidden[start : start + piece.rows] = chunk[piece.skip : piece.skip + piece.rows]
-        start += piece.rows
-    numbers = [line for piece in parts for line in range(piece.first, piece.end)]
-    wanted = [lines[line] for line in numbers]
-    counts = torch.tensor([stored_rows([line], prompts) for line in wanted])
-    begins = counts.cumsum(0) - counts
-    of_line = torch.repeat_interleave(torch.arange(len(numbers)), counts)
-    places = torch.arange(total) - begins[of_line]
-    left = counts[of_line] - 1 - places
-    in_answer = left < torch.tensor([len(line.answer) for line in wanted])[of_line]
-    return Positions(
-        hidden,
-        token_ids([[*line.prompt, *line.answer] if prompts else line.answer for line in wanted]),
-        torch.where(in_answer, left, 0),
-        torch.tensor(numbers)[of_line],
-        places,
-        in_answer.nonzero()[:, 0],
-    )
+    def __init__(self, answers: Answers, prompts: bool = False) -> None:
+        self.answers, self.lines, self.prompts = answers, answers.lines, prompts
+        self.tokens = [len(line.answer) for line in self.lines]
+        self.rows = [len(line) for line in self.lines] if prompts else self.tokens
+        self.chunk_lines = CHUNK_LINES
+        self.chunks = self.pieces(0, len(self.lines))
 
+    def pieces(self, first: int, end: int) -> list[Piece]:
+        """Lines first..end - 1, by chunk."""
+        found = []
+        for begin in range(first - first % self.chunk_lines, end, self.chunk_lines):
+            start, stop = max(first, begin), min(end, begin + self.chunk_lines)
+            counts = sum(self.tokens[start:stop]), sum(self.rows[start:stop]), sum(self.rows[begin:start])
+            found.append(Piece(begin // self.chunk_lines, start, stop, *counts))
+        return found
 
-def answer_ids(lines: list[Answer]) -> Tensor:
-    """The tokens of all answers, one after the other, (T,) int64."""
-    return token_ids([line.answer for line in lines])
+    def answer_ids(self, first: int, end: int) -> Tensor:
+        """The tokens of the answers in lines first..end - 1, one after the other, (T,) int64."""
+        return token_ids([line.answer for line in self.lines[first:end]])
+
+    def positions(self, parts: list[Piece], size: int, states: Iterable[Tensor]) -> Positions:
+        """The positions of the pieces. states: of each piece's whole chunk, (rows, size) bfloat16, in the same order."""
+        total = sum(piece.rows for piece in parts)
+        hidden = torch.empty(total, size, dtype=torch.bfloat16)
+        start = 0
+        for piece, chunk in zip(parts, states, strict=True):
+            hidden[start : start + piece.rows] = chunk[piece.skip : piece.skip + piece.rows]
+            start += piece.rows
+        numbers = [line for piece in parts for line in range(piece.first, piece.end)]
+        wanted = [self.lines[line] for line in numbers]
+        counts = torch.tensor([self.rows[line] for line in numbers])
+        of_line = torch.repeat_interleave(torch.arange(len(numbers)), counts)
+        places = torch.arange(total) - (counts.cumsum(0) - counts)[of_line]
+        left = counts[of_line] - 1 - places
+        in_answer = left < torch.tensor([self.tokens[line] for line in numbers])[of_line]
+        return Positions(
+            hidden,
+            token_ids([[*line.prompt, *line.answer] if self.prompts else line.answer for line in wanted]),
+            torch.where(in_answer, left, 0),
+            torch.tensor(numbers)[of_line],
+            places,
+            in_answer.nonzero()[:, 0],
+        )
 
 
 def token_ids(parts: Iterable[Sequence[int]]) -> Tensor:
     """All tokens, one after the other, (T,) int64."""
     return torch.from_numpy(numpy.concatenate([numpy.asarray(part, dtype=numpy.int64) for part in parts]))
-
-
-def answer_tokens(lines: Iterable[Answer]) -> int:
-    return sum(len(line.answer) for line in lines)
-
-
-def stored_rows(lines: Iterable[Answer], prompts: bool) -> int:
-    """Rows of hidden states; prompts: whether the tokens of the prompts have some."""
-    return sum(map(len, lines)) if prompts else answer_tokens(lines)

@@ -20,6 +20,7 @@ from cerberus_ext.training.options import SEGMENT
 from cerberus_ext.training.processes import Processes
 from cerberus_ext.training.train import train
 from cerberus_ext.training.trainer import Trainer
+from cerberus_ext.training.windows import Drawn
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_training_reads_what_decoding_reads(trainer: Trainer, llama: LlamaForCau
 
 def test_a_step_reads_what_a_measurement_reads(trainer: Trainer) -> None:
     """Also where a segment begins in one answer and ends in the next, whose prompt lies between."""
-    data = trainer.positions(0, 0)
+    data = trainer.positions(next(trainer.windows.drawn(0)))
     starts = torch.arange(0, len(data.answers) - SEGMENT, 3)
     batch = trainer.cut(data, starts)
     assert batch.reach is not None
@@ -94,21 +95,27 @@ def test_trained_heads_decode(tmp_path: Path, answers: Path, llama: LlamaForCaus
     ids = torch.tensor([[5, 17, 3, 40]])
     expected = llama.generate(ids, do_sample=False, max_new_tokens=60)
     for tree in (StaticPolicy.from_widths([3, 2, 1]), DynamicPolicy(12)):
-        out = decode(llama, heads, ids, max_new_tokens=60, tree=tree, sources=None)
+        out = decode(llama, heads, ids, max_new_tokens=60, tree=tree, proposers=None)
         assert torch.equal(out.sequences, expected)
         assert out.stats.tokens_per_step > 1.2
 
 
-def test_a_killed_run_ends_with_the_same_heads(tmp_path: Path, answers: Path, llama: LlamaForCausalLM) -> None:
+def test_a_killed_run_ends_with_the_same_heads(
+    tmp_path: Path, answers: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, parts = (run(answers, tmp_path / name, steps=20, eval_every=10) for name in ("whole", "parts"))
     train(llama, whole)
-    data = read_answers([answers], VOCAB)
-    stopped = Trainer(llama, data, parts, Processes(), {})
-    stopped.options.output.mkdir()
-    for _ in range(10):
-        stopped.train_step()
-    stopped.measure(0.0)
-    stopped.train_step()  # and lost
+    step = Trainer.train_step
+
+    def killed(self: Trainer, drawn: Drawn) -> float:
+        if self.step == 11:
+            raise KeyboardInterrupt
+        return step(self, drawn)
+
+    monkeypatch.setattr(Trainer, "train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(llama, parts)
+    monkeypatch.setattr(Trainer, "train_step", step)
     train(llama, parts)
     one, other = (CerberusHeads.from_pretrained(made.output).state_dict() for made in (whole, parts))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
@@ -123,7 +130,7 @@ def test_a_cache_of_hidden_states_serves_again(tmp_path: Path, answers: Path, ll
     assert first.source.computed > 0 and second.source.computed == 0
     assert first.held is not None and second.held is not None
     assert torch.equal(first.held.hidden, second.held.hidden)
-    with pytest.raises(ValueError, match="prompts of the cached hidden states must be None, got True"):
+    with pytest.raises(ValueError, match="prompts of the cached hidden states must be False, got True"):
         Trainer(llama, data, options(answers, tmp_path / "3", cache=folder), Processes(), {})
 
 
