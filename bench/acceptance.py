@@ -35,7 +35,7 @@ from cerberus_ext.calibration.walk import Tally, walk
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.proposers import ProposerFactory
 from cerberus_ext.evaluation.ways import BOTH, DYNAMIC, STATIC, SUFFIX, Context
-from cerberus_ext.io.json_lines import read_json_lines
+from cerberus_ext.io.files import read_json_lines
 from cerberus_ext.io.machine import commit
 from cerberus_ext.io.prompts import Question, read_questions
 

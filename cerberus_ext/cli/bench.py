@@ -20,7 +20,7 @@ from .shared import (
     dtype_of,
     load_heads,
     load_target,
-)
+)  # fmt: skip
 
 TURNS = {"1": (1,), "2": (2,), "both": (1, 2)}
 
@@ -91,14 +91,14 @@ def bench(
         entropy_threshold=entropy_threshold, seed=seed, compile=compile,
     )  # fmt: skip
     begin_folder(out)
-    base, tokenizer = load_target(model, dtype_of(dtype), device)
-    trained = load_heads(heads or PACKAGED_HEADS, base)
-    others = None if medusa is None else load_heads(medusa, base, "--medusa")
+    target, tokenizer = load_target(model, dtype_of(dtype), device)
+    trained = load_heads(heads, target)
+    others = None if medusa is None else load_heads(medusa, target, "--medusa")
     given = {"questions": questions, "model": model, "heads": heads or PACKAGED_HEADS, "medusa": medusa}
     names = {name: Path(value).name for name, value in {**given, "draft": draft_model}.items() if value is not None}
     with option("--draft-model"):
-        draft = None if draft_model is None else load_model(draft_model, base.dtype, base.device)
-    summary = evaluate(base, tokenizer, trained, asked, out, options, names=names, medusa=others, draft=draft)
+        draft = None if draft_model is None else load_model(draft_model, target.dtype, target.device)
+    summary = evaluate(target, tokenizer, trained, asked, out, options, names=names, medusa=others, draft=draft)
     finish(summary, out)
 
 

@@ -9,7 +9,6 @@ import typer
 
 from .failures import fail, option
 from .shared import (
-    PACKAGED_HEADS,
     Device,
     DTypeName,
     Heads,
@@ -57,11 +56,8 @@ def calibrate(
     device, dtype and number of threads; with --compile where steps are compiled, too.
     """
     check_heads_named(model, heads)
-    changes: dict[str, Any] = {}
-    if sizes is not None:
-        changes["sizes"] = _integers("--sizes", sizes)
-    if contexts is not None:
-        changes["contexts"] = _integers("--contexts", contexts)
+    lists = {"sizes": _integers("--sizes", sizes), "contexts": _integers("--contexts", contexts)}
+    changes: dict[str, Any] = {name: value for name, value in lists.items() if value is not None}
 
     from ..calibration import calibrate as calibration
     from ..calibration import report
@@ -73,25 +69,19 @@ def calibrate(
         with option("--prompts"):
             changes["questions"] = read_questions(prompts)
     options = calibration.CalibrateOptions(
-        tokens=tokens,
-        new_tokens=new_tokens,
-        rounds=rounds,
-        validate=validate,
-        compile=compile,
-        output=output,
-        **changes,
-    )
+        tokens=tokens, new_tokens=new_tokens, rounds=rounds, validate=validate, compile=compile, output=output, **changes
+    )  # fmt: skip
     if output is not None:
         calibration.check_output(output)
-    base, tokenizer = load_target(model, dtype_of(dtype), device)
-    trained = load_heads(heads or PACKAGED_HEADS, base)
-    found = calibration.calibrate(base, trained, tokenizer, options)
+    target, tokenizer = load_target(model, dtype_of(dtype), device)
+    trained = load_heads(heads, target)
+    found = calibration.calibrate(target, trained, tokenizer, options)
     typer.echo(report.text(found))
     typer.echo(f"stored in {place(trained)}")
 
 
-def _integers(name: str, text: str) -> list[int]:
+def _integers(name: str, text: str | None) -> list[int] | None:
     try:
-        return [int(part) for part in text.split(",")]
+        return None if text is None else [int(part) for part in text.split(",")]
     except ValueError:
         fail(f"{name} must be integers separated by commas, got {text!r}")

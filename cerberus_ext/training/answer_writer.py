@@ -37,10 +37,10 @@ class AnswerWriter:
     questions: those of options.prompts; None: the model writes its own. shards: how many there are; None: no end.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: TrainOptions) -> None:
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, options: TrainOptions) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.prompts_in_shard = SHARD_BATCHES * options.rows
-        self.context = position_limit(model)  # type: ignore[arg-type]
+        self.context = position_limit(model)
         self.stop = end_tokens(model, tokenizer)
         self.questions: list[Question] | None = None
         self.shards: int | None = None
@@ -136,7 +136,7 @@ class AnswerWriter:
         write_texts(self.model, texts, frozenset(), rows, lambda count: steps.append(time.perf_counter()))
         seconds = sorted(numpy.diff(steps))[len(steps) // 2 - 1]  # the prompt is before the first
         rate = rows * processes.count / seconds
-        lm_head, config = output_matrix(self.model), self.model.config.get_text_config()  # type: ignore[union-attr]
+        lm_head, config = output_matrix(self.model), self.model.config.get_text_config()
         _, kv_heads, size = attention_sizes(self.model)
         cached = 2 * config.num_hidden_layers * kv_heads * size * lm_head.element_size()  # of a token
         parts = {

@@ -13,8 +13,8 @@ def draw_curves(curve: list[dict[str, Any]], file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.8), layout="constrained")
-    first = curve[0] if curve else {"top1": [], "tokens_per_step": {}}
-    plots = (
+    first: dict[str, Any] = curve[0] if curve else {"top1": [], "tokens_per_step": {}}
+    plots: tuple[tuple[str, str, dict[Any, Any]], ...] = (
         ("Training loss since the measurement before", "loss", {None: None}),
         ("Held-out top-1", "top1", {head: f"head {head + 1}" for head in range(len(first["top1"]))}),
         ("Simulated tokens a step, held out", "tokens_per_step", {n: f"tree of {n}" for n in first["tokens_per_step"]}),

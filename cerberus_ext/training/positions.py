@@ -81,7 +81,7 @@ class Corpus:
         return token_ids([line.answer for line in self.lines[first:end]])
 
     def positions(self, parts: list[Piece], size: int, states: Iterable[Tensor]) -> Positions:
-        """The positions of the pieces. states: of each piece's whole chunk, (rows, size) bfloat16, in the same order."""
+        """Of the pieces. states: of each piece's whole chunk, (rows, size) bfloat16, in the same order."""
         total = sum(piece.rows for piece in parts)
         hidden = torch.empty(total, size, dtype=torch.bfloat16)
         start = 0

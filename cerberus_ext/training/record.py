@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -16,57 +16,55 @@ from .curves import draw_curves
 from .estimate import coverage
 from .held_out import BEST_SIZE
 from .output import CURVES_FILE, MADE_BY, RECORD_FILE
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from .run import Run
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
 
 
-def write_record(trainer: Trainer) -> dict[str, Any]:
+def write_record(run: Run) -> dict[str, Any]:
     """Writes training.json and the model card, in the main process, and returns the record."""
-    output = trainer.options.output
-    result, card = record(trainer), output / CARD_FILE
+    output = run.options.output
+    result, card = record(run), output / CARD_FILE
     ours = (read_object(output / RECORD_FILE) or {}).get("card_sha256")
     if not card.exists() or ours == sha256([card]):
-        write_text(card, model_card(result, trainer.heads.config))
+        write_text(card, model_card(result, run.heads.config))
         ours = sha256([card])
     result["card_sha256"] = ours  # another file's stays: somebody has written or changed it
     write_json(output / RECORD_FILE, result)
     return result
 
 
-def finish_record(trainer: Trainer) -> dict[str, Any]:
+def finish_record(run: Run) -> dict[str, Any]:
     """As `write_record`, and the curves, which take longer to draw."""
-    draw_curves(trainer.curve, trainer.options.output / CURVES_FILE)
-    return write_record(trainer)
+    draw_curves(run.curve, run.options.output / CURVES_FILE)
+    return write_record(run)
 
 
-def record(trainer: Trainer) -> dict[str, Any]:
+def record(run: Run) -> dict[str, Any]:
     """How the heads were made so far; names no folder of the machine."""
-    kept = max(trainer.curve, key=lambda point: point["tokens_per_step"][BEST_SIZE], default=None)
-    device = trainer.device
+    kept = max(run.curve, key=lambda point: point["tokens_per_step"][BEST_SIZE], default=None)
+    device = run.device
     threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
     return {
         "made_by": MADE_BY,
-        "options": trainer.options.numbers(),
+        "options": run.options.numbers(),
         "data": {
-            **trainer.made,
-            **trainer.corpus.answers.describe(),
-            "training_positions": len(trainer.tokens),
-            "held_out_positions": len(trainer.held_tokens),
-            "draft_vocab_coverage": coverage(trainer),
+            **run.made,
+            **run.corpus.answers.describe(),
+            "training_positions": len(run.tokens),
+            "held_out_positions": len(run.held_tokens),
+            "draft_vocab_coverage": coverage(run),
         },
-        "lm_head_fingerprint": trainer.heads.config.lm_head_fingerprint,
-        "dtype": str(trainer.dtype).removeprefix("torch."),
-        "processes": trainer.processes.count,
-        "parameters": sum(parameter.numel() for parameter in trainer.heads.parameters()),
-        "steps": trainer.step,
-        "positions_trained": trainer.step * trainer.options.batch,
-        "seconds": round(trainer.seconds),
+        "lm_head_fingerprint": run.heads.config.lm_head_fingerprint,
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "processes": run.processes.count,
+        "parameters": sum(parameter.numel() for parameter in run.heads.parameters()),
+        "steps": run.step,
+        "positions_trained": run.step * run.options.batch,
+        "seconds": round(run.seconds),
         "kept_step": kept["step"] if kept else None,  # the heads that were saved are those of this step
-        "best_tokens_per_step": trainer.best,
-        "curve": trainer.curve,
+        "best_tokens_per_step": run.best,
+        "curve": run.curve,
         "machine": device_name(device) + threads,
         "versions": describe_versions(),
     }

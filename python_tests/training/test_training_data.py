@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny_llama import SIZE, VOCAB
 from transformers import LlamaForCausalLM
 
@@ -203,9 +203,7 @@ def test_windows_are_bounded_and_an_epoch_visits_every_piece_once() -> None:
 @pytest.mark.parametrize("memory", [1e9, 400])
 def test_an_epoch_draws_every_segment_at_most_once(memory: float) -> None:
     whole = plan(memory)
-    first, second = (
-        [step for step in islice(whole.drawn(0), 200) if step.epoch == epoch] for epoch in (0, 1)
-    )
+    first, second = ([step for step in islice(whole.drawn(0), 200) if step.epoch == epoch] for epoch in (0, 1))
     assert len(first) == sum(whole.steps(window) for window in whole.epoch(0))
     for number, window in enumerate(whole.epoch(0)):
         rows = torch.cat([step.starts for step in first if step.number == number])
