@@ -69,7 +69,8 @@ def calibrate(
         with option("--prompts"):
             changes["questions"] = read_questions(prompts)
     options = calibration.CalibrateOptions(
-        tokens=tokens, new_tokens=new_tokens, rounds=rounds, validate=validate, compile=compile, output=output, **changes
+        tokens=tokens, new_tokens=new_tokens, rounds=rounds, validate=validate, compile=compile, output=output,
+        **changes,
     )  # fmt: skip
     if output is not None:
         calibration.check_output(output)

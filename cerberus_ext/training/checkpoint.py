@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..io.files import write_tensors
-from .output import CHECKPOINT_FILE
+from .output import CHECKPOINT_FILE, check_same
 
 OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq", "step")
 
@@ -41,17 +41,13 @@ def load_checkpoint(
     try:
         with safe_open(file, "pt") as opened:
             found, progress = (json.loads(opened.metadata()[key]) for key in ("identity", "progress"))
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"train: output: {file} is no checkpoint ({error}); remove it or choose another folder"
         ) from error
-    for key, expected in identity.items():
-        if found.get(key) != expected:
-            raise ValueError(
-                f"train: {key} must be {found.get(key)} to continue {CHECKPOINT_FILE} of the output, got {expected};"
-                " remove the file or choose another output folder"
-            )
+    remedy = "remove the file or choose another output folder"
+    check_same(found, identity, f"continue {CHECKPOINT_FILE} of the output", remedy)
     for name, parameter in heads.named_parameters():
         parameter.data.copy_(tensors[name])
         state = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in OPTIMIZER_STATE[:2]}

@@ -32,7 +32,7 @@ def head_states(hidden: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor, dt
 
 
 def context_states(layer: ContextLayer, reach: Reach, anchor: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the heads read, (S * G, D) float32: `BoundContext.read` with a gradient, for positions from all over the data.
+    """What the heads read, (S * G, D) float32: `BoundContext.read` with a gradient, for any positions.
 
     anchor (R, D) float32, of the reach's tokens. dtype: of the products.
 

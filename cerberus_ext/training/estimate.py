@@ -27,13 +27,13 @@ def state_estimate(run: Run) -> None:
             f" answers and {shares['held_out']:.2%} of the held-out ones"
         )
     steps = options.steps - run.step
-    tokens = sum(piece.tokens for piece in run.training)
-    at_a_time = max(sum(piece.tokens for piece in window) for window in windows)
+    tokens = len(run.tokens)
+    at_a_time = max(sum(chunk.tokens for chunk in window) for window in windows)
     say(
         f"training: {steps} steps of {options.batch} positions, {steps * options.batch / tokens:.1f} times the"
         f" {tokens} there are, {at_a_time} of them in memory at a time"
     )
-    say(memory_line(memory(run, max(sum(piece.rows for piece in window) for window in windows))))
+    say(memory_line(memory(run, max(sum(chunk.rows for chunk in window) for window in windows))))
     seconds = step_seconds(run)
     line = f"  time about {duration(steps * seconds)} ({seconds:.3g} s a step, without measurements)"
     missing, source = missing_states(run), run.source
@@ -54,7 +54,7 @@ def coverage(run: Run) -> dict[str, float]:
 def memory(run: Run, window: int) -> dict[str, int]:
     """Bytes in this process, by what they hold. window: rows of hidden states at a time."""
     options, rows = run.options, run.options.batch // run.processes.count
-    held = sum(part.nbytes for part in vars(run.held).values()) if run.held else 0
+    held = sum(part.nbytes for part in vars(run.held).values())
     teacher_rows = rows // SEGMENT * (SEGMENT + options.heads - 1)
     return {
         "model": model_bytes(run.model),
@@ -70,7 +70,6 @@ def model_bytes(model: nn.Module) -> int:
 
 def step_seconds(run: Run) -> float:
     """Of one step of this process, the gradients' exchange left out. Changes nothing that the training depends on."""
-    assert run.held is not None  # the main process has it
     segments = run.options.batch // SEGMENT // run.processes.count
     starts = torch.arange(segments) * SEGMENT % max(1, len(run.held.answers) - SEGMENT)
     batch = run.cut(run.held, starts)
@@ -90,9 +89,9 @@ def missing_states(run: Run) -> int:
     drawn = islice(run.windows.drawn(run.step), run.options.steps - run.step)
     windows = {(0 if run.windows.whole else step.epoch, step.number): step.window for step in drawn}
     for window in windows.values():
-        new = [piece for piece in window if piece.chunk not in kept]
+        new = [chunk for chunk in window if chunk.number not in kept]
         rows += source.missing(new)
-        kept.update(piece.chunk for piece in new if piece.chunk < allowed)
+        kept.update(chunk.number for chunk in new if chunk.number < allowed)
     return rows
 
 

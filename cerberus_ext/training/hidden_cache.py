@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..drafting.heads import fingerprint, output_matrix
 from ..io.files import read_object, write_json, write_tensors
-from .positions import Corpus
+from .output import check_same
+from .positions import Chunk, Corpus
 
 RECORD = "cache.json"
 STORED_BYTES = 2  # bfloat16
@@ -28,30 +29,30 @@ class HiddenCache:
 
     def __init__(self, folder: Path, limit: float | None, size: int, corpus: Corpus) -> None:
         self.folder, self.size, self.corpus = folder, size, corpus
-        ends = accumulate(chunk.rows * size * STORED_BYTES for chunk in corpus.chunks)
+        ends = accumulate(chunk.rows * size * STORED_BYTES for chunk in corpus.training + corpus.held)
         self.allowed = sum(limit is None or end <= limit for end in ends)
 
-    def file(self, number: int) -> Path:
-        return self.folder / f"hidden-{number:05d}.safetensors"
+    def file(self, chunk: Chunk) -> Path:
+        return self.folder / f"hidden-{chunk.number:05d}.safetensors"
 
-    def load(self, number: int) -> Tensor | None:
-        """The states (rows, D) bfloat16 of a chunk, or None where they are not there."""
-        file = self.file(number)
+    def load(self, chunk: Chunk) -> Tensor | None:
+        """Its states (rows, D) bfloat16, or None where they are not there."""
+        file = self.file(chunk)
         if not file.exists():
             return None
         try:
             states = load_file(file)["hidden"]
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"train: cache: {file} is damaged ({error}); remove it to compute it again") from None
-        expected = (self.corpus.chunks[number].rows, self.size)
+        expected = (chunk.rows, self.size)
         if tuple(states.shape) != expected:
             raise ValueError(f"train: hidden in {file.name} must be {expected}, got {tuple(states.shape)}")
         return states
 
-    def store(self, number: int, states: Tensor) -> None:
-        """Keeps the states of a chunk, unless they are there already or beyond the limit."""
-        if number < self.allowed and not self.file(number).exists():
-            write_tensors(self.file(number), {"hidden": states})
+    def store(self, chunk: Chunk, states: Tensor) -> None:
+        """Keeps its states, unless they are there already or beyond the limit."""
+        if chunk.number < self.allowed and not self.file(chunk).exists():
+            write_tensors(self.file(chunk), {"hidden": states})
 
     def check(self, model: nn.Module) -> None:
         """Makes the folder, or checks that it is one of this model's states of these answers. To be called first.
@@ -64,18 +65,15 @@ class HiddenCache:
             "model_fingerprint": fingerprint(model.parameters(), rows=16),
             "model_dtype": str(output_matrix(model).dtype).removeprefix("torch."),
             "chunk_lines": self.corpus.chunk_lines,
+            "held_out_lines": len(self.corpus.lines) - self.corpus.first_held,
             "prompts": self.corpus.prompts,
         }
         record = self.folder / RECORD
-        if not record.exists() and not self.file(0).exists():
+        if not record.exists() and not any(self.folder.glob("hidden-*")):
             write_json(record, identity)
             return
         found = read_object(record) or {}
         if "chunk_lines" not in found:
             raise ValueError(f"train: cache: {record} is not of cached hidden states; choose another folder")
-        for key, expected in identity.items():
-            if found.get(key) != expected:
-                raise ValueError(
-                    f"train: {key} of the cached hidden states must be {expected}, got {found.get(key)};"
-                    f" empty {self.folder} or name another folder"
-                )
+        remedy = "empty it or name another folder"
+        check_same(found, identity, f"use the hidden states in {self.folder}", remedy)

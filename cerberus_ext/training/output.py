@@ -7,6 +7,7 @@ of the names that a run writes may be there.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,6 +57,13 @@ def begin_output(options: TrainOptions, model: nn.Module, config: CerberusConfig
     remove_partial(options.output)
     if read_object(options.output / RECORD_FILE) is None:
         write_json(options.output / RECORD_FILE, {"made_by": MADE_BY})
+
+
+def check_same(found: dict[str, Any], identity: dict[str, Any], use: str, remedy: str) -> None:
+    """Raises ValueError, naming what differs, where `found`, of an earlier run, is not of this one's identity."""
+    for key, expected in identity.items():
+        if found.get(key) != expected:
+            raise ValueError(f"train: {key} must be {found.get(key)} to {use}, got {expected}; {remedy}")
 
 
 def _check_input(folder: Path, name: str, given: Path, options: TrainOptions) -> None:

@@ -4,8 +4,7 @@ Heads are trained at the answers' tokens. A context layer reads those before the
 a line has a row for every token, else for those of its answer.
 
 The lines of the data are numbered from 0, in the order of its files. CHUNK_LINES of them are a chunk: what is computed
-together, and what the cache keeps in one file. A piece is those lines of a chunk that are wanted: the last lines of the
-data are held out, and the chunk in which they begin has lines of both kinds.
+together, and what the cache keeps in one file. The last lines are held out, and have chunks of their own.
 """
 
 from __future__ import annotations
@@ -23,18 +22,14 @@ CHUNK_LINES = 256
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Lines first..end - 1, all of one chunk.
+class Chunk:
+    """Lines first..end - 1. tokens: in their answers. rows: of hidden states, in them."""
 
-    tokens: in their answers. rows: of hidden states, in them; skip: in the chunk's lines before.
-    """
-
-    chunk: int
+    number: int
     first: int
     end: int
     tokens: int
     rows: int
-    skip: int
 
 
 @dataclass
@@ -55,46 +50,46 @@ class Positions:
 
 
 class Corpus:
-    """The answers, and which of their tokens have rows: those of the prompts only with `prompts`.
+    """The answers, the last `held` lines of which are held out, and which of their tokens have rows: those of the
+    prompts only with `prompts`.
 
-    tokens, rows: of every line. chunks: pieces of all lines.
+    training, held: chunks. rows: of every line.
     """
 
-    def __init__(self, answers: Answers, prompts: bool = False) -> None:
+    def __init__(self, answers: Answers, held: int = 0, prompts: bool = False) -> None:
         self.answers, self.lines, self.prompts = answers, answers.lines, prompts
-        self.tokens = [len(line.answer) for line in self.lines]
-        self.rows = [len(line) for line in self.lines] if prompts else self.tokens
-        self.chunk_lines = CHUNK_LINES
-        self.chunks = self.pieces(0, len(self.lines))
+        self.rows = [len(line) if prompts else len(line.answer) for line in self.lines]
+        self.chunk_lines, self.first_held = CHUNK_LINES, len(self.lines) - held
+        self.training = self._chunks(0, 0, self.first_held)
+        self.held = self._chunks(len(self.training), self.first_held, len(self.lines))
 
-    def pieces(self, first: int, end: int) -> list[Piece]:
-        """Lines first..end - 1, by chunk."""
-        found = []
-        for begin in range(first - first % self.chunk_lines, end, self.chunk_lines):
-            start, stop = max(first, begin), min(end, begin + self.chunk_lines)
-            counts = sum(self.tokens[start:stop]), sum(self.rows[start:stop]), sum(self.rows[begin:start])
-            found.append(Piece(begin // self.chunk_lines, start, stop, *counts))
+    def _chunks(self, number: int, first: int, end: int) -> list[Chunk]:
+        found: list[Chunk] = []
+        for start in range(first, end, self.chunk_lines):
+            stop = min(end, start + self.chunk_lines)
+            tokens = sum(len(line.answer) for line in self.lines[start:stop])
+            found.append(Chunk(number + len(found), start, stop, tokens, sum(self.rows[start:stop])))
         return found
 
     def answer_ids(self, first: int, end: int) -> Tensor:
         """The tokens of the answers in lines first..end - 1, one after the other, (T,) int64."""
         return token_ids([line.answer for line in self.lines[first:end]])
 
-    def positions(self, parts: list[Piece], size: int, states: Iterable[Tensor]) -> Positions:
-        """Of the pieces. states: of each piece's whole chunk, (rows, size) bfloat16, in the same order."""
-        total = sum(piece.rows for piece in parts)
-        hidden = torch.empty(total, size, dtype=torch.bfloat16)
-        start = 0
-        for piece, chunk in zip(parts, states, strict=True):
-            hidden[start : start + piece.rows] = chunk[piece.skip : piece.skip + piece.rows]
-            start += piece.rows
-        numbers = [line for piece in parts for line in range(piece.first, piece.end)]
+    def positions(self, chunks: list[Chunk], states: Iterable[Tensor]) -> Positions:
+        """Of the chunks, whose hidden states (rows, D) are in the same order. Only one of them need be in memory."""
+        numbers = [line for chunk in chunks for line in range(chunk.first, chunk.end)]
         wanted = [self.lines[line] for line in numbers]
         counts = torch.tensor([self.rows[line] for line in numbers])
         of_line = torch.repeat_interleave(torch.arange(len(numbers)), counts)
-        places = torch.arange(total) - (counts.cumsum(0) - counts)[of_line]
+        places = torch.arange(len(of_line)) - (counts.cumsum(0) - counts)[of_line]
         left = counts[of_line] - 1 - places
-        in_answer = left < torch.tensor([self.tokens[line] for line in numbers])[of_line]
+        in_answer = left < torch.tensor([len(line.answer) for line in wanted])[of_line]
+        hidden, start = torch.empty(0), 0
+        for part in states:
+            if not start:
+                hidden = part.new_empty(len(of_line), part.shape[1])
+            hidden[start : start + len(part)] = part
+            start += len(part)
         return Positions(
             hidden,
             token_ids([[*line.prompt, *line.answer] if self.prompts else line.answer for line in wanted]),

@@ -1,4 +1,4 @@
-"""How heads were made: training.json, curves.png and README.md, the model card, in the output folder."""
+"""How heads were made: training.json and README.md, the model card, in the output folder."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from ..drafting.heads import CerberusConfig
 from ..io.files import read_object, sha256, write_json, write_text
 from ..io.heads_file import CARD_FILE, HUB_ID
 from ..io.machine import describe_versions, device_name
-from .curves import draw_curves
 from .estimate import coverage
 from .held_out import BEST_SIZE
-from .output import CURVES_FILE, MADE_BY, RECORD_FILE
+from .output import MADE_BY, RECORD_FILE
 from .run import Run
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
@@ -32,12 +31,6 @@ def write_record(run: Run) -> dict[str, Any]:
     result["card_sha256"] = ours  # another file's stays: somebody has written or changed it
     write_json(output / RECORD_FILE, result)
     return result
-
-
-def finish_record(run: Run) -> dict[str, Any]:
-    """As `write_record`, and the curves, which take longer to draw."""
-    draw_curves(run.curve, run.options.output / CURVES_FILE)
-    return write_record(run)
 
 
 def record(run: Run) -> dict[str, Any]:

@@ -42,21 +42,21 @@ class Run:
             least = SEGMENT * processes.count
             raise ValueError(f"train: batch must be >= {least} for {processes.count} processes, got {options.batch}")
 
-        self.corpus = corpus = Corpus(answers, options.context_layer)
         lines = len(answers.lines)
-        first_held = lines - min(max(1, round(lines * options.held_out)), MAX_LINES)
-        self.training = corpus.pieces(0, first_held)
+        held = min(max(1, round(lines * options.held_out)), MAX_LINES)
+        self.corpus = corpus = Corpus(answers, held, options.context_layer)
         row_bytes = size * STORED_BYTES + INDEX_BYTES
-        self.windows = Windows(self.training, options.memory * 1e9, row_bytes, per_step, options.seed)
+        self.windows = Windows(corpus.training, options.memory * 1e9, row_bytes, per_step, options.seed)
         limit = None if options.cache_size is None else options.cache_size * 1e9
         cache = HiddenCache(options.cache, limit, size, corpus) if options.cache else None
         if cache:
             processes.from_main(lambda: cache.check(model))
         self.source = StateSource(model, corpus, cache, processes)
-        self.held = self.source.alone(corpus.pieces(first_held, lines)) if processes.main else None
+        self.held = self.source.together(corpus.held)
 
-        self.tokens, self.held_tokens = corpus.answer_ids(0, first_held), corpus.answer_ids(first_held, lines)
-        scale = processes.from_main(lambda: rms(self.held.hidden) if self.held else 0.0)
+        self.tokens = corpus.answer_ids(0, corpus.first_held)
+        self.held_tokens = corpus.answer_ids(corpus.first_held, lines)
+        scale = self.held.hidden.float().square().mean().sqrt().item()
         self.heads = start_heads(model, options, self.tokens, scale)
         ids = torch.arange(vocab_size) if self.heads.draft_vocab is None else self.heads.draft_vocab
         self.projection = lm_head if self.heads.draft_vocab is None else lm_head[ids]
@@ -64,10 +64,8 @@ class Run:
         self.draft_index[ids.cpu()] = torch.arange(len(ids))
         groups = [{"params": list(self.heads.parameters()), "initial_lr": options.lr}]
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=0.0)
-        self.held_out: HeldOut | None = None
-        if self.held:
-            greedy = [line.temperature == 0 for line in answers.lines]
-            self.held_out = HeldOut(self.held, greedy, lm_head, self.projection, self.draft_index)
+        greedy = [line.temperature == 0 for line in answers.lines]
+        self.held_out = HeldOut(self.held, greedy, lm_head, self.projection, self.draft_index)
 
         self.window: tuple[tuple[int, int], Positions] | None = None  # the epoch's and its number; what is in memory
         self.step, self.seconds, self.best = 0, 0.0, -1.0
@@ -152,7 +150,3 @@ class Run:
         self.processes.sum(flat)
         for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
             part.copy_(summed.view_as(part))
-
-
-def rms(rows: Tensor) -> float:
-    return rows.float().square().mean().sqrt().item()

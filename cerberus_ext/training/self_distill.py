@@ -7,7 +7,6 @@ several processes, which write different shards' answers at the same time.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +14,12 @@ from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..drafting.heads import fingerprint, output_matrix
-from ..io.files import remove_partial, write_json, write_text
+from ..io.files import read_object, remove_partial, write_json, write_text
 from ..target.model import position_limit
 from .answer_writer import AnswerWriter
 from .answers import Answer, Answers, parse_answers, read_answers
 from .options import TrainOptions
-from .output import DATA_FOLDER
+from .output import DATA_FOLDER, check_same
 from .processes import Processes
 
 if TYPE_CHECKING:
@@ -128,21 +127,12 @@ class SelfDistillation:
     def _check_folder(self) -> None:
         """Refuses a folder of other data; writes the record into a new one."""
         identity = self.writer.identity() | {"model_fingerprint": fingerprint(self.model.parameters(), rows=16)}
-        record, name = self.folder / RECORD, f"{DATA_FOLDER}/{RECORD}"
+        record, remedy = self.folder / RECORD, "remove the folder or choose another output folder"
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_partial(self.folder)
-        if not record.exists():
-            if self.file(0).exists():
-                raise ValueError(f"train: {name} of the output is missing, but there are answers beside it")
+        if not record.exists() and not self.file(0).exists():
             write_json(record, identity)
-            return
-        try:
-            found = json.loads(record.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"train: {name} of the output must be JSON ({error})") from None
-        for key, expected in identity.items():
-            if found.get(key) != expected:
-                raise ValueError(
-                    f"train: {key} must be {found.get(key)} to go on with the answers in {DATA_FOLDER} of the output,"
-                    f" got {expected}; remove the folder or choose another output folder"
-                )
+        found = read_object(record)
+        if found is None:
+            raise ValueError(f"train: {DATA_FOLDER}/{RECORD} of the output is missing or damaged; {remedy}")
+        check_same(found, identity, f"go on with the answers in {DATA_FOLDER} of the output", remedy)

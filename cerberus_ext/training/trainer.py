@@ -79,7 +79,6 @@ class Trainer(Run):
 
     def measure(self, loss: float) -> None:
         """Adds a point to the curve, saves the heads if they are the best so far, writes checkpoint and record."""
-        assert self.held is not None and self.held_out is not None  # the main process has them
         result = self.held_out.measure(self.read_all(self.held), self.states, self.options.heads)
         point = {
             "step": self.step,

@@ -1,6 +1,6 @@
 """Which positions each training step draws, when only a window of the data fits into memory.
 
-An epoch visits every training piece once: in the order of the file where all of them fit, else in an order of its own,
+An epoch visits every chunk once: in the order of the file where all of them fit, else in an order of its own,
 cut into windows that do. Within a window segments of SEGMENT consecutive positions are drawn in random order, from an
 offset that is random, too. All of it follows from the seed, the epoch and the window's number, so that a resumed run
 draws what an uninterrupted one would have, and so does every process of several.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .options import SEGMENT
-from .positions import Piece
+from .positions import Chunk
 
 
 class Drawn(NamedTuple):
@@ -25,46 +25,46 @@ class Drawn(NamedTuple):
 
     epoch: int
     number: int
-    window: list[Piece]
+    window: list[Chunk]
     starts: Tensor  # (per_step,)
 
 
 class Windows:
     """The plan of all steps.
 
-    parts: the training pieces. memory: bytes that a window may have, row_bytes of them for each row.
+    chunks: those to train on. memory: bytes that a window may have, row_bytes of them for each row.
     per_step: segments of a step.
-    Raises ValueError where a piece alone is too large, or where there are not enough positions for a step.
+    Raises ValueError where a chunk alone is too large, or where there are not enough positions for a step.
     """
 
-    def __init__(self, parts: list[Piece], memory: float, row_bytes: int, per_step: int, seed: int) -> None:
-        rows, tokens = [piece.rows for piece in parts], sum(piece.tokens for piece in parts)
+    def __init__(self, chunks: list[Chunk], memory: float, row_bytes: int, per_step: int, seed: int) -> None:
+        rows, tokens = [chunk.rows for chunk in chunks], sum(chunk.tokens for chunk in chunks)
         needed = (per_step + 2) * SEGMENT
         if tokens < needed:
             raise ValueError(
                 f"train: data must have at least {needed} answer tokens before the held-out lines, got {tokens}"
             )
-        self.parts, self.per_step, self.seed = parts, per_step, seed
+        self.chunks, self.per_step, self.seed = chunks, per_step, seed
         self.row_bytes, self.capacity = row_bytes, int(memory) // row_bytes
         self.whole = sum(rows) <= self.capacity
         least = max(*rows, needed)
         if not self.whole and self.capacity < least:
             raise ValueError(f"train: memory must be at least {least * row_bytes / 1e9:.3g} GB, got {memory / 1e9:.3g}")
 
-    def epoch(self, number: int) -> list[list[Piece]]:
-        """The windows of an epoch: all pieces, or in random order as many as fit into each."""
+    def epoch(self, number: int) -> list[list[Chunk]]:
+        """The windows of an epoch: all chunks, or in random order as many as fit into each."""
         if self.whole:
-            return [self.parts]
-        windows, room = [list[Piece]()], self.capacity
-        for index in numpy.random.default_rng([self.seed, 2, number]).permutation(len(self.parts)):
-            room -= self.parts[index].rows
+            return [self.chunks]
+        windows, room = [list[Chunk]()], self.capacity
+        for index in numpy.random.default_rng([self.seed, 2, number]).permutation(len(self.chunks)):
+            room -= self.chunks[index].rows
             if room < 0:
                 windows.append([])
-                room = self.capacity - self.parts[index].rows
-            windows[-1].append(self.parts[index])
+                room = self.capacity - self.chunks[index].rows
+            windows[-1].append(self.chunks[index])
         return windows
 
-    def steps(self, window: list[Piece]) -> int:
+    def steps(self, window: list[Chunk]) -> int:
         """How many steps a window is good for; what does not fill the last one is left out."""
         return segments(window) // self.per_step
 
@@ -84,6 +84,6 @@ class Windows:
                 first = max(0, first - self.steps(window))
 
 
-def segments(window: list[Piece]) -> int:
+def segments(window: list[Chunk]) -> int:
     """Segments of a window: one less than fit, which leaves room for the offset."""
-    return max(0, sum(piece.tokens for piece in window) // SEGMENT - 1)
+    return max(0, sum(chunk.tokens for chunk in window) // SEGMENT - 1)

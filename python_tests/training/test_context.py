@@ -41,7 +41,6 @@ def run(answers: Path, output: Path, **changes: object):  # type: ignore[no-unty
 
 def test_training_reads_what_decoding_reads(trainer: Trainer, llama: LlamaForCausalLM) -> None:
     data = trainer.held
-    assert data is not None
     context = trainer.heads.requires_grad_(False).bind(llama).context
     assert context is not None
     read, compared = trainer.read_all(data), 0
@@ -81,7 +80,6 @@ def test_new_heads_draft_what_heads_without_a_context_layer_do(
     data = read_answers([answers], VOCAB)
     made = Trainer(llama, data, run(answers, tmp_path), Processes(), {})
     plain = Trainer(llama, data, options(answers, tmp_path), Processes(), {})
-    assert made.held is not None and plain.held is not None
     assert torch.equal(made.read_all(made.held).bfloat16(), plain.read_all(plain.held))
 
 
@@ -128,9 +126,8 @@ def test_a_cache_of_hidden_states_serves_again(tmp_path: Path, answers: Path, ll
     first = Trainer(llama, data, run(answers, tmp_path / "1", cache=folder), Processes(), {})
     second = Trainer(llama, data, run(answers, tmp_path / "2", cache=folder), Processes(), {})
     assert first.source.computed > 0 and second.source.computed == 0
-    assert first.held is not None and second.held is not None
     assert torch.equal(first.held.hidden, second.held.hidden)
-    with pytest.raises(ValueError, match="prompts of the cached hidden states must be False, got True"):
+    with pytest.raises(ValueError, match="prompts must be True to use the hidden states in .*, got False"):
         Trainer(llama, data, options(answers, tmp_path / "3", cache=folder), Processes(), {})
 
 
