@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ..drafting.heads import input_matrix, output_matrix
 from .answers import Answers
@@ -56,7 +57,8 @@ class Run:
 
         self.tokens = corpus.answer_ids(0, corpus.first_held)
         self.held_tokens = corpus.answer_ids(corpus.first_held, lines)
-        scale = self.held.hidden.float().square().mean().sqrt().item()
+        # Of one process: others may round otherwise.
+        scale = processes.from_main(lambda: self.held.hidden.float().square().mean().sqrt().item())
         self.heads = start_heads(model, options, self.tokens, scale)
         ids = torch.arange(vocab_size) if self.heads.draft_vocab is None else self.heads.draft_vocab
         self.projection = lm_head if self.heads.draft_vocab is None else lm_head[ids]
@@ -146,7 +148,6 @@ class Run:
     def _sum_over_processes(self, loss: Tensor) -> None:
         """In place: loss and gradients of the whole batch, from those of the shares; one message."""
         parts = [loss, *(parameter.grad for parameter in self.heads.parameters() if parameter.grad is not None)]
-        flat = torch.cat([part.flatten() for part in parts])
+        flat = parameters_to_vector(parts)
         self.processes.sum(flat)
-        for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-            part.copy_(summed.view_as(part))
+        vector_to_parameters(flat, parts)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.cli.main import app
 from cerberus_ext.runtime import compiled_step
+from cerberus_ext.training.options import TrainOptions
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(61))]
 runner = CliRunner()
@@ -137,6 +140,19 @@ def test_generate_heads_of_another_model(folders: tuple[str, str], tmp_path: Pat
     result = runner.invoke(app, ["generate", "--model", folders[0], "--heads", str(tmp_path), "w3"])
     assert result.exit_code == 2
     assert "hidden_size 48" in result.output
+
+
+def test_train_has_an_option_for_every_number_of_a_run() -> None:
+    command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    options = {option.name: option for option in command.params}
+    assert set(options) - {field.name for field in fields(TrainOptions)} == {"model", "dtype", "device", "threads"}
+    for field in fields(TrainOptions):
+        if field.name in ("base_model", "clip", "head_decay"):
+            assert field.name not in options
+            continue
+        option = options[field.name]
+        assert option.help and option.required == (field.name == "output")
+        assert option.required or option.default == field.default
 
 
 def test_info_names_versions_and_libraries() -> None:

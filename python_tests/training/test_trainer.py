@@ -147,6 +147,28 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_the_rate_rises_and_follows_a_cosine(
+    tmp_path: Path, answers: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a killed run goes on. No step is made at a rate of zero."""
+    rates: dict[int, float] = {}
+    step = Trainer.train_step
+
+    def watched(self: Trainer, drawn: Drawn) -> float:
+        if self.step == 3 and 3 not in rates:
+            rates[3] = 0.0
+            raise KeyboardInterrupt
+        rates[self.step] = self.optimizer.param_groups[0]["lr"]
+        return step(self, drawn)
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    changes = {"steps": 4, "warmup": 2, "eval_every": 3, "lr": 2e-3}
+    with pytest.raises(KeyboardInterrupt):
+        run(llama, answers, tmp_path, **changes)
+    run(llama, answers, tmp_path, **changes)
+    assert list(rates.values()) == pytest.approx([1e-3, 2e-3, 1.5e-3, 0.5e-3])
+
+
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(positions, "CHUNK_LINES", 4)
