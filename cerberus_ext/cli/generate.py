@@ -58,8 +58,7 @@ def generate(
     check_heads_named(model, heads)
     from transformers import TextStreamer
 
-    import cerberus_ext
-
+    from ..engine.decode import decode
     from ..io.prompts import encode_chat
     from ..runtime.compiled_step import CompileError
 
@@ -71,7 +70,7 @@ def generate(
     options["proposers"] = None if suffix else []
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
-        output = cerberus_ext.decode(target, trained, ids, streamer=streamer, **options)
+        output = decode(target, trained, ids, streamer=streamer, **options)
     except CompileError as error:
         fail(f"--compile: {error}", cause=error)
     comparison = None
