@@ -8,19 +8,7 @@ from typing import Annotated
 import typer
 
 from .failures import fail, option
-from .shared import (
-    PACKAGED_HEADS,
-    Device,
-    DTypeName,
-    Heads,
-    Model,
-    Threads,
-    begin,
-    check_heads_named,
-    dtype_of,
-    load_heads,
-    load_target,
-)  # fmt: skip
+from .shared import PACKAGED_HEADS, Device, DTypeName, Heads, Model, Threads, load, load_heads
 
 TURNS = {"1": (1,), "2": (2,), "both": (1, 2)}
 
@@ -65,13 +53,11 @@ def bench(
         fail("--questions FILE and --out DIR are needed, or --report DIR")
     if turns not in TURNS:
         fail(f"--turns must be one of {', '.join(TURNS)}, got {turns}")
-    check_heads_named(model, heads)
 
     from ..evaluation.evaluate import BenchOptions, begin_folder, evaluate
     from ..io.default_model import load_model
     from ..io.prompts import read_questions
 
-    begin(threads)
     with option("--questions"):
         asked = read_questions(questions, limit)
     options = BenchOptions(
@@ -80,8 +66,7 @@ def bench(
         entropy_threshold=entropy_threshold, seed=seed, compile=compile,
     )  # fmt: skip
     begin_folder(out)
-    target, tokenizer = load_target(model, dtype_of(dtype), device)
-    trained = load_heads(heads, target)
+    target, tokenizer, trained = load(model, heads, dtype, device, threads)
     others = None if medusa is None else load_heads(medusa, target, "--medusa")
     with option("--draft-model"):
         draft = None if draft_model is None else load_model(draft_model, target.dtype, target.device)

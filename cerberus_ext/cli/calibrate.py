@@ -8,18 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .failures import fail, option
-from .shared import (
-    Device,
-    DTypeName,
-    Heads,
-    Model,
-    Threads,
-    begin,
-    check_heads_named,
-    dtype_of,
-    load_heads,
-    load_target,
-)
+from .shared import Device, DTypeName, Heads, Model, Threads, load
 
 
 def calibrate(
@@ -55,7 +44,6 @@ def calibrate(
     About eight minutes for the default model on two cores. `cerberus generate` and `decode` use the result for the same
     device, dtype and number of threads; with --compile where steps are compiled, too.
     """
-    check_heads_named(model, heads)
     lists = {"sizes": _integers("--sizes", sizes), "contexts": _integers("--contexts", contexts)}
     changes: dict[str, Any] = {name: value for name, value in lists.items() if value is not None}
 
@@ -64,7 +52,6 @@ def calibrate(
     from ..engine.calibration_store import place
     from ..io.prompts import read_questions
 
-    begin(threads)
     if prompts is not None:
         with option("--prompts"):
             changes["questions"] = read_questions(prompts)
@@ -74,8 +61,7 @@ def calibrate(
     )  # fmt: skip
     if output is not None:
         calibration.check_output(output)
-    target, tokenizer = load_target(model, dtype_of(dtype), device)
-    trained = load_heads(heads, target)
+    target, tokenizer, trained = load(model, heads, dtype, device, threads)
     found = calibration.calibrate(target, trained, tokenizer, options)
     typer.echo(report.text(found))
     typer.echo(f"stored in {place(trained)}")

@@ -8,20 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .failures import fail
-from .shared import (
-    NO_HEADS,
-    Device,
-    DTypeName,
-    Model,
-    Threads,
-    begin,
-    check_heads_named,
-    dtype_of,
-    load_heads,
-    load_target,
-)
+from .shared import NO_HEADS, Device, DTypeName, Model, Threads, load, load_target
 
 if TYPE_CHECKING:
+    from ..drafting.heads import CerberusHeads
     from ..evaluation.compare import Comparison
     from ..runtime.stats import DecodeOutput
 
@@ -55,16 +45,17 @@ def generate(
 ) -> None:
     """Answers PROMPT, streaming, then says how fast it was."""
     text = _read_prompt(prompt)
-    check_heads_named(model, heads)
     from transformers import TextStreamer
 
     from ..engine.decode import decode
     from ..io.prompts import encode_chat
     from ..runtime.compiled_step import CompileError
 
-    begin(threads)
-    target, tokenizer = load_target(model, dtype_of(dtype), device)
-    trained = None if heads == NO_HEADS else load_heads(heads, target)
+    trained: CerberusHeads | None = None
+    if heads == NO_HEADS:
+        target, tokenizer = load_target(model, dtype, device, threads)
+    else:
+        target, tokenizer, trained = load(model, heads, dtype, device, threads)
     ids = (tokenizer(text, return_tensors="pt").input_ids if raw else encode_chat(tokenizer, [text])).to(target.device)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tree": tree_size, "compile": compile}
     options["proposers"] = None if suffix else []

@@ -13,7 +13,7 @@ import typer
 
 from ..io.machine import cpu_features, cpu_name, package_version
 from ..ops import libraries
-from .shared import Device, DTypeName, Threads, begin, dtype_of, load_target
+from .shared import Device, DTypeName, Threads, load_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,8 +34,7 @@ def info(
     """Versions, libraries loaded, CPU features, CUDA; and, with --model, what can be done with it."""
     sections = collect()
     if model is not None:
-        begin(threads)
-        sections["Model"] = model_section(load_target(model, dtype_of(dtype), device)[0])
+        sections["Model"] = model_section(load_target(model, dtype, device, threads)[0])
     width = max(len(label) for section in sections.values() for label in section)
     for title, section in sections.items():
         typer.echo(title)

@@ -72,15 +72,6 @@ def begin(threads: int | None) -> None:
     logging.set_verbosity_error()
 
 
-def check_heads_named(model: str | None, heads: str | None) -> None:
-    """Another model than the default one needs heads of its own."""
-    if model is not None and heads is None:
-        fail(
-            "--heads: the packaged heads fit the default model only; name heads trained for this --model,"
-            f" or {NO_HEADS!r}, to draft from the text alone"
-        )
-
-
 def dtype_of(name: str | None) -> torch.dtype | None:
     import torch
 
@@ -107,15 +98,29 @@ def device_of(name: str | None) -> str | None:
     return name
 
 
+def load(
+    model: str | None, heads: str | None, dtype: str | None, device: str | None, threads: int | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, CerberusHeads]:
+    """Target model, tokenizer and heads, by the options' values."""
+    if model is not None and heads is None:
+        fail(
+            "--heads: the packaged heads fit the default model only; name heads trained for this --model,"
+            f" or, to generate, {NO_HEADS!r}: the text alone is drafted from"
+        )
+    target, tokenizer = load_target(model, dtype, device, threads)
+    return target, tokenizer, load_heads(heads, target)
+
+
 def load_target(
-    model: str | None, dtype: torch.dtype | None, device: str | None
+    model: str | None, dtype: str | None, device: str | None, threads: int | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The default model where `model` is None."""
     from ..io.default_model import load_default_model, load_model
 
-    device = device_of(device)
+    begin(threads)
+    known, place = dtype_of(dtype), device_of(device)
     with option("--model"):
-        return load_default_model(dtype, device) if model is None else load_model(model, dtype, device)
+        return load_default_model(known, place) if model is None else load_model(model, known, place)
 
 
 def load_heads(name: str | None, target: PreTrainedModel, option_name: str = "--heads") -> CerberusHeads:

@@ -10,7 +10,7 @@ import typer
 
 from ..training.options import TrainOptions
 from .failures import option
-from .shared import Device, Model, Threads, begin, device_of, dtype_of, load_target, options_of
+from .shared import Device, Model, Threads, device_of, load_target, options_of
 
 
 @options_of(TrainOptions)
@@ -34,7 +34,6 @@ def train(
     from ..training.output import check_output
     from ..training.train import train as train_heads
 
-    begin(threads)
     device = device_of(device)
     asked = TrainOptions(base_model=_name_of(model) if model else HUB_ID, **options)
     for name, file in (("--data", asked.data), ("--prompts", asked.prompts)):
@@ -47,7 +46,7 @@ def train(
     on_cpu = torch.device(device).type == "cpu"
     if not on_cpu:
         torch.cuda.set_device(device)
-    target, tokenizer = load_target(model, dtype_of(dtype) or (torch.float32 if on_cpu else torch.bfloat16), device)
+    target, tokenizer = load_target(model, dtype or ("float32" if on_cpu else "bfloat16"), device, threads)
     train_heads(target, asked, tokenizer)
 
 
