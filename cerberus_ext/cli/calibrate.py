@@ -62,8 +62,8 @@ def calibrate(
     if output is not None:
         calibration.check_output(output)
     target, tokenizer, trained = load(model, heads, dtype, device, threads)
-    found = calibration.calibrate(target, trained, tokenizer, options)
-    typer.echo(report.text(found))
+    result = calibration.calibrate(target, trained, tokenizer, options)
+    typer.echo(report.text(result))
     typer.echo(f"stored in {place(trained)}")
 
 

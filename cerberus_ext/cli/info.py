@@ -58,8 +58,8 @@ def model_section(model: PreTrainedModel) -> Section:
     checks.check_model(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # is shown below
-        found = capability_of(model)
-    reasons = {"exact": found.stats().inexact_because, "drafts": found.no_drafts_because}
+        capability = capability_of(model)
+    reasons = {"exact": capability.stats().inexact_because, "drafts": capability.no_drafts_because}
     return {
         "class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),

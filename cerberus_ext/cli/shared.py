@@ -87,13 +87,13 @@ def device_of(name: str | None) -> str | None:
 
     if name is None or name == "cpu":
         return name
-    found = re.fullmatch(r"cuda(?::(\d{1,4}))?", name)
-    if found is None:
+    match = re.fullmatch(r"cuda(?::(\d{1,4}))?", name)
+    if match is None:
         fail(f"--device: must be cpu, cuda or cuda:0, cuda:1 ..., got {name}")
     if not torch.cuda.is_available():
         reason = "torch sees no GPU" if torch.version.cuda else "this torch is built without CUDA"
         fail(f"--device: {name} cannot be used: {reason}")
-    if int(found[1] or 0) >= torch.cuda.device_count():
+    if int(match[1] or 0) >= torch.cuda.device_count():
         fail(f"--device: there is no {name}, the last one is cuda:{torch.cuda.device_count() - 1}")
     return name
 
@@ -118,9 +118,9 @@ def load_target(
     from ..io.default_model import load_default_model, load_model
 
     begin(threads)
-    known, place = dtype_of(dtype), device_of(device)
+    torch_dtype, device = dtype_of(dtype), device_of(device)
     with option("--model"):
-        return load_default_model(known, place) if model is None else load_model(model, known, place)
+        return load_default_model(torch_dtype, device) if model is None else load_model(model, torch_dtype, device)
 
 
 def load_heads(name: str | None, target: PreTrainedModel, option_name: str = "--heads") -> CerberusHeads:

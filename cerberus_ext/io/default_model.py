@@ -167,9 +167,9 @@ def _download_wheel(target: Path) -> Path:
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    found = sha256([path])
-    if found != expected:
-        raise RuntimeError(f"{path.name} has SHA-256 {found}, expected {expected}: not used")
+    actual = sha256([path])
+    if actual != expected:
+        raise RuntimeError(f"{path.name} has SHA-256 {actual}, expected {expected}: not used")
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:

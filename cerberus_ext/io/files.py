@@ -34,8 +34,8 @@ def whole(file: Path) -> Iterator[Path]:
             os.fsync(written.fileno())  # some file systems find out only here that they are full
         partial.replace(file)
     except (SafetensorError, OSError) as error:
-        said = re.search(r"os error (\d+)", str(error))  # in safetensors' words
-        number = getattr(error, "errno", None) or (int(said[1]) if said else None)
+        reported = re.search(r"os error (\d+)", str(error))  # in safetensors' words
+        number = getattr(error, "errno", None) or (int(reported[1]) if reported else None)
         if number is None:
             raise OSError(f"{file}: {error}") from error
         raise OSError(number, os.strerror(number), str(file)) from error
@@ -73,10 +73,10 @@ def remove_partial(folder: Path) -> None:
 def read_object(file: Path) -> dict[str, Any] | None:
     """The JSON object of a file, None where there is no such thing."""
     try:
-        found = json.loads(file.read_bytes())
+        value = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def read_json_lines(path: Path, what: str = "") -> Iterator[tuple[str, Any]]:

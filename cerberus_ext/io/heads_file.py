@@ -52,12 +52,12 @@ def write_heads(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]
 def read_config(file: Path) -> dict[str, Any]:
     """Raises OSError where the file cannot be read, ValueError where it is no JSON object."""
     try:
-        found = json.loads(file.read_bytes())
+        value = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"it must be a JSON object, got {type(found).__name__}")
-    return found
+    if not isinstance(value, dict):
+        raise ValueError(f"it must be a JSON object, got {type(value).__name__}")
+    return value
 
 
 def read_tensors(file: Path, expected: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:

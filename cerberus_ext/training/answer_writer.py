@@ -84,17 +84,17 @@ class AnswerWriter:
             return answers
         start = number * self.prompts_in_shard
         turns = [question.turns for question in self.questions[start : start + self.prompts_in_shard]]
-        said: list[list[str]] = [[] for _ in turns]  # user and assistant taking turns, so far
+        conversations: list[list[str]] = [[] for _ in turns]  # user and assistant taking turns, so far
         for turn in range(max(map(len, turns))):
             prompts = {}
             for row, texts in enumerate(turns):
-                if len(texts) > turn and len(said[row]) == 2 * turn:
-                    said[row].append(texts[turn])
-                    prompts[row] = encode_chat(self.tokenizer, said[row])[0].tolist()
+                if len(texts) > turn and len(conversations[row]) == 2 * turn:
+                    conversations[row].append(texts[turn])
+                    prompts[row] = encode_chat(self.tokenizer, conversations[row])[0].tolist()
             for row, new in self._answer(prompts, draw, answers, progress).items():
                 text: Any = self.tokenizer.decode(new, skip_special_tokens=True)
                 if text.strip():
-                    said[row].append(text)
+                    conversations[row].append(text)
         return answers
 
     def _own_prompts(self, draw: numpy.random.Generator) -> dict[int, list[int]]:
@@ -130,7 +130,7 @@ class AnswerWriter:
         """Prints, in the main process, the memory and the time that the stage will take."""
         if not processes.main:
             return
-        rows, longest, asked = self.options.rows, self.options.max_new_tokens, self.questions or []
+        rows, longest, questions = self.options.rows, self.options.max_new_tokens, self.questions or []
         prompt, steps = self._example_prompt(), list[float]()
         texts = [Text(prompt, TEMPERATURES[-1], TOP_P, torch.full((PROBE_STEPS,), 0.5)) for _ in range(rows)]
         write_texts(self.model, texts, frozenset(), rows, lambda count: steps.append(time.perf_counter()))
@@ -144,8 +144,8 @@ class AnswerWriter:
             "keys and values": rows * (len(prompt) + longest) * cached,
             "logits": 3 * 4 * rows * len(lm_head),
         }
-        goal = f"{target} answer tokens" if target else f"answers to {len(asked)} questions"
-        left = target - done if target else longest * sum(len(question.turns) for question in asked)
+        goal = f"{target} answer tokens" if target else f"answers to {len(questions)} questions"
+        left = target - done if target else longest * sum(len(question.turns) for question in questions)
         bound = "about" if target else "at most"
         processes.say(f"data: {goal}, {rows} answers at once, {self.source}")
         processes.say(memory_line(parts))
@@ -170,5 +170,5 @@ def degenerate(tokens: Sequence[int]) -> bool:
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens that end an answer: the model's and the tokenizer's."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found = ids if isinstance(ids, list) else [ids]
-    return frozenset(token for token in (*found, tokenizer.eos_token_id) if token is not None)
+    ids = ids if isinstance(ids, list) else [ids]
+    return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)

@@ -18,7 +18,7 @@ class Reach:
     A segment's columns are the data's rows from the beginning of its first line to its last position; those of all
     segments follow each other.
 
-    hidden (R, D) bfloat16, tokens (R,), places (R,): see `Positions`.
+    hidden (R, D) bfloat16, tokens (R,), offsets (R,): see `Positions`.
     columns (S, T) int64: where each column of a segment stands in them, filled up with 0.
     queries (S * G,) int64: where the segments' own positions stand in them.
     sees (S, G, T) bool: the columns of the same line, up to the position itself.
@@ -26,7 +26,7 @@ class Reach:
 
     hidden: Tensor
     tokens: Tensor
-    places: Tensor
+    offsets: Tensor
     columns: Tensor
     queries: Tensor
     sees: Tensor
@@ -34,7 +34,7 @@ class Reach:
 
 def reach_of(data: Positions, rows: Tensor, device: torch.device) -> Reach:
     """rows (S, G): the positions' rows in the data, ascending."""
-    first = rows[:, 0] - data.places[rows[:, 0]]
+    first = rows[:, 0] - data.offsets[rows[:, 0]]
     counts = rows[:, -1] + 1 - first
     begins = counts.cumsum(0) - counts
     offsets = torch.arange(int(counts.max()))
@@ -45,7 +45,7 @@ def reach_of(data: Positions, rows: Tensor, device: torch.device) -> Reach:
     own = rows - first[:, None]  # (S, G): columns of the positions themselves
     sees = (offsets <= own[:, :, None]) & (lines[:, None] == data.lines[rows][:, :, None])
     queries = (begins[:, None] + own).flatten()
-    reach = Reach(data.hidden[source], data.tokens[source], data.places[source], columns, queries, sees)
+    reach = Reach(data.hidden[source], data.tokens[source], data.offsets[source], columns, queries, sees)
     return Reach(*(getattr(reach, field.name).to(device) for field in fields(reach)))
 
 

@@ -40,14 +40,14 @@ def load_checkpoint(
         return None
     try:
         with safe_open(file, "pt") as opened:
-            found, progress = (json.loads(opened.metadata()[key]) for key in ("identity", "progress"))
+            recorded, progress = (json.loads(opened.metadata()[key]) for key in ("identity", "progress"))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"train: output: {file} is no checkpoint ({error}); remove it or choose another folder"
         ) from error
     remedy = "remove the file or choose another output folder"
-    check_same(found, identity, f"continue {CHECKPOINT_FILE} of the output", remedy)
+    check_same(recorded, identity, f"continue {CHECKPOINT_FILE} of the output", remedy)
     for name, parameter in heads.named_parameters():
         parameter.data.copy_(tensors[name])
         state = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in OPTIMIZER_STATE[:2]}

@@ -45,13 +45,13 @@ def context_states(layer: ContextLayer, reach: Reach, anchor: Tensor, dtype: tor
     of_queries, of_keys = layer.qkv.to(dtype).split([heads * size, 2 * kv_heads * size])
     q = (pairs[reach.queries] @ of_queries.T).float().view(-1, heads, size)
     keys, values = (pairs @ of_keys.T).float().view(-1, 2, kv_heads, size).unbind(1)
-    q = rotate(q, reach.places[reach.queries]).view(segments, width, heads, size)
-    keys, values = (part[reach.columns].transpose(1, 2) for part in (rotate(keys, reach.places), values))
-    found = F.scaled_dot_product_attention(
+    q = rotate(q, reach.offsets[reach.queries]).view(segments, width, heads, size)
+    keys, values = (part[reach.columns].transpose(1, 2) for part in (rotate(keys, reach.offsets), values))
+    attended = F.scaled_dot_product_attention(
         q.transpose(1, 2), keys, values, attn_mask=reach.sees[:, None], scale=size**-0.5, enable_gqa=True
     )  # (S, Hq, G, E)
-    found = found.transpose(1, 2).reshape(segments * width, heads * size)
-    state = hidden[reach.queries] + (found.to(dtype) @ layer.output.to(dtype).T).float()
+    attended = attended.transpose(1, 2).reshape(segments * width, heads * size)
+    state = hidden[reach.queries] + (attended.to(dtype) @ layer.output.to(dtype).T).float()
     inputs = torch.cat([state, anchor[reach.queries]], -1)
     return state + F.silu((inputs.to(dtype) @ layer.mixer.to(dtype).T).float() + layer.bias)
 

@@ -85,8 +85,8 @@ class HeldOut:
             choices = self.chosen[later], self.tokens[later]
             for tokens, results in zip(choices, (chosen, text), strict=True):
                 index = self.draft_index[tokens]
-                found = logits.gather(-1, index.clamp(min=0)[..., None].to(logits.device))
-                results.append(torch.where(inside & (index >= 0), (logits > found).sum(-1).cpu(), ABSENT))
+                scores = logits.gather(-1, index.clamp(min=0)[..., None].to(logits.device))
+                results.append(torch.where(inside & (index >= 0), (logits > scores).sum(-1).cpu(), ABSENT))
         return torch.cat(chosen), torch.cat(text)
 
     def texts(self, ranks: Tensor) -> list[list[list[int]]]:

@@ -72,8 +72,8 @@ class HiddenCache:
         if not record.exists() and not any(self.folder.glob("hidden-*")):
             write_json(record, identity)
             return
-        found = read_object(record) or {}
-        if "chunk_lines" not in found:
+        recorded = read_object(record) or {}
+        if "chunk_lines" not in recorded:
             raise ValueError(f"train: cache: {record} is not of cached hidden states; choose another folder")
         remedy = "empty it or name another folder"
-        check_same(found, identity, f"use the hidden states in {self.folder}", remedy)
+        check_same(recorded, identity, f"use the hidden states in {self.folder}", remedy)

@@ -15,9 +15,9 @@ PLACES = ("output", "data", "prompts", "cache", "cache_size", "init")  # where, 
 DATA_STAGE = ("tokens", "max_new_tokens", "rows")  # what the data is made with
 
 
-def option(default: Any, text: str, least: int | None = None) -> Any:
-    """A field that `cerberus train` has an option for, with this help. least: what it has to be, unless None."""
-    return field(default=default, metadata={"help": text, "least": least})
+def option(default: Any, text: str, minimum: int | None = None) -> Any:
+    """A field that `cerberus train` has an option for, with this help. minimum: of its value, unless that is None."""
+    return field(default=default, metadata={"help": text, "minimum": minimum})
 
 
 @dataclass
@@ -69,9 +69,9 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            value, least = getattr(self, each.name), each.metadata.get("least")
-            if least is not None and value is not None and value < least:
-                raise ValueError(f"train: {each.name} must be >= {least}, got {value}")
+            value, minimum = getattr(self, each.name), each.metadata.get("minimum")
+            if minimum is not None and value is not None and value < minimum:
+                raise ValueError(f"train: {each.name} must be >= {minimum}, got {value}")
         if self.batch % SEGMENT:
             raise ValueError(f"train: batch must be a positive multiple of {SEGMENT}, got {self.batch}")
         if self.cache_size is not None and self.cache is None:

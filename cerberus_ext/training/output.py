@@ -59,20 +59,20 @@ def begin_output(options: TrainOptions, model: nn.Module, config: CerberusConfig
         write_json(options.output / RECORD_FILE, {"made_by": MADE_BY})
 
 
-def check_same(found: dict[str, Any], identity: dict[str, Any], use: str, remedy: str) -> None:
-    """Raises ValueError, naming what differs, where `found`, of an earlier run, is not of this one's identity."""
+def check_same(recorded: dict[str, Any], identity: dict[str, Any], use: str, remedy: str) -> None:
+    """Raises ValueError, naming what differs, where `recorded`, of an earlier run, is not of this one's identity."""
     for key, expected in identity.items():
-        if found.get(key) != expected:
-            raise ValueError(f"train: {key} must be {found.get(key)} to {use}, got {expected}; {remedy}")
+        if recorded.get(key) != expected:
+            raise ValueError(f"train: {key} must be {recorded.get(key)} to {use}, got {expected}; {remedy}")
 
 
 def _check_input(folder: Path, name: str, given: Path, options: TrainOptions) -> None:
     """What is read may lie in the output folder, but not be it, nor be among what is written there."""
-    found = given.resolve()
-    if name in ("model", "init") and found == folder:
+    path = given.resolve()
+    if name in ("model", "init") and path == folder:
         raise ValueError(
             f"train: output: {options.output} is the folder of --{name}, whose files would be written over"
         )
-    for file in (folder / one for one in NAMES if one != DATA_FOLDER or options.data is None):
-        if file in (found, *found.parents):
+    for file in (folder / written for written in NAMES if written != DATA_FOLDER or options.data is None):
+        if file in (path, *path.parents):
             raise ValueError(f"train: output: {file} is written there, and --{name} is {given}; choose another folder")

@@ -37,15 +37,15 @@ class Positions:
     """The rows of some lines, line after line.
 
     hidden (T, D) bfloat16, zeros where nothing came before; tokens (T,) int64: the token that each state produced;
-    left (T,) int64: how many tokens of the same answer follow it; lines (T,) int64: the line it comes from; places (T,)
-    int64: its place among the rows of the line; answers (A,) int64: the rows of the answers' tokens.
+    left (T,) int64: how many tokens of the same answer follow it; lines (T,) int64: the line it comes from;
+    offsets (T,) int64: its number among the rows of the line; answers (A,) int64: the rows of the answers' tokens.
     """
 
     hidden: Tensor
     tokens: Tensor
     left: Tensor
     lines: Tensor
-    places: Tensor
+    offsets: Tensor
     answers: Tensor
 
 
@@ -64,12 +64,12 @@ class Corpus:
         self.held = self._chunks(len(self.training), self.first_held, len(self.lines))
 
     def _chunks(self, number: int, first: int, end: int) -> list[Chunk]:
-        found: list[Chunk] = []
+        chunks: list[Chunk] = []
         for start in range(first, end, self.chunk_lines):
             stop = min(end, start + self.chunk_lines)
             tokens = sum(len(line.answer) for line in self.lines[start:stop])
-            found.append(Chunk(number + len(found), start, stop, tokens, sum(self.rows[start:stop])))
-        return found
+            chunks.append(Chunk(number + len(chunks), start, stop, tokens, sum(self.rows[start:stop])))
+        return chunks
 
     def answer_ids(self, first: int, end: int) -> Tensor:
         """The tokens of the answers in lines first..end - 1, one after the other, (T,) int64."""
@@ -78,12 +78,12 @@ class Corpus:
     def positions(self, chunks: list[Chunk], states: Iterable[Tensor]) -> Positions:
         """Of the chunks, whose hidden states (rows, D) are in the same order. Only one of them need be in memory."""
         numbers = [line for chunk in chunks for line in range(chunk.first, chunk.end)]
-        wanted = [self.lines[line] for line in numbers]
+        lines = [self.lines[line] for line in numbers]
         counts = torch.tensor([self.rows[line] for line in numbers])
         of_line = torch.repeat_interleave(torch.arange(len(numbers)), counts)
-        places = torch.arange(len(of_line)) - (counts.cumsum(0) - counts)[of_line]
-        left = counts[of_line] - 1 - places
-        in_answer = left < torch.tensor([len(line.answer) for line in wanted])[of_line]
+        offsets = torch.arange(len(of_line)) - (counts.cumsum(0) - counts)[of_line]
+        left = counts[of_line] - 1 - offsets
+        in_answer = left < torch.tensor([len(line.answer) for line in lines])[of_line]
         hidden, start = torch.empty(0), 0
         for part in states:
             if not start:
@@ -92,10 +92,10 @@ class Corpus:
             start += len(part)
         return Positions(
             hidden,
-            token_ids([[*line.prompt, *line.answer] if self.prompts else line.answer for line in wanted]),
+            token_ids([[*line.prompt, *line.answer] if self.prompts else line.answer for line in lines]),
             torch.where(in_answer, left, 0),
             torch.tensor(numbers)[of_line],
-            places,
+            offsets,
             in_answer.nonzero()[:, 0],
         )
 

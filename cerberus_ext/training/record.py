@@ -65,9 +65,9 @@ def record(run: Run) -> dict[str, Any]:
 
 def model_card(record: dict[str, Any], config: CerberusConfig) -> str:
     """README.md as the Hub reads it. record: training.json's."""
-    base = config.base_model if HUB_ID.fullmatch(config.base_model) else None
+    hub_id = config.base_model if HUB_ID.fullmatch(config.base_model) else None
     data = ModelCardData(
-        base_model=base,
+        base_model=hub_id,
         library_name="cerberus_ext",
         pipeline_tag="text-generation",
         tags=["speculative-decoding", "cerberus"],

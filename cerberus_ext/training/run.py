@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ class Run:
         self.device, self.dtype, (vocab_size, size) = lm_head.device, lm_head.dtype, lm_head.shape
         per_step = options.batch // SEGMENT
         if per_step < processes.count:
-            least = SEGMENT * processes.count
-            raise ValueError(f"train: batch must be >= {least} for {processes.count} processes, got {options.batch}")
+            minimum = SEGMENT * processes.count
+            raise ValueError(f"train: batch must be >= {minimum} for {processes.count} processes, got {options.batch}")
 
         lines = len(answers.lines)
         held = min(max(1, round(lines * options.held_out)), MAX_LINES)
@@ -66,12 +67,16 @@ class Run:
         self.draft_index[ids.cpu()] = torch.arange(len(ids))
         groups = [{"params": list(self.heads.parameters()), "initial_lr": options.lr}]
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=0.0)
-        greedy = [line.temperature == 0 for line in answers.lines]
-        self.held_out = HeldOut(self.held, greedy, lm_head, self.projection, self.draft_index)
-
         self.window: tuple[tuple[int, int], Positions] | None = None  # the epoch's and its number; what is in memory
         self.step, self.seconds, self.best = 0, 0.0, -1.0
         self.curve: list[dict[str, Any]] = []
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """What measures the heads; only the main process needs it."""
+        greedy = [line.temperature == 0 for line in self.corpus.lines]
+        lm_head = output_matrix(self.model).detach()
+        return HeldOut(self.held, greedy, lm_head, self.projection, self.draft_index)
 
     def train_step(self, drawn: Drawn) -> float:
         """One step of AdamW; returns the loss before it."""

@@ -132,7 +132,7 @@ class SelfDistillation:
         remove_partial(self.folder)
         if not record.exists() and not self.file(0).exists():
             write_json(record, identity)
-        found = read_object(record)
-        if found is None:
+        recorded = read_object(record)
+        if recorded is None:
             raise ValueError(f"train: {DATA_FOLDER}/{RECORD} of the output is missing or damaged; {remedy}")
-        check_same(found, identity, f"go on with the answers in {DATA_FOLDER} of the output", remedy)
+        check_same(recorded, identity, f"go on with the answers in {DATA_FOLDER} of the output", remedy)

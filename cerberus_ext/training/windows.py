@@ -47,9 +47,11 @@ class Windows:
         self.chunks, self.per_step, self.seed = chunks, per_step, seed
         self.row_bytes, self.capacity = row_bytes, int(memory) // row_bytes
         self.whole = sum(rows) <= self.capacity
-        least = max(*rows, needed)
-        if not self.whole and self.capacity < least:
-            raise ValueError(f"train: memory must be at least {least * row_bytes / 1e9:.3g} GB, got {memory / 1e9:.3g}")
+        minimum = max(*rows, needed)
+        if not self.whole and self.capacity < minimum:
+            raise ValueError(
+                f"train: memory must be at least {minimum * row_bytes / 1e9:.3g} GB, got {memory / 1e9:.3g}"
+            )
 
     def epoch(self, number: int) -> list[list[Chunk]]:
         """The windows of an epoch: all chunks, or in random order as many as fit into each."""

@@ -105,7 +105,7 @@ def test_held_out_lines_have_chunks_of_their_own(data: Answers, llama: LlamaForC
     assert [(chunk.number, chunk.first, chunk.end) for chunk in corpus.held] == [(2, 29, 40)]
     found = StateSource(llama, corpus, None, Processes()).together(corpus.held)
     inside = whole.lines >= 29
-    for name in ("tokens", "left", "lines", "places"):
+    for name in ("tokens", "left", "lines", "offsets"):
         assert torch.equal(getattr(found, name), getattr(whole, name)[inside]), name
     torch.testing.assert_close(found.hidden, whole.hidden[inside], rtol=0.02, atol=0.02)
 
