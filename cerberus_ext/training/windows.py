@@ -47,11 +47,9 @@ class Windows:
         self.chunks, self.per_step, self.seed = chunks, per_step, seed
         self.row_bytes, self.capacity = row_bytes, int(memory) // row_bytes
         self.whole = sum(rows) <= self.capacity
-        minimum = max(*rows, needed)
-        if not self.whole and self.capacity < minimum:
-            raise ValueError(
-                f"train: memory must be at least {minimum * row_bytes / 1e9:.3g} GB, got {memory / 1e9:.3g}"
-            )
+        minimum = max(*rows, needed) * row_bytes
+        if not self.whole and memory < minimum:
+            raise ValueError(f"train: memory must be at least {minimum / 1e9:.3g} GB, got {memory / 1e9:.3g}")
 
     def epoch(self, number: int) -> list[list[Chunk]]:
         """The windows of an epoch: all chunks, or in random order as many as fit into each."""
