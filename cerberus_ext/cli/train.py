@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..training.options import TrainOptions
-from .failures import option
+from .failures import fail, option
 from .shared import Device, Model, Threads, device_of, load_target, options_of
 
 
@@ -47,7 +47,14 @@ def train(
     if not on_cpu:
         torch.cuda.set_device(device)
     target, tokenizer = load_target(model, dtype or ("float32" if on_cpu else "bfloat16"), device, threads)
-    train_heads(target, asked, tokenizer)
+    try:
+        record = train_heads(target, asked, tokenizer)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from here", 130)
+    if record is not None:  # the main process
+        named = f" --model {model}" if model else ""
+        typer.echo(f"the heads of step {record['kept_step']} are in {asked.output}; to try them:")
+        typer.echo(f'  cerberus generate{named} --heads {asked.output} --compare "Why is the sky blue?"')
 
 
 def _name_of(model: str) -> str:

@@ -241,5 +241,5 @@ def test_an_interrupt_is_one_line(root: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=100)
     assert process.returncode == 130, printed
-    assert "cerberus: interrupted\n" in printed and "Traceback" not in printed
+    assert "cerberus: interrupted; the same command goes on from here\n" in printed and "Traceback" not in printed
     assert json.loads((tmp_path / "heads" / "training.json").read_text()) == {"made_by": "cerberus train"}

@@ -57,6 +57,7 @@ def uninterrupted(folder: Path) -> Path:
         "data: 1500 answer tokens",
         "draft vocabulary: 48 tokens cover",
         "training: 60 steps of 64 positions",
+        f"are in {folder.parent / 'whole'}; to try them:\n  cerberus generate --model {folder} --heads ",
     ):
         assert stage in printed
     return folder.parent / "whole"
