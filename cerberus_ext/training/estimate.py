@@ -85,13 +85,12 @@ def step_seconds(run: Run) -> float:
 def missing_states(run: Run) -> int:
     """Rows of hidden states that have to be computed until the last step."""
     source, kept, rows = run.source, set[int](), 0
-    allowed = source.cache.allowed if source.cache else 0
     drawn = islice(run.windows.drawn(run.step), run.options.steps - run.step)
     windows = {(0 if run.windows.whole else step.epoch, step.number): step.window for step in drawn}
     for window in windows.values():
         new = [chunk for chunk in window if chunk.number not in kept]
         rows += source.missing(new)
-        kept.update(chunk.number for chunk in new if chunk.number < allowed)
+        kept.update(chunk.number for chunk in new if chunk.number < source.allowed)
     return rows
 
 

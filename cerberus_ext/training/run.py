@@ -9,17 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from ..drafting.heads import input_matrix, output_matrix
+from ..drafting.heads import fingerprint, input_matrix, output_matrix
 from .answers import Answers
 from .batch import Batch, Reach, cut, reach_of
 from .distill import context_states, counted, distillation, head_states
 from .held_out import MAX_LINES, HeldOut
-from .hidden_cache import STORED_BYTES, HiddenCache
 from .options import SEGMENT, TrainOptions
 from .positions import Corpus, Positions
 from .processes import Processes
 from .start import start_heads
-from .states import StateSource
+from .states import STORED_BYTES, StateSource
 from .windows import Drawn, Windows
 
 INDEX_BYTES = 5 * 8  # of a row, for its token, its line, its place in it, how many follow, and that it is an answer's
@@ -50,10 +49,7 @@ class Run:
         row_bytes = size * STORED_BYTES + INDEX_BYTES
         self.windows = Windows(corpus.training, options.memory * 1e9, row_bytes, per_step, options.seed)
         limit = None if options.cache_size is None else options.cache_size * 1e9
-        cache = HiddenCache(options.cache, limit, size, corpus) if options.cache else None
-        if cache:
-            processes.from_main(lambda: cache.check(model))
-        self.source = StateSource(model, corpus, cache, processes)
+        self.source = StateSource(model, corpus, processes, options.cache, limit)
         self.held = self.source.together(corpus.held)
 
         self.tokens = corpus.answer_ids(0, corpus.first_held)
@@ -61,6 +57,7 @@ class Run:
         # Of one process: others may round otherwise.
         scale = processes.from_main(lambda: self.held.hidden.float().square().mean().sqrt().item())
         self.heads = start_heads(model, options, self.tokens, scale)
+        self.start = fingerprint(self.heads.parameters())
         ids = torch.arange(vocab_size) if self.heads.draft_vocab is None else self.heads.draft_vocab
         self.projection = lm_head if self.heads.draft_vocab is None else lm_head[ids]
         self.draft_index = torch.full((vocab_size,), -1)

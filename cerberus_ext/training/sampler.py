@@ -63,7 +63,8 @@ def write_texts(
 ) -> None:
     """Fills in `new` of every text: until a token of `stop`, or as long as there is noise. At most `rows` at a time.
 
-    model: a transformers causal LM; where a text would be longer than it can read, it ends.
+    model: a transformers causal LM; where a text would be longer than it can read, it ends. What its generation_config
+    says of greedy texts, a repetition penalty say, applies.
     progress: called at every step with the number of tokens that are about to be written.
     """
     device = model.get_input_embeddings().weight.device

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import get_cosine_schedule_with_warmup
 
-from ..drafting.heads import CerberusHeads, fingerprint
+from ..drafting.heads import CerberusHeads
 from ..io.heads_file import write_heads
 from .checkpoint import load_checkpoint, save_checkpoint
 from .estimate import state_estimate
@@ -23,16 +23,16 @@ from .run import Run
 class Trainer(Run):
     """A run from its first step, or from its last checkpoint, to its end."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        # What must be the same for a checkpoint to be continued.
-        self.identity = {
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be continued."""
+        return {
             **self.options.training_numbers(),
             "memory": None if self.windows.whole else self.options.memory,
             "dtype": str(self.dtype).removeprefix("torch."),
             "data_sha256": self.corpus.answers.sha256,
             "lm_head": self.heads.config.lm_head_fingerprint,
-            "start": fingerprint(self.heads.parameters()),
+            "start": self.start,
         }
 
     def run(self) -> None:

@@ -13,7 +13,6 @@ from transformers import LlamaForCausalLM
 
 from cerberus_ext.training import hidden, positions
 from cerberus_ext.training.answers import Answer, Answers, read_answers
-from cerberus_ext.training.hidden_cache import HiddenCache
 from cerberus_ext.training.options import SEGMENT
 from cerberus_ext.training.positions import Chunk, Corpus, Positions
 from cerberus_ext.training.processes import Processes
@@ -30,11 +29,7 @@ def chunks_of_16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def source(llama: LlamaForCausalLM, answers: Answers, folder: Path | None, limit: float | None = None) -> StateSource:
-    corpus = Corpus(answers)
-    cache = HiddenCache(folder, limit, SIZE, corpus) if folder else None
-    if cache:
-        cache.check(llama)
-    return StateSource(llama, corpus, cache, Processes())
+    return StateSource(llama, Corpus(answers), Processes(), folder, limit)
 
 
 def load(llama: LlamaForCausalLM, answers: Answers, folder: Path | None, limit: float | None = None) -> Positions:
@@ -103,7 +98,7 @@ def test_held_out_lines_have_chunks_of_their_own(data: Answers, llama: LlamaForC
     whole, corpus = load(llama, data, None), Corpus(data, held=11)
     assert [(chunk.number, chunk.first, chunk.end) for chunk in corpus.training] == [(0, 0, 16), (1, 16, 29)]
     assert [(chunk.number, chunk.first, chunk.end) for chunk in corpus.held] == [(2, 29, 40)]
-    found = StateSource(llama, corpus, None, Processes()).together(corpus.held)
+    found = StateSource(llama, corpus, Processes(), None, None).together(corpus.held)
     inside = whole.lines >= 29
     for name in ("tokens", "left", "lines", "offsets"):
         assert torch.equal(getattr(found, name), getattr(whole, name)[inside]), name
