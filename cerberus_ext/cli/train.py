@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,9 +53,10 @@ def train(
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from here", 130)
     if record is not None:  # the main process
-        named = f" --model {model}" if model else ""
+        named = ["--model", model] if model else []
+        command = ["cerberus", "generate", *named, "--heads", str(asked.output), "--compare", "Why is the sky blue?"]
         typer.echo(f"the heads of step {record['kept_step']} are in {asked.output}; to try them:")
-        typer.echo(f'  cerberus generate{named} --heads {asked.output} --compare "Why is the sky blue?"')
+        typer.echo(f"  {shlex.join(command)}")
 
 
 def _name_of(model: str) -> str:
