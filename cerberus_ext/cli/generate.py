@@ -73,13 +73,13 @@ def generate(
 
 
 def summary(output: DecodeOutput, comparison: Comparison | None) -> str:
-    """One line: tokens/s, tokens a step and, where it was measured, the speed-up over plain decoding.
+    """One line: tokens/s, tokens per step and, where it was measured, the speed-up over plain decoding.
 
     What the first answer waited for a compiler is said, too; it is in none of the speeds.
     """
     stats = output.stats
     speed = stats.tokens_per_second if comparison is None else comparison.tokens_per_second
-    line = f"[{stats.new_tokens} tokens, {speed:.1f} tokens/s, {stats.tokens_per_step:.2f} tokens a step"
+    line = f"[{stats.new_tokens} tokens, {speed:.1f} tokens/s, {stats.tokens_per_step:.2f} tokens per step"
     if comparison is not None:
         same = "same output" if comparison.same_output else "OUTPUT DIFFERS"
         line += (

@@ -9,7 +9,7 @@ from ..io.files import whole
 
 
 def draw_curves(curve: list[dict[str, Any]], file: Path) -> None:
-    """Loss, top-1 of every head and tokens a step over the steps, beside each other, as PNG. See `Trainer.measure`."""
+    """Loss, top-1 of every head and tokens per step, beside each other, as PNG. curve: see `Trainer.measure`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.8), layout="constrained")
@@ -17,7 +17,11 @@ def draw_curves(curve: list[dict[str, Any]], file: Path) -> None:
     plots: tuple[tuple[str, str, dict[Any, Any]], ...] = (
         ("Training loss since the measurement before", "loss", {None: None}),
         ("Held-out top-1", "top1", {head: f"head {head + 1}" for head in range(len(first["top1"]))}),
-        ("Simulated tokens a step, held out", "tokens_per_step", {n: f"tree of {n}" for n in first["tokens_per_step"]}),
+        (
+            "Simulated tokens per step, held out",
+            "tokens_per_step",
+            {n: f"tree of {n}" for n in first["tokens_per_step"]},
+        ),
     )
     for axes, (title, name, lines) in zip(figure.subplots(1, 3), plots, strict=True):
         for key, label in lines.items():

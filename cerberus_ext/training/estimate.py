@@ -35,7 +35,7 @@ def state_estimate(run: Run) -> None:
     )
     say(memory_line(memory(run, max(sum(chunk.rows for chunk in window) for window in windows))))
     seconds = step_seconds(run)
-    line = f"  time about {duration(steps * seconds)} ({seconds:.3g} s a step, without measurements)"
+    line = f"  time about {duration(steps * seconds)} ({seconds:.3g} s per step, without measurements)"
     missing, source = missing_states(run), run.source
     if missing:
         rate = source.computed / source.seconds * run.processes.count if source.seconds else None

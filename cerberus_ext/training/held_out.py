@@ -13,7 +13,7 @@ from .positions import Positions
 
 DRAFTS = 16  # ranks that trees may use and that the stored accuracies cover
 TREE_SIZES = (16, 32, 64)
-BEST_SIZE = "32"  # the one whose tokens a step decide which heads a training run keeps
+BEST_SIZE = "32"  # the one whose tokens per step decide which heads a training run keeps
 STORED_PATHS = 127  # enough for a tree of 128 nodes
 ROWS = 256  # positions in one product: bounds the (ROWS, K, Vd) logits
 MAX_LINES = 512  # some 100 000 positions: a share has a standard error below 0.2 %

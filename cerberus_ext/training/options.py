@@ -53,14 +53,14 @@ class TrainOptions:
     init: str | None = option(None, "Trained heads to start from: a folder, a packaged name or a Hub id.")
 
     steps: int = option(4000, "Steps of AdamW.", 1)
-    batch: int = option(256, f"Positions a step, of all processes together; a multiple of {SEGMENT}.", 1)
+    batch: int = option(256, f"Positions per step, of all processes together; a multiple of {SEGMENT}.", 1)
     lr: float = option(5e-4, "Highest learning rate; then a cosine.")
     warmup: int = option(100, "Steps until the highest learning rate is reached.", 0)
     head_decay: float = 0.8
     clip: float = 1.0
     held_out: float = option(0.02, "Share of the answers, the last ones, that only measure.")
     eval_every: int = option(250, "Steps between measurements and checkpoints.", 1)
-    patience: int = option(0, "Stop after so many measurements without more tokens a step; 0: never.", 0)
+    patience: int = option(0, "Stop after so many measurements without more tokens per step; 0: never.", 0)
     memory: float = option(4.0, "GB of hidden states in memory.")
     cache: Path | None = option(None, "Folder to keep hidden states in. Default: they are computed when needed.")
     cache_size: float | None = option(None, "Most GB of hidden states in --cache. Default: no limit.")

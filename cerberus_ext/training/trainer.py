@@ -63,7 +63,7 @@ class Trainer(Run):
             for drawn in islice(self.windows.drawn(self.step), options.steps - self.step):
                 losses.append(self.train_step(drawn))
                 schedule.step()
-                best = {"best": f"{self.best:.2f} tokens a step"} if self.best > 0 else {}
+                best = {"best": f"{self.best:.2f} tokens per step"} if self.best > 0 else {}
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", **best, refresh=False)
                 bar.update()
                 if self.step % options.eval_every == 0 or self.step == options.steps:
@@ -90,8 +90,11 @@ class Trainer(Run):
         }
         self.curve.append(point)
         top1 = " ".join(f"{share:.3f}" for share in result.top1)
-        tokens = ", ".join(f"{value:.2f} ({size})" for size, value in result.tokens_per_step.items())
-        tqdm.write(f"step {self.step}: loss {loss:.3f}, top-1 {top1}, tokens a step (tree of) {tokens}")
+        sizes, values = ", ".join(result.tokens_per_step), " ".join(f"{n:.2f}" for n in result.tokens_per_step.values())
+        tqdm.write(
+            f"step {self.step}: loss {loss:.3f}; held out: top-1 of heads 1 to {len(result.top1)}: {top1};"
+            f" tokens per step with trees of {sizes} nodes: {values}"
+        )
         if result.tokens_per_step[BEST_SIZE] > self.best:
             self.best = result.tokens_per_step[BEST_SIZE]
             self.heads.config.paths = [list(path) for path in result.paths]

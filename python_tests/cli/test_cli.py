@@ -53,7 +53,7 @@ def test_generate_prints_the_answer_and_one_line(folders: tuple[str, str]) -> No
     assert result.exit_code == 0, result.output
     answer, line = result.stdout.strip().rsplit("\n", 1)
     assert answer
-    assert re.fullmatch(r"\[\d+ tokens, [\d.]+ tokens/s, [\d.]+ tokens a step\]", line)
+    assert re.fullmatch(r"\[\d+ tokens, [\d.]+ tokens/s, [\d.]+ tokens per step\]", line)
 
 
 def test_generate_compare_prints_a_speed_up(folders: tuple[str, str]) -> None:
@@ -73,7 +73,7 @@ def test_generate_compile(folders: tuple[str, str], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(compiled_step, "_compile_piece", lambda piece, examples, nodes: piece)
     plain, compiled = generate(folders, "w3 w4 w5"), generate(folders, "--compile", "w3 w4 w5")
     assert compiled.exit_code == 0, compiled.output
-    assert re.search(r"tokens a step; compiled in [\d.]+ s\]\n$", compiled.stdout)
+    assert re.search(r"tokens per step; compiled in [\d.]+ s\]\n$", compiled.stdout)
     assert compiled.stdout.splitlines()[0] == plain.stdout.splitlines()[0]
 
 
@@ -96,7 +96,7 @@ def test_generate_without_heads(folders: tuple[str, str]) -> None:
     assert alone.exit_code == neither.exit_code == 0, alone.output + neither.output
     assert alone.stdout.splitlines()[0] == neither.stdout.splitlines()[0]
     assert "same output" in alone.stdout and "same output" in neither.stdout
-    steps = [float(re.search(r"([\d.]+) tokens a step", one.stdout)[1]) for one in (alone, neither)]
+    steps = [float(re.search(r"([\d.]+) tokens per step", one.stdout)[1]) for one in (alone, neither)]
     assert steps[0] > 1.5 and steps[1] == 1
 
 

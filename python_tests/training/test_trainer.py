@@ -78,7 +78,7 @@ def test_training_learns_and_is_recorded(
     coverage = record["data"]["draft_vocab_coverage"]
     assert 0.5 < coverage["training"] < 1
     assert f"60 tokens cover {coverage['training']:.2%} of the training answers" in stated
-    assert re.search(r"memory about [\d.]+ MB: model .*\n  time about \d+ s \([\d.e-]+ s a step", stated)
+    assert re.search(r"memory about [\d.]+ MB: model .*\n  time about \d+ s \([\d.e-]+ s per step", stated)
     assert re.search(r"and \d+ s for the hidden states of \d+ tokens", stated)
 
 
@@ -90,7 +90,7 @@ def test_the_model_card_is_one_for_the_hub(tmp_path: Path, answers: Path, llama:
         "tags": ["speculative-decoding", "cerberus"],
     }  # fmt: skip
     assert "# Medusa-style heads for someone/tiny" in card.text
-    assert "| tokens a step |" in card.text
+    assert "| tokens per step |" in card.text
     assert f" {record['curve'][-1]['top1'][0]:.3f} |" in card.text
 
 
