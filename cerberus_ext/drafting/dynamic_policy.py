@@ -5,7 +5,7 @@
     Tree      the tree of one step; its nodes are tokens
 
 A node is as likely to be accepted as the product of the probabilities on its path says; the most likely nodes are
-taken, one after the other (csrc/host/draft_search.h), so that the first n nodes of a tree are the best tree of n nodes.
+taken, one after the other (csrc/search/draft_search.h), so that the first n nodes of a tree are the best of n nodes.
 """
 
 from __future__ import annotations
