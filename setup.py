@@ -31,6 +31,7 @@ REQUIREMENTS = [
     "gguf",
     "safetensors",
     "huggingface_hub>=1",
+    "jinja2",  # torch's own, too
     "matplotlib",
     "tqdm",
     "typer",

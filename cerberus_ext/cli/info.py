@@ -53,12 +53,12 @@ def model_section(model: PreTrainedModel) -> Section:
     Raises ValueError or TypeError where decode would refuse it.
     """
     from ..engine import checks  # these import transformers, which takes seconds
-    from ..runtime.capability import capability_of
+    from ..runtime.runtime import runtime_of
 
     checks.check_model(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # is shown below
-        capability = capability_of(model)
+        capability = runtime_of(model).capability()
     reasons = {"exact": capability.stats().inexact_because, "drafts": capability.no_drafts_because}
     return {
         "class": type(model).__name__,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..drafting.context_layer import check_has_anchor
+from ..io.checks import check_integer
 
 SEGMENT = 8  # consecutive positions drawn together: they share teacher rows, 8 + K - 1 instead of 8 * K
 DRAFT_VOCAB = 8192
@@ -28,7 +29,7 @@ class TrainOptions:
     head_decay   head k counts head_decay ** (k - 1) in the loss
     clip         largest norm of the gradient
 
-    Raises ValueError, naming the option, on values that no run can have.
+    Raises ValueError or TypeError, naming the option, on values that no run can have.
     """
 
     output: Path = field(metadata={"help": "Folder for the heads and their record; a killed run goes on from it."})
@@ -70,8 +71,8 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for each in fields(self):
             value, minimum = getattr(self, each.name), each.metadata.get("minimum")
-            if minimum is not None and value is not None and value < minimum:
-                raise ValueError(f"train: {each.name} must be >= {minimum}, got {value}")
+            if minimum is not None and value is not None:
+                check_integer(f"train: {each.name}", value, minimum)
         if self.batch % SEGMENT:
             raise ValueError(f"train: batch must be a positive multiple of {SEGMENT}, got {self.batch}")
         if self.cache_size is not None and self.cache is None:
