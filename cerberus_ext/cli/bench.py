@@ -8,19 +8,7 @@ from typing import Annotated
 import typer
 
 from .failures import fail, option
-from .shared import (
-    PACKAGED_HEADS,
-    Device,
-    DTypeName,
-    Heads,
-    Model,
-    Threads,
-    begin,
-    check_heads_named,
-    dtype_of,
-    load_heads,
-    load_target,
-)
+from .shared import PACKAGED_HEADS, Device, DTypeName, Heads, Model, Threads, load, load_heads
 
 TURNS = {"1": (1,), "2": (2,), "both": (1, 2)}
 
@@ -32,9 +20,7 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(help="Folder for results and report; a run that was stopped goes on from it.")
     ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Only makes the report of the results in this folder anew.")
-    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Only writes the report of this folder's results again.")] = None,
     model: Model = None,
     heads: Heads = None,
     medusa: Annotated[str | None, typer.Option(help="Medusa's heads, as `cerberus train --no-chained` makes.")] = None,
@@ -45,15 +31,11 @@ def bench(
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions, the first ones.")] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     rounds: Annotated[int, typer.Option(min=1, help="How often everything is run; the median counts.")] = 1,
-    tree_size: Annotated[
-        int | None, typer.Option(min=2, help="Nodes of all trees. Default: calibrated, or the device's default.")
-    ] = None,
+    tree_size: Annotated[int | None, typer.Option(min=2, help="Nodes of all trees. Default: the calibrated.")] = None,
     entropy_threshold: Annotated[
         float | None, typer.Option(help="Of the entropy gate. Default: calibrated, or the median of the first answers.")
     ] = None,
-    compile: Annotated[
-        bool, typer.Option(help="On a CPU: also the ways with compiled steps, compiled before anything is timed.")
-    ] = False,
+    compile: Annotated[bool, typer.Option(help="On a CPU: also the ways with compiled steps.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap intervals.")] = 0,
     dtype: DTypeName = None,
     device: Device = None,
@@ -66,23 +48,16 @@ def bench(
     if report is not None:
         if questions is not None or out is not None:
             fail("--report: it makes a report of what is measured already; give it alone")
-        from ..evaluation.evaluate import report as make_report
-
-        with option("--report"):
-            summary = make_report(report)
-        finish(summary, report)
-        return
+        return _report_again(report)
     if questions is None or out is None:
         fail("--questions FILE and --out DIR are needed, or --report DIR")
     if turns not in TURNS:
         fail(f"--turns must be one of {', '.join(TURNS)}, got {turns}")
-    check_heads_named(model, heads)
 
     from ..evaluation.evaluate import BenchOptions, begin_folder, evaluate
     from ..io.default_model import load_model
     from ..io.prompts import read_questions
 
-    begin(threads)
     with option("--questions"):
         asked = read_questions(questions, limit)
     options = BenchOptions(
@@ -91,15 +66,22 @@ def bench(
         entropy_threshold=entropy_threshold, seed=seed, compile=compile,
     )  # fmt: skip
     begin_folder(out)
-    base, tokenizer = load_target(model, dtype_of(dtype), device)
-    trained = load_heads(heads or PACKAGED_HEADS, base)
-    others = None if medusa is None else load_heads(medusa, base, "--medusa")
+    target, tokenizer, trained = load(model, heads, dtype, device, threads)
+    others = None if medusa is None else load_heads(medusa, target, "--medusa")
+    with option("--draft-model"):
+        draft = None if draft_model is None else load_model(draft_model, target.dtype, target.device)
     given = {"questions": questions, "model": model, "heads": heads or PACKAGED_HEADS, "medusa": medusa}
     names = {name: Path(value).name for name, value in {**given, "draft": draft_model}.items() if value is not None}
-    with option("--draft-model"):
-        draft = None if draft_model is None else load_model(draft_model, base.dtype, base.device)
-    summary = evaluate(base, tokenizer, trained, asked, out, options, names=names, medusa=others, draft=draft)
+    summary = evaluate(target, tokenizer, trained, asked, out, options, names=names, medusa=others, draft=draft)
     finish(summary, out)
+
+
+def _report_again(folder: Path) -> None:
+    from ..evaluation.evaluate import report
+
+    with option("--report"):
+        summary = report(folder)
+    finish(summary, folder)
 
 
 def finish(summary: dict, folder: Path) -> None:

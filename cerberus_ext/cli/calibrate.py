@@ -8,19 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .failures import fail, option
-from .shared import (
-    PACKAGED_HEADS,
-    Device,
-    DTypeName,
-    Heads,
-    Model,
-    Threads,
-    begin,
-    check_heads_named,
-    dtype_of,
-    load_heads,
-    load_target,
-)
+from .shared import Device, DTypeName, Heads, Model, Threads, load
 
 
 def calibrate(
@@ -56,42 +44,31 @@ def calibrate(
     About eight minutes for the default model on two cores. `cerberus generate` and `decode` use the result for the same
     device, dtype and number of threads; with --compile where steps are compiled, too.
     """
-    check_heads_named(model, heads)
-    changes: dict[str, Any] = {}
-    if sizes is not None:
-        changes["sizes"] = _integers("--sizes", sizes)
-    if contexts is not None:
-        changes["contexts"] = _integers("--contexts", contexts)
+    lists = {"sizes": _integers("--sizes", sizes), "contexts": _integers("--contexts", contexts)}
+    changes: dict[str, Any] = {name: value for name, value in lists.items() if value is not None}
 
     from ..calibration import calibrate as calibration
     from ..calibration import report
     from ..engine.calibration_store import place
     from ..io.prompts import read_questions
 
-    begin(threads)
     if prompts is not None:
         with option("--prompts"):
             changes["questions"] = read_questions(prompts)
     options = calibration.CalibrateOptions(
-        tokens=tokens,
-        new_tokens=new_tokens,
-        rounds=rounds,
-        validate=validate,
-        compile=compile,
-        output=output,
+        tokens=tokens, new_tokens=new_tokens, rounds=rounds, validate=validate, compile=compile, output=output,
         **changes,
-    )
+    )  # fmt: skip
     if output is not None:
         calibration.check_output(output)
-    base, tokenizer = load_target(model, dtype_of(dtype), device)
-    trained = load_heads(heads or PACKAGED_HEADS, base)
-    found = calibration.calibrate(base, trained, tokenizer, options)
-    typer.echo(report.text(found))
+    target, tokenizer, trained = load(model, heads, dtype, device, threads)
+    result = calibration.calibrate(target, trained, tokenizer, options)
+    typer.echo(report.text(result))
     typer.echo(f"stored in {place(trained)}")
 
 
-def _integers(name: str, text: str) -> list[int]:
+def _integers(name: str, text: str | None) -> list[int] | None:
     try:
-        return [int(part) for part in text.split(",")]
+        return None if text is None else [int(part) for part in text.split(",")]
     except ValueError:
         fail(f"{name} must be integers separated by commas, got {text!r}")

@@ -81,10 +81,10 @@ def _is_answer(error: BaseException) -> bool:
 
 def _with_option(text: str, commands: TyperGroup, ctx: Any) -> str:
     """Messages of the package name the argument of a function: here that is an option."""
-    found, command = ARGUMENT.match(text), commands.commands.get(ctx.invoked_subcommand or "")
-    for parameter in command.params if found and command else ():
-        if found and parameter.name == found[1] and parameter.opts[0].startswith("--"):
-            return parameter.opts[0] + text[found.start(2) :]
+    match, command = ARGUMENT.match(text), commands.commands.get(ctx.invoked_subcommand or "")
+    for parameter in command.params if match and command else ():
+        if match and parameter.name == match[1] and parameter.opts[0].startswith("--"):
+            return parameter.opts[0] + text[match.start(2) :]
     return text
 
 
@@ -97,7 +97,7 @@ def _close_stdout() -> None:
 def _is_of_stdout(error: Exception) -> bool:
     """Files have a name in our errors. Closes standard output where it was that."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-    found = isinstance(error, OSError) and error.filename is None and error.errno in full
-    if found:
+    of_stdout = isinstance(error, OSError) and error.filename is None and error.errno in full
+    if of_stdout:
         _close_stdout()
-    return found
+    return of_stdout

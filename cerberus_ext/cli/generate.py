@@ -7,23 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .failures import fail, option
-from .shared import (
-    NO_HEADS,
-    PACKAGED_HEADS,
-    Device,
-    DTypeName,
-    Model,
-    Threads,
-    begin,
-    check_heads_named,
-    dtype_of,
-    encode,
-    load_heads,
-    load_target,
-)
+from .failures import fail
+from .shared import NO_HEADS, Device, DTypeName, Model, Threads, load, load_target
 
 if TYPE_CHECKING:
+    from ..drafting.heads import CerberusHeads
     from ..evaluation.compare import Comparison
     from ..runtime.stats import DecodeOutput
 
@@ -57,43 +45,41 @@ def generate(
 ) -> None:
     """Answers PROMPT, streaming, then says how fast it was."""
     text = _read_prompt(prompt)
-    check_heads_named(model, heads)
     from transformers import TextStreamer
 
-    from ..drafting.dynamic_policy import DynamicPolicy
     from ..engine.decode import decode
+    from ..io.prompts import encode_chat
     from ..runtime.compiled_step import CompileError
 
-    begin(threads)
-    base, tokenizer = load_target(model, dtype_of(dtype), device)
-    trained = None if heads == NO_HEADS else load_heads(heads or PACKAGED_HEADS, base)
-    ids = encode(tokenizer, text, raw).to(base.device)
-    tree = None if tree_size is None else DynamicPolicy(tree_size)
-    proposers: list[Any] | None = None if suffix else []
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens, "tree": tree, "proposers": proposers, "compile": compile
-    }  # fmt: skip
+    trained: CerberusHeads | None = None
+    if heads == NO_HEADS:
+        target, tokenizer = load_target(model, dtype, device, threads)
+    else:
+        target, tokenizer, trained = load(model, heads, dtype, device, threads)
+    ids = (tokenizer(text, return_tensors="pt").input_ids if raw else encode_chat(tokenizer, [text])).to(target.device)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tree": tree_size, "compile": compile}
+    options["proposers"] = None if suffix else []
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
-        output = decode(base, trained, ids, streamer=streamer, **options)
+        output = decode(target, trained, ids, streamer=streamer, **options)
     except CompileError as error:
         fail(f"--compile: {error}", cause=error)
     comparison = None
     if compare:
         from ..evaluation.compare import compare_with_plain
 
-        comparison = compare_with_plain(base, trained, ids, **options)
+        comparison = compare_with_plain(target, trained, ids, **options)
     typer.echo(summary(output, comparison))
 
 
 def summary(output: DecodeOutput, comparison: Comparison | None) -> str:
-    """One line: tokens/s, tokens a step and, where it was measured, the speed-up over plain decoding.
+    """One line: tokens/s, tokens per step and, where it was measured, the speed-up over plain decoding.
 
     What the first answer waited for a compiler is said, too; it is in none of the speeds.
     """
     stats = output.stats
     speed = stats.tokens_per_second if comparison is None else comparison.tokens_per_second
-    line = f"[{stats.new_tokens} tokens, {speed:.1f} tokens/s, {stats.tokens_per_step:.2f} tokens a step"
+    line = f"[{stats.new_tokens} tokens, {speed:.1f} tokens/s, {stats.tokens_per_step:.2f} tokens per step"
     if comparison is not None:
         same = "same output" if comparison.same_output else "OUTPUT DIFFERS"
         line += (
@@ -105,20 +91,15 @@ def summary(output: DecodeOutput, comparison: Comparison | None) -> str:
     return line + "]"
 
 
-def decoded(text: bytes) -> str:
-    """UTF-8, whatever the locale says."""
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"must be UTF-8 text, got byte {text[error.start]:#04x} at {error.start}") from None
-
-
 def _read_prompt(prompt: str | None) -> str:
     if prompt is None:
         if sys.stdin.isatty():
             fail('no prompt: write cerberus generate "your question", or pipe it in')
-        with option("standard input"):
-            prompt = decoded(sys.stdin.buffer.read())
+        try:
+            prompt = sys.stdin.buffer.read().decode()  # UTF-8, whatever the locale says
+        except UnicodeDecodeError as error:
+            byte = f"{error.object[error.start]:#04x} at {error.start}"
+            fail(f"standard input: must be UTF-8 text, got byte {byte}", cause=error)
     try:
         prompt.encode()
     except UnicodeEncodeError:  # an argument of other bytes

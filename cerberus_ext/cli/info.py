@@ -1,12 +1,25 @@
-"""`cerberus info`: what is installed, and what can be done with a model."""
+"""`cerberus info`: versions, the libraries loaded, CPU features, CUDA; what can be done with a model."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+import platform
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import torch
 import typer
 
-from .shared import Device, DTypeName, Threads, begin, dtype_of, load_target
+from ..io.machine import cpu_features, cpu_name, package_version
+from ..ops import libraries
+from .shared import Device, DTypeName, Threads, load_target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Section = dict[str, str]  # label -> value
+PACKAGES = ("numpy", "transformers", "accelerate", "gguf", "safetensors", "huggingface_hub")
 
 
 def info(
@@ -19,11 +32,82 @@ def info(
     threads: Threads = None,
 ) -> None:
     """Versions, libraries loaded, CPU features, CUDA; and, with --model, what can be done with it."""
-    from .info_text import collect, model_section, print_sections
-
     sections = collect()
     if model is not None:
-        begin(threads)
-        base, _ = load_target(model, dtype_of(dtype), device)
-        sections["Model"] = model_section(base)
-    print_sections(sections)
+        sections["Model"] = model_section(load_target(model, dtype, device, threads)[0])
+    width = max(len(label) for section in sections.values() for label in section)
+    for title, section in sections.items():
+        typer.echo(title)
+        for label, value in section.items():
+            typer.echo(f"  {label:{width}}  {value}")
+
+
+def collect() -> dict[str, Section]:
+    """In the order in which to show them. Downloads nothing."""
+    return {"Versions": _versions(), "Libraries": _libraries(), "CPU": _cpu(), "CUDA": _cuda()}
+
+
+def model_section(model: PreTrainedModel) -> Section:
+    """What `decode` can do with a model. Runs a few of its steps, and generates nothing.
+
+    Raises ValueError or TypeError where decode would refuse it.
+    """
+    from ..engine import checks  # these import transformers, which takes seconds
+    from ..runtime.runtime import runtime_of
+
+    checks.check_model(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # is shown below
+        capability = runtime_of(model).capability()
+    reasons = {"exact": capability.stats().inexact_because, "drafts": capability.no_drafts_because}
+    return {
+        "class": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **{label: "yes" if because is None else f"no: {because}" for label, because in reasons.items()},
+    }
+
+
+def _versions() -> Section:
+    return {
+        "cerberus_ext": f"{package_version('cerberus_ext')} in {libraries.PACKAGE}",
+        "Python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__} in {Path(torch.__file__).parent}",
+        **{package: package_version(package) for package in PACKAGES},
+    }
+
+
+def _libraries() -> Section:
+    shown = {
+        library.name: f"loaded from {library.path}" if library.loaded else f"not loaded: {library.reason}"
+        for library in libraries.load_libraries()
+    }
+    record = libraries.build_record()
+    if record:
+        shown["built"] = "version {version} by {compiler} with torch {torch} on {system}".format(**record)
+    return shown
+
+
+def _cpu() -> Section:
+    return {
+        "processor": cpu_name(),
+        "cores": f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads",
+        "features": " ".join(cpu_features()) or "unknown",
+        "kernels": f"{torch.ops.cerberus_ext.cpu_isa()}, of {libraries.build_record().get('cpu_levels', 'unknown')}",
+    }
+
+
+def _cuda() -> Section:
+    record = libraries.build_record()
+    built = record.get("cuda", "unknown")
+    if built == "built":
+        built = f"nvcc {record['nvcc']} for {record['cuda_architectures']}"
+    count = torch.cuda.device_count()
+    shown = {
+        "torch": f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA",
+        "_cuda.so": built if record.get("nvcc") else f"not built: {built}",
+        "GPUs": str(count) if count else "none",
+    }
+    for index in range(count):
+        gpu = torch.cuda.get_device_properties(index)
+        shown[f"cuda:{index}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
+    return shown

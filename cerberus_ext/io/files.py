@@ -1,4 +1,4 @@
-"""Files that are whole or not there: everything is written beside its place and then moved into it."""
+"""Files: what is written is whole or not there, being moved into its place; what is read is named where it is wrong."""
 
 from __future__ import annotations
 
@@ -33,23 +33,15 @@ def whole(file: Path) -> Iterator[Path]:
         with partial.open("rb+") as written:
             os.fsync(written.fileno())  # some file systems find out only here that they are full
         partial.replace(file)
-    except SafetensorError as error:
-        raise _disk_error(error, file) from error
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise OSError(error.errno, os.strerror(error.errno), str(file)) from error
+    except (SafetensorError, OSError) as error:
+        reported = re.search(r"os error (\d+)", str(error))  # in safetensors' words
+        number = getattr(error, "errno", None) or (int(reported[1]) if reported else None)
+        if number is None:
+            raise OSError(f"{file}: {error}") from error
+        raise OSError(number, os.strerror(number), str(file)) from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-
-
-def _disk_error(error: SafetensorError, file: Path) -> OSError:
-    """safetensors wraps what the operating system says."""
-    number = re.search(r"os error (\d+)", str(error))
-    if number is None:
-        return OSError(f"{file}: {error}")
-    return OSError(int(number[1]), os.strerror(int(number[1])), str(file))
 
 
 def write_bytes(file: Path, content: bytes) -> None:
@@ -81,10 +73,30 @@ def remove_partial(folder: Path) -> None:
 def read_object(file: Path) -> dict[str, Any] | None:
     """The JSON object of a file, None where there is no such thing."""
     try:
-        found = json.loads(file.read_bytes())
+        value = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
+
+
+def read_json_lines(path: Path, what: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (where, value) for every line that is not blank; `where` names file and line, for messages.
+
+    what: put before it, "train: " say.
+    Raises ValueError, naming the line, where one is not JSON in UTF-8, OSError where the file cannot be read.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            text, where = line.strip(), f"{what}{path.name} line {number}"
+            if not text:
+                continue
+            try:
+                value = json.loads(text.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: must be UTF-8 text, got byte {text[error.start]:#04x}") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where}: must be JSON, got {text.decode()[:40]!r} ({error})") from None
+            yield where, value
 
 
 def check_writable(what: str, folder: Path, bytes_needed: int = 0) -> None:

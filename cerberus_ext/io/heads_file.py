@@ -52,12 +52,12 @@ def write_heads(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]
 def read_config(file: Path) -> dict[str, Any]:
     """Raises OSError where the file cannot be read, ValueError where it is no JSON object."""
     try:
-        found = json.loads(file.read_bytes())
+        value = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"it must be a JSON object, got {type(found).__name__}")
-    return found
+    if not isinstance(value, dict):
+        raise ValueError(f"it must be a JSON object, got {type(value).__name__}")
+    return value
 
 
 def read_tensors(file: Path, expected: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
@@ -80,23 +80,18 @@ def read_tensors(file: Path, expected: dict[str, Tensor], vocab_size: int) -> di
             raise ValueError(
                 f"{name} must be {tuple(parameter.shape)} by {CONFIG_FILE}, got {tuple(tensors[name].shape)} in {file}"
             )
-    _check_numbers("weight", tensors["weight"], tensors["weight"].dtype, file)  # the first: others follow its dtype
-    for name, tensor in tensors.items():
+    dtype = tensors["weight"].dtype
+    for name in ["weight", *tensors]:  # the others follow its dtype
         if name not in expected:
             raise ValueError(f"{file} has a tensor {name!r} that {CONFIG_FILE} does not provide for")
         if name == DRAFT_VOCAB:
-            _check_ids(tensor, vocab_size, file)
-        else:
-            _check_numbers(name, tensor, tensors["weight"].dtype, file)
+            _check_ids(tensors[name], vocab_size, file)
+        elif dtype not in DTYPES or tensors[name].dtype != dtype:
+            kinds = ", ".join(str(kind).removeprefix("torch.") for kind in DTYPES)
+            raise ValueError(f"{name} in {file} must be one of {kinds}, the same for all, got {tensors[name].dtype}")
+        elif not tensors[name].isfinite().all():
+            raise ValueError(f"{name} in {file} must be finite numbers, got NaN or infinity")
     return tensors
-
-
-def _check_numbers(name: str, tensor: Tensor, dtype: torch.dtype, file: Path) -> None:
-    kinds = ", ".join(str(kind).removeprefix("torch.") for kind in DTYPES)
-    if tensor.dtype not in DTYPES or tensor.dtype != dtype:
-        raise ValueError(f"{name} in {file} must be one of {kinds}, the same for all, got {tensor.dtype}")
-    if not tensor.isfinite().all():
-        raise ValueError(f"{name} in {file} must be finite numbers, got NaN or infinity")
 
 
 def _check_ids(ids: Tensor, vocab_size: int, file: Path) -> None:

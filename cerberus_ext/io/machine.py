@@ -18,14 +18,14 @@ _CPU_FEATURES = ["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx5
 
 def describe_machine(device: torch.device) -> dict[str, str]:
     """Label -> value: what the speed depends on."""
-    found = {
+    facts = {
         "processor": describe_processor(),
         "threads": str(torch.get_num_threads()),
         "kernels": torch.ops.cerberus_ext.cpu_isa(),
     }
     if device.type == "cuda":
-        found["GPU"] = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    return found
+        facts["GPU"] = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    return facts
 
 
 def describe_processor() -> str:
@@ -51,10 +51,10 @@ def commit(file: Path = Path(__file__)) -> str | None:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        found = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
     except OSError:
         return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
+    return result.stdout.strip() or None if result.returncode == 0 else None
 
 
 def cpu_name() -> str:

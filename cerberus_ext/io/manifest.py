@@ -12,7 +12,6 @@ from typing import Any
 from .files import read_object, sha256, write_json
 
 MANIFEST = "manifest.json"
-NEEDED = ("config.json", "model.safetensors", "tokenizer.json")  # of folders from before there were manifests
 
 
 def write_manifest(folder: Path) -> None:
@@ -28,28 +27,23 @@ def has_manifest(folder: Path) -> bool:
 
 
 def find_damage(folder: Path, contents: bool = False) -> str | None:
-    """What is wrong with the folder's files, None where nothing is. contents: read all of them."""
+    """What is wrong with the folder's files, None where nothing is or where it has no manifest. contents: read all."""
     if not folder.is_dir():
         return "it is no folder"
     if not has_manifest(folder):
-        return next((f"{name} is missing" for name in NEEDED if not (folder / name).is_file()), None)
+        return None  # loading it will tell
     try:
-        wanted = (read_object(folder / MANIFEST) or {})["files"]
-        return next(
-            (found for name, facts in wanted.items() if (found := _damage(folder / name, facts, contents))), None
-        )
+        for name, facts in (read_object(folder / MANIFEST) or {})["files"].items():
+            file = folder / name
+            if not file.is_file():
+                return f"{name} is missing"
+            status = file.stat()
+            if status.st_size != facts["size"]:
+                return f"{name} has {status.st_size} bytes of {facts['size']}"
+            if (contents or status.st_mtime_ns != facts["mtime_ns"]) and sha256([file]) != facts["sha256"]:
+                return f"{name} has another SHA-256"
     except (KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
-
-
-def _damage(file: Path, facts: dict[str, Any], contents: bool) -> str | None:
-    if not file.is_file():
-        return f"{file.name} is missing"
-    status = file.stat()
-    if status.st_size != facts["size"]:
-        return f"{file.name} has {status.st_size} bytes of {facts['size']}"
-    if (contents or status.st_mtime_ns != facts["mtime_ns"]) and sha256([file]) != facts["sha256"]:
-        return f"{file.name} has another SHA-256"
     return None

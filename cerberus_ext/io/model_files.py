@@ -32,9 +32,8 @@ def load_error(name: str | os.PathLike[str], error: Exception) -> OSError:
     if not folder.is_dir() and isinstance(error, OSError):
         return OSError(f"{name}: there is no such folder, and not on the Hub either: {reason}")
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        found = damage(file)
-        if found is not None:
-            return OSError(f"{file} is damaged ({found})")
+        if (problem := damage(file)) is not None:
+            return OSError(f"{file} is damaged ({problem})")
     return OSError(f"{name} cannot be loaded: {reason}")
 
 

@@ -9,20 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 from torch import nn
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
+from ..drafting.context_layer import attention_sizes
 from ..drafting.heads import output_matrix
 from ..io.files import sha256
 from ..io.prompts import Question, encode_chat, read_questions
-from ..io.transformers_names import cache_argument
 from ..target.model import position_limit
 from .answers import Answer
-from .estimate import duration, model_bytes, size
+from .estimate import duration, memory_line, model_bytes
 from .options import TrainOptions
 from .own_prompts import PromptWriter, prompt_writer
 from .processes import Processes
-from .sampler import ROOM, Text, write_texts
+from .sampler import Text, write_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,30 +37,26 @@ class AnswerWriter:
     questions: those of options.prompts; None: the model writes its own. shards: how many there are; None: no end.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: TrainOptions) -> None:
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, options: TrainOptions) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.prompts_in_shard = SHARD_BATCHES * options.rows
-        self.context = position_limit(model)  # type: ignore[arg-type]
+        self.context = position_limit(model)
         self.stop = end_tokens(model, tokenizer)
         self.questions: list[Question] | None = None
         self.shards: int | None = None
         self.own: PromptWriter | None = None
+        self.source = "prompts written by the model"
         if options.prompts is not None:
             try:
                 self.questions = read_questions(options.prompts)
             except ValueError as error:
                 raise ValueError(f"train: prompts: {error}") from None
             self.shards = -(-len(self.questions) // self.prompts_in_shard)
+            self.source = f"{len(self.questions)} questions of a file"
         else:
             begin = tokenizer.bos_token_id
             begin = begin if begin is not None else tokenizer.eos_token_id
             self.own = prompt_writer(tokenizer, self.stop, begin, self.context // 2)
-
-    @property
-    def source(self) -> str:
-        return (
-            "prompts written by the model" if self.questions is None else f"{len(self.questions)} questions of a file"
-        )
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for shards to belong together."""
@@ -76,37 +70,34 @@ class AnswerWriter:
             "prompts_sha256": sha256([self.options.prompts]) if self.options.prompts else None,
         }
 
-    def all_tokens(self, shards: int, tokens: int) -> int | None:
-        """Answer tokens there will be when every question is answered, going by those of some shards."""
-        return tokens * self.shards // shards if self.shards and shards else None
-
     def write(self, number: int, progress: Callable[[int], object]) -> list[Answer]:
         """Shard `number`, without answers of no use and without prompts that it has twice.
 
-        progress: called with the number of new tokens after every step of the answers.
+        progress: called with the number of new tokens at every step of the answers.
         """
         if self.shards is not None and number >= self.shards:
             return []
         draw = numpy.random.default_rng([self.options.seed, 3, number])
         answers: list[Answer] = []
         if self.questions is None:
-            self.answer(self.written_prompts(draw), draw, answers, progress)
+            self._answer(self._own_prompts(draw), draw, answers, progress)
             return answers
         start = number * self.prompts_in_shard
-        turns = [list(question.turns) for question in self.questions[start : start + self.prompts_in_shard]]
-        said: list[list[str]] = [[] for _ in turns]  # user and assistant taking turns, so far
-        for turn in range(max(len(texts) for texts in turns)):
-            asked = [row for row, texts in enumerate(turns) if len(texts) > turn and len(said[row]) == 2 * turn]
-            for row in asked:
-                said[row].append(turns[row][turn])
-            prompts = {row: encode_chat(self.tokenizer, said[row])[0].tolist() for row in asked}
-            for row, new in self.answer(prompts, draw, answers, progress).items():
+        turns = [question.turns for question in self.questions[start : start + self.prompts_in_shard]]
+        conversations: list[list[str]] = [[] for _ in turns]  # user and assistant taking turns, so far
+        for turn in range(max(map(len, turns))):
+            prompts = {}
+            for row, texts in enumerate(turns):
+                if len(texts) > turn and len(conversations[row]) == 2 * turn:
+                    conversations[row].append(texts[turn])
+                    prompts[row] = encode_chat(self.tokenizer, conversations[row])[0].tolist()
+            for row, new in self._answer(prompts, draw, answers, progress).items():
                 text: Any = self.tokenizer.decode(new, skip_special_tokens=True)
                 if text.strip():
-                    said[row].append(text)
+                    conversations[row].append(text)
         return answers
 
-    def written_prompts(self, draw: numpy.random.Generator) -> dict[int, list[int]]:
+    def _own_prompts(self, draw: numpy.random.Generator) -> dict[int, list[int]]:
         """The model's own prompts, by their number in the shard."""
         assert self.own is not None  # there are no questions
         texts = self.own.texts(self.prompts_in_shard, draw)
@@ -114,7 +105,7 @@ class AnswerWriter:
         prompts = {row: self.own.prompt(text) for row, text in enumerate(texts) if not degenerate(text.new)}
         return {row: prompt for row, prompt in prompts.items() if prompt}
 
-    def answer(
+    def _answer(
         self,
         prompts: dict[int, list[int]],
         draw: numpy.random.Generator,
@@ -126,10 +117,9 @@ class AnswerWriter:
         known = {tuple(answer.prompt) for answer in answers}
         texts: dict[int, Text] = {}
         for row, prompt in prompts.items():
-            room = min(self.options.max_new_tokens, self.context - len(prompt))
-            if room > 1 and tuple(prompt) not in known:
+            if len(prompt) + 1 < self.context and tuple(prompt) not in known:
                 known.add(tuple(prompt))
-                texts[row] = Text(prompt, TEMPERATURES[row % len(TEMPERATURES)], TOP_P, noise[row, :room])
+                texts[row] = Text(prompt, TEMPERATURES[row % len(TEMPERATURES)], TOP_P, noise[row])
         write_texts(self.model, list(texts.values()), self.stop, self.options.rows, progress)
         answers += [
             Answer(text.prompt, text.new, text.temperature) for text in texts.values() if not degenerate(text.new)
@@ -140,48 +130,35 @@ class AnswerWriter:
         """Prints, in the main process, the memory and the time that the stage will take."""
         if not processes.main:
             return
-        options = self.options
-        prompt = self.example_prompt()
-        steps: list[float] = []
-        texts = [Text(prompt, TEMPERATURES[-1], TOP_P, torch.full((PROBE_STEPS,), 0.5)) for _ in range(options.rows)]
-        write_texts(self.model, texts, frozenset(), options.rows, lambda count: steps.append(time.perf_counter()))
-        rate = (
-            options.rows
-            * processes.count
-            / sorted(b - a for a, b in zip(steps, steps[1:], strict=False))[len(steps) // 2]
-        )
-        tokens = options.rows * (len(prompt) + options.max_new_tokens + ROOM)
-        cached, model = tokens * self.bytes_per_token(), model_bytes(self.model)
-        logits = 3 * 4 * options.rows * len(output_matrix(self.model))
-        goal = f"{target} answer tokens" if target else f"answers to {len(self.questions or [])} questions"
-        processes.say(f"data: {goal}, {options.rows} answers at once, {self.source}")
-        processes.say(
-            f"  memory about {size(model + cached + logits)}: model {size(model)}, keys and values {size(cached)},"
-            f" logits {size(logits)}"
-        )
-        most = (
-            target - done if target else self.options.max_new_tokens * sum(len(q.turns) for q in self.questions or [])
-        )
+        rows, longest, questions = self.options.rows, self.options.max_new_tokens, self.questions or []
+        prompt, steps = self._example_prompt(), list[float]()
+        texts = [Text(prompt, TEMPERATURES[-1], TOP_P, torch.full((PROBE_STEPS,), 0.5)) for _ in range(rows)]
+        write_texts(self.model, texts, frozenset(), rows, lambda count: steps.append(time.perf_counter()))
+        seconds = sorted(numpy.diff(steps))[len(steps) // 2 - 1]  # the prompt is before the first
+        rate = rows * processes.count / seconds
+        lm_head, config = output_matrix(self.model), self.model.config.get_text_config()
+        _, kv_heads, size = attention_sizes(self.model)
+        cached = 2 * config.num_hidden_layers * kv_heads * size * lm_head.element_size()  # of a token
+        parts = {
+            "model": model_bytes(self.model),
+            "keys and values": rows * (len(prompt) + longest) * cached,
+            "logits": 3 * 4 * rows * len(lm_head),
+        }
+        goal = f"{target} answer tokens" if target else f"answers to {len(questions)} questions"
+        left = target - done if target else longest * sum(len(question.turns) for question in questions)
         bound = "about" if target else "at most"
+        processes.say(f"data: {goal}, {rows} answers at once, {self.source}")
+        processes.say(memory_line(parts))
         processes.say(
-            f"  time {bound} {duration(most / rate)} at {rate:.3g} tokens/s, a full batch's, without the prompts"
+            f"  time {bound} {duration(left / rate)} at {rate:.3g} tokens/s, a full batch's, without the prompts"
         )
 
-    def example_prompt(self) -> list[int]:
+    def _example_prompt(self) -> list[int]:
         """One about as long as they get."""
         if self.own is not None:
             return [self.own.prefix[0]] * min(self.own.longest, max(1, self.context - PROBE_STEPS))
         longest = max(self.questions or [], key=lambda question: len(question.turns[0]))
         return encode_chat(self.tokenizer, [longest.turns[0]])[0].tolist()[: self.context - PROBE_STEPS]
-
-    @torch.inference_mode()
-    def bytes_per_token(self) -> int:
-        """Of keys and values, in all layers."""
-        cache = Cache(layer_class_to_replicate=DynamicLayer)
-        ids = torch.zeros(1, 1, dtype=torch.int64, device=output_matrix(self.model).device)
-        self.model(input_ids=ids, use_cache=True, **{cache_argument(self.model): cache})
-        layers: list[Any] = cache.layers
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
 def degenerate(tokens: Sequence[int]) -> bool:
@@ -192,7 +169,6 @@ def degenerate(tokens: Sequence[int]) -> bool:
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens that end an answer: the model's and the tokenizer's."""
-    config = getattr(model, "generation_config", None)
-    ids = getattr(config, "eos_token_id", None)
-    found = ids if isinstance(ids, list) else [ids]
-    return frozenset(token for token in (*found, tokenizer.eos_token_id) if token is not None)
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = ids if isinstance(ids, list) else [ids]
+    return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..io.files import sha256
-from ..io.json_lines import read_json_lines
+from ..io.files import read_json_lines, sha256
 
 
 @dataclass

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..io.files import write_tensors
+from .output import CHECKPOINT_FILE, check_same
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
 OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -42,30 +40,16 @@ def load_checkpoint(
         return None
     try:
         with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-        found, progress = json.loads(metadata["identity"]), json.loads(metadata["progress"])
-        tensors = load_file(file)
-    except (SafetensorError, KeyError, ValueError) as error:
+            recorded, progress = (json.loads(opened.metadata()[key]) for key in ("identity", "progress"))
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"train: output: {file} is no checkpoint ({error}); remove it or choose another folder"
         ) from error
-    for key, expected in identity.items():
-        if found.get(key) != expected:
-            raise ValueError(
-                f"train: {key} must be {found.get(key)} to continue {CHECKPOINT_FILE} of the output, got {expected};"
-                " remove the file or choose another output folder"
-            )
+    remedy = "remove the file or choose another output folder"
+    check_same(recorded, identity, f"continue {CHECKPOINT_FILE} of the output", remedy)
     for name, parameter in heads.named_parameters():
         parameter.data.copy_(tensors[name])
         state = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in OPTIMIZER_STATE[:2]}
         optimizer.state[parameter] = {**state, "step": tensors[f"{name}.step"]}  # AdamW counts on the host
     return progress
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    """16 hex digits of the tensors' exact values."""
-    sums = hashlib.sha256()
-    for name in sorted(tensors):
-        sums.update(name.encode())
-        sums.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return sums.hexdigest()[:16]

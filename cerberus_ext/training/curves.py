@@ -9,26 +9,27 @@ from ..io.files import whole
 
 
 def draw_curves(curve: list[dict[str, Any]], file: Path) -> None:
-    """Loss, top-1 of every head and tokens a step over the steps, beside each other, as PNG. See `Trainer.measure`."""
+    """Loss, top-1 of every head and tokens per step, beside each other, as PNG. curve: see `Trainer.measure`."""
     from matplotlib.figure import Figure
 
-    steps = [point["step"] for point in curve]
     figure = Figure(figsize=(13, 3.8), layout="constrained")
-    loss, top1, tokens = figure.subplots(1, 3)
-    loss.plot(steps, [point["loss"] for point in curve], marker=".")
-    loss.set_title("Training loss since the measurement before")
-    for head in range(len(curve[0]["top1"]) if curve else 0):
-        top1.plot(steps, [point["top1"][head] for point in curve], marker=".", label=f"head {head + 1}")
-    top1.set_title("Held-out top-1")
-    for nodes in curve[0]["tokens_per_step"] if curve else []:
-        values = [point["tokens_per_step"][nodes] for point in curve]
-        tokens.plot(steps, values, marker=".", label=f"tree of {nodes}")
-    tokens.set_title("Simulated tokens a step, held out")
-    for axes in (loss, top1, tokens):
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-    for axes in (top1, tokens):
-        if curve:
+    first: dict[str, Any] = curve[0] if curve else {"top1": [], "tokens_per_step": {}}
+    plots: tuple[tuple[str, str, dict[Any, Any]], ...] = (
+        ("Training loss since the measurement before", "loss", {None: None}),
+        ("Held-out top-1", "top1", {head: f"head {head + 1}" for head in range(len(first["top1"]))}),
+        (
+            "Simulated tokens per step, held out",
+            "tokens_per_step",
+            {n: f"tree of {n}" for n in first["tokens_per_step"]},
+        ),
+    )
+    for axes, (title, name, lines) in zip(figure.subplots(1, 3), plots, strict=True):
+        for key, label in lines.items():
+            values = [point[name] if key is None else point[name][key] for point in curve]
+            axes.plot([point["step"] for point in curve], values, marker=".", label=label)
+        if any(lines.values()):
             axes.legend()
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
     with whole(file) as partial:
         figure.savefig(partial, format="png", dpi=100)

@@ -1,12 +1,13 @@
-"""What one training step computes: the heads with a gradient, the loss, the learning rate."""
+"""What one training step computes: context layer and heads with a gradient, and the loss."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..drafting.context_layer import ContextLayer, rotate
+from .batch import Reach
 
 
 def head_states(hidden: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -28,6 +29,31 @@ def head_states(hidden: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor, dt
         update = torch.bmm(inputs.to(dtype), weight[layer].transpose(1, 2)).float()
         states = states + F.silu(update + bias[layer, :, None])
     return states
+
+
+def context_states(layer: ContextLayer, reach: Reach, anchor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the heads read, (S * G, D) float32: `BoundContext.read` with a gradient, for any positions.
+
+    anchor (R, D) float32, of the reach's tokens. dtype: of the products.
+
+    No gradient flows to the anchor: its scale is one number, which the heads themselves learn.
+    """
+    heads, kv_heads, size = layer.sizes
+    segments, width, _ = reach.sees.shape
+    hidden, anchor = reach.hidden.float(), anchor.detach()
+    pairs = torch.cat([hidden, anchor], -1).to(dtype)
+    of_queries, of_keys = layer.qkv.to(dtype).split([heads * size, 2 * kv_heads * size])
+    q = (pairs[reach.queries] @ of_queries.T).float().view(-1, heads, size)
+    keys, values = (pairs @ of_keys.T).float().view(-1, 2, kv_heads, size).unbind(1)
+    q = rotate(q, reach.offsets[reach.queries]).view(segments, width, heads, size)
+    keys, values = (part[reach.columns].transpose(1, 2) for part in (rotate(keys, reach.offsets), values))
+    attended = F.scaled_dot_product_attention(
+        q.transpose(1, 2), keys, values, attn_mask=reach.sees[:, None], scale=size**-0.5, enable_gqa=True
+    )  # (S, Hq, G, E)
+    attended = attended.transpose(1, 2).reshape(segments * width, heads * size)
+    state = hidden[reach.queries] + (attended.to(dtype) @ layer.output.to(dtype).T).float()
+    inputs = torch.cat([state, anchor[reach.queries]], -1)
+    return state + F.silu((inputs.to(dtype) @ layer.mixer.to(dtype).T).float() + layer.bias)
 
 
 @torch.no_grad()
@@ -69,16 +95,3 @@ def distillation(
 def counted(left: Tensor, heads: int) -> Tensor:
     """How many positions each head can be measured at, (heads,) int64, from their `left`, of any shape."""
     return (left.flatten()[:, None] > torch.arange(heads, device=left.device)).sum(0)
-
-
-def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Linear warmup to `peak`, then a cosine that ends at zero."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def frequent_tokens(tokens: Tensor, count: int, vocab_size: int) -> Tensor:
-    """The `count` most frequent ids of `tokens`, ascending; ties and the never seen go to the lowest ids."""
-    order = torch.bincount(tokens, minlength=vocab_size).sort(descending=True, stable=True).indices
-    return order[:count].sort().values

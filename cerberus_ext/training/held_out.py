@@ -13,7 +13,7 @@ from .positions import Positions
 
 DRAFTS = 16  # ranks that trees may use and that the stored accuracies cover
 TREE_SIZES = (16, 32, 64)
-BEST_SIZE = "32"  # the one whose tokens a step decide which heads a training run keeps
+BEST_SIZE = "32"  # the one whose tokens per step decide which heads a training run keeps
 STORED_PATHS = 127  # enough for a tree of 128 nodes
 ROWS = 256  # positions in one product: bounds the (ROWS, K, Vd) logits
 MAX_LINES = 512  # some 100 000 positions: a share has a standard error below 0.2 %
@@ -85,8 +85,8 @@ class HeldOut:
             choices = self.chosen[later], self.tokens[later]
             for tokens, results in zip(choices, (chosen, text), strict=True):
                 index = self.draft_index[tokens]
-                found = logits.gather(-1, index.clamp(min=0)[..., None].to(logits.device))
-                results.append(torch.where(inside & (index >= 0), (logits > found).sum(-1).cpu(), ABSENT))
+                scores = logits.gather(-1, index.clamp(min=0)[..., None].to(logits.device))
+                results.append(torch.where(inside & (index >= 0), (logits > scores).sum(-1).cpu(), ABSENT))
         return torch.cat(chosen), torch.cat(text)
 
     def texts(self, ranks: Tensor) -> list[list[list[int]]]:

@@ -7,10 +7,11 @@ one, and its row is zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..drafting.heads import output_matrix
 from .answers import Answer
@@ -19,32 +20,26 @@ FORWARD_TOKENS = 2048  # tokens, padding included, in one forward: enough rows f
 
 
 @torch.inference_mode()
-def hidden_states(model: nn.Module, lines: Sequence[Answer], prompts: bool = False) -> Iterator[Tensor]:
-    """The states (len(answer), D) bfloat16, on the CPU, of every line, in order; like lengths share a forward.
+def hidden_states(
+    model: nn.Module, lines: Sequence[Answer], prompts: bool = False, progress: Callable[[int], object] = int
+) -> Tensor:
+    """The states of all lines, one after the other, (their answers' tokens, D) bfloat16, on the CPU.
 
-    With `prompts`: (len(prompt) + len(answer), D).
+    With `prompts`: (all of their tokens, D). progress: called with numbers of rows that were computed.
     """
     device = output_matrix(model).device
-    results: list[Tensor | None] = [None] * len(lines)
-    ready = 0
+    results: dict[int, Tensor] = {}
     for batch in batches_by_length(lines):
-        width = max(len(lines[index]) for index in batch) - 1
-        ids = torch.zeros(len(batch), width, dtype=torch.int64)
-        for row, index in enumerate(batch):
-            text = [*lines[index].prompt, *lines[index].answer[:-1]]
-            ids[row, : len(text)] = torch.tensor(text)
+        texts = [torch.tensor([*lines[index].prompt, *lines[index].answer[:-1]]) for index in batch]
         # Padding stands on the right of a causal model, so nothing sees it and no mask is needed.
-        states = model.base_model(ids.to(device), use_cache=False).last_hidden_state  # type: ignore[operator]
+        ids = pad_sequence(texts, batch_first=True).to(device)
+        states = model.base_model(ids, use_cache=False).last_hidden_state  # type: ignore[operator]
         for row, index in enumerate(batch):
             first = 0 if prompts else len(lines[index].prompt) - 1
-            rows = states[row, first : len(lines[index]) - 1]
-            if prompts:
-                rows = torch.cat([torch.zeros_like(rows[:1]), rows])
-            results[index] = rows.to("cpu", torch.bfloat16, copy=True)
-        while ready < len(lines) and (found := results[ready]) is not None:
-            yield found
-            results[ready] = None
-            ready += 1
+            rows = states[row, first : len(lines[index]) - 1].to("cpu", torch.bfloat16, copy=True)
+            results[index] = torch.cat([torch.zeros_like(rows[:1]), rows]) if prompts else rows
+            progress(len(results[index]))
+    return torch.cat([results[index] for index in range(len(lines))])
 
 
 def batches_by_length(lines: Sequence[Answer]) -> Iterator[list[int]]:

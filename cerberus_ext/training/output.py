@@ -1,7 +1,7 @@
 """The output folder of a training run: nothing in it is written over that no such run has made.
 
-A run begins with its record, training.json, so a folder that has one is of such a run. Without it, none of the names
-that a run writes may be there.
+A run begins with its record, training.json, so a folder that has one with `made_by` is of such a run. Without it, none
+of the names that a run writes may be there.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from torch import nn
 from ..drafting.heads import CerberusConfig, CerberusHeads
 from ..io.files import check_writable, read_object, remove_partial, write_json
 from ..io.heads_file import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
-from .checkpoint import CHECKPOINT_FILE
 from .options import TrainOptions
-from .record import CURVES_FILE, MADE_BY, RECORD_FILE
-from .self_distill import FOLDER, RECORD
 
-NAMES = (RECORD_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, CURVES_FILE, CHECKPOINT_FILE, FOLDER)
-FAILED = "failed-step-*.safetensors"
+RECORD_FILE, CURVES_FILE, CHECKPOINT_FILE = "training.json", "curves.png", "checkpoint.safetensors"
+DATA_FOLDER = "data"
+MADE_BY = "cerberus train"  # in the record: marks the folder as a run's
+NAMES = (RECORD_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, CURVES_FILE, CHECKPOINT_FILE, DATA_FOLDER)
 
 
 def check_output(options: TrainOptions, model: str | None) -> None:
@@ -36,14 +35,14 @@ def check_output(options: TrainOptions, model: str | None) -> None:
     for name, given in (("model", model), ("init", options.init), ("data", options.data), ("prompts", options.prompts)):
         if given is not None and Path(given).exists():
             _check_input(folder, name, Path(given), options)
-    if options.cache is not None and options.cache.resolve() == folder / FOLDER:
+    if options.cache is not None and options.cache.resolve() == folder / DATA_FOLDER:
         raise ValueError(f"train: cache: {options.cache} is where the run writes its answers; choose another folder")
-    if not _is_ours(folder):
-        there = [folder / name for name in NAMES if (folder / name).exists()]
-        for file in [*there, *sorted(folder.glob(FAILED))]:
-            raise ValueError(
-                f"train: output: {file} is there already, and was not made by cerberus train; choose another folder"
-            )
+    if (read_object(folder / RECORD_FILE) or {}).get("made_by") != MADE_BY:
+        for file in (folder / name for name in NAMES):
+            if file.exists():
+                raise ValueError(
+                    f"train: output: {file} is there already, and was not made by cerberus train; choose another folder"
+                )
     check_writable("train: output", options.output)
 
 
@@ -60,25 +59,20 @@ def begin_output(options: TrainOptions, model: nn.Module, config: CerberusConfig
         write_json(options.output / RECORD_FILE, {"made_by": MADE_BY})
 
 
+def check_same(recorded: dict[str, Any], identity: dict[str, Any], use: str, remedy: str) -> None:
+    """Raises ValueError, naming what differs, where `recorded`, of an earlier run, is not of this one's identity."""
+    for key, expected in identity.items():
+        if recorded.get(key) != expected:
+            raise ValueError(f"train: {key} must be {recorded.get(key)} to {use}, got {expected}; {remedy}")
+
+
 def _check_input(folder: Path, name: str, given: Path, options: TrainOptions) -> None:
     """What is read may lie in the output folder, but not be it, nor be among what is written there."""
-    found = given.resolve()
-    if name in ("model", "init") and found == folder:
+    path = given.resolve()
+    if name in ("model", "init") and path == folder:
         raise ValueError(
             f"train: output: {options.output} is the folder of --{name}, whose files would be written over"
         )
-    written = [folder / one for one in NAMES if one != FOLDER or options.data is None]
-    for file in written:
-        if found == file or file in found.parents:
+    for file in (folder / written for written in NAMES if written != DATA_FOLDER or options.data is None):
+        if file in (path, *path.parents):
             raise ValueError(f"train: output: {file} is written there, and --{name} is {given}; choose another folder")
-
-
-def _is_ours(folder: Path) -> bool:
-    """Runs of earlier versions have no mark, but their records are like no others."""
-    record: dict[str, Any] = read_object(folder / RECORD_FILE) or {}
-    if record.get("made_by") == MADE_BY or {"options", "curve", "kept_step"} <= record.keys():
-        return True
-    answers = read_object(folder / FOLDER / RECORD) or {}
-    return (
-        "model_fingerprint" in answers and not (folder / RECORD_FILE).exists() and not (folder / CONFIG_FILE).exists()
-    )

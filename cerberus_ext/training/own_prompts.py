@@ -1,4 +1,4 @@
-"""Prompts that a model writes itself: what its user would say, or, for a target model, the beginning of a text."""
+"""Prompts that a model writes itself: what its user would say, or, without a chat template, the beginning of a text."""
 
 from __future__ import annotations
 
@@ -39,9 +39,8 @@ class PromptWriter:
     def texts(self, count: int, draw: numpy.random.Generator) -> list[Text]:
         """Prompts to be written, for `write_texts`."""
         longest = self.longest - len(self.prefix)
-        lengths = [longest] * count
-        if not self.chat:
-            lengths = draw.integers(min(BEGINNING[0], longest), longest, count, endpoint=True).tolist()
+        shortest = longest if self.chat else min(BEGINNING[0], longest)
+        lengths = draw.integers(shortest, longest, count, endpoint=True).tolist()
         noise = torch.from_numpy(draw.random((count, longest), dtype=numpy.float32))
         return [Text(self.prefix, TEMPERATURE, TOP_P, row[:length]) for row, length in zip(noise, lengths, strict=True)]
 
@@ -62,8 +61,8 @@ def prompt_writer(
 ) -> PromptWriter:
     """For a tokenizer with or without a chat template.
 
-    stop: tokens that end the model's answers. begin: the token that begins a text, None where there is none. room: most
-    tokens of a prompt, with all of the template.
+    stop: tokens that end the model's answers. begin: the token that begins a text, None where there is none. room:
+    tokens that a prompt may have at most, with all of the template.
     Raises ValueError where the template hides what the user says, where nothing can be put before a prompt, or where
     there is no room for one.
     """
@@ -75,17 +74,16 @@ def prompt_writer(
         [{"role": "user", "content": MARKER}], tokenize=False, add_generation_prompt=True
     )
     before, found, after = shown.partition(MARKER)
-    prefix = tokenizer(before, add_special_tokens=False).input_ids
+    prefix, end = (list(tokenizer(part, add_special_tokens=False).input_ids) for part in (before, after))
     if not found or not prefix:
         raise ValueError(
             "train: prompts must be given for a model whose chat template has nothing before the user's text"
         )
-    end = tokenizer(after, add_special_tokens=False).input_ids
-    room -= len(end)
-    if len(prefix) >= room:
-        around = len(prefix) + len(end)
+    around = len(prefix) + len(end)
+    if around >= room:
         raise ValueError(f"train: the model must have room for a prompt beside {around} tokens of its chat template")
     suffix = after.strip()
     if end and end[0] in tokenizer.added_tokens_decoder:
         stop, suffix = stop | {end[0]}, ""
-    return PromptWriter(tokenizer, list(prefix), stop, suffix, True, min(room, len(prefix) + CHAT_TOKENS))
+    longest = min(room - len(end), len(prefix) + CHAT_TOKENS)
+    return PromptWriter(tokenizer, prefix, stop, suffix, chat=True, longest=longest)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -25,21 +24,18 @@ class Processes:
     Every method but `say` is collective where there are several: all of them call it, in the same order.
     """
 
-    def __init__(self) -> None:
-        self.index, self.count = 0, 1
-        self.joined = False
+    index, count, joined = 0, 1, False
 
     def __enter__(self) -> Processes:
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # Both, since hidden states are sent from memory and gradients from the device: accelerate has only one.
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
             self.joined = True
         if dist.is_initialized():
             self.index, self.count = dist.get_rank(), dist.get_world_size()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self.joined:
             dist.destroy_process_group()
 
@@ -79,8 +75,7 @@ class Processes:
 
     def gather(self, value: T) -> list[T]:
         """Every process's value, in their order, in the main process; elsewhere nothing."""
-        if self.count == 1:
-            return [value]
-        values: list[Any] = [None] * self.count
-        dist.gather_object(value, values if self.main else None)
+        values: list[Any] = [value] * self.count
+        if self.count > 1:
+            dist.gather_object(value, values if self.main else None)
         return values if self.main else []

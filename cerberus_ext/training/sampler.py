@@ -1,7 +1,7 @@
-"""Texts written by a model in batches, with a key/value cache of their own.
+"""Texts written by a model in batches, with transformers' `generate`.
 
 What a text becomes depends on its prompt and its own random numbers alone (up to the rounding of products of another
-size), so that it may be written in any company. A finished text leaves the batch.
+size), so that it may be written in any company.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LogitsProcessor
 
-from ..io.transformers_names import cache_argument
+from ..target.model import position_limit
 
-ROOM = 128  # tokens by which the cache grows
 LIKELY = 256  # tokens that are sorted first; where they have less than top_p of the mass, all are
-FINISHED = 0.25  # share of the batch from which on it is worth a copy of the cache to leave the finished texts out
 
 
 @dataclass
@@ -37,102 +35,57 @@ class Text:
     noise: Tensor
     new: list[int] = field(default_factory=list)
 
-    def finished(self, stop: frozenset[int]) -> bool:
-        return len(self.new) == len(self.noise) or bool(self.new) and self.new[-1] in stop
+
+class Draws(LogitsProcessor):
+    """Makes the token that a text's noise draws the most likely one, for a greedy `generate`."""
+
+    def __init__(self, batch: list[Text], width: int, stop: Tensor, progress: Callable[[int], object]) -> None:
+        self.width, self.stop, self.progress, device = width, stop, progress, stop.device
+        self.limits = torch.tensor([len(text.noise) for text in batch], device=device)
+        self.rows = torch.tensor([row for row, text in enumerate(batch) if text.temperature > 0], device=device)
+        drawn = [text for text in batch if text.temperature > 0]
+        self.temperature = torch.tensor([[text.temperature] for text in drawn], device=device)
+        self.top_p = torch.tensor([text.top_p for text in drawn], device=device)
+        self.noise = pad_sequence([text.noise for text in drawn], batch_first=True).to(device) if drawn else None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        done = input_ids.shape[1] - self.width
+        going = (self.limits > done) & ~torch.isin(input_ids[:, self.width :], self.stop).any(-1)
+        self.progress(int(going.sum()))
+        if self.noise is not None:
+            noise = self.noise[:, min(done, self.noise.shape[1] - 1)]
+            scores[self.rows, draw(scores[self.rows] / self.temperature, self.top_p, noise)] = torch.inf
+        return scores
 
 
-class RoomyLayer(DynamicLayer):
-    """A layer of a cache with room for more tokens than it has, so that most steps copy nothing."""
-
-    key_room: Tensor | None = None
-    value_room: Tensor | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
-        length = self.get_seq_length()
-        self.key_room, self.keys = appended(self.key_room, self.keys, length, key_states)
-        self.value_room, self.values = appended(self.value_room, self.values, length, value_states)
-        return self.keys, self.values
-
-
-def appended(room: Tensor | None, held: Tensor, length: int, new: Tensor) -> tuple[Tensor, Tensor]:
-    """Puts new (B, H, N, E) behind held (B, H, length, E), a view of `room` unless rows were selected.
-
-    Returns the room, which may be another one, and the view of it that holds both.
-    """
-    end = length + new.shape[-2]
-    if room is None or held.data_ptr() != room.data_ptr() or end > room.shape[-2]:
-        room = new.new_empty(*new.shape[:-2], end + ROOM, new.shape[-1])
-        if length:
-            room[..., :length, :] = held
-    room[..., length:end, :] = new
-    return room, room[..., :end, :]
-
-
-@torch.inference_mode()
 def write_texts(
     model: Any, texts: Sequence[Text], stop: frozenset[int], rows: int, progress: Callable[[int], object]
 ) -> None:
     """Fills in `new` of every text: until a token of `stop`, or as long as there is noise. At most `rows` at a time.
 
-    model: a transformers causal LM. progress: called with the number of tokens of every step.
+    model: a transformers causal LM; where a text would be longer than it can read, it ends. What its generation_config
+    says of greedy texts, a repetition penalty say, applies.
+    progress: called at every step with the number of tokens that are about to be written.
     """
+    device = model.get_input_embeddings().weight.device
     order = sorted(texts, key=lambda text: len(text.prompt))  # like lengths: little padding
     for start in range(0, len(order), rows):
-        write_batch(model, order[start : start + rows], stop, progress)
-
-
-def write_batch(model: Any, batch: list[Text], stop: frozenset[int], progress: Callable[[int], object]) -> None:
-    device = model.get_input_embeddings().weight.device
-    width = max(len(text.prompt) for text in batch)
-    ids = torch.zeros(len(batch), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(batch):  # padded on the left: every text's next token is in the last column
-        ids[row, width - len(text.prompt) :] = torch.tensor(text.prompt)
-        mask[row, width - len(text.prompt) :] = 1
-    ids, mask = ids.to(device), mask.to(device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = Cache(layer_class_to_replicate=RoomyLayer)
-    while True:
-        logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
-            **{cache_argument(model): cache},
-        ).logits[:, -1]  # fmt: skip
-        written = 0
-        for text, token in zip(batch, choose(logits.float(), batch), strict=True):
-            if not text.finished(stop):
-                text.new.append(token)
-                written += 1
-        progress(written)
-        going = [row for row, text in enumerate(batch) if not text.finished(stop)]
-        if not going:
-            return
-        positions = positions[:, -1:]
-        if len(going) <= len(batch) * (1 - FINISHED):
-            batch = [batch[row] for row in going]
-            kept = torch.tensor(going, device=device)
-            cache.batch_select_indices(kept)
-            mask, positions = mask[kept], positions[kept]
-        ids = torch.tensor([[text.new[-1]] for text in batch], device=device)
-        mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=-1)
-        positions = positions + 1
-
-
-def choose(logits: Tensor, batch: list[Text]) -> list[int]:
-    """The next token of every text, from logits (B, V) float32; of a finished text, any."""
-    tokens = logits.argmax(-1)
-    rows = [row for row, text in enumerate(batch) if text.temperature > 0]
-    if not rows:
-        return tokens.tolist()
-    device = logits.device
-    temperature = torch.tensor([batch[row].temperature for row in rows], device=device)
-    top_p = torch.tensor([batch[row].top_p for row in rows], device=device)
-    noise = torch.stack([batch[row].noise[min(len(batch[row].new), len(batch[row].noise) - 1)] for row in rows])
-    index = torch.tensor(rows, device=device)
-    tokens[index] = draw(logits[index] / temperature[:, None], top_p, noise.to(device))
-    return tokens.tolist()
+        batch = order[start : start + rows]
+        prompts = [torch.tensor(text.prompt, dtype=torch.int64) for text in batch]
+        ids, mask = (
+            pad_sequence(part, batch_first=True, padding_side="left").to(device)
+            for part in (prompts, [torch.ones_like(prompt) for prompt in prompts])
+        )
+        width = ids.shape[1]
+        limit = min(max(len(text.noise) for text in batch), position_limit(model) - width)
+        draws = Draws(batch, width, torch.tensor(sorted(stop), dtype=torch.int64, device=device), progress)
+        written = model.generate(
+            ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, num_beams=1, pad_token_id=0,
+            eos_token_id=sorted(stop) or None, logits_processor=[draws],
+        )[:, width:]  # fmt: skip
+        for text, tokens in zip(batch, written.tolist(), strict=True):
+            tokens = tokens[: len(text.noise)]
+            text.new = tokens[: next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))]
 
 
 def draw(logits: Tensor, top_p: Tensor, noise: Tensor) -> Tensor:

@@ -7,9 +7,6 @@ several processes, which write different shards' answers at the same time.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from array import array
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +14,18 @@ from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..drafting.heads import fingerprint, output_matrix
-from ..io.files import remove_partial, write_json, write_text
+from ..io.files import read_object, remove_partial, write_json, write_text
 from ..target.model import position_limit
 from .answer_writer import AnswerWriter
 from .answers import Answer, Answers, parse_answers, read_answers
 from .options import TrainOptions
-from .positions import answer_tokens
+from .output import DATA_FOLDER, check_same
 from .processes import Processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FOLDER, RECORD = "data", "data.json"
+RECORD = "data.json"
 OWN_TOKENS = 1_000_000  # answer tokens, where neither a number nor questions are given
 BARREN = 8  # shards in a row without an answer of use, after which there is no hope
 
@@ -58,107 +55,84 @@ def load_data(
         raise ValueError("train: tokenizer must be given unless data is")
     stage = SelfDistillation(model, AnswerWriter(model, tokenizer, options), options, processes)
     stage.run()
-    files = stage.files
-    return processes.from_main(lambda: read_answers(files, vocab_size)), stage.describe()
+    made = {"source": stage.writer.source, **stage.writer.identity(), "shards": stage.next}
+    files = [stage.file(number) for number in range(stage.next)]
+    return processes.from_main(lambda: read_answers(files, vocab_size)), made
 
 
 class SelfDistillation:
     """The stage's progress. tokens, answers: in the shards so far; next: the first shard that is not there."""
 
     def __init__(self, model: nn.Module, writer: AnswerWriter, options: TrainOptions, processes: Processes) -> None:
-        self.model, self.writer, self.options, self.processes = model, writer, options, processes
-        self.folder = options.output / FOLDER
-        self.target = options.tokens
-        if self.target is None and writer.questions is None:
-            self.target = OWN_TOKENS
-        self.seen: set[bytes] = set()
+        self.model, self.writer, self.processes = model, writer, processes
+        self.folder = options.output / DATA_FOLDER
+        self.target = OWN_TOKENS if options.tokens is None and writer.questions is None else options.tokens
+        self.seen: set[tuple[int, ...]] = set()  # prompts
         self.next = self.tokens = self.answers = self.barren = 0
-
-    @property
-    def files(self) -> list[Path]:
-        return [self.file(number) for number in range(self.next)]
 
     def file(self, number: int) -> Path:
         return self.folder / f"answers-{number:05d}.jsonl"
 
     def run(self) -> None:
         """Writes shards until there is enough, or until every question is answered."""
-        self.processes.from_main(self.count_shards)
-        if self.processes.from_main(self.enough):
-            self.next = self.processes.from_main(lambda: self.next)
-            return
-        if self.processes.main and self.next:
-            self.processes.say(f"data: going on after {self.answers} answers, {self.tokens} tokens")
-        self.writer.state_estimate(self.target, self.tokens, self.processes)
+        processes = self.processes
+        processes.from_main(self._count_shards)
+        if not processes.from_main(self._enough):
+            if self.next:
+                processes.say(f"data: going on after {self.answers} answers, {self.tokens} tokens")
+            self.writer.state_estimate(self.target, self.tokens, processes)
         with tqdm(
             total=self.target, initial=self.tokens, desc="answers", unit="tok", unit_scale=True, smoothing=0.05,
-            disable=not self.processes.main,
+            disable=not processes.main or self._enough(),
         ) as bar:  # fmt: skip
-            while not self.processes.from_main(self.enough):
-                number = self.processes.from_main(lambda: self.next) + self.processes.index
-                mine = self.writer.write(number, lambda count: bar.update(count * self.processes.count))
-                for answers in self.processes.gather(mine):
-                    if not self.enough():
-                        self.keep(answers)
-                if self.processes.main:
-                    bar.n, bar.total = self.tokens, self.target or self.writer.all_tokens(self.next, self.tokens)
-                    bar.refresh()
-        self.next = self.processes.from_main(lambda: self.next)
+            while not processes.from_main(self._enough):
+                number = processes.from_main(lambda: self.next) + processes.index
+                mine = self.writer.write(number, lambda count: bar.update(count * processes.count))
+                for answers in processes.gather(mine):
+                    if not self._enough():
+                        self._keep(answers)
+                bar.n = self.tokens
+                if not self.target and self.writer.shards and self.next:  # as many as in the shards so far
+                    bar.total = self.tokens * self.writer.shards // self.next
+                bar.refresh()
+        self.next = processes.from_main(lambda: self.next)
 
-    def count_shards(self) -> None:
+    def _count_shards(self) -> None:
         """Those that an earlier run left."""
-        self.check_folder()
-        while not self.enough() and self.file(self.next).exists():
-            self.count(parse_answers(self.file(self.next), output_matrix(self.model).shape[0]))
+        self._check_folder()
+        while not self._enough() and self.file(self.next).exists():
+            self._count(parse_answers(self.file(self.next), output_matrix(self.model).shape[0]))
 
-    def enough(self) -> bool:
+    def _enough(self) -> bool:
         """Of the main process, which alone counts."""
         if self.target is not None and self.tokens >= self.target:
             return True
         return self.writer.shards is not None and self.next >= self.writer.shards
 
-    def keep(self, answers: list[Answer]) -> None:
+    def _keep(self, answers: list[Answer]) -> None:
         """Writes the next shard, without the prompts that an earlier one has."""
-        new = [line for line in answers if key(line) not in self.seen]
+        new = [line for line in answers if tuple(line.prompt) not in self.seen]
         write_text(self.file(self.next), "".join(line.json() + "\n" for line in new))
-        self.count(new)
+        self._count(new)
 
-    def count(self, answers: list[Answer]) -> None:
-        self.seen.update(key(line) for line in answers)
-        self.tokens += answer_tokens(answers)
+    def _count(self, answers: list[Answer]) -> None:
+        self.seen.update(tuple(line.prompt) for line in answers)
+        self.tokens += sum(len(line.answer) for line in answers)
         self.answers += len(answers)
         self.next += 1
         self.barren = 0 if answers else self.barren + 1
         if self.barren == BARREN:
             raise ValueError(f"train: the model must write answers of use, got none in {BARREN} shards of prompts")
 
-    def check_folder(self) -> None:
+    def _check_folder(self) -> None:
         """Refuses a folder of other data; writes the record into a new one."""
         identity = self.writer.identity() | {"model_fingerprint": fingerprint(self.model.parameters(), rows=16)}
-        record = self.folder / RECORD
+        record, remedy = self.folder / RECORD, "remove the folder or choose another output folder"
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_partial(self.folder)
-        if not record.exists():
-            if self.file(0).exists():
-                raise ValueError(f"train: {FOLDER}/{RECORD} of the output is missing, but there are answers beside it")
+        if not record.exists() and not self.file(0).exists():
             write_json(record, identity)
-            return
-        try:
-            found = json.loads(record.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"train: {FOLDER}/{RECORD} of the output must be JSON ({error})") from None
-        for name, expected in identity.items():
-            if found.get(name) != expected:
-                raise ValueError(
-                    f"train: {name} must be {found.get(name)} to go on with the answers in {FOLDER} of the output, got"
-                    f" {expected}; remove the folder or choose another output folder"
-                )
-
-    def describe(self) -> dict[str, Any]:
-        """How the answers came about, for the record."""
-        return {"source": self.writer.source, **self.writer.identity(), "shards": self.next}
-
-
-def key(line: Answer) -> bytes:
-    """Tells prompts apart."""
-    return hashlib.blake2b(array("i", line.prompt).tobytes(), digest_size=16).digest()
+        recorded = read_object(record)
+        if recorded is None:
+            raise ValueError(f"train: {DATA_FOLDER}/{RECORD} of the output is missing or damaged; {remedy}")
+        check_same(recorded, identity, f"go on with the answers in {DATA_FOLDER} of the output", remedy)

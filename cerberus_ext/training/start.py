@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from ..drafting.context_layer import attention_sizes
 from ..drafting.heads import CerberusConfig, CerberusHeads, fingerprint, input_matrix, output_matrix
-from .distill import frequent_tokens
 from .options import DRAFT_VOCAB, TrainOptions
 
 
@@ -28,6 +27,12 @@ def start_heads(model: nn.Module, options: TrainOptions, tokens: Tensor, hidden_
     if options.init is not None:
         copy_trained(trained_heads(options.init, config), heads)
     return heads.to(output_matrix(model).device)
+
+
+def frequent_tokens(tokens: Tensor, count: int, vocab_size: int) -> Tensor:
+    """The `count` most frequent ids of `tokens`, ascending; ties and the never seen go to the lowest ids."""
+    order = torch.bincount(tokens, minlength=vocab_size).sort(descending=True, stable=True).indices
+    return order[:count].sort().values
 
 
 def heads_config(model: nn.Module, options: TrainOptions) -> CerberusConfig:
@@ -63,18 +68,13 @@ def trained_heads(name: str, config: CerberusConfig) -> CerberusHeads:
         trained = CerberusHeads.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"train: init: {error}") from None
-    for field in ("hidden_size", "vocab_size", "num_heads", "anchor", "chained"):
+    for field in ("hidden_size", "vocab_size", "num_heads", "anchor", "chained", "context_heads", "num_layers"):
         expected, got = getattr(config, field), getattr(trained.config, field)
-        if got != expected:
+        if field == "num_layers" and got > expected:
+            raise ValueError(f"train: num_layers of init must be at most {expected}, got {got}")
+        optional = field == "num_layers" or field == "context_heads" and got is None
+        if got != expected and not optional:
             raise ValueError(f"train: {field} of init must be {expected}, got {got}")
-    if trained.config.context_layer and trained.config.context_heads != config.context_heads:
-        raise ValueError(
-            f"train: context_heads of init must be {config.context_heads}, got {trained.config.context_heads}"
-        )
-    if trained.config.num_layers > config.num_layers:
-        raise ValueError(
-            f"train: num_layers of init must be at most {config.num_layers}, got {trained.config.num_layers}"
-        )
     return trained
 
 

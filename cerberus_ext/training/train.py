@@ -19,10 +19,11 @@ from torch import nn
 
 from ..drafting.heads import CerberusConfig, output_matrix
 from ..engine.forked import threads_after_fork
+from .curves import draw_curves
 from .options import TrainOptions
-from .output import begin_output
+from .output import CURVES_FILE, begin_output
 from .processes import Processes
-from .record import finish_record
+from .record import write_record
 from .self_distill import load_data
 from .start import heads_config, trained_heads
 from .trainer import Trainer
@@ -51,7 +52,10 @@ def train(
         answers, made = load_data(model, tokenizer, options, processes)
         trainer = Trainer(model, answers, options, processes, made)
         trainer.run()
-        return finish_record(trainer) if processes.main else None
+        if not processes.main:
+            return None
+        draw_curves(trainer.curve, options.output / CURVES_FILE)
+        return write_record(trainer)
 
 
 def check(model: nn.Module, options: TrainOptions) -> CerberusConfig:

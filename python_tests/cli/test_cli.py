@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.cli.main import app
 from cerberus_ext.runtime import compiled_step
+from cerberus_ext.training.options import TrainOptions
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(61))]
 runner = CliRunner()
@@ -50,7 +53,7 @@ def test_generate_prints_the_answer_and_one_line(folders: tuple[str, str]) -> No
     assert result.exit_code == 0, result.output
     answer, line = result.stdout.strip().rsplit("\n", 1)
     assert answer
-    assert re.fullmatch(r"\[\d+ tokens, [\d.]+ tokens/s, [\d.]+ tokens a step\]", line)
+    assert re.fullmatch(r"\[\d+ tokens, [\d.]+ tokens/s, [\d.]+ tokens per step\]", line)
 
 
 def test_generate_compare_prints_a_speed_up(folders: tuple[str, str]) -> None:
@@ -70,7 +73,7 @@ def test_generate_compile(folders: tuple[str, str], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(compiled_step, "_compile_piece", lambda piece, examples, nodes: piece)
     plain, compiled = generate(folders, "w3 w4 w5"), generate(folders, "--compile", "w3 w4 w5")
     assert compiled.exit_code == 0, compiled.output
-    assert re.search(r"tokens a step; compiled in [\d.]+ s\]\n$", compiled.stdout)
+    assert re.search(r"tokens per step; compiled in [\d.]+ s\]\n$", compiled.stdout)
     assert compiled.stdout.splitlines()[0] == plain.stdout.splitlines()[0]
 
 
@@ -93,7 +96,7 @@ def test_generate_without_heads(folders: tuple[str, str]) -> None:
     assert alone.exit_code == neither.exit_code == 0, alone.output + neither.output
     assert alone.stdout.splitlines()[0] == neither.stdout.splitlines()[0]
     assert "same output" in alone.stdout and "same output" in neither.stdout
-    steps = [float(re.search(r"([\d.]+) tokens a step", one.stdout)[1]) for one in (alone, neither)]
+    steps = [float(re.search(r"([\d.]+) tokens per step", one.stdout)[1]) for one in (alone, neither)]
     assert steps[0] > 1.5 and steps[1] == 1
 
 
@@ -137,6 +140,19 @@ def test_generate_heads_of_another_model(folders: tuple[str, str], tmp_path: Pat
     result = runner.invoke(app, ["generate", "--model", folders[0], "--heads", str(tmp_path), "w3"])
     assert result.exit_code == 2
     assert "hidden_size 48" in result.output
+
+
+def test_train_has_an_option_for_every_number_of_a_run() -> None:
+    command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    options = {option.name: option for option in command.params}
+    assert set(options) - {field.name for field in fields(TrainOptions)} == {"model", "dtype", "device", "threads"}
+    for field in fields(TrainOptions):
+        if field.name in ("base_model", "clip", "head_decay"):
+            assert field.name not in options
+            continue
+        option = options[field.name]
+        assert option.help and option.required == (field.name == "output")
+        assert option.required or option.default == field.default
 
 
 def test_info_names_versions_and_libraries() -> None:

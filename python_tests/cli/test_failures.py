@@ -193,7 +193,7 @@ def test_mistakes_of_ours_are_a_line_too(root: Path, monkeypatch: pytest.MonkeyP
     def mistake(*_: object) -> None:
         raise KeyError("x")
 
-    monkeypatch.setattr(generate_command, "encode", mistake)
+    monkeypatch.setattr(generate_command, "load", mistake)
     failed(root, [*GENERATE, "w3"], "cerberus: KeyError: 'x' (CERBERUS_DEBUG=1 shows where)")
     monkeypatch.setenv("CERBERUS_DEBUG", "1")
     command = [argument.replace("{", f"{root}/").replace("}", "") for argument in GENERATE]
@@ -241,5 +241,5 @@ def test_an_interrupt_is_one_line(root: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=100)
     assert process.returncode == 130, printed
-    assert "cerberus: interrupted\n" in printed and "Traceback" not in printed
+    assert "cerberus: interrupted; the same command goes on from here\n" in printed and "Traceback" not in printed
     assert json.loads((tmp_path / "heads" / "training.json").read_text()) == {"made_by": "cerberus train"}

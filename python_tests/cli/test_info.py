@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-from cerberus_ext.cli import info_text as info
+from cerberus_ext.cli import info
 from cerberus_ext.cli.main import app
 from cerberus_ext.ops import libraries
 from cerberus_ext.runtime.stepper import Stepper
@@ -45,9 +45,8 @@ def test_a_library_that_is_not_loaded_says_why(monkeypatch: pytest.MonkeyPatch) 
     assert info.collect()["Libraries"]["_cuda.so"] == "not loaded: no GPU today"
 
 
-def test_printed_as_one_label_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    info.print_sections(info.collect())
-    lines = capsys.readouterr().out.splitlines()
+def test_printed_as_one_label_a_line() -> None:
+    lines = runner.invoke(app, ["info"]).stdout.splitlines()
     sections = info.collect()
     assert len(lines) == len(sections) + sum(len(section) for section in sections.values())
     assert "Libraries" in lines

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cerberus_ext.io import files
-from cerberus_ext.io.json_lines import read_json_lines
+from cerberus_ext.io.files import read_json_lines
 
 BYTES = 4096
 

@@ -10,7 +10,7 @@ import torch
 from tiny_llama import VOCAB, make_llama
 from transformers import LlamaForCausalLM
 
-from cerberus_ext.training import record
+from cerberus_ext.training import train
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def llama() -> LlamaForCausalLM:
 @pytest.fixture(autouse=True)
 def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a second each. `test_curves` and the runs of the command draw them."""
-    monkeypatch.setattr(record, "draw_curves", lambda curve, file: file.write_bytes(b""))
+    monkeypatch.setattr(train, "draw_curves", lambda curve, file: file.write_bytes(b""))
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from cerberus_ext.training.options import SEGMENT
 from cerberus_ext.training.processes import Processes
 from cerberus_ext.training.train import train
 from cerberus_ext.training.trainer import Trainer
+from cerberus_ext.training.windows import Drawn
 
 
 @pytest.fixture
@@ -40,7 +41,6 @@ def run(answers: Path, output: Path, **changes: object):  # type: ignore[no-unty
 
 def test_training_reads_what_decoding_reads(trainer: Trainer, llama: LlamaForCausalLM) -> None:
     data = trainer.held
-    assert data is not None
     context = trainer.heads.requires_grad_(False).bind(llama).context
     assert context is not None
     read, compared = trainer.read_all(data), 0
@@ -64,7 +64,7 @@ def test_training_reads_what_decoding_reads(trainer: Trainer, llama: LlamaForCau
 
 def test_a_step_reads_what_a_measurement_reads(trainer: Trainer) -> None:
     """Also where a segment begins in one answer and ends in the next, whose prompt lies between."""
-    data = trainer.positions(0, 0)
+    data = trainer.positions(next(trainer.windows.drawn(0)))
     starts = torch.arange(0, len(data.answers) - SEGMENT, 3)
     batch = trainer.cut(data, starts)
     assert batch.reach is not None
@@ -81,7 +81,6 @@ def test_new_heads_draft_what_heads_without_a_context_layer_do(
     data = read_answers([answers], VOCAB)
     made = Trainer(llama, data, run(answers, tmp_path), Processes(), {})
     plain = Trainer(llama, data, options(answers, tmp_path), Processes(), {})
-    assert made.held is not None and plain.held is not None
     assert torch.equal(made.read_all(made.held).bfloat16(), plain.read_all(plain.held))
 
 
@@ -100,16 +99,22 @@ def test_trained_heads_decode(tmp_path: Path, answers: Path, llama: LlamaForCaus
         assert out.stats.tokens_per_step > 1.2
 
 
-def test_a_killed_run_ends_with_the_same_heads(tmp_path: Path, answers: Path, llama: LlamaForCausalLM) -> None:
+def test_a_killed_run_ends_with_the_same_heads(
+    tmp_path: Path, answers: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, parts = (run(answers, tmp_path / name, steps=20, eval_every=10) for name in ("whole", "parts"))
     train(llama, whole)
-    data = read_answers([answers], VOCAB)
-    stopped = Trainer(llama, data, parts, Processes(), {})
-    stopped.options.output.mkdir()
-    for _ in range(10):
-        stopped.train_step()
-    stopped.measure(0.0)
-    stopped.train_step()  # and lost
+    step = Trainer.train_step
+
+    def killed(self: Trainer, drawn: Drawn) -> float:
+        if self.step == 11:
+            raise KeyboardInterrupt
+        return step(self, drawn)
+
+    monkeypatch.setattr(Trainer, "train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(llama, parts)
+    monkeypatch.setattr(Trainer, "train_step", step)
     train(llama, parts)
     one, other = (CerberusHeads.from_pretrained(made.output).state_dict() for made in (whole, parts))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
@@ -122,9 +127,8 @@ def test_a_cache_of_hidden_states_serves_again(tmp_path: Path, answers: Path, ll
     first = Trainer(llama, data, run(answers, tmp_path / "1", cache=folder), Processes(), {})
     second = Trainer(llama, data, run(answers, tmp_path / "2", cache=folder), Processes(), {})
     assert first.source.computed > 0 and second.source.computed == 0
-    assert first.held is not None and second.held is not None
     assert torch.equal(first.held.hidden, second.held.hidden)
-    with pytest.raises(ValueError, match="prompts of the cached hidden states must be None, got True"):
+    with pytest.raises(ValueError, match="prompts must be True to use the hidden states in .*, got False"):
         Trainer(llama, data, options(answers, tmp_path / "3", cache=folder), Processes(), {})
 
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from cerberus_ext.ops import reference
-from cerberus_ext.training.distill import counted, distillation, frequent_tokens, head_states, learning_rate
+from cerberus_ext.training.distill import counted, distillation, head_states
+from cerberus_ext.training.start import frequent_tokens
 
 
 @pytest.mark.parametrize("chained", [True, False])
@@ -84,12 +85,6 @@ def test_bfloat16_products_are_near_the_float32_ones(chained: bool) -> None:
     assert all(tensor.dtype == torch.float32 for result in results for tensor in result)
     torch.testing.assert_close(results[1][0], results[0][0], rtol=0.03, atol=0)
     torch.testing.assert_close(results[1][1], results[0][1], rtol=0.1, atol=0.01)
-
-
-def test_learning_rate() -> None:
-    rates = [learning_rate(step, steps=100, warmup=10, peak=2.0) for step in range(101)]
-    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0
-    assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0.0)
 
 
 def test_frequent_tokens() -> None:

@@ -193,12 +193,11 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, chat: LlamaForCausalLM) -> 
     with pytest.raises(ValueError, match=r"train: answers-00000.jsonl line \d+: must be JSON"):
         load(chat, tmp_path)
     shard.write_text(whole)
-    (tmp_path / "data" / "data.json").write_text("{")
-    with pytest.raises(ValueError, match="train: data/data.json of the output must be JSON"):
-        load(chat, tmp_path)
-    (tmp_path / "data" / "data.json").unlink()
-    with pytest.raises(ValueError, match="train: data/data.json of the output is missing, but there are answers"):
-        load(chat, tmp_path)
+    record = tmp_path / "data" / "data.json"
+    for damage in (lambda: record.write_text("{"), record.unlink):
+        damage()
+        with pytest.raises(ValueError, match="train: data/data.json of the output is missing or damaged; remove"):
+            load(chat, tmp_path)
 
 
 def test_a_model_that_writes_nothing_of_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

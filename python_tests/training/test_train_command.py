@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from cerberus_ext import CerberusHeads
 from cerberus_ext.cli.main import app
-from cerberus_ext.training import hidden_cache, positions
+from cerberus_ext.training import positions
 
 ARGUMENTS = [
     "--tokens", "1500", "--max-new-tokens", "24", "--rows", "16", "--heads", "3", "--draft-vocab", "48",
@@ -57,6 +57,7 @@ def uninterrupted(folder: Path) -> Path:
         "data: 1500 answer tokens",
         "draft vocabulary: 48 tokens cover",
         "training: 60 steps of 64 positions",
+        f"are in {folder.parent / 'whole'}; to try them:\n  cerberus generate --model {folder} --heads ",
     ):
         assert stage in printed
     return folder.parent / "whole"
@@ -111,8 +112,7 @@ def test_two_processes_train_as_one(
 
     Windows of a part of the data, of which each process computes a share, and a cache for some of the states.
     """
-    for module in (positions, hidden_cache):
-        monkeypatch.setattr(module, "CHUNK_LINES", training_worker.CHUNK_LINES)
+    monkeypatch.setattr(positions, "CHUNK_LINES", training_worker.CHUNK_LINES)
     more = ["--memory", "5e-5", "--cache-size", "4e-5"]
     one, two = (tmp_path / name for name in ("one", "two"))
     in_this_process(folder, one, *more, "--cache", str(one / "states"))

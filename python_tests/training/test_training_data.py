@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny_llama import SIZE, VOCAB
 from transformers import LlamaForCausalLM
 
-from cerberus_ext.training import hidden, hidden_cache, positions
+from cerberus_ext.training import hidden, positions
 from cerberus_ext.training.answers import Answer, Answers, read_answers
-from cerberus_ext.training.hidden_cache import HiddenCache
 from cerberus_ext.training.options import SEGMENT
-from cerberus_ext.training.positions import Piece, Positions, pieces
+from cerberus_ext.training.positions import Chunk, Corpus, Positions
 from cerberus_ext.training.processes import Processes
 from cerberus_ext.training.states import StateSource
-from cerberus_ext.training.windows import Windows, segments
+from cerberus_ext.training.windows import Drawn, Windows, segments
 
 CHUNK_BYTES = 2 * SIZE  # of one position
 
 
 @pytest.fixture
 def chunks_of_16(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (positions, hidden_cache):
-        monkeypatch.setattr(module, "CHUNK_LINES", 16)
+    monkeypatch.setattr(positions, "CHUNK_LINES", 16)
     monkeypatch.setattr(hidden, "FORWARD_TOKENS", 90)  # several lines a forward, several forwards a chunk
 
 
 def source(llama: LlamaForCausalLM, answers: Answers, folder: Path | None, limit: float | None = None) -> StateSource:
-    cache = HiddenCache(folder, limit, SIZE, answers) if folder else None
-    if cache:
-        cache.check(llama)
-    return StateSource(llama, answers, cache, Processes())
+    return StateSource(llama, Corpus(answers), Processes(), folder, limit)
 
 
 def load(llama: LlamaForCausalLM, answers: Answers, folder: Path | None, limit: float | None = None) -> Positions:
-    return source(llama, answers, folder, limit).together(pieces(answers.lines, 0, len(answers.lines)))
+    states = source(llama, answers, folder, limit)
+    return states.together(states.corpus.training)
 
 
 @pytest.fixture
@@ -97,14 +94,15 @@ def test_hidden_states_are_the_ones_that_produce_the_answer(
         torch.testing.assert_close(found.hidden[found.lines == number].float(), expected, rtol=0.02, atol=0.02)
 
 
-def test_lines_in_the_middle_of_a_chunk(data: Answers, llama: LlamaForCausalLM, chunks_of_16: None) -> None:
-    whole = load(llama, data, None)
-    parts = pieces(data.lines, 11, 35)
-    assert [(piece.chunk, piece.first, piece.end) for piece in parts] == [(0, 11, 16), (1, 16, 32), (2, 32, 35)]
-    found = source(llama, data, None).alone(parts)
-    inside = (whole.lines >= 11) & (whole.lines < 35)
-    for name in ("hidden", "tokens", "left", "lines"):
+def test_held_out_lines_have_chunks_of_their_own(data: Answers, llama: LlamaForCausalLM, chunks_of_16: None) -> None:
+    whole, corpus = load(llama, data, None), Corpus(data, held=11)
+    assert [(chunk.number, chunk.first, chunk.end) for chunk in corpus.training] == [(0, 0, 16), (1, 16, 29)]
+    assert [(chunk.number, chunk.first, chunk.end) for chunk in corpus.held] == [(2, 29, 40)]
+    found = StateSource(llama, corpus, Processes(), None, None).together(corpus.held)
+    inside = whole.lines >= 29
+    for name in ("tokens", "left", "lines", "offsets"):
         assert torch.equal(getattr(found, name), getattr(whole, name)[inside]), name
+    torch.testing.assert_close(found.hidden, whole.hidden[inside], rtol=0.02, atol=0.02)
 
 
 def test_cached_states_are_used_and_missing_ones_computed(
@@ -118,7 +116,7 @@ def test_cached_states_are_used_and_missing_ones_computed(
     kept = (tmp_path / "hidden-00000.safetensors").stat().st_mtime_ns
     (tmp_path / "hidden-00001.safetensors").unlink()
     states = source(llama, data, tmp_path)
-    everything = pieces(data.lines, 0, len(data.lines))
+    everything = Corpus(data).training
     assert states.missing(everything) == everything[1].rows
     assert torch.equal(states.together(everything).hidden, fresh.hidden)
     assert (tmp_path / "hidden-00000.safetensors").stat().st_mtime_ns == kept
@@ -126,7 +124,7 @@ def test_cached_states_are_used_and_missing_ones_computed(
 
 
 def test_the_cache_is_bounded(tmp_path: Path, data: Answers, llama: LlamaForCausalLM, chunks_of_16: None) -> None:
-    everything = pieces(data.lines, 0, len(data.lines))
+    everything = Corpus(data).training
     limit = (everything[0].rows + everything[1].rows) * CHUNK_BYTES
     fresh = load(llama, data, None)
     for bound, files in ((limit - 1, 1), (limit, 2)):
@@ -144,26 +142,18 @@ def test_a_cache_of_something_else_is_refused(
     load(llama, data, tmp_path / "cache")
     other = tmp_path / "other.jsonl"
     other.write_text(answers.read_text() + '{"p": [1], "r": [2]}\n')
-    with pytest.raises(ValueError, match="train: data_sha256 of the cached hidden states must be "):
+    with pytest.raises(ValueError, match="train: data_sha256 must be .* to use the hidden states in "):
         load(llama, read_answers([other], VOCAB), tmp_path / "cache")
     for text in ("{", "[]"):
         (tmp_path / "cache" / "cache.json").write_text(text)
-        with pytest.raises(
-            ValueError, match="train: cache: .*/cache.json (must be JSON|is not of cached hidden states)"
-        ):
+        with pytest.raises(ValueError, match="train: cache: .*/cache.json is not of cached hidden states"):
             load(llama, data, tmp_path / "cache")
 
 
-def test_states_without_a_record_are_checked(tmp_path: Path, data: Answers, llama: LlamaForCausalLM) -> None:
+def test_states_without_a_record_are_refused(tmp_path: Path, data: Answers, llama: LlamaForCausalLM) -> None:
     load(llama, data, tmp_path)
     (tmp_path / "cache.json").unlink()
-    load(llama, data, tmp_path)
-    assert (tmp_path / "cache.json").exists()
-
-    (tmp_path / "cache.json").unlink()
-    shard = tmp_path / "hidden-00000.safetensors"
-    save_file({"hidden": load_file(shard)["hidden"].flip(0).contiguous()}, shard)
-    with pytest.raises(ValueError, match="hidden-00000.safetensors has no cache.json and does not hold"):
+    with pytest.raises(ValueError, match="train: cache: .*/cache.json is not of cached hidden states"):
         load(llama, data, tmp_path)
 
 
@@ -176,32 +166,30 @@ def test_a_cached_chunk_of_another_shape_is_refused(tmp_path: Path, data: Answer
         load(llama, data, tmp_path)
 
 
-# Ten pieces of 100 to 190 rows, 1450 in all.
-PARTS = [Piece(chunk, chunk, chunk + 1, 100 + 10 * chunk, 100 + 10 * chunk, 0) for chunk in range(10)]
+# Ten chunks of 100 to 190 rows, 1450 in all.
+CHUNKS = [Chunk(number, number, number + 1, 100 + 10 * number, 100 + 10 * number) for number in range(10)]
 
 
 def plan(memory: float = 1e9, per_step: int = 4, seed: int = 0) -> Windows:
-    return Windows(PARTS, memory, 1, per_step, seed)
+    return Windows(CHUNKS, memory, 1, per_step, seed)
 
 
 def test_data_that_fits_is_one_window_in_the_order_of_the_file() -> None:
     whole = plan()
-    assert whole.whole and whole.epoch(0) == whole.epoch(7) == [PARTS]
+    assert whole.whole and whole.epoch(0) == whole.epoch(7) == [CHUNKS]
     per_epoch = (1450 // SEGMENT - 1) // 4
-    assert [whole.locate(step) for step in (0, per_epoch - 1, per_epoch)] == [
-        (0, 0, 0),
-        (0, 0, per_epoch - 1),
-        (1, 0, 0),
-    ]
+    steps = list(islice(whole.drawn(0), per_epoch + 1))
+    assert [(step.epoch, step.number) for step in steps] == [(0, 0)] * per_epoch + [(1, 0)]
+    assert all(step.window == CHUNKS for step in steps)
 
 
-def test_windows_are_bounded_and_an_epoch_visits_every_piece_once() -> None:
+def test_windows_are_bounded_and_an_epoch_visits_every_chunk_once() -> None:
     cut = plan(memory=400)
     assert not cut.whole
     for epoch in range(5):
         window = cut.epoch(epoch)
-        assert all(sum(piece.rows for piece in part) <= 400 for part in window)
-        assert sorted(piece.chunk for part in window for piece in part) == list(range(10))
+        assert all(sum(chunk.rows for chunk in part) <= 400 for part in window)
+        assert sorted(chunk.number for part in window for chunk in part) == list(range(10))
     assert cut.epoch(0) != cut.epoch(1) and cut.epoch(0) == plan(memory=400).epoch(0) != plan(memory=400, seed=1).epoch(
         0
     )
@@ -209,27 +197,25 @@ def test_windows_are_bounded_and_an_epoch_visits_every_piece_once() -> None:
 
 @pytest.mark.parametrize("memory", [1e9, 400])
 def test_an_epoch_draws_every_segment_at_most_once(memory: float) -> None:
-    drawn = plan(memory)
-    steps, step = [], 0
-    while drawn.locate(step)[0] == 0:
-        steps.append(drawn.locate(step))
-        step += 1
-    assert len(steps) == sum(drawn.steps(window) for window in drawn.epoch(0))
-    for number, window in enumerate(drawn.epoch(0)):
-        rows = torch.cat([drawn.starts(*at) for at in steps if at[1] == number])
+    whole = plan(memory)
+    first, second = ([step for step in islice(whole.drawn(0), 200) if step.epoch == epoch] for epoch in (0, 1))
+    assert len(first) == sum(whole.steps(window) for window in whole.epoch(0))
+    for number, window in enumerate(whole.epoch(0)):
+        rows = torch.cat([step.starts for step in first if step.number == number])
         assert rows.unique().numel() == rows.numel() == segments(window) // 4 * 4
         assert len((rows % SEGMENT).unique()) == 1  # one offset
-        assert rows.min() >= 0 and rows.max() + SEGMENT <= sum(piece.rows for piece in window)
-    assert not torch.equal(drawn.starts(0, 0, 0), drawn.starts(1, 0, 0))
+        assert rows.min() >= 0 and rows.max() + SEGMENT <= sum(chunk.rows for chunk in window)
+    assert not torch.equal(first[0].starts, second[0].starts)
 
 
 def test_a_plan_can_be_entered_anywhere() -> None:
-    forward, entered = plan(memory=400), plan(memory=400)
-    expected = [(at, forward.starts(*at)) for at in map(forward.locate, range(120))]
+    def same(one: Drawn, other: Drawn) -> bool:
+        return one[:3] == other[:3] and torch.equal(one.starts, other.starts)
+
+    expected = list(islice(plan(memory=400).drawn(0), 123))
     for step in (119, 3, 60, 61, 0):
-        at, starts = expected[step]
-        assert entered.locate(step) == at and torch.equal(entered.starts(*at), starts)
-    assert expected[-1][0][0] > 1
+        assert all(map(same, islice(plan(memory=400).drawn(step), 3), expected[step:]))
+    assert expected[-1].epoch > 1 and not same(expected[0], expected[1])
 
 
 def test_too_little_memory_or_data() -> None:
