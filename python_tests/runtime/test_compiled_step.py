@@ -130,12 +130,6 @@ def test_dynamic_tree(llama: PreTrainedModel) -> None:
     assert out.sequences.tolist() == want.tolist() and out.stats.compilations == 0
 
 
-def test_drawn_tokens(llama: PreTrainedModel) -> None:
-    options = {"max_new_tokens": NEW, "temperature": 1.0, "seed": 5, "gate": AlwaysClosed()}
-    texts = [decode(llama, None, prompt(), compile=compile, **options).sequences for compile in (False, True)]
-    assert texts[0].equal(texts[1])
-
-
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4])
 def test_is_what_the_model_computes(nodes: int, llama: PreTrainedModel) -> None:
     """Hidden states, logits, and what is left in the cache, also where the step is filled up."""
