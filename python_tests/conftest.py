@@ -1,5 +1,6 @@
 """Tests run against the installed package, not against a source folder in which nothing is built."""
 
+import os
 import sys
 from collections.abc import Generator
 from importlib.machinery import PathFinder
@@ -27,6 +28,29 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, in the place of the user's."""
     monkeypatch.setenv("CERBERUS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """All of the tests run in several processes of one thread each, where there is pytest-xdist; `-n 0`: in this one.
+
+    Nearly all tests are too small for two threads to gain anything.
+    """
+    everything = [Path(argument).resolve() for argument in config.args] == [ROOT / "python_tests"]
+    if everything and config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput"):
+        option = config.option
+        if option.numprocesses is None and option.dist == "no" and not (option.collectonly or option.usepdb):
+            option.numprocesses, option.dist = min(4, os.cpu_count() or 1), "loadfile"
+            option.loadscopereorder = False
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# Files of few tests that take long begin first: the processes end at about the same time.
+LONG = ("training/test_train_command.py", "bench/test_bench.py", "simt/test_broken_kernels.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not str(item.path).endswith(LONG))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from combinations import pairwise
 from static_stand_ins import StaticHeads
 from tape import TapeRecorder
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
@@ -28,9 +29,7 @@ GATES: dict[str, Gate] = {
 pytestmark = pytest.mark.usefixtures("recorders")
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("name", ["llama", "qwen2-window", "gpt2"])
+@pairwise(name=("llama", "qwen2-window", "gpt2"), gate=GATES, temperature=(0.0, 1.0))
 def test_replays(name: str, gate: str, temperature: float, device: str) -> None:
     model, ids = copy.deepcopy(tiny_model(name, device)), prompt(device)
     heads = StaticHeads(model, generated(name, device, NEW), [1, 0, 2, 0], every=3)
