@@ -40,7 +40,7 @@ DRAFTS: dict[str, Callable[[Any, Tensor], tuple[Any, dict[str, Any]]]] = {
     # Heads that are a part of a recorded step, asked by a gate.
     "recorded heads": lambda model, text: (
         StaticHeads(model, text, [1, 0, 2, 0], every=3),
-        {"tree": TREE, "gate": ConfidenceGate({1: 1.0, 16: 1.5}, [CHAIN, TREE])},
+        {"tree": TREE, "gate": ConfidenceGate({1: 1.0, 4: 1.2, 16: 1.5})},
     ),
     "dynamic": lambda model, text: (
         LastDraftHeads(text, 4, VOCAB),
