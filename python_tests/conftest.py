@@ -18,6 +18,7 @@ if not (ROOT / "cerberus_ext" / "_C.so").is_file() and PathFinder.find_spec("cer
 
 # These import the package: only now is it found where it has libraries.
 import own_warnings  # noqa: E402
+from combinations import mark_slow  # noqa: E402
 from devices import device  # noqa: E402
 
 __all__ = ["device"]
@@ -49,7 +50,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 LONG = ("training/test_train_command.py", "bench/test_bench.py", "simt/test_broken_kernels.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are left out by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_slow(items)
     items.sort(key=lambda item: not str(item.path).endswith(LONG))
 
 

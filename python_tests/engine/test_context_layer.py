@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from combinations import pairwise
 from context_stand_ins import accepting, heads_for
 from proposer_stand_ins import KnowingMaker, right, wrong
 from stand_ins import RandomGate
@@ -73,7 +72,10 @@ def run(name: str, device: str = "cpu", new: int = NEW, **options: Any) -> Decod
     return out
 
 
-@pairwise(name=("llama", "qwen2-window", "gpt2", "gemma2"), tree=TREES, gate=GATES)
+@pytest.mark.pairwise
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "gpt2", "gemma2"])
 def test_equals_generate(name: str, tree: str, gate: str, device: str) -> None:
     run(name, device, tree=TREES[tree], gate=GATES[gate]())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from combinations import pairwise
 from stand_ins import AdversarialHeads, LastDraftHeads, OracleHeads, RandomGate, RandomHeads
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 from torch import Tensor
@@ -37,7 +36,11 @@ def llama() -> PreTrainedModel:
     return tiny_model("llama")
 
 
-@pairwise(name=("llama", "qwen2-window", "gpt2"), heads=HEADS, tree=TREES, gate=GATES)
+@pytest.mark.pairwise
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "gpt2"])
 def test_equals_generate(name: str, heads: str, tree: str, gate: str, device: str) -> None:
     model, want = tiny_model(name, device), expected(name, device)
     stand_in = HEADS[heads](want, 4, VOCAB)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from combinations import pairwise
 from stand_ins import OracleHeads, RandomGate, RandomHeads
 from tiny_families import EXACT, REFUSED, tiny_family
 from tiny_models import VOCAB, generate, prompt
@@ -61,7 +60,12 @@ def test_without_drafts_it_is_what_generate_writes(family: str) -> None:
     assert without_drafts(family, "float32").equal(want)
 
 
-@pairwise(family=EXACT, dtype=DTYPES, heads=HEADS, gate=GATES, nodes=TREES)
+@pytest.mark.pairwise
+@pytest.mark.parametrize("nodes", TREES)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", EXACT)
 def test_drafts_change_nothing(family: str, dtype: str, heads: str, gate: str, nodes: int) -> None:
     skip_where_it_is_older(family)
     text = without_drafts(family, dtype)

@@ -1,47 +1,44 @@
-"""Products of parameters, of which most tests of a kind run a share: every two values meet, not every three."""
+"""Tests marked `pairwise`: of all combinations of their parameters, most runs need only a share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import partial
-from itertools import combinations, product
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from itertools import combinations
 from typing import Any
 
 import pytest
 
 
-def covering(sizes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Rows of indexes, row[i] < sizes[i], in which every two values of two columns meet; few, and always the same."""
-    columns = list(combinations(range(len(sizes)), 2))
-    missing = {(a, i, b, j) for a, b in columns for i in range(sizes[a]) for j in range(sizes[b])}
-    rows = []
+def covering(rows: Sequence[Sequence[Hashable]]) -> set[int]:
+    """Which rows to take, so that every two values of two columns that meet in some row meet in one of these. Few, and
+    always the same ones."""
+    pairs = [set(combinations(enumerate(row), 2)) for row in rows]
+    missing, chosen = set().union(*pairs), set()
     while missing:
-        a, i, b, j = min(missing)
-        row: dict[int, int] = {a: i, b: j}
-
-        for column in range(len(sizes)):
-            if column not in row:
-                row[column] = max(range(sizes[column]), key=partial(_gain, row, column, missing=missing))
-        missing -= {(a, row[a], b, row[b]) for a, b in columns}
-        rows.append(tuple(row[column] for column in range(len(sizes))))
-    return rows
+        best = max(range(len(rows)), key=lambda row: len(pairs[row] & missing))
+        chosen.add(best)
+        missing -= pairs[best]
+    return chosen
 
 
-def _gain(row: dict[int, int], column: int, value: int, missing: set[tuple[int, int, int, int]]) -> int:
-    """How many missing pairs a value of one more column adds to a row."""
-    pairs = ((other, row[other], column, value) for other in row)
-    return sum((pair if pair[0] < column else pair[2:] + pair[:2]) in missing for pair in pairs)
+def row_of(item: Any) -> list[Hashable]:
+    """What a test was called with: a value for each `parametrize`, and for each fixture with parameters."""
+    names = [mark.args[0] for mark in item.iter_markers("parametrize")]
+    columns = [[part.strip() for part in name.split(",")] if isinstance(name, str) else list(name) for name in names]
+    values = dict(item.callspec.params)
+    row = [tuple(id(values.pop(name)) for name in column) for column in columns]  # some cannot be hashed
+    return row + [id(values[name]) for name in sorted(values)]
 
 
-def pairwise(*, indirect: Sequence[str] = (), **parameters: Iterable[Any]) -> pytest.MarkDecorator:
-    """`parametrize` with all combinations; those beyond a share in which every two values meet are slow tests."""
-    values = [list(choices) for choices in parameters.values()]
-    assert len(values) > 2, "of two, every pair is all there is"
-    chosen = set(covering([len(choices) for choices in values]))
-    rows = product(*(range(len(choices)) for choices in values))
-    cases = [
-        pytest.param(*(choices[i] for choices, i in zip(values, row, strict=True)),
-                     marks=() if row in chosen else pytest.mark.slow)
-        for row in rows
-    ]  # fmt: skip
-    return pytest.mark.parametrize(tuple(parameters), cases, indirect=list(indirect))
+def mark_slow(items: Sequence[pytest.Item]) -> None:
+    """Marks what is left over of the tests marked `pairwise`."""
+    tests: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("pairwise"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    for cases in tests.values():
+        chosen = covering([row_of(case) for case in cases])
+        for number, case in enumerate(cases):
+            if number not in chosen:
+                case.add_marker("slow")

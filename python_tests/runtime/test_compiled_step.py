@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from combinations import pairwise
 from stand_ins import AdversarialHeads, LastDraftHeads, OracleHeads, RandomGate, RandomHeads
 from tiny_families import make_family
 from tiny_llama import make_llama
@@ -78,7 +77,10 @@ def llama() -> PreTrainedModel:
     return model
 
 
-@pairwise(heads=HEADS, tree=TREES, gate=GATES)
+@pytest.mark.pairwise
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("heads", HEADS)
 def test_equals_generate(heads: str, tree: str, gate: str, llama: PreTrainedModel) -> None:
     stats = run(llama, heads, tree=TREES[tree], gate=GATES[gate]()).stats
     assert stats.compilations == 0 and stats.compile_seconds == 0, "it was compiled before"

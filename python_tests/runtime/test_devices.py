@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from combinations import pairwise
 from static_stand_ins import StaticHeads
 from tape import TapeRecorder
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
@@ -29,7 +28,10 @@ GATES: dict[str, Gate] = {
 pytestmark = pytest.mark.usefixtures("recorders")
 
 
-@pairwise(name=("llama", "qwen2-window", "gpt2"), gate=GATES, temperature=(0.0, 1.0))
+@pytest.mark.pairwise
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "gpt2"])
 def test_replays(name: str, gate: str, temperature: float, device: str) -> None:
     model, ids = copy.deepcopy(tiny_model(name, device)), prompt(device)
     heads = StaticHeads(model, generated(name, device, NEW), [1, 0, 2, 0], every=3)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from combinations import pairwise
 from stand_ins import AdversarialHeads, LastDraftHeads, OracleHeads, RandomGate, RandomHeads
 from static_stand_ins import StaticHeads
 from tape import TapeRecorder
@@ -62,7 +61,11 @@ def check(replayed: DecodeOutput, eager: DecodeOutput, text: torch.Tensor | None
     assert (eager.stats.graphed_steps, eager.stats.captures, eager.stats.fallback) == (0, 0, None)
 
 
-@pairwise(name=("llama", "qwen2-window", "gpt2"), heads=HEADS, tree=("16", "65"), gate=("open", "closed", "random"))
+@pytest.mark.pairwise
+@pytest.mark.parametrize("gate", ["open", "closed", "random"])
+@pytest.mark.parametrize("tree", ["16", "65"])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "gpt2"])
 def test_heads_between_the_replays(name: str, heads: str, tree: str, gate: str, recorders: list[TapeRecorder]) -> None:
     """Heads that cannot be recorded draft before every replay."""
     text = generated(name, "cpu", NEW)
@@ -76,7 +79,10 @@ def test_heads_between_the_replays(name: str, heads: str, tree: str, gate: str, 
     assert stats.captures == len(recorders[0].tapes) == kinds and stats.capture_seconds > 0
 
 
-@pairwise(name=("llama", "qwen2", "qwen2-window", "mistral", "gpt2"), heads=RANKS, gate=GATES)
+@pytest.mark.pairwise
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("heads", RANKS)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen2-window", "mistral", "gpt2"])
 def test_heads_inside_the_replays(name: str, heads: str, gate: str, recorders: list[TapeRecorder]) -> None:
     model, text = tiny_model(name), generated(name, "cpu", NEW)
     stand_in = StaticHeads(model, text, RANKS[heads], every=3)

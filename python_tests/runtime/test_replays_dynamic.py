@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from combinations import pairwise
 from numpy.typing import NDArray
 from proposer_stand_ins import KINDS, KnowingMaker, anything, proposers_of, right
 from stand_ins import LastDraftHeads, RandomGate, RandomHeads
@@ -95,7 +94,10 @@ def test_heads_between_the_replays(heads: Any, kind: str, recorders: list[TapeRe
     check_recordings(out, recorders)
 
 
-@pairwise(gate=GATES, heads=("mixed", "never"), kind=("none", "suffix", "several"))
+@pytest.mark.pairwise
+@pytest.mark.parametrize("kind", ["none", "suffix", "several"])
+@pytest.mark.parametrize("heads", ["mixed", "never"])
+@pytest.mark.parametrize("gate", GATES)
 def test_heads_inside_the_replays(gate: str, heads: str, kind: str, recorders: list[TapeRecorder]) -> None:
     """What they draft for the next step comes with the step's one copy."""
     model, text = tiny_model("llama"), generated("llama", "cpu", NEW)

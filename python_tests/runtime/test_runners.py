@@ -6,12 +6,11 @@ The text is the model's own, cut where it has to end, and the counts are those o
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from combinations import pairwise
 from proposer_stand_ins import KnowingMaker, proposers_of, right
 from stand_ins import LastDraftHeads, OracleHeads, RandomGate
 from static_stand_ins import StaticHeads
@@ -50,14 +49,10 @@ DRAFTS: dict[str, Callable[[Any, Tensor], tuple[Any, dict[str, Any]]]] = {
     "gate": lambda model, text: (OracleHeads(text, 4, VOCAB), {"tree": DynamicPolicy(8), "gate": RandomGate()}),
     "no heads": lambda model, text: (None, {"tree": DynamicPolicy(16), "proposers": [KnowingMaker(text, right())]}),
 }
-RUNNERS = ("op by op", "compiled", "recorded")
+every_kind = pytest.mark.parametrize("drafts", DRAFTS)
 
 
-def ways(**parameters: Iterable[Any]) -> pytest.MarkDecorator:
-    return pairwise(indirect=["runner"], runner=RUNNERS, drafts=DRAFTS, **parameters)
-
-
-@pytest.fixture
+@pytest.fixture(params=["op by op", "compiled", "recorded"])
 def runner(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DecodeOutput]:
     """runner(model, heads, ids, **options): `decode` with steps of one kind."""
     options: dict[str, Any] = {"graphs": False}
@@ -112,14 +107,18 @@ def check_proposers(maker: KnowingMaker, end: int, prompt: int, nodes: int) -> N
     assert asked == sorted(asked, reverse=True) and all(1 <= most < nodes for most in asked)
 
 
-@ways(new=range(8))
+@pytest.mark.pairwise
+@every_kind
+@pytest.mark.parametrize("new", range(8))
 def test_stops_at_max_new_tokens(new: int, drafts: str, runner: Any, device: str) -> None:
     text = generated("llama", device, NEW)
     out = ends(runner, drafts, text, text[:, : 9 + new], max_new_tokens=new)
     assert out.stats.new_tokens == new
 
 
-@ways(place=range(7))
+@pytest.mark.pairwise
+@every_kind
+@pytest.mark.parametrize("place", range(7))
 def test_stops_at_eos(place: int, drafts: str, runner: Any, device: str) -> None:
     """Also where the end is in the middle of what a step has accepted."""
     text = generated("llama", device, NEW)
@@ -129,7 +128,9 @@ def test_stops_at_eos(place: int, drafts: str, runner: Any, device: str) -> None
     ends(runner, drafts, text, want, max_new_tokens=NEW, eos_token_id=[VOCAB + 5, eos] if place % 2 else eos)
 
 
-@ways(length=range(9, 16))
+@pytest.mark.pairwise
+@every_kind
+@pytest.mark.parametrize("length", range(9, 16))
 def test_stopping_criteria_cut_exactly(length: int, drafts: str, runner: Any, device: str) -> None:
     text, seen = generated("llama", device, NEW), []
 
@@ -146,7 +147,9 @@ def test_stopping_criteria_cut_exactly(length: int, drafts: str, runner: Any, de
 HISTOGRAMS = {"chain": [0, 0, 0, 4], "tree": [0, 8], "no heads": [0] * 15 + [1]}
 
 
-@ways(new=(16, 17))  # the 17th token is never put in
+@pytest.mark.pairwise
+@every_kind
+@pytest.mark.parametrize("new", (16, 17))  # the 17th token is never put in
 def test_up_to_the_last_position(new: int, drafts: str, runner: Any, device: str) -> None:
     """gpt2 has no position after the 96th, and would fail if a node, even one that pads the tree, asked for one."""
     want = generate(tiny_model("gpt2", device), prompt(device, 80), max_new_tokens=new)
@@ -155,7 +158,6 @@ def test_up_to_the_last_position(new: int, drafts: str, runner: Any, device: str
         assert out.stats.accepted_histogram == HISTOGRAMS.get(drafts, out.stats.accepted_histogram)
 
 
-@pytest.mark.parametrize("runner", RUNNERS, indirect=True)
 @pytest.mark.parametrize("kind", ["anything", "documents", "several", "tables"])
 def test_up_to_the_last_position_with_other_proposers(kind: str, runner: Any, device: str) -> None:
     model, ids = tiny_model("gpt2", device), prompt(device, 80)
@@ -166,7 +168,9 @@ def test_up_to_the_last_position_with_other_proposers(kind: str, runner: Any, de
         assert out.sequences.tolist() == want.tolist()
 
 
-@ways(length=(250, 254))
+@pytest.mark.pairwise
+@every_kind
+@pytest.mark.parametrize("length", (250, 254))
 def test_beyond_the_last_position_without_drafts(length: int, drafts: str, runner: Any, device: str) -> None:
     """Rotary models go on past max_position_embeddings, here 256, as with `generate`, but not with drafts."""
     want = generate(tiny_model("llama", device), prompt(device, length), max_new_tokens=20)
@@ -179,7 +183,11 @@ def test_beyond_the_last_position_without_drafts(length: int, drafts: str, runne
         assert out.stats.open_steps == 1 and out.stats.accepted_histogram == [13, 0, 0, 0, 0, 1]
 
 
-@ways(options=({"temperature": 0.8}, {"temperature": 1.3, "top_k": 7}, {"temperature": 1.0, "top_p": 0.6}))
+@pytest.mark.pairwise
+@every_kind
+@pytest.mark.parametrize(
+    "options", ({"temperature": 0.8}, {"temperature": 1.3, "top_k": 7}, {"temperature": 1.0, "top_p": 0.6})
+)
 def test_drawn_tokens_depend_on_the_seed_only(options: dict[str, Any], drafts: str, runner: Any, device: str) -> None:
     texts = []
     for seed in (1, 2):
