@@ -6,6 +6,7 @@ from collections.abc import Generator
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +23,11 @@ from combinations import mark_slow  # noqa: E402
 from devices import device  # noqa: E402
 
 __all__ = ["device"]
+
+# Five times as many examples: HYPOTHESIS_PROFILE=ci, as .ci/run has it.
+hypothesis.settings.register_profile("fast", max_examples=30, deadline=None)
+hypothesis.settings.register_profile("ci", max_examples=150, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 
 @pytest.fixture
