@@ -73,6 +73,7 @@ def run(name: str, device: str = "cpu", new: int = NEW, **options: Any) -> Decod
     return out
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("name", ["llama", "qwen2-window", "gpt2", "gemma2"])

@@ -7,7 +7,7 @@ import torch
 from stand_ins import AdversarialHeads, LastDraftHeads, OracleHeads, RandomGate, RandomHeads
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 from torch import Tensor
-from transformers import MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel
 
 from cerberus_ext import ops
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate
@@ -36,6 +36,7 @@ def llama() -> PreTrainedModel:
     return tiny_model("llama")
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("heads", HEADS)
@@ -110,28 +111,6 @@ def test_gates_that_look(gate, llama: PreTrainedModel) -> None:
     assert out.sequences.tolist() == want.tolist()
 
 
-@pytest.mark.parametrize("new", range(8))
-@pytest.mark.parametrize("heads", [OracleHeads, LastDraftHeads])
-def test_stops_at_max_new_tokens(new: int, heads, llama: PreTrainedModel) -> None:
-    want = expected("llama", "cpu")[:, : prompt().shape[1] + new]
-    stand_in = heads(expected("llama", "cpu"), 4, VOCAB)
-    out = decode(llama, stand_in, prompt(), max_new_tokens=new, tree=TREES["16"], streamer=stand_in)
-    assert out.sequences.tolist() == want.tolist() and out.stats.new_tokens == new
-
-
-@pytest.mark.parametrize("as_list", [False, True])
-@pytest.mark.parametrize("place", range(7))
-def test_stops_at_eos(place: int, as_list: bool, llama: PreTrainedModel) -> None:
-    """Also where the end is in the middle of what a step gained."""
-    text = expected("llama", "cpu")
-    eos = int(text[0, prompt().shape[1] + place])
-    want = generate(llama, prompt(), max_new_tokens=NEW, eos_token_id=eos)
-    oracle = OracleHeads(text, 4, VOCAB)
-    given = [VOCAB + 5, eos] if as_list else eos
-    out = decode(llama, oracle, prompt(), max_new_tokens=NEW, tree=TREES["chain"], eos_token_id=given, streamer=oracle)
-    assert out.sequences.tolist() == want.tolist() and out.sequences[0, -1] == eos
-
-
 def test_takes_eos_from_the_model(llama: PreTrainedModel) -> None:
     text = expected("llama", "cpu")
     llama.generation_config.eos_token_id = [int(text[0, prompt().shape[1] + 3])]
@@ -142,25 +121,6 @@ def test_takes_eos_from_the_model(llama: PreTrainedModel) -> None:
     finally:
         llama.generation_config.eos_token_id = None
     assert out.sequences.tolist() == want.tolist() and out.stats.new_tokens <= 4
-
-
-@pytest.mark.parametrize("length", range(9, 16))
-def test_stopping_criteria_cut_exactly(length: int, llama: PreTrainedModel) -> None:
-    text = expected("llama", "cpu")
-    seen = []
-
-    def watch(ids: Tensor, scores: None) -> Tensor:
-        seen.append(ids.shape[1])
-        return torch.zeros(1, dtype=torch.bool)
-
-    criteria = StoppingCriteriaList([MaxLengthCriteria(length), watch])
-    oracle = OracleHeads(text, 4, VOCAB)
-    out = decode(
-        llama, oracle, prompt(), max_new_tokens=NEW, tree=TREES["chain"], stopping_criteria=criteria, streamer=oracle
-    )
-    length = max(length, 10)  # asked after every new token, so one is always there
-    assert out.sequences.tolist() == text[:, :length].tolist()
-    assert seen == list(range(10, length + 1))
 
 
 def test_streams_as_generate_does(llama: PreTrainedModel) -> None:
@@ -185,34 +145,6 @@ def test_streams_as_generate_does(llama: PreTrainedModel) -> None:
         streamer=ours,
     )
     assert ours.calls == theirs.calls
-
-
-@pytest.mark.parametrize(
-    "options", [{"temperature": 0.8}, {"temperature": 1.3, "top_k": 7}, {"temperature": 1.0, "top_p": 0.6}]
-)
-def test_sampling_depends_on_the_seed_only(options: dict, device: str) -> None:
-    model, ids = tiny_model("llama", device), prompt(device)
-    plain = {
-        seed: decode(
-            model, RandomHeads(ids, 4, VOCAB), ids, max_new_tokens=NEW, gate=AlwaysClosed(), seed=seed, **options
-        ).sequences
-        for seed in (1, 2)
-    }
-    assert plain[1].tolist() != plain[2].tolist()
-    for heads in (OracleHeads, LastDraftHeads, RandomHeads):
-        stand_in = heads(plain[1], 4, VOCAB)
-        out = decode(
-            model,
-            stand_in,
-            ids,
-            max_new_tokens=NEW,
-            tree=TREES["16"],
-            gate=RandomGate(),
-            seed=1,
-            streamer=stand_in,
-            **options,
-        )
-        assert out.sequences.tolist() == plain[1].tolist()
 
 
 def test_sampling_is_keyed_by_absolute_position(device: str) -> None:
@@ -242,27 +174,6 @@ def test_bfloat16_bits_do_not_depend_on_drafts(name: str, device: str) -> None:
                 model, stand_in, ids, max_new_tokens=64, tree=TREES[tree], gate=RandomGate(), streamer=stand_in
             )
             assert out.sequences.tolist() == plain.tolist()
-
-
-def test_up_to_the_last_position(device: str) -> None:
-    """gpt2 has no position after the 96th: no draft may ask for one."""
-    model, ids = tiny_model("gpt2", device), prompt(device, 80)
-    want = generate(model, ids, max_new_tokens=17)  # the 17th is never put in
-    oracle = OracleHeads(want, 4, VOCAB)
-    out = decode(model, oracle, ids, max_new_tokens=17, tree=TREES["16"], streamer=oracle)
-    assert out.sequences.tolist() == want.tolist()
-    assert out.stats.accepted_histogram == [1, 0, 0, 0, 3]  # 15 tokens in 3 steps, the last one without drafts
-
-
-def test_beyond_the_last_position_without_drafts() -> None:
-    """Rotary models go on past max_position_embeddings, as with `generate`, but not with drafts."""
-    model, ids = tiny_model("llama"), prompt(length=250)
-    want = generate(model, ids, max_new_tokens=20)
-    oracle = OracleHeads(want, 4, VOCAB)
-    out = decode(model, oracle, ids, max_new_tokens=20, tree=TREES["chain"], streamer=oracle)
-    assert out.sequences.tolist() == want.tolist()
-    # Positions 250 to 254 in one step with drafts, then one at a time.
-    assert out.stats.open_steps == 1 and out.stats.accepted_histogram == [14, 0, 0, 0, 1]
 
 
 def test_leaves_the_model_as_it_was(llama: PreTrainedModel) -> None:

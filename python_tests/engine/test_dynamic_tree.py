@@ -12,7 +12,7 @@ import torch
 from proposer_stand_ins import KINDS, KnowingMaker, nothing, proposers_of, right, table, wrong
 from stand_ins import AdversarialHeads, LastDraftHeads, OracleHeads, RandomGate, RandomHeads
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
-from transformers import MaxLengthCriteria, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
@@ -123,22 +123,6 @@ def test_equals_generate_with_corrections(device: str) -> None:
         run("llama", None, kind, 33, device=device, platt=())
 
 
-@pytest.mark.parametrize(
-    "options", [{"temperature": 0.8}, {"temperature": 1.3, "top_k": 7}, {"temperature": 1.0, "top_p": 0.6}]
-)
-def test_sampling_depends_on_the_seed_only(options: dict[str, Any], device: str) -> None:
-    model, ids = tiny_model("llama", device), prompt(device)
-    plain = decode(model, None, ids, max_new_tokens=NEW, gate=AlwaysClosed(), seed=1, **options).sequences
-    assert plain.tolist() != generated("llama", device, NEW).tolist()
-    for heads, kind in itertools.product([LastDraftHeads, None], ["suffix", "table", "several"]):
-        stand_in = heads(plain, 4, VOCAB) if heads else None
-        out = decode(
-            model, stand_in, ids, max_new_tokens=NEW, tree=DynamicPolicy(16), seed=1, streamer=stand_in,
-            proposers=proposers_of(kind, plain, VOCAB), **options,
-        )  # fmt: skip
-        assert out.sequences.tolist() == plain.tolist()
-
-
 def test_default_is_a_dynamic_tree_with_the_texts_own_past(llama: PreTrainedModel) -> None:
     """For heads of this package, and for none; a vocabulary of the heads smaller than the drafts is no error."""
     text = generated("llama", "cpu", NEW)
@@ -179,77 +163,6 @@ def test_text_that_repeats_itself(name: str, tokens: list[int], device: str) -> 
         assert out.sequences.tolist() == want.tolist()
         if heads is None:
             assert len(out.stats.accepted_histogram) == size, "once, every draft was right"
-
-
-@pytest.mark.parametrize("new", [0, 1, 2, 3, 6])
-@pytest.mark.parametrize("heads", [OracleHeads, LastDraftHeads, None])
-def test_stops_at_max_new_tokens(new: int, heads: Any, llama: PreTrainedModel) -> None:
-    """No proposer is asked for more than may be taken."""
-    text = generated("llama", "cpu", NEW)
-    want = text[:, : prompt().shape[1] + new]
-    for size in (2, 16):
-        stand_in = heads(text, 4, VOCAB) if heads else None
-        maker = KnowingMaker(text, right(0.5))
-        out = decode(
-            llama,
-            stand_in,
-            prompt(),
-            max_new_tokens=new,
-            tree=DynamicPolicy(size),
-            proposers=[maker],
-            streamer=stand_in,
-        )
-        assert out.sequences.tolist() == want.tolist() and out.stats.new_tokens == new
-        asked = [most for proposer in maker.made for most in proposer.asked]
-        assert asked == sorted(asked, reverse=True) and all(1 <= most <= min(size - 1, new - 2) for most in asked)
-        assert len(maker.made) == (new > 0)
-
-
-@pytest.mark.parametrize("place", range(7))
-@pytest.mark.parametrize("heads", [OracleHeads, None])
-def test_stops_at_eos(heads: Any, place: int, llama: PreTrainedModel) -> None:
-    """Proposers are told the text up to its end, and nothing of what the step found behind it."""
-    text = generated("llama", "cpu", NEW)
-    eos = int(text[0, prompt().shape[1] + place])
-    want = generate(llama, prompt(), max_new_tokens=NEW, eos_token_id=eos)
-    stand_in, maker = heads(text, 4, VOCAB) if heads else None, KnowingMaker(text, right())
-    options = {"tree": DynamicPolicy(16), "proposers": [maker, SuffixProposer()], "eos_token_id": eos}
-    out = decode(llama, stand_in, prompt(), max_new_tokens=NEW, streamer=stand_in, **options)
-    assert out.sequences.tolist() == want.tolist()
-    assert [proposer.known for proposer in maker.made] == [want.shape[1]]
-
-
-@pytest.mark.parametrize("length", range(10, 16))
-def test_stopping_criteria_cut_exactly(length: int, llama: PreTrainedModel) -> None:
-    text = generated("llama", "cpu", NEW)
-    oracle, maker = OracleHeads(text, 4, VOCAB), KnowingMaker(text, right())
-    out = decode(
-        llama, oracle, prompt(), max_new_tokens=NEW, tree=DynamicPolicy(8), proposers=[maker], streamer=oracle,
-        stopping_criteria=[MaxLengthCriteria(length)],
-    )  # fmt: skip
-    assert out.sequences.tolist() == text[:, :length].tolist()
-    assert [proposer.known for proposer in maker.made] == [length]
-
-
-def test_up_to_the_last_position(device: str) -> None:
-    """gpt2 has no position after the 96th: no draft may ask for one."""
-    model, ids = tiny_model("gpt2", device), prompt(device, 80)
-    want = generate(model, ids, max_new_tokens=17)  # the 17th is never put in
-    for kind, size in itertools.product(["anything", "documents", "several", "tables"], [2, 33, 70]):
-        out = decode(
-            model, None, ids, max_new_tokens=17, tree=DynamicPolicy(size), proposers=proposers_of(kind, want, VOCAB)
-        )
-        assert out.sequences.tolist() == want.tolist()
-    out = decode(model, None, ids, max_new_tokens=17, tree=DynamicPolicy(64), proposers=[KnowingMaker(want, right())])
-    assert out.stats.accepted_histogram == [0] * 15 + [1]
-
-
-def test_beyond_the_last_position(llama: PreTrainedModel) -> None:
-    ids = prompt(length=250)
-    want = generate(llama, ids, max_new_tokens=20)
-    out = decode(llama, None, ids, max_new_tokens=20, tree=DynamicPolicy(33), proposers=[KnowingMaker(want, right())])
-    assert out.sequences.tolist() == want.tolist()
-    assert out.stats.open_steps == 1 and out.stats.accepted_histogram == [13, 0, 0, 0, 0, 1]
 
 
 # ---------------------------------------------------------------- who drafted what was accepted

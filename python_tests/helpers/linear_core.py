@@ -1,6 +1,6 @@
 """linear and grouped_linear: rows that depend on nothing but themselves, with sums in which every order shows.
 
-Quick enough to be run for each set of kernels: CERBERUS_ISA=portable python python_tests/helpers/linear_core.py
+Quick enough to be run for each set of kernels, see op_core.py.
 """
 
 from __future__ import annotations
@@ -143,8 +143,3 @@ def check_all() -> None:
             check_values(dtype, transposed)
             check_rows(dtype, transposed)
             check_groups(dtype, transposed)
-
-
-if __name__ == "__main__":
-    check_all()
-    print(f"checked: {torch.ops.cerberus_ext.cpu_isa()}")

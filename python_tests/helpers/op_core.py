@@ -1,4 +1,4 @@
-"""A few cases of every op against its reference, quick enough to be run for each set of kernels.
+"""A few cases of every op against its reference, quick enough to be run for each set of kernels; and linear_core's.
 
 The kernels are chosen when the library is loaded, so that a test of other ones starts another process:
 CERBERUS_ISA=portable python python_tests/helpers/op_core.py
@@ -6,6 +6,7 @@ CERBERUS_ISA=portable python python_tests/helpers/op_core.py
 
 from __future__ import annotations
 
+import linear_core
 import torch
 from op_cases import (
     DTYPES,
@@ -122,4 +123,5 @@ def check_every_op() -> None:
 
 if __name__ == "__main__":
     check_every_op()
+    linear_core.check_all()
     print(f"checked: {torch.ops.cerberus_ext.cpu_isa()}")

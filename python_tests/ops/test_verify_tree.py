@@ -121,7 +121,7 @@ def steps(draw):
 
 
 @given(steps())
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_against_brute_force(step):
     parents, draft, target = step
     expected = brute_force(draft, target, parents)

@@ -78,6 +78,7 @@ def llama() -> PreTrainedModel:
     return model
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("heads", HEADS)
@@ -89,10 +90,11 @@ def test_equals_generate(heads: str, tree: str, gate: str, llama: PreTrainedMode
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("heads", ["last draft", "random"])
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "qwen2-window", "mistral"])
-def test_other_models(name: str, heads: str) -> None:
-    assert run(copy.deepcopy(tiny_model(name)), heads, tree=StaticPolicy.from_widths([3, 4])).stats.compilations > 0
+def test_other_models(name: str) -> None:
+    model, tree = copy.deepcopy(tiny_model(name)), StaticPolicy.from_widths([3, 4])
+    compilations = [run(model, heads, tree=tree).stats.compilations for heads in ("last draft", "random")]
+    assert compilations[0] > 0 == compilations[1]
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -129,12 +131,6 @@ def test_dynamic_tree(llama: PreTrainedModel) -> None:
     options = {"tree": DynamicPolicy(4), "proposers": [SuffixProposer()], "compile": True}
     out = decode(llama, None, prompt(), max_new_tokens=NEW, **options)
     assert out.sequences.tolist() == want.tolist() and out.stats.compilations == 0
-
-
-def test_drawn_tokens(llama: PreTrainedModel) -> None:
-    options = {"max_new_tokens": NEW, "temperature": 1.0, "seed": 5, "gate": AlwaysClosed()}
-    texts = [decode(llama, None, prompt(), compile=compile, **options).sequences for compile in (False, True)]
-    assert texts[0].equal(texts[1])
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4])

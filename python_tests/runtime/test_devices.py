@@ -28,6 +28,7 @@ GATES: dict[str, Gate] = {
 pytestmark = pytest.mark.usefixtures("recorders")
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("name", ["llama", "qwen2-window", "gpt2"])

@@ -9,7 +9,7 @@ import torch
 from stand_ins import AdversarialHeads, LastDraftHeads, OracleHeads, RandomGate, RandomHeads
 from static_stand_ins import StaticHeads
 from tape import TapeRecorder
-from tiny_models import VOCAB, generate, generated, prompt, tiny_model
+from tiny_models import VOCAB, generated, prompt, tiny_model
 
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate, Signals
 from cerberus_ext.drafting.static_policy import StaticPolicy
@@ -61,6 +61,7 @@ def check(replayed: DecodeOutput, eager: DecodeOutput, text: torch.Tensor | None
     assert (eager.stats.graphed_steps, eager.stats.captures, eager.stats.fallback) == (0, 0, None)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("gate", ["open", "closed", "random"])
 @pytest.mark.parametrize("tree", ["16", "65"])
 @pytest.mark.parametrize("heads", HEADS)
@@ -78,6 +79,7 @@ def test_heads_between_the_replays(name: str, heads: str, tree: str, gate: str, 
     assert stats.captures == len(recorders[0].tapes) == kinds and stats.capture_seconds > 0
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("heads", RANKS)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen2-window", "mistral", "gpt2"])
@@ -171,56 +173,3 @@ def test_heads_inside_are_not_called_by_the_host(recorders: list[TapeRecorder]) 
     heads = StaticHeads(model, text, RANKS["never"])
     stats = decode(model, heads, prompt(), max_new_tokens=NEW, tree=TREES["16"], graphs=True).stats
     assert stats.open_steps == NEW - 2 and heads.drafts == 3  # warm-up, warm-up, recording
-
-
-@pytest.mark.parametrize("gate", ["open", "confidence"])
-@pytest.mark.parametrize(
-    "options", [{"temperature": 0.8}, {"temperature": 1.3, "top_k": 7}, {"temperature": 1.0, "top_p": 0.6}]
-)
-def test_sampling(options: dict[str, Any], gate: str, recorders: list[TapeRecorder]) -> None:
-    model, texts = tiny_model("llama"), []
-    for seed in (1, 2):
-        plain = decode(
-            model, RandomHeads(prompt(), 4, VOCAB), prompt(), max_new_tokens=NEW, gate=AlwaysClosed(), seed=seed,
-            graphs=False, **options,
-        ).sequences  # fmt: skip
-        heads = StaticHeads(model, plain, RANKS["mixed"], every=3)
-        arguments = {"max_new_tokens": NEW, "tree": TREES["16"], "gate": GATES[gate], "seed": seed, **options}
-        check(*both(model, heads, prompt(), **arguments), plain)
-        texts.append(plain.tolist())
-    assert texts[0] != texts[1]
-
-
-@pytest.mark.parametrize("new", range(8))
-@pytest.mark.parametrize("ranks", ["oracle", "second"])
-def test_stops_at_max_new_tokens(new: int, ranks: str, recorders: list[TapeRecorder]) -> None:
-    model, text = tiny_model("llama"), generated("llama", "cpu", NEW)
-    want = text[:, : prompt().shape[1] + new]
-    check(*both(model, StaticHeads(model, text, RANKS[ranks]), prompt(), max_new_tokens=new, tree=TREES["16"]), want)
-
-
-@pytest.mark.parametrize("gate", ["open", "confidence"])
-@pytest.mark.parametrize("place", range(7))
-def test_stops_at_eos(place: int, gate: str, recorders: list[TapeRecorder]) -> None:
-    model, text = tiny_model("llama"), generated("llama", "cpu", NEW)
-    eos = int(text[0, prompt().shape[1] + place])
-    want = generate(model, prompt(), max_new_tokens=NEW, eos_token_id=eos)
-    heads = StaticHeads(model, text, RANKS["oracle"])
-    options = {"max_new_tokens": NEW, "tree": TREES["chain"], "eos_token_id": eos, "gate": GATES[gate]}
-    check(*both(model, heads, prompt(), **options), want)
-
-
-@pytest.mark.parametrize("gate", ["open", "confidence"])
-def test_up_to_the_last_position(gate: str, recorders: list[TapeRecorder]) -> None:
-    """gpt2 has no position after the 96th, and would fail if a node, even one that pads the tree, asked for one."""
-    model, ids = tiny_model("gpt2"), prompt(length=80)
-    text = generate(model, ids, max_new_tokens=17)  # the 17th is never put in
-    for name in RANKS:
-        heads = StaticHeads(model, text, RANKS[name])
-        check(*both(model, heads, ids, max_new_tokens=17, tree=TREES["65"], gate=GATES[gate]), text)
-
-
-def test_beyond_the_last_position(recorders: list[TapeRecorder]) -> None:
-    model, ids = tiny_model("llama"), prompt(length=250)
-    text = generate(model, ids, max_new_tokens=20)
-    check(*both(model, StaticHeads(model, text, RANKS["oracle"]), ids, max_new_tokens=20, tree=TREES["65"]), text)

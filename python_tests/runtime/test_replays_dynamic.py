@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from proposer_stand_ins import KINDS, KnowingMaker, anything, proposers_of, right
-from stand_ins import LastDraftHeads, OracleHeads, RandomGate, RandomHeads
+from stand_ins import LastDraftHeads, RandomGate, RandomHeads
 from static_stand_ins import StaticHeads
 from tape import TapeRecorder
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
-from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate, Signals
+from cerberus_ext.drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate, Signals
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.drafting.suffix import SuffixProposer
 from cerberus_ext.drafting.tree import filled_size
@@ -97,6 +97,7 @@ def test_heads_between_the_replays(heads: Any, kind: str, recorders: list[TapeRe
     check_recordings(out, tree, recorders)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", ["none", "suffix", "several"])
 @pytest.mark.parametrize("heads", ["mixed", "never"])
 @pytest.mark.parametrize("gate", GATES)
@@ -178,36 +179,6 @@ def test_static_and_dynamic_trees_take_turns(recorders: list[TapeRecorder]) -> N
                 streamer=given if hasattr(given, "put") else None,
             )  # fmt: skip
             assert out.sequences.tolist() == text.tolist() and out.stats.graphed_steps == out.stats.steps
-
-
-@pytest.mark.parametrize("options", [{"temperature": 0.8}, {"temperature": 1.3, "top_k": 7}])
-def test_sampling(options: dict[str, Any], recorders: list[TapeRecorder]) -> None:
-    model = tiny_model("llama")
-    text = decode(model, None, prompt(), max_new_tokens=NEW, gate=AlwaysClosed(), graphs=False, **options).sequences
-    for heads in (StaticHeads(model, text, RANKS["mixed"], every=3), OracleHeads(text, 4, VOCAB), None):
-        both(model, heads, text, prompt(), "several", gate=Sizes, max_new_tokens=NEW, tree=DynamicPolicy(16), **options)
-
-
-@pytest.mark.parametrize("new", range(7))
-def test_stops_at_max_new_tokens(new: int, recorders: list[TapeRecorder]) -> None:
-    model, text = tiny_model("llama"), generated("llama", "cpu", NEW)
-    want = text[:, : prompt().shape[1] + new]
-    for heads in (StaticHeads(model, text, RANKS["oracle"]), None):
-        for replay in (True, False):
-            proposers = proposers_of("several", text, VOCAB)
-            out = decode(
-                model, heads, prompt(), max_new_tokens=new, tree=DynamicPolicy(16), proposers=proposers, graphs=replay
-            )
-            assert out.sequences.tolist() == want.tolist()
-
-
-def test_up_to_the_last_position(recorders: list[TapeRecorder]) -> None:
-    """gpt2 has no position after the 96th, and would fail if a node, even one that pads the tree, asked for one."""
-    model, ids = tiny_model("gpt2"), prompt(length=80)
-    text = generate(model, ids, max_new_tokens=17)  # the 17th is never put in
-    for heads in (StaticHeads(model, text, RANKS["oracle"]), None):
-        for kind in ("right", "anything", "tables"):
-            both(model, heads, text, ids, kind, max_new_tokens=17, tree=DynamicPolicy(70))
 
 
 def test_one_wait_a_step(recorders: list[TapeRecorder], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ Only the broken file is compiled again; the rest of the library is what the othe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -137,20 +138,36 @@ def compile_again(library: Path, op: str, kernels: Path) -> Path:
     return kernels / "_simt.so"
 
 
+def broken_library(broken: Broken, library: Path, folder: Path) -> Path:
+    """Its _simt.so, which is kept next to the library until that or the change is another."""
+    kernels = changed_copy(broken, folder)
+    content = [file.read_bytes() for file in (kernels / broken.file, library / "_simt.so", library / "libsimt.so")]
+    kept = library / "broken" / hashlib.sha256(b"".join([broken.op.encode(), *content])).hexdigest()[:16]
+    if not (kept / "_simt.so").is_file():
+        made = compile_again(library, broken.op, kernels)
+        kept.mkdir(parents=True, exist_ok=True)
+        shutil.copy(library / "libsimt.so", kept)
+        shutil.copy(made, kept / "partial")
+        (kept / "partial").replace(kept / "_simt.so")
+    return kept / "_simt.so"
+
+
 @pytest.fixture(scope="module")
 def verdicts(built, tmp_path_factory) -> dict[str, str]:
     """All at once, since there may be several processors: what simt_broken says of each."""
     library = build("_simt.so")
     folder = tmp_path_factory.mktemp("kernels")
 
+    nothing = Broken(UNBROKEN, "verify_tree", "verify_tree.cu", "ballot(match)", "ballot(match)")
+
     def make(number: int) -> Path:
-        broken = BROKEN[number]
-        return compile_again(library, broken.op, changed_copy(broken, folder / str(number)))
+        return broken_library([*BROKEN, nothing][number], library, folder / str(number))
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        libraries = list(threads.map(make, range(len(BROKEN))))
-        nothing = Broken(UNBROKEN, "verify_tree", "verify_tree.cu", "ballot(match)", "ballot(match)")
-        libraries.append(compile_again(library, nothing.op, changed_copy(nothing, folder / UNBROKEN)))
+        libraries = list(threads.map(make, range(len(BROKEN) + 1)))
+    for old in (library / "broken").iterdir():
+        if old / "_simt.so" not in libraries:
+            shutil.rmtree(old, ignore_errors=True)
     given = [[broken.op, str(path)] for broken, path in zip([*BROKEN, nothing], libraries, strict=True)]
     given += [[op, str(library / "_simt.so")] for op in dict.fromkeys(broken.op for broken in BROKEN)]
     names = [*(broken.why for broken in BROKEN), UNBROKEN, *(f"{UNBROKEN} {op}" for op, _ in given[len(BROKEN) + 1 :])]

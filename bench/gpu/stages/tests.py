@@ -65,7 +65,17 @@ def body(run: stage.Stage) -> None:
     where = ON_CPU if run.device == "cpu" else [str(TESTS), *(f"--ignore={TESTS / name}" for name in ELSEWHERE)]
     # On the CPU a few are enough to show that this stage works.
     chosen = run.result["tests"] = "cuda" if run.device == "cuda" else "cpu and by_hand"
-    options = ["-q", "-k", chosen, f"--maxfail={_MAX_FAILURES}", "-p", "no:cacheprovider", "--tb=short"]
+    options = [
+        "-q",
+        "-k",
+        chosen,
+        f"--maxfail={_MAX_FAILURES}",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "--tb=short",
+    ]
     options += [f"--deselect={test}" for test in run.rows]  # those at which the process died before
     status = pytest.main([*where, *options, "-c", str(stage.ROOT / "pyproject.toml")], plugins=[watch])
     run.running = None
