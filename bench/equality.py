@@ -30,7 +30,7 @@ from cerberus_ext.evaluation.texts import difference
 from cerberus_ext.io.machine import describe_machine
 from cerberus_ext.io.prompts import encode_chat, read_questions
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests" / "helpers"))
 from stand_ins import AdversarialHeads, OracleHeads, RandomGate, RandomHeads  # noqa: E402
 
 STAND_INS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": OracleHeads}

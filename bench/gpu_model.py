@@ -22,7 +22,7 @@ from cerberus_ext.drafting.static_policy import default_tree
 from cerberus_ext.io.default_model import FOLDER, cache_dir, load_model
 from cerberus_ext.io.prompts import encode_chat, read_questions
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests" / "helpers"))
 from tiny_llama import make_llama  # noqa: E402
 
 TREES = (8, 16, 32, 64)

@@ -15,7 +15,7 @@ import stage
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "python_tests"
-ELSEWHERE = ("simt", "test_bench.py", "test_cli.py")  # about no device
+ELSEWHERE = ("simt", "bench", "cli")  # about no device
 ON_CPU = [str(TESTS / "ops" / name) for name in ("test_verify_tree.py", "test_cache_ops.py")]
 _MAX_FAILURES = 25  # after an illegal access every further test fails, too
 _TEST_SECONDS = 60  # one that takes longer ends the process, which then starts again without it

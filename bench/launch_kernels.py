@@ -21,7 +21,7 @@ import torch
 
 from cerberus_ext import ops
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests" / "helpers"))
 from op_cases import CUDA_OPS, attention_inputs, example, integers, normal, random_parents, tree  # noqa: E402
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

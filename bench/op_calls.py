@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from cerberus_ext import ops
 from cerberus_ext.ops import reference
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests" / "helpers"))
 from op_cases import random_parents, tree  # noqa: E402
 
 NODES, LENGTH = 64, 2048

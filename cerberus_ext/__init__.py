@@ -6,6 +6,9 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from . import ops  # noqa: F401 - first: it loads the libraries, or says what is wrong with them
+
+# isort: split
 # What needs no transformers: importing that takes seconds, which `cerberus --help` should not.
 from .drafting.dynamic_policy import DynamicPolicy
 from .drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate

@@ -8,7 +8,7 @@ from typing import Any
 import own_warnings
 import pytest
 import torch
-from test_transformers_names import Renamed
+from renamed import Renamed
 from torch import nn
 
 LIBRARY = """

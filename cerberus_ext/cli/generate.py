@@ -60,9 +60,8 @@ def generate(
     check_heads_named(model, heads)
     from transformers import TextStreamer
 
-    import cerberus_ext
-
     from ..drafting.dynamic_policy import DynamicPolicy
+    from ..engine.decode import decode
     from ..runtime.compiled_step import CompileError
 
     begin(threads)
@@ -76,7 +75,7 @@ def generate(
     }  # fmt: skip
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
-        output = cerberus_ext.decode(base, trained, ids, streamer=streamer, **options)
+        output = decode(base, trained, ids, streamer=streamer, **options)
     except CompileError as error:
         fail(f"--compile: {error}", cause=error)
     comparison = None

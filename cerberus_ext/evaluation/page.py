@@ -122,7 +122,7 @@ def legend(shown: list[View]) -> list[tuple[str, str, str]]:
     proposers = range(1, max((draft.proposer for draft in drafts), default=0) + 1)
     return [
         *((f"h{head}", f"head {head}", tint(HEAD_HUES, head)) for head in heads),
-        *((f"s{proposer}", f"proposer {proposer}", tint(SOURCE_HUES, proposer)) for proposer in proposers),
+        *((f"p{proposer}", f"proposer {proposer}", tint(SOURCE_HUES, proposer)) for proposer in proposers),
     ]
 
 
@@ -162,7 +162,7 @@ def span(piece: str, draft: Draft, before: Draft | None) -> str:
     if draft.head:
         classes, who = [f"h{draft.head}"], f"head {draft.head}, node {draft.node} of {draft.nodes}"
     elif draft.proposer:
-        classes, who = [f"s{draft.proposer}"], f"proposer {draft.proposer}, node {draft.node} of {draft.nodes}"
+        classes, who = [f"p{draft.proposer}"], f"proposer {draft.proposer}, node {draft.node} of {draft.nodes}"
     if before is not None and before.step != draft.step:
         classes.append("first")
     title = f"step {draft.step}: {who}" if draft.step else "from the prompt's forward"

@@ -6,6 +6,4 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("CERBERUS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+def nothing_of_the_user(own_cache: Path) -> None: ...

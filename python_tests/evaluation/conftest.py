@@ -38,8 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CERBERUS_CACHE", str(tmp_path / "cache"))
+def nothing_of_the_user(own_cache: Path) -> None: ...
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from cerberus_ext.ops import reference
 
-TESTS = Path(__file__).parent.parent
-CSRC = TESTS.parent / "csrc"
+AMX = Path(__file__).parents[1] / "helpers" / "amx"
+CSRC = Path(__file__).parents[2] / "csrc"
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
     flags += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
     flags += ["-DCERBERUS_AMX", "-DCERBERUS_BFLOAT16_ONLY", "-DCERBERUS_ISA=amx_bf16"]
-    flags += [f"-I{TESTS / 'amx'}", f"-I{CSRC}"]
-    proposers = [str(TESTS / "amx" / "library.cpp"), str(CSRC / "cpu" / "linear.cpp")]
+    flags += [f"-I{AMX}", f"-I{CSRC}"]
+    proposers = [str(AMX / "library.cpp"), str(CSRC / "cpu" / "linear.cpp")]
     done = subprocess.run([compiler, *flags, *proposers, "-o", str(out)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(out))

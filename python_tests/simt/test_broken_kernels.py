@@ -154,9 +154,9 @@ def verdicts(built, tmp_path_factory) -> dict[str, str]:
     given = [[broken.op, str(path)] for broken, path in zip([*BROKEN, nothing], libraries, strict=True)]
     given += [[op, str(library / "_simt.so")] for op in dict.fromkeys(broken.op for broken in BROKEN)]
     names = [*(broken.why for broken in BROKEN), UNBROKEN, *(f"{UNBROKEN} {op}" for op, _ in given[len(BROKEN) + 1 :])]
-    tests = Path(__file__).parent.parent
-    command = [sys.executable, tests / "simt_broken.py", *(part for pair in given for part in pair)]
-    path = os.pathsep.join([str(tests), *sys.path])
+    helpers = Path(__file__).parents[1] / "helpers"
+    command = [sys.executable, helpers / "simt_broken.py", *(part for pair in given for part in pair)]
+    path = os.pathsep.join([str(helpers), *sys.path])
     printed = run(command, env=os.environ | {"PYTHONPATH": path}, cwd=folder)
     return dict(zip(names, printed.strip().splitlines(), strict=True))
 

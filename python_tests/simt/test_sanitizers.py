@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from simt_library import build, sanitizer_environment
 
+HELPERS = Path(__file__).parents[1] / "helpers"
 # The size of `data` is a whole number of uint4 short of what the kernel believes, or what its name says.
 RUN = """
 import ctypes, sys
@@ -28,7 +29,7 @@ def folder(built):
 
 
 def run(folder, kernel, size):
-    environment = sanitizer_environment() | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = sanitizer_environment() | {"PYTHONPATH": str(HELPERS)}
     command = [sys.executable, "-c", RUN, str(folder), kernel, str(size)]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
 
@@ -59,7 +60,7 @@ def test_no_report_without_cause(kernel, size, folder):
 def test_after_an_error_there_is_no_report(kernel, folder):
     """The stacks of threads that were given up are used again."""
     script = RUN + "\nfor i in range(3): print(Kernels(Path(folder)).run(Launch('reverse', threads=32), data))"
-    environment = sanitizer_environment() | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = sanitizer_environment() | {"PYTHONPATH": str(HELPERS)}
     command = [sys.executable, "-c", script, str(folder), kernel, "0"]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("simt: kernel"), done.stderr

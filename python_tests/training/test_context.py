@@ -94,7 +94,7 @@ def test_trained_heads_decode(tmp_path: Path, answers: Path, llama: LlamaForCaus
     ids = torch.tensor([[5, 17, 3, 40]])
     expected = llama.generate(ids, do_sample=False, max_new_tokens=60)
     for tree in (StaticPolicy.from_widths([3, 2, 1]), DynamicPolicy(12)):
-        out = decode(llama, heads, ids, max_new_tokens=60, tree=tree, sources=None)
+        out = decode(llama, heads, ids, max_new_tokens=60, tree=tree, proposers=None)
         assert torch.equal(out.sequences, expected)
         assert out.stats.tokens_per_step > 1.2
 

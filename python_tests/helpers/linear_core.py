@@ -1,6 +1,6 @@
 """linear and grouped_linear: rows that depend on nothing but themselves, with sums in which every order shows.
 
-Quick enough to be run for each set of kernels: CERBERUS_ISA=portable python python_tests/linear_core.py
+Quick enough to be run for each set of kernels: CERBERUS_ISA=portable python python_tests/helpers/linear_core.py
 """
 
 from __future__ import annotations

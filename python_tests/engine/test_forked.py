@@ -52,7 +52,7 @@ sys.exit(status)
 def test_decodes_in_a_forked_child(tmp_path: Path) -> None:
     import cerberus_ext
 
-    paths = [str(Path(cerberus_ext.__file__).parent.parent), str(Path(__file__).parent.parent)]
+    paths = [str(Path(cerberus_ext.__file__).parent.parent), str(Path(__file__).parents[1] / "helpers")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-c", PROGRAM]  # elsewhere: `-c` puts the current folder on sys.path
     run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280)

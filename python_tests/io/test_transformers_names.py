@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from functools import wraps
 from typing import Any
 
 import pytest
 import torch
+from renamed import Renamed
 from tiny_models import prompt, tiny_model
 from torch import nn
 from transformers import DynamicCache, GenerationMixin
@@ -20,29 +20,11 @@ GENERATES = inspect.signature(GenerationMixin.prepare_inputs_for_generation).par
 GENERATES_WITH = next(name for name in CACHE_ARGUMENTS if name in GENERATES)
 
 
-def renamed(forward: Any) -> Any:
-    """As transformers renames an argument: the old name goes on being taken, with a warning."""
-
-    @wraps(forward)
-    def taking_both(*args: Any, **kwargs: Any) -> Any:
-        if "past_key_values" in kwargs:
-            warnings.warn("`past_key_values` is deprecated", FutureWarning, stacklevel=2)
-            kwargs["cache"] = kwargs.pop("past_key_values")
-        return forward(*args, **kwargs)
-
-    return taking_both
-
-
 class Old(nn.Module):
     def forward(self, input_ids: Any, past_key_values: Any = None, **kwargs: Any) -> Any: ...
 
 
 class New(nn.Module):
-    def forward(self, input_ids: Any, cache: Any = None) -> Any: ...
-
-
-class Renamed(nn.Module):
-    @renamed
     def forward(self, input_ids: Any, cache: Any = None) -> Any: ...
 
 

@@ -168,10 +168,10 @@ def test_a_step_never_leaves_the_device(name: str, drafts: str, nodes: int) -> N
     with torch.inference_mode(), TargetModel(model, 64, 1, way=StepWay.plain(model)) as base:
         hidden, logits = base.prefill(torch.zeros(1, 9, dtype=torch.int64, device=device))
         state = StaticState(hidden.clone(), logits.argmax(-1))
-        drafts = StaticDrafts(drafter, 1, 3, 4, device)
+        static = StaticDrafts(drafter, 1, 3, 4, device)
         sampling = Sampling(seed=3, temperature=0.7, top_p=0.9)
-        kind = StepKind(nodes, sampling, drafts, drafts == "before", drafts == "after")
-        result = StaticResult(1, nodes, drafts if drafts == "after" else None, device)
+        kind = StepKind(nodes, sampling, static, drafts == "before", drafts == "after")
+        result = StaticResult(1, nodes, static if drafts == "after" else None, device)
         static = StaticNodes(1, nodes, device)
         with OneDevice("meta") as seen:
             run_step(base, kind, state, static, result)

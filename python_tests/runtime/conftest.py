@@ -4,12 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from devices import device
 from tape import TapeRecorder
 
 from cerberus_ext.runtime import graphs
-
-__all__ = ["device"]
 
 
 @pytest.fixture

@@ -24,6 +24,8 @@ from cerberus_ext.engine import calibration_store as store
 from cerberus_ext.engine.calibration_store import Calibration, Expected, find, heads_fingerprint, key_of, place, save
 from cerberus_ext.engine.plan import make_plan
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 CPU = torch.device("cpu")
 TREE = StaticPolicy.from_paths([(0,), (1,), (0, 0), (0, 2)])
 GATES: dict[str, Gate] = {

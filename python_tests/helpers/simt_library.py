@@ -1,7 +1,7 @@
 """The emulated CUDA kernels for tests: builds csrc/simt, and calls its ops with guarded tensors.
 
 CERBERUS_SIMT_BUILD=sanitize or coverage takes another build than the plain one. The former needs more in the
-environment: env $(python python_tests/simt_library.py) pytest python_tests/simt
+environment: env $(python python_tests/helpers/simt_library.py) pytest python_tests/simt
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from op_cases import assert_same_bits
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {
     "plain": [],
     "sanitize": ["-DCERBERUS_SIMT_SANITIZE=ON"],

@@ -1,7 +1,7 @@
 """A few cases of every op against its reference, quick enough to be run for each set of kernels.
 
 The kernels are chosen when the library is loaded, so that a test of other ones starts another process:
-CERBERUS_ISA=portable python python_tests/op_core.py
+CERBERUS_ISA=portable python python_tests/helpers/op_core.py
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from torch.utils import _contextlib
 import cerberus_ext
 
 CATEGORIES = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)
-_TESTS = Path(__file__).resolve().parent
+_TESTS = Path(__file__).resolve().parents[1]
 _OURS = tuple(
     f"{folder}/" for folder in (Path(cerberus_ext.__file__).resolve().parent, _TESTS, _TESTS.parent / "bench")
 )

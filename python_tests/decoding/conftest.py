@@ -1,3 +1,0 @@
-from devices import device
-
-__all__ = ["device"]
