@@ -53,7 +53,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[PreTrainedMod
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     model.generation_config.eos_token_id = None
     tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "model")
-    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.chat_template = "w5 w9 w14 {% for message in messages %}{{ message.content }}{% endfor %}"
     heads = CerberusHeads.from_pretrained(tmp_path / "heads")
     monkeypatch.setattr(cerberus_ext, "load_default_model", lambda: (model, tokenizer))
     monkeypatch.setattr(CerberusHeads, "from_pretrained", lambda name: heads)
@@ -93,7 +93,7 @@ def test_paths(page: Path) -> None:
     for path in re.findall(rf"(?<![\w/])(?:{folders})/[\w./-]*[\w/]", page.read_text()):
         if path.startswith("bench/results/") and not (ROOT / "bench" / "results").exists():
             continue
-        assert (ROOT / path).exists(), path
+        assert (ROOT / path).exists() or "my_op" in path, path
 
 
 @pages
@@ -134,7 +134,8 @@ def test_readme_runs(tiny: tuple[PreTrainedModel, CerberusHeads], capsys: pytest
         exec(compile(block, str(README), "exec"), namespace)
     ids, model = namespace["ids"], tiny[0]
     out = namespace["out"]  # of the last call, with the proposer
-    assert out.sequences.equal(model.generate(ids, do_sample=False, max_new_tokens=256, pad_token_id=0))
+    greedy = {"do_sample": False, "max_new_tokens": 256, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    assert out.sequences.equal(model.generate(ids, **greedy))
     assert len(capsys.readouterr().out.splitlines()) > 3
 
 
@@ -156,7 +157,7 @@ def test_readme_step_is_decodes(tiny: tuple[PreTrainedModel, CerberusHeads]) -> 
     for node in range(1, policy.size):
         paths.append([*paths[policy.parents[node]], node])
     namespace: dict[str, Any] = {
-        "cat": cat, "silu": silu, "P": policy.drafts, "N": policy.size, "parents": policy.parents,
+        "cat": cat, "silu": silu, "P": policy.useful_drafts, "N": policy.size, "parents": policy.parents,
         "depth": policy.depths, "rank": policy.ranks, "path": paths, "K": heads.config.num_heads,
         "L": heads.config.num_layers, "weight": heads.weight, "bias": heads.bias, "scale": heads.anchor_scale,
         "embed": model.get_input_embeddings().weight.detach(), "lm_head": model.get_output_embeddings().weight.detach(),
