@@ -115,7 +115,7 @@ def test_options_of_tables() -> None:
     for page, command in (("training", "train"), ("calibration", "calibrate"), ("benchmarks", "bench")):
         text = FENCE.sub("", (ROOT / "docs" / f"{page}.md").read_text())
         known = {name for option in group.commands[command].params for name in (*option.opts, *option.secondary_opts)}
-        others = {"--stages", "--device"} if command == "bench" else set()  # of the GPU session
+        others = {"--help", "--stages"}  # of every command; of the GPU session
         options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) - others
         assert options and options <= known, options - known
 
@@ -158,7 +158,7 @@ def test_readme_step_is_decodes(tiny: tuple[PreTrainedModel, CerberusHeads]) -> 
         paths.append([*paths[policy.parents[node]], node])
     namespace: dict[str, Any] = {
         "cat": cat, "silu": silu, "P": policy.useful_drafts, "N": policy.size, "parents": policy.parents,
-        "depth": policy.depths, "rank": policy.ranks, "path": paths, "K": heads.config.num_heads,
+        "depth": policy.tree.depths.tolist(), "rank": policy.ranks, "path": paths, "K": heads.config.num_heads,
         "L": heads.config.num_layers, "weight": heads.weight, "bias": heads.bias, "scale": heads.anchor_scale,
         "embed": model.get_input_embeddings().weight.detach(), "lm_head": model.get_output_embeddings().weight.detach(),
         "forward": lambda text, tokens, parents: forward(model, text, tokens, parents),
