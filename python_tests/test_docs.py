@@ -97,6 +97,17 @@ def test_paths(page: Path) -> None:
 
 
 @pages
+def test_names(page: Path) -> None:
+    """`name` in `file` is defined there; files of a room of the package are there."""
+    text, package = page.read_text(), Path(cerberus_ext.__file__).parent
+    for file in re.findall(r"(?<![\w/])((?:[a-z]+/)[a-z_]+\.py)", text):
+        assert (package / file).exists() or (ROOT / file).exists(), file
+    for name, file in re.findall(r"`(\w+)(?:\(\w*\))?` in\s+`([\w/]+\.\w+)`", text):
+        found = [one for one in (*package.rglob("*.py"), *ROOT.glob("csrc/**/*.*")) if str(one).endswith(f"/{file}")]
+        assert any(re.search(rf"\b{name}\b", one.read_text()) for one in found), (name, file)
+
+
+@pages
 def test_commands(page: Path) -> None:
     """Every option of a `cerberus` command exists."""
     group: Any = typer.main.get_command(app)
