@@ -109,9 +109,14 @@ def test_names(page: Path) -> None:
 
 @pages
 def test_commands(page: Path) -> None:
-    """Every option of a `cerberus` command exists."""
+    """Every option of a `cerberus` command exists, and of a script."""
     group: Any = typer.main.get_command(app)
     for words in commands(page):
+        if words[0] == "python":
+            files = [ROOT / words[1]] if words[1].endswith(".py") else list((ROOT / words[1]).glob("*.py"))
+            text = "".join(file.read_text() for file in files)
+            assert text and all(f'"{word}"' in text for word in words if word.startswith("--")), words
+            continue
         if "-m" in words and "cerberus_ext.cli" in words:
             words = words[words.index("cerberus_ext.cli") :]
         elif words[0] != "cerberus":
@@ -126,7 +131,7 @@ def test_options_of_tables() -> None:
     for page, command in (("training", "train"), ("calibration", "calibrate"), ("benchmarks", "bench")):
         text = FENCE.sub("", (ROOT / "docs" / f"{page}.md").read_text())
         known = {name for option in group.commands[command].params for name in (*option.opts, *option.secondary_opts)}
-        others = {"--help", "--stages"}  # of every command; of the GPU session
+        others = {"--help", "--stages"}  # of every command; of the GPU session alone
         options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) - others
         assert options and options <= known, options - known
 
