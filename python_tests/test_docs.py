@@ -100,7 +100,7 @@ def test_paths(page: Path) -> None:
 def test_names(page: Path) -> None:
     """`name` in `file` is defined there; files of a room of the package are there."""
     text, package = page.read_text(), Path(cerberus_ext.__file__).parent
-    for file in re.findall(r"(?<![\w/])((?:[a-z]+/)[a-z_]+\.py)", text):
+    for file in re.findall(r"(?<![\w/.])((?:[a-z]+/)[a-z_]+\.py)", text):
         assert (package / file).exists() or (ROOT / file).exists(), file
     for name, file in re.findall(r"`(\w+)(?:\(\w*\))?` in\s+`([\w/]+\.\w+)`", text):
         found = [one for one in (*package.rglob("*.py"), *ROOT.glob("csrc/**/*.*")) if str(one).endswith(f"/{file}")]
