@@ -31,6 +31,7 @@ REQUIREMENTS = [
     "gguf",
     "safetensors",
     "huggingface_hub>=1",
+    "jinja2",  # torch's own, too
     "matplotlib",
     "tqdm",
     "typer",
@@ -57,7 +58,7 @@ class CMakeBuild(build_ext):
                 "build isolation on (no --no-build-isolation), which fetches one."
             )
         work = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        # Objects are kept, and made anew as needed. The cache is not: it names folders of an isolated build.
+        # Objects are kept, and rebuilt as needed. The cache is not: it names folders of an isolated build.
         (work / "CMakeCache.txt").unlink(missing_ok=True)
         self._run("cmake", "-G", "Ninja", "-S", ROOT, "-B", work, *self._options())
         self._run("cmake", "--build", work, "--parallel", self._jobs())

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,18 @@ from cerberus_ext import AlwaysClosed, AlwaysOpen, StaticPolicy
 from cerberus_ext.drafting.static_policy import default_tree
 from cerberus_ext.evaluation.results import Results
 from cerberus_ext.evaluation.texts import difference
+from cerberus_ext.evaluation.timing import timed
+from cerberus_ext.evaluation.ways import DecodeWay, GenerateWay
 from cerberus_ext.io.machine import describe_machine
 from cerberus_ext.io.prompts import encode_chat, read_questions
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests" / "helpers"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python_tests" / "helpers"))
 from stand_ins import AdversarialHeads, OracleHeads, RandomGate, RandomHeads  # noqa: E402
 
 STAND_INS = {"random": RandomHeads, "adversarial": AdversarialHeads, "oracle": OracleHeads}
 HEADS = ["trained", *STAND_INS]
 TREES = ["chain", "static-16", "static-64", "one"]
-GATES: dict[str, Callable[[], cerberus_ext.Gate]] = {"open": AlwaysOpen, "random": RandomGate}
+GATES = {"open": AlwaysOpen, "random": RandomGate, "closed": AlwaysClosed}
 # Of a 16-bit type: (heads, tree, gate). A number: a DynamicPolicy of so many nodes.
 SIXTEEN_BITS = [
     ("trained", "default", "open"),
@@ -58,17 +60,12 @@ def make_tree(name: str, heads: Any) -> StaticPolicy | int | None:
     return default_tree(heads, torch.device("cpu"), int(name.removeprefix("static-")))
 
 
-def settings(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+def settings(arguments: argparse.Namespace) -> list[tuple[str, str, str]]:
     """(heads, tree, gate) of every run of a question."""
-    if arguments.dtype == "float32":
-        yield "trained", "static-16", "closed"
-    elif not (arguments.heads or arguments.trees or arguments.gates):
-        yield from SIXTEEN_BITS
-        return
-    for heads in arguments.heads or HEADS:
-        for tree in arguments.trees or TREES:
-            for gate in arguments.gates or GATES:
-                yield heads, tree, gate
+    if arguments.dtype != "float32" and not (arguments.heads or arguments.trees or arguments.gates):
+        return SIXTEEN_BITS
+    chosen = product(arguments.heads or HEADS, arguments.trees or TREES, arguments.gates or ["open", "random"])
+    return [*([("trained", "static-16", "closed")] if arguments.dtype == "float32" else []), *chosen]
 
 
 def full_depth(histogram: list[int], depth: int) -> bool:
@@ -76,7 +73,34 @@ def full_depth(histogram: list[int], depth: int) -> bool:
     return sum(histogram) - (histogram[depth] if len(histogram) > depth else 0) <= 1
 
 
-def main() -> int:
+def text_of(ids: Tensor, tokens: list[int]) -> Tensor:
+    return torch.cat([ids, ids.new_tensor([tokens])], 1)
+
+
+def measure(
+    model: Any, trained: Any, ids: Tensor, new: int, want: Tensor, names: tuple[str, str, str]
+) -> dict[str, Any]:
+    """One text with (heads, tree, gate), compared with the one that is wanted."""
+    heads_name, tree_name, gate_name = names
+    # The text goes on after its end in what stand-ins know; what follows does not matter.
+    stand_in = STAND_INS.get(heads_name)
+    heads = stand_in(want, trained.config.num_heads, model.config.vocab_size) if stand_in else trained
+    tree = make_tree(tree_name, trained)
+    options = {"tree": tree, "gate": GATES[gate_name](), "streamer": heads if stand_in else None}
+    run = partial(cerberus_ext.decode, model, heads, ids, max_new_tokens=new, **options)
+    out, seconds = timed(run, model.device)
+    row = {
+        "seconds": seconds,
+        "tokens_per_step": out.stats.tokens_per_step,
+        "exact": out.stats.exact,
+        "difference": difference(model, out.sequences, want, ids.shape[1]),
+    }
+    if (heads_name, gate_name) == ("oracle", "open") and isinstance(tree, StaticPolicy):
+        row["full_depth"] = full_depth(out.stats.accepted_histogram, tree.depth)
+    return row
+
+
+def arguments_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=Path, required=True, help="JSON lines with question_id and turns")
     parser.add_argument("--limit", type=int, default=16)
@@ -88,70 +112,37 @@ def main() -> int:
     parser.add_argument("--trees", nargs="+", help="only these: chain, one, static-N or N nodes")
     parser.add_argument("--gates", nargs="+", choices=list(GATES), help="only these")
     parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> int:
+    arguments = arguments_of()
     model, tokenizer = cerberus_ext.load_default_model(getattr(torch, arguments.dtype), arguments.device)
     trained = cerberus_ext.CerberusHeads.from_pretrained(arguments.trained)
     results = Results(arguments.out)
-    results.begin(
-        identity={
-            "questions": arguments.questions.name,
-            "new_tokens": arguments.new_tokens,
-            "dtype": arguments.dtype,
-            "trained": Path(arguments.trained).name,
-            "machine": describe_machine(model.device),
-        },
-        about={},
-    )
-    vocab = model.config.vocab_size
-
-    def expected(ids: Tensor) -> Tensor:
-        if arguments.dtype == "float32":
-            mask = torch.ones_like(ids)
-            return model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=arguments.new_tokens)
-        closed = AlwaysClosed()
-        return cerberus_ext.decode(model, trained, ids, max_new_tokens=arguments.new_tokens, gate=closed).sequences
-
+    identity = {
+        "questions": arguments.questions.name,
+        "new_tokens": arguments.new_tokens,
+        "dtype": arguments.dtype,
+        "trained": Path(arguments.trained).name,
+        "machine": describe_machine(model.device),
+    }
+    results.begin(identity, about={})
+    reference: DecodeWay | GenerateWay = GenerateWay("generate", model)
+    if arguments.dtype != "float32":
+        reference = DecodeWay("closed", model, trained, options={"gate": AlwaysClosed()})
     for question in read_questions(arguments.questions, arguments.limit):
         ids = encode_chat(tokenizer, question.turns[:1]).to(arguments.device)
-        want: Tensor | None = None
-        for heads_name, tree_name, gate_name in settings(arguments):
-            key = f"{question.id}/{heads_name}/{tree_name}/{gate_name}"
-            if key in results:
-                continue
-            want = expected(ids) if want is None else want
-            # The text goes on after its end in what stand-ins know; what follows does not matter.
-            stand_in = STAND_INS.get(heads_name)
-            heads = trained if stand_in is None else stand_in(want, trained.config.num_heads, vocab)
-            tree = make_tree(tree_name, trained)
-            gate = AlwaysClosed() if gate_name == "closed" else GATES[gate_name]()
-            begin = time.perf_counter()
-            out = cerberus_ext.decode(
-                model,
-                heads,
-                ids,
-                max_new_tokens=arguments.new_tokens,
-                tree=tree,
-                gate=gate,
-                streamer=None if stand_in is None else heads,
-            )
-            row: dict[str, Any] = {
-                "seconds": time.perf_counter() - begin,
-                "tokens_per_step": out.stats.tokens_per_step,
-                "exact": out.stats.exact,
-                "difference": difference(model, out.sequences, want, ids.shape[1]),
-            }
-            if (heads_name, gate_name) == ("oracle", "open") and isinstance(tree, StaticPolicy):
-                row["full_depth"] = full_depth(out.stats.accepted_histogram, tree.depth)
-            results.add(key, **row)
-            print(key, row, flush=True)
-
-    wrong = [
-        row for row in results if row["difference"] is not None or not row["exact"] or not row.get("full_depth", True)
-    ]
-    print(f"{len(list(results))} texts, {len(wrong)} wrong")
-    for row in wrong:
-        print(row)
+        todo = {f"{question.id}/{'/'.join(names)}": names for names in settings(arguments)}
+        todo = {key: names for key, names in todo.items() if key not in results}
+        if todo:
+            want = text_of(ids, reference.run(ids, arguments.new_tokens)[0])
+        for key, names in todo.items():
+            results.add(key, **measure(model, trained, ids, arguments.new_tokens, want, names))
+            print(results[key], flush=True)
+    wrong = [row for row in results.values()
+             if row["difference"] is not None or not row["exact"] or not row.get("full_depth", True)]  # fmt: skip
+    print(f"{len(results)} texts, {len(wrong)} wrong", *wrong, sep="\n")
     return int(bool(wrong))
 
 

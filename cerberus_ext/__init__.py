@@ -10,19 +10,19 @@ from . import ops  # noqa: F401 - first: it loads the libraries, or says what is
 
 # isort: split
 # What needs no transformers: importing that takes seconds, which `cerberus --help` should not.
+from .drafting.drafter import Drafter
 from .drafting.dynamic_policy import DynamicPolicy
-from .drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from .drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate, Signals
 from .drafting.proposers import Proposer
 from .drafting.static_policy import StaticPolicy
 from .drafting.suffix import DocumentProposer, SuffixProposer
-from .engine.compile_ahead import compile_ahead
 from .engine.decode import decode
+from .engine.decoder import Decoder
 from .runtime.stats import DecodeOutput, DecodeStats
 
 if TYPE_CHECKING:
     from .drafting.heads import CerberusConfig, CerberusHeads
     from .io.default_model import load_default_model
-    from .runtime.graphs import release_graphs
 
 try:
     __version__ = version("cerberus_ext")
@@ -37,24 +37,24 @@ __all__ = [
     "ConfidenceGate",
     "DecodeOutput",
     "DecodeStats",
+    "Decoder",
+    "Drafter",
     "DocumentProposer",
     "Proposer",
     "StaticPolicy",
     "DynamicPolicy",
     "EntropyGate",
     "Gate",
+    "Signals",
     "SuffixProposer",
-    "compile_ahead",
     "decode",
     "load_default_model",
-    "release_graphs",
 ]
 
 _LATER = {
     "CerberusConfig": "drafting.heads",
     "CerberusHeads": "drafting.heads",
     "load_default_model": "io.default_model",
-    "release_graphs": "runtime.graphs",
 }
 
 

@@ -13,7 +13,7 @@ def best_drafts(
     paths: Sequence[tuple[ArrayLike, ArrayLike, int]],
     vocabulary: int,
     size: int,
-    deepest: int,
+    max_depth: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]: ...
 
 class SuffixIndex:

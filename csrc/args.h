@@ -110,7 +110,7 @@ struct WriteCacheArgs {
 // Node 0 is accepted; node i > 0 is where its parent is and draft[i] == target[parent]. The longest accepted
 // path wins, ties go to the lowest node.
 struct VerifyTreeArgs {
-  int64_t rows, nodes, words, depth;  // B, N >= 1, W, the path has depth + 1 places
+  int64_t rows, nodes, words, depth;  // B, N >= 1, W, a path has depth + 1 nodes
   const int64_t* draft;               // (B, N)
   const int64_t* target;              // (B, N)
   const int64_t* parents;             // (N,), parents[0] = -1, parents[i] < i
@@ -123,11 +123,11 @@ struct VerifyTreeArgs {
 // accepted + 1. A path is increasing, so that moving in order never overwrites what is still to be moved.
 struct CommitCacheArgs {
   int64_t element_bytes;
-  int64_t planes, rows, kv_heads, capacity, head_size, path_places;  // C, B, Hkv, S, E, depth + 1
-  void* cache;                                                       // (C, B, Hkv, S, E)
-  int64_t* length;                                                   // (B,)
-  const int32_t* path;                                               // (B, depth + 1)
-  const int32_t* accepted;                                           // (B,)
+  int64_t planes, rows, kv_heads, capacity, head_size, path_nodes;  // C, B, Hkv, S, E, depth + 1
+  void* cache;                                                      // (C, B, Hkv, S, E)
+  int64_t* length;                                                  // (B,)
+  const int32_t* path;                                              // (B, depth + 1)
+  const int32_t* accepted;                                          // (B,)
 };
 
 // output = kind(input), element by element: an element's bits depend on nothing but its value. CPU only.

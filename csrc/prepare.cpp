@@ -135,8 +135,8 @@ HeadStackCall prepare_head_stack(const Tensor& hidden, const Tensor& anchor, con
   return call;
 }
 
-DraftTopkCall prepare_draft_topk(const Tensor& states, const Tensor& projection, int64_t drafts,
-                                 const std::function<int64_t(int64_t vocab)>& parts_of) {
+DraftTopkCall prepare_draft_topk(const Splits& splits, const Tensor& states, const Tensor& projection,
+                                 int64_t drafts) {
   Check check("draft_topk");
   check.floating(states, "states", 3, "(B, K, D)");
   check.not_empty(states, "states", "(B, K, D)", 2, "D");
@@ -149,7 +149,7 @@ DraftTopkCall prepare_draft_topk(const Tensor& states, const Tensor& projection,
   if (vocab > std::numeric_limits<int32_t>::max())
     check.fail("projection", "(Vd, D) with Vd < 2^31", shape_text(projection));
 
-  const int64_t parts = parts_of(vocab);
+  const int64_t parts = splits.draft_topk(vocab);
   DraftTopkCall call{{},
                      empty(check, states, {rows, parts, drafts + 2}, ScalarType::Float),
                      empty(check, states, {rows, parts, drafts}, ScalarType::Int),
@@ -201,10 +201,10 @@ ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& posit
   return call;
 }
 
-TreeAttentionCall prepare_tree_attention(const Tensor& q, const Tensor& keys, const Tensor& values,
-                                         const Tensor& length, const Tensor& ancestors, double scale,
-                                         int64_t window, double softcap, const std::optional<Tensor>& sinks,
-                                         const std::function<int64_t(const TreeAttentionArgs&)>& splits) {
+TreeAttentionCall prepare_tree_attention(const Splits& splits, const Tensor& q, const Tensor& keys,
+                                         const Tensor& values, const Tensor& length, const Tensor& ancestors,
+                                         double scale, int64_t window, double softcap,
+                                         const std::optional<Tensor>& sinks) {
   Check check("tree_attention");
   check.floating(q, "q", 4, "(B, N, Hq, E)");
   check.not_empty(q, "q", "(B, N, Hq, E)", 3, "E");
@@ -250,7 +250,7 @@ TreeAttentionCall prepare_tree_attention(const Tensor& q, const Tensor& keys, co
   args.ancestors = data<int64_t>(ancestors);
   args.sinks = sinks ? sinks->const_data_ptr() : nullptr;
   args.output = call.output.mutable_data_ptr();
-  args.splits = splits(args);
+  args.splits = splits.tree_attention(args);
   args.part_max = args.part_sum = args.part_output = nullptr;
   if (args.splits > 1) {
     const int64_t parts = rows * nodes * query_heads * args.splits;
@@ -262,7 +262,7 @@ TreeAttentionCall prepare_tree_attention(const Tensor& q, const Tensor& keys, co
   return call;
 }
 
-WriteCacheArgs prepare_write_cache(const Tensor& keys, const Tensor& values, const Tensor& new_keys,
+WriteCacheCall prepare_write_cache(const Tensor& keys, const Tensor& values, const Tensor& new_keys,
                                    const Tensor& new_values, const Tensor& length) {
   Check check("write_cache");
   check.floating(keys, "keys", 4, "(B, Hkv, S, E)");
@@ -278,7 +278,8 @@ WriteCacheArgs prepare_write_cache(const Tensor& keys, const Tensor& values, con
   check.integer(length, "length", 1, "(B,)", ScalarType::Long);
   check.sizes(length, "length", "(B,)", {rows});
 
-  WriteCacheArgs args;
+  WriteCacheCall call;
+  WriteCacheArgs& args = call.args;
   args.element_bytes = check.element_bytes();
   args.rows = rows;
   args.nodes = nodes;
@@ -290,7 +291,7 @@ WriteCacheArgs prepare_write_cache(const Tensor& keys, const Tensor& values, con
   args.new_keys = new_keys.const_data_ptr();
   args.new_values = new_values.const_data_ptr();
   args.length = data<int64_t>(length);
-  return args;
+  return call;
 }
 
 VerifyTreeCall prepare_verify_tree(const Tensor& draft, const Tensor& target, const Tensor& parents,
@@ -323,7 +324,7 @@ VerifyTreeCall prepare_verify_tree(const Tensor& draft, const Tensor& target, co
   return call;
 }
 
-CommitCacheArgs prepare_commit_cache(const Tensor& cache, const Tensor& length, const Tensor& path,
+CommitCacheCall prepare_commit_cache(const Tensor& cache, const Tensor& length, const Tensor& path,
                                      const Tensor& accepted) {
   Check check("commit_cache");
   check.floating(cache, "cache", 5, "(C, B, Hkv, S, E)");
@@ -336,37 +337,19 @@ CommitCacheArgs prepare_commit_cache(const Tensor& cache, const Tensor& length, 
   check.integer(accepted, "accepted", 1, "(B,)", ScalarType::Int);
   check.sizes(accepted, "accepted", "(B,)", {rows});
 
-  CommitCacheArgs args;
+  CommitCacheCall call;
+  CommitCacheArgs& args = call.args;
   args.element_bytes = check.element_bytes();
   args.planes = cache.size(0);
   args.rows = rows;
   args.kv_heads = cache.size(2);
   args.capacity = cache.size(3);
   args.head_size = cache.size(4);
-  args.path_places = path.size(1);
+  args.path_nodes = path.size(1);
   args.cache = cache.mutable_data_ptr();
   args.length = mutable_data<int64_t>(length);
   args.path = data<int32_t>(path);
   args.accepted = data<int32_t>(accepted);
-  return args;
-}
-
-ActivationCall prepare_activation(const Tensor& input, const std::string& kind) {
-  constexpr const char* kKinds[] = {"silu", "gelu", "gelu_tanh", "tanh", "sigmoid",
-                                    "exp",  "erf",  "softplus",  "cos",  "sin"};  // as in `Activation`
-  Check check("activation");
-  check.floating(input, "input");
-  const auto found = std::find(std::begin(kKinds), std::end(kKinds), kind);
-  if (found == std::end(kKinds)) {
-    std::string all;
-    for (const char* known : kKinds) all += (all.empty() ? "" : ", ") + std::string(known);
-    check.fail("kind", "one of " + all, kind);
-  }
-
-  const auto sizes = input.sizes();
-  ActivationCall call{{}, empty(check, input, sizes.data(), sizes.size(), check.scalar_type())};
-  call.args = {check.dtype(), static_cast<Activation>(found - std::begin(kKinds)), input.numel(),
-               input.const_data_ptr(), call.output.mutable_data_ptr()};
   return call;
 }
 
@@ -408,6 +391,25 @@ LinearCall prepare_grouped_linear(const Tensor& input, const Tensor& weight,
   check.integer(ends, "ends", 1, "(G,)", ScalarType::Long);
   check.sizes(ends, "ends", "(G,)", {groups});
   return linear_call(check, input, weight, bias, out_size, groups, data<int64_t>(ends), transposed);
+}
+
+ActivationCall prepare_activation(const Tensor& input, const std::string& kind) {
+  constexpr const char* kKinds[] = {"silu", "gelu", "gelu_tanh", "tanh", "sigmoid",
+                                    "exp",  "erf",  "softplus",  "cos",  "sin"};  // as in `Activation`
+  Check check("activation");
+  check.floating(input, "input");
+  const auto found = std::find(std::begin(kKinds), std::end(kKinds), kind);
+  if (found == std::end(kKinds)) {
+    std::string all;
+    for (const char* known : kKinds) all += (all.empty() ? "" : ", ") + std::string(known);
+    check.fail("kind", "one of " + all, kind);
+  }
+
+  const auto sizes = input.sizes();
+  ActivationCall call{{}, empty(check, input, sizes.data(), sizes.size(), check.scalar_type())};
+  call.args = {check.dtype(), static_cast<Activation>(found - std::begin(kKinds)), input.numel(),
+               input.const_data_ptr(), call.output.mutable_data_ptr()};
+  return call;
 }
 
 }  // namespace cerberus

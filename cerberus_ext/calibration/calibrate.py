@@ -1,10 +1,10 @@
 """Finds the tree and the gate that are fastest for heads on a machine; `cerberus calibrate` is the same from the shell.
 
-    texts       the model's greedy answers, and what the heads draft at every place of them    calibration/trace.py
-    costs       seconds of a step by size of the tree and length of the text                   calibration/cost.py
-    choice      walks through the texts with every tree and gate, in predicted time    calibration/walk.py, choice.py
-    validation  the winner, the best tree without a gate, and plain decoding, by the clock     calibration/validate.py
-    storing     with the heads, where `decode` finds it                                        calibration/store.py
+    trace.py           the model's greedy answers, and what the heads draft at every place of them
+    cost.py            seconds of a step by size of the tree and length of the text
+    walk.py, choice.py walks through the texts with every tree and gate, in predicted time
+    validate.py        the winner, the best tree without a gate, and plain decoding, by the clock
+    engine/calibration_store.py  stored with the heads, where `decode` finds it
 
 The walk asks the gates themselves, with the numbers that they get from `decode`, so on a CPU its steps are those that
 `decode` takes, one by one. What is chosen changes the speed, and never the text.
@@ -31,7 +31,7 @@ from ..io.prompts import Question
 from ..runtime.compiled_step import check_compilable
 from ..target.model import position_limit
 from . import report
-from .choice import PLAIN, Choice, Fit, Setting, choose
+from .choice import PLAIN, choose
 from .cost import measure_costs
 from .plot import MADE_BY, plot
 from .questions import OWN_QUESTIONS
@@ -119,11 +119,12 @@ def calibrate(
     texts = _texts(model, heads, tokenizer, options)
     traced = [text for _, text in texts]
     sizes = sorted({1, *(options.sizes or (COMPILED_SIZES if options.compile else SIZES))})
-    costs = measure_costs(model, heads, Fit(traced, sizes).trees, contexts, options.rounds, options.compile)
-    choice = choose(traced, sizes, costs)
+    costs = measure_costs(model, heads, sizes, contexts, options.rounds, options.compile)
+    choice = choose(traced, costs)
     measured: dict[str, Measured] = {}
     if options.validate:
-        measured = validate(model, heads, spread(by_turn(texts), options.validate), _compared(choice), costs)
+        compared = {name: choice.settings[name] for name in (PLAIN, choice.best_ungated, choice.chosen)}
+        measured = validate(model, heads, spread(by_turn(texts), options.validate), compared, costs)
     gain = gate_gain(choice, measured)
     if gain is not None and gain.slower:
         choice = replace(choice, chosen=choice.best_ungated)
@@ -233,8 +234,3 @@ def by_turn(texts: Sequence[tuple[Answer, TracedText]]) -> list[tuple[Answer, Tr
         found.append((turns[pair[0].question], pair))
         turns[pair[0].question] += 1
     return [pair for _, pair in sorted(found, key=lambda one: one[0])]
-
-
-def _compared(choice: Choice) -> dict[str, Setting]:
-    """What the clock is asked about: plain decoding, the best tree alone and the winner."""
-    return {name: choice.settings[name] for name in (PLAIN, choice.best_ungated, choice.chosen)}

@@ -7,24 +7,27 @@ Compiled steps are timed of exactly these sizes: what fills a tree up to one of 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..drafting.gate import ConfidenceGate, EntropyGate, Gate, answers
-from ..drafting.static_policy import StaticPolicy
-from ..engine.decode import ask, take_step
-from ..runtime.compiled_step import compiled_steps
-from ..runtime.graphs import open_stepper
+from ..drafting.dynamic_policy import DynamicPolicy
+from ..drafting.gate import AlwaysClosed, ConfidenceGate, EntropyGate, Gate, Signals
+from ..drafting.heads import input_matrix
+from ..drafting.suffix import SuffixProposer
+from ..drafting.tree import Trees
+from ..engine.loop import propose
+from ..evaluation.timing import timed
+from ..runtime.runtime import runtime_of
+from ..runtime.sampling import Sampling
 from ..runtime.stats import DecodeStats
-from ..runtime.stepper import Sampling, Stepper
+from ..runtime.stepper import Drafts, Stepper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,43 +46,42 @@ class StepCosts:
     """Seconds of whole steps, with everything that `decode` does in one.
 
     sizes (S,), ascending, the first is 1; contexts (C,), ascending: tokens before the step
-    open  (S, C): where the host does not look at the drafts; size 1 is a plain step, without a draft
-    asked (S, C): where it does, for a ConfidenceGate or a DynamicPolicy; size 1 is a plain step after having looked
-    entropy   asking an EntropyGate, at every step
-    spread    the distance of the quartiles, as a share of the median; the median over all that was measured
-    compiled  whether it is of compiled steps; compile_seconds: what was waited for them, in none of the times
+    plain  (C,): of a step without drafts, the host not having looked at any
+    looked (S, C): of steps where the host has looked at the drafts, for a tree or a gate; size 1 is a step without
+           drafts after having looked
+    entropy  of asking an EntropyGate, at every step
+    spread   the distance of the quartiles, as a share of the median; the median over all that was measured
+    compiled whether it is of compiled steps; compile_seconds: what was waited for them, in none of the times
     """
 
     sizes: tuple[int, ...]
     contexts: tuple[int, ...]
-    open: tuple[tuple[float, ...], ...]
-    asked: tuple[tuple[float, ...], ...]
+    plain: tuple[float, ...]
+    looked: tuple[tuple[float, ...], ...]
     entropy: float = 0.0
     spread: float = 0.0
     compiled: bool = False
     compile_seconds: float = 0.0
-    _lines: dict[tuple[int, bool], list[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _lines: dict[int, list[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def seconds(self, size: int, context: int, looked: bool, entropy: bool = False) -> float:
         """Of a step with a tree of `size` nodes, `context` tokens being there.
 
-        looked: the host has looked at the drafts, before it chose the tree. entropy: it has asked for the entropy.
+        looked: the host has looked at the drafts; else size is 1. entropy: it has asked for the entropy.
         """
-        line = self._lines.setdefault((size, looked), [])
+        line = self._lines.setdefault(size if looked else 0, [])
         if context >= len(line):
-            line[:] = self._line(size, looked, max(2 * len(line), context + 1, 1024))
+            table = np.array(self.looked)
+            row = [float(np.interp(size, self.sizes, column)) for column in table.T] if looked else self.plain
+            line[:] = self._at(np.arange(max(2 * len(line), context + 1, 1024)), row).tolist()
         return line[context] + (self.entropy if entropy else 0.0)
 
-    def by_size(self, context: float, asked: bool) -> dict[int, float]:
-        """size -> seconds"""
-        table = self.asked if asked else self.open
-        return {size: float(self._at([context], row)[0]) for size, row in zip(self.sizes, table, strict=True)}
+    def by_size(self, context: float) -> dict[int, float]:
+        """size -> seconds after having looked"""
+        return {size: float(self._at(context, row)) for size, row in zip(self.sizes, self.looked, strict=True)}
 
-    def _line(self, size: int, asked: bool, length: int) -> list[float]:
-        """Seconds at 0, 1, ... length - 1 tokens."""
-        table = np.array(self.asked if asked else self.open)  # (S, C)
-        row = [float(np.interp(size, self.sizes, column)) for column in table.T]
-        return self._at(np.arange(length), row).tolist()
+    def plain_at(self, context: float) -> float:
+        return float(self._at(context, self.plain))
 
     def _at(self, contexts: Any, row: Sequence[float]) -> np.ndarray:
         """Straight lines between what was measured; beyond, the last one goes on, and never falls."""
@@ -93,105 +95,90 @@ class StepCosts:
 class _Answering(ConfidenceGate):
     """Computes what a ConfidenceGate does, and gives the answer that is to be timed."""
 
-    answer: StaticPolicy | None = None
+    answer = 0
 
-    def choose(self, tree: StaticPolicy, logprobs: Tensor) -> StaticPolicy | None:
-        super().choose(tree, logprobs)
+    def decide(self, signals: Signals) -> int:
+        super().decide(signals)
         return self.answer
 
 
 def measure_costs(
     model: PreTrainedModel,
     heads: CerberusHeads,
-    trees: Mapping[int, StaticPolicy],
+    sizes: Sequence[int],
     contexts: Sequence[int],
     rounds: int,
     compiled: bool = False,
 ) -> StepCosts:
-    """trees: by size, those that are to be timed, size 1 among them. rounds: in each of PASSES passes.
+    """sizes: of the trees to time, 1 among them, ascending; contexts, ascending. rounds: in each of PASSES passes.
 
     compiled: of compiled steps. Raises CompileError where there are none.
     """
-    sizes, contexts = sorted(trees), sorted(contexts)
-    samples: dict[tuple[bool, int, int], list[float]] = {
-        (asked, size, context): [] for asked in (False, True) for size in sizes for context in contexts
-    }
+    policy, runtime = DynamicPolicy(max(2, *sizes)), runtime_of(model)
+    choosing, closed = _Answering({1: 1.0, policy.size: 2.0}, rate=1.0), EntropyGate(float("-inf"))
+    vocabulary = input_matrix(model).shape[0]
+    # With a text that was said before, so that there are always as many drafts as a tree may have.
+    text = [token % vocabulary for token in range(policy.size)] * 2
+    trees = policy.begin([SuffixProposer()(text)], vocabulary)
+    drafts = min(policy.useful_drafts, heads.config.draft_vocab or heads.config.vocab_size)
+    plain: dict[int, list[float]] = {context: [] for context in contexts}
+    looked: dict[tuple[int, int], list[float]] = {(size, context): [] for size in sizes for context in contexts}
     entropy: list[float] = []
-    grown = [tree for tree in trees.values() if tree.size > 1]
-    neutral = [(1.0, 0.0)] * heads.config.num_heads
-    choosing = _Answering({1: 1.0, max(sizes): 2.0}, grown or None, rate=1.0, platt=neutral)
-    capacity = max(contexts) + 1 + max(sizes)
-    drafts = max(tree.drafts for tree in trees.values())
-    kinds = (False, True) if grown else (False,)
     compile_seconds = 0.0
-    with tqdm(total=PASSES * len(kinds) * (rounds + 1), desc="step costs", unit="round") as bar:
-        for _ in range(PASSES):
-            for asked in kinds:
-                gate: Gate = choosing if asked else Gate()
-                sampling, stats = Sampling(), DecodeStats()
-                steps = compiled_steps(model, trees, stats) if compiled else None
-                with (
-                    torch.inference_mode(),
-                    open_stepper(model, heads, capacity, 1, drafts, asked, sampling, stats, None, steps) as stepper,
-                ):
-                    _fill(stepper, model)
-                    for number in range(rounds + 1):  # the first one warms up, and compiles
-                        for (kind, size, context), times in samples.items():
-                            if kind is not asked:
-                                continue
-                            choosing.answer = trees[size] if size > 1 else None
-                            row = [_time_step(stepper, gate, trees[size], context) for _ in range(1 + _IN_A_ROW)]
-                            if number:
-                                times += row[1:]
-                        bar.update()
-                    if not asked:
-                        entropy += _time_entropy(stepper)
-                compile_seconds += stats.compile_seconds
-
-    def typical(asked: bool, size: int, context: int) -> float:
-        found = median(samples[False, size, context])
-        # A gate that looks does strictly more: where it seems to take less time, that is the noise of the machine.
-        return max(found, median(samples[True, size, context])) if asked and grown else found
-
-    def table(asked: bool) -> tuple[tuple[float, ...], ...]:
-        return tuple(tuple(typical(asked, size, context) for context in contexts) for size in sizes)
-
-    spread = median(_spread(times) for times in samples.values() if times)
+    with tqdm(total=2 * PASSES * (rounds + 1), desc="step costs", unit="round") as bar:
+        for number in range(2 * PASSES):
+            looks, stats = bool(number % 2), DecodeStats()
+            how = Drafts(heads, drafts, looks, tuple(sizes) if looks else (1,))
+            cells = [(times, size, context) for (size, context), times in looked.items()] if looks else [
+                (times, 1, context) for context, times in plain.items()
+            ]  # fmt: skip
+            steps = runtime.steps(how, Sampling(), stats, max(contexts) + 1 + policy.size, compile=compiled)
+            with torch.inference_mode(), steps as stepper:
+                _fill(stepper)
+                for round in range(rounds + 1):  # the first one warms up, and compiles
+                    for times, size, context in cells:
+                        choosing.answer = size
+                        gate = choosing if looks else AlwaysClosed()
+                        row = [_time_step(stepper, gate, policy, trees, context) for _ in range(1 + _IN_A_ROW)]
+                        times += row[1:] if round else []
+                    bar.update()
+                if not looks:
+                    ask = partial(propose, stepper, policy, closed, trees, 1)
+                    entropy += [timed(ask, model.device)[1] for _ in range(_ASKED)]
+            compile_seconds += stats.compile_seconds
+    typical = {context: median(times) for context, times in plain.items()}
+    # Having looked is strictly more: where it seems to take less time, that is the noise of the machine.
+    table = [[max(typical[context], median(looked[size, context])) for context in contexts] for size in sizes]
     return StepCosts(
-        tuple(sizes), tuple(contexts), table(False), table(True), median(entropy), spread, compiled, compile_seconds
+        sizes=tuple(sizes),
+        contexts=tuple(contexts),
+        plain=tuple(typical.values()),
+        looked=tuple(map(tuple, table)),
+        entropy=median(entropy),
+        spread=median(_spread(times) for times in (*plain.values(), *looked.values())),
+        compiled=compiled,
+        compile_seconds=compile_seconds,
     )
 
 
-def _fill(stepper: Stepper, model: PreTrainedModel) -> None:
+def _fill(stepper: Stepper) -> None:
     """A short prompt, and numbers in the whole cache: memory that was never written may be faster to read."""
-    embeddings: Any = model.get_input_embeddings().weight
-    stepper.prefill(torch.zeros((1, 1), dtype=torch.int64, device=embeddings.device))
-    cache = stepper.base.cache.tensor
-    assert cache is not None  # the prompt has filled it
-    cache.normal_()
+    cache = stepper.target.cache
+    stepper.prefill(torch.zeros((1, 1), dtype=torch.int64, device=cache.length.device))
+    assert cache.tensor is not None  # the prompt has filled it
+    cache.tensor.normal_()
 
 
-def _time_step(stepper: Stepper, gate: Gate, tree: StaticPolicy, context: int) -> float:
+def _time_step(stepper: Stepper, gate: Gate, policy: DynamicPolicy, trees: Trees, context: int) -> float:
     """Seconds of one step after `context` tokens."""
-    cache = stepper.base.cache
+    cache = stepper.target.cache
     cache.length.fill_(context)
     cache.committed = context
-    if cache.length.is_cuda:
-        torch.cuda.synchronize(cache.length.device)
-    begin = time.perf_counter()
-    # A root alone is not asked about: it is a plain step, except for a gate that has looked before it closed.
-    deepest = stepper.deepest() if answers(gate, "choose") or tree.size > 1 else 0
-    take_step(stepper, gate, tree, deepest)
-    return time.perf_counter() - begin
 
+    def step() -> Any:
+        return stepper.step(propose(stepper, policy, gate, trees, stepper.max_depth()))
 
-def _time_entropy(stepper: Stepper) -> list[float]:
-    gate, root, times = EntropyGate(0.0), StaticPolicy.root(), []
-    for _ in range(_ASKED):
-        begin = time.perf_counter()
-        ask(gate, root, stepper, 1)
-        times.append(time.perf_counter() - begin)
-    return times
+    return timed(step, cache.length.device)[1]
 
 
 def _spread(times: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""calibration.png: what every gate signal says about the accepted length, how honest probabilities and promises are."""
+"""calibration.png: what gate signals say about the accepted length, and how honest probabilities are."""
 
 from __future__ import annotations
 
@@ -33,17 +33,14 @@ def plot(details: dict[str, Any], file: Path) -> None:
     axis.set(title="best draft: probability (dotted), corrected (line)", xlabel="probability", ylabel="share right")
     axis.legend(fontsize="small")
     axis = axes[5]
-    for style, (name, row) in zip((":", "-"), details["promises"].items(), strict=True):
-        label = f"{name}: {row['mean_promised']:.2f} promised, {row['mean_gained']:.2f} gained"
-        axis.plot(row["promised"], row["gained"], style, marker=".", color="tab:blue", label=label)
-        axis.plot([1, row["promised"][-1]], [1, row["promised"][-1]], ":", color="gray")
+    for style, (name, row) in zip((":", "-"), details["expectations"].items(), strict=False):
+        label = f"{name}: {row['mean_expected']:.2f} expected, {row['mean_added']:.2f} added"
+        axis.plot(row["expected"], row["added"], style, marker=".", color="tab:blue", label=label)
+        axis.plot([1, row["expected"][-1]], [1, row["expected"][-1]], ":", color="gray")
         axis.legend(fontsize="small")
-    axis.set(title="steps with trees of their own", xlabel="tokens promised", ylabel="tokens gained, mean")
-    axis = axes[6]
-    for label, dynamic in (("one tree of the heads", False), ("each step its own", True)):
-        rows = [row for row in details["sizes"] if (row["depth"] is None) == dynamic]
-        axis.plot([row["size"] for row in rows], [row["tokens_per_second"] for row in rows], "o-", label=label)
-    axis.legend(fontsize="small")
+    axis.set(title="steps", xlabel="tokens expected", ylabel="tokens added, mean")
+    axis, rows = axes[6], details["sizes"]
+    axis.plot([row["size"] for row in rows], [row["tokens_per_second"] for row in rows], "o-")
     axis.set(title="without a gate", xlabel="nodes of the tree", ylabel="tokens/s, expected")
     axis.set_ylim(bottom=0)
     axes[7].set_axis_off()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 
 from ..drafting.platt import PlattScaling, reading
+from .trace import TracedText
 
 _BINS = 10
 _NEWTON_STEPS = 30
@@ -43,27 +45,32 @@ def reliability(probability: ArrayLike, hit: ArrayLike) -> tuple[list[float], li
     """
     p, hits = np.asarray(probability, dtype=np.float64), np.asarray(hit, dtype=np.float64)
     bins = np.minimum((p * _BINS).astype(int), _BINS - 1)
-    groups = [bins == number for number in range(_BINS) if (bins == number).any()]
+    groups = [bins == number for number in np.unique(bins)]
     mean = [float(p[group].mean()) for group in groups]
     share = [float(hits[group].mean()) for group in groups]
-    weights = [group.sum() / len(p) for group in groups]
-    error = sum(weight * abs(a - b) for weight, a, b in zip(weights, mean, share, strict=True))
-    return mean, share, float(error)
+    weights = [group.mean() for group in groups]
+    return mean, share, float(np.dot(weights, np.abs(np.subtract(mean, share))))
 
 
-def fit_platt(logprobs: np.ndarray, ranks: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
-    """(slope, shift) of every head for `corrected`, by the likelihood of what happened.
+def at_every_place(texts: Sequence[TracedText]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """logprobs (n, K, P); ranks (n, K) of the right token; and (n, K): whether the heads before have the right token
+    among their drafts. There a head's draft is right or wrong given a right path, which the length of a path is made
+    of."""
+    logprobs = torch.cat([text.logprobs for text in texts]).double().numpy()
+    ranks = np.array([row for text in texts for row in text.ranks])
+    known = np.logical_and.accumulate(ranks < logprobs.shape[2], axis=1)
+    return logprobs, ranks, np.hstack([np.ones_like(known[:, :1]), known[:, :-1]])
 
-    logprobs (n, K, P), ranks n x K. Head k counts where the heads before it have the right token among their drafts:
-    there its draft is right or wrong given a right path, which is what the length of a path is made of.
-    """
-    right = np.asarray(ranks)  # (n, K)
-    drafts = logprobs.shape[2]
+
+def fit_platt(texts: Sequence[TracedText]) -> list[tuple[float, float]]:
+    """(slope, shift) of every head for `corrected`, by the likelihood of what happened."""
+    logprobs, ranks, counts = at_every_place(texts)
+    drafts = np.arange(logprobs.shape[2])
     platt = []
     for head in range(logprobs.shape[1]):
-        rows = (right[:, :head] < drafts).all(axis=1)
-        p = np.clip(np.exp(logprobs[rows, head].astype(np.float64)), 1e-12, 1 - 1e-12)  # (m, P)
-        hits = right[rows, head, None] == np.arange(drafts)
+        rows = counts[:, head]
+        p = np.clip(np.exp(logprobs[rows, head]), 1e-12, 1 - 1e-12)  # (m, P)
+        hits = ranks[rows, head, None] == drafts
         platt.append(_logistic(np.log(p / (1 - p)).ravel(), hits.ravel().astype(np.float64)))
     return platt
 
@@ -78,20 +85,19 @@ def _logistic(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
         gradient = features @ (p - y) + _RIDGE * (found - prior)
         curvature = (features * (p * (1 - p))) @ features.T + _RIDGE * np.eye(2)
         step = np.linalg.solve(curvature, gradient)
-        found = found - np.clip(step, -1, 1)  # far from the optimum the curvature promises too much
+        found = found - np.clip(step, -1, 1)  # far from the optimum a full step is too far
         if np.abs(step).max() < 1e-9:
             break
     return float(found[0]), float(found[1])
 
 
 def head_reliability(
-    logprobs: np.ndarray, ranks: Sequence[Sequence[int]], platt: PlattScaling | None
+    texts: Sequence[TracedText], platt: PlattScaling | None
 ) -> list[tuple[list[float], list[float], float]]:
     """`reliability` of every head's best draft, at the places where the heads before it have the right token."""
-    right = np.asarray(ranks)
-    p = reading(platt)(logprobs.astype(np.float64))
-    results = []
-    for head in range(logprobs.shape[1]):
-        rows = (right[:, :head] < logprobs.shape[2]).all(axis=1)
-        results.append(reliability(p[rows, head, 0], right[rows, head] == 0) if rows.any() else ([], [], 0.0))
-    return results
+    logprobs, ranks, counts = at_every_place(texts)
+    best, right = reading(platt)(logprobs)[:, :, 0], ranks == 0  # (n, K) each
+    return [
+        reliability(best[rows, head], right[rows, head]) if rows.any() else ([], [], 0.0)
+        for head, rows in enumerate(counts.T)
+    ]

@@ -1,7 +1,7 @@
 """Texts that the model writes itself, and what the heads think of every place in them.
 
-A step at a place depends on that place alone: on its hidden state and root. So what every step of every tree and gate
-would have done can be told from one pass over the finished text, without decoding it again.
+What heads draft at a place depends on that place alone: on its hidden state and pending token. So what every step of
+every tree and gate would have done can be told from one pass over the finished text, without decoding it again.
 
 Letters: n places of a text, K heads, P drafts per head, D hidden size.
 """
@@ -9,7 +9,7 @@ Letters: n places of a text, K heads, P drafts per head, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,18 +18,21 @@ from torch import Tensor
 from .. import ops
 from ..drafting.dynamic_policy import MAX_DRAFTS
 from ..drafting.heads import input_matrix
-from ..drafting.simulate import ABSENT, accepted_length
-from ..drafting.static_policy import StaticPolicy, default_tree
+from ..drafting.simulate import ABSENT
+from ..drafting.static_policy import StaticPolicy
+from ..drafting.tree import TreeTensors
 from ..engine.decode import decode
+from ..engine.plan import default_policy
 from ..io.prompts import Question, encode_chat
+from ..runtime.runtime import runtime_of
 from ..runtime.stepper import prefill
-from ..target.model import TargetModel, position_limit, sole_decode
+from ..target.model import TargetModel, position_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..drafting.context_layer import BoundContext
-    from ..drafting.heads import CerberusHeads, Drafter
+    from ..drafting.heads import CerberusHeads
+    from ..drafting.heads_drafter import HeadsDrafter
     from ..target.cache import TreeCache
 
 _PIECE = 64  # tokens a forward
@@ -52,18 +55,19 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class TracedText:
-    """An answer of n + 1 tokens has n places at which a step may begin: place i has the token i as its root.
+    """An answer of n + 1 tokens has n places at which a step may begin: place i has the token i as its
+    pending token.
 
     question     number of the question: the turns of one belong together
     prompt       tokens before place 0
     deepest      per place, how deep a tree may be there, as `decode` has it
     ranks        (n, K): where the right token stands among every head's drafts, see simulate.py
     hidden       (n, D); entropy (n,): in nats, of softmax(hidden)
-    next_entropy (n,): in nats, of the target model's distribution from which the root was chosen
+    next_entropy (n,): in nats, of the target model's distribution from which the pending token was chosen
     ids          (n, K, P) int64: of the drafts; logprobs (n, K, P) float32
     tokens       (prompt + n + 1,): of prompt and answer
     vocabulary   of the model, in tokens
-    agreeing     share of the places whose root the pass over the text would have chosen, too
+    agreeing     share of the places whose pending token the pass over the text would have chosen, too
     """
 
     question: int
@@ -78,22 +82,9 @@ class TracedText:
     tokens: list[int]
     vocabulary: int
     agreeing: float
-    _accepted: dict[StaticPolicy, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.ranks)
-
-    def without_heads(self) -> TracedText:
-        """The same text for decoding with other proposers alone."""
-        return replace(self, ranks=[[] for _ in self.ranks], ids=self.ids[:, :0], logprobs=self.logprobs[:, :0])
-
-    def accepted(self, tree: StaticPolicy) -> list[int]:
-        """Per place: how many drafts a step with `tree` accepts."""
-        if tree not in self._accepted:
-            paths = set(tree.paths())
-            lengths = (accepted_length(row, paths) for row in self.ranks)
-            self._accepted[tree] = [min(pair) for pair in zip(lengths, self.deepest, strict=True)]
-        return self._accepted[tree]
 
 
 def write_answers(
@@ -103,7 +94,7 @@ def write_answers(
 
     What goes beyond the model's positions is not asked for.
     """
-    tree, positions = default_tree(heads, model.device), position_limit(model)
+    tree, positions = default_policy(model.device), position_limit(model)
     for number, question in enumerate(questions):
         turns: list[str] = []
         for turn in question.turns:
@@ -124,19 +115,21 @@ def trace(model: PreTrainedModel, heads: CerberusHeads, answer: Answer) -> Trace
     The answer goes through the same forwards as a draft tree that is one long path. On a CPU, where nodes do not depend
     on each other, everything here has the bits that `decode` sees.
     """
-    with torch.inference_mode():
-        tokens = answer.ids[0, answer.prompt :]
-        drafter = heads.bind(model)
-        hidden, read, chosen, next_entropy = _forward(model, answer, drafter.context)  # (n, D) twice, (n,) twice
-        drafts = min(MAX_DRAFTS, drafter.projection.shape[0])
-        ids, logprobs = _draft(drafter, read, tokens[:-1], drafts)  # (n, K, P) each
+    tokens = answer.ids[0, answer.prompt :]
+    drafter, runtime = heads.bind(model), runtime_of(model)
+    with (
+        torch.inference_mode(),
+        runtime.sole(),
+        runtime.target(answer.ids.shape[1], context=drafter.has_context) as target,
+    ):
+        hidden, chosen, next_entropy = _forward(target, drafter, answer)  # (n, D), (n,) twice
+        ids, logprobs = _drafts(drafter, target.cache, hidden, tokens[:-1], answer.prompt)  # (n, K, P) each
         entropy = ops.hidden_entropy(hidden)
-    places = answer.new - 1
-    limit = position_limit(model) - 1 - answer.prompt
+    limit = min(answer.most - 2, position_limit(model) - 1 - answer.prompt)
     return TracedText(
         question=answer.question,
         prompt=answer.prompt,
-        deepest=[max(0, min(answer.most - 2, limit) - place) for place in range(places)],
+        deepest=[max(0, limit - place) for place in range(answer.new - 1)],
         ranks=_ranks(ids.cpu(), tokens.cpu()),
         hidden=hidden,
         entropy=entropy.tolist(),
@@ -149,53 +142,42 @@ def trace(model: PreTrainedModel, heads: CerberusHeads, answer: Answer) -> Trace
     )
 
 
-def _forward(
-    model: PreTrainedModel, answer: Answer, context: BoundContext | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """At every place: hidden (n, D), what the heads read of it (n, D), the token chosen from it (n,) and the entropy of
-    what it was chosen from (n,)."""
-    prompt, rest = answer.ids[:, : answer.prompt], answer.ids[:, answer.prompt : -2]
-    hidden: list[Tensor] = []
-    chosen: list[Tensor] = []
-    entropy: list[Tensor] = []
+def _forward(target: TargetModel, drafter: HeadsDrafter, answer: Answer) -> tuple[Tensor, Tensor, Tensor]:
+    """At every place: hidden (n, D), the token chosen from it (n,) and the entropy of what it was chosen from (n,)."""
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def keep(states: Tensor, logits: Tensor) -> None:
         """states (m, D), logits (m, V)"""
         logs = logits.float().log_softmax(-1)
-        hidden.append(states)
-        chosen.append(logits.argmax(-1))
-        entropy.append(-(logs.exp() * logs).nan_to_num(0.0).sum(-1))
+        rows.append((states, logits.argmax(-1), -(logs.exp() * logs).nan_to_num(0.0).sum(-1)))
 
-    with sole_decode(model), TargetModel(model, answer.ids.shape[1], 1, context=context is not None) as base:
-        keep(*prefill(base, context, prompt))
-        for piece in rest.split(_PIECE, dim=1) if rest.shape[1] else ():
-            count = piece.shape[1]
-            states, logits = base.step(piece, StaticPolicy.chain(count - 1).on(piece.device))
-            base.cache.extend(count)
-            keep(states[0], logits[0])
-        read = found = torch.cat(hidden)
-        if context is not None:
-            read = _read(context, base.cache, found, answer)
-    return found, read, torch.cat(chosen), torch.cat(entropy)
+    keep(*prefill(target, drafter, answer.ids[:, : answer.prompt]))
+    for piece in answer.ids[:, answer.prompt : -2].split(_PIECE, 1) if answer.new > 2 else ():
+        states, logits = target.step(piece, _chain(piece))
+        target.cache.extend(piece.shape[1])
+        keep(states[0], logits[0])
+    hidden, chosen, entropy = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    return hidden, chosen, entropy
 
 
-def _read(context: BoundContext, cache: TreeCache, hidden: Tensor, answer: Answer) -> Tensor:
-    """hidden (n, D) -> what the context layer makes of it, (n, D), behind the prompt whose pairs are in the cache."""
-    read: list[Tensor] = []
-    begin = torch.full_like(cache.length, answer.prompt)
-    tokens = answer.ids[:, answer.prompt : -1]
-    for states, roots in zip(hidden[None].split(_PIECE, 1), tokens.split(_PIECE, 1), strict=True):
-        count = roots.shape[1]
-        read.append(context.read(cache, states, roots, StaticPolicy.chain(count - 1).on(roots.device), begin)[0])
-        begin = begin + count
-    return torch.cat(read)
+def _chain(tokens: Tensor) -> TreeTensors:
+    """tokens (1, m) as the nodes of one path."""
+    return StaticPolicy.chain(tokens.shape[1] - 1).tree.on(tokens.device)
 
 
-def _draft(drafter: Drafter, hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
-    """hidden (n, D), root (n,) -> ids, logprobs (n, K, P)"""
-    pieces = zip(hidden.split(_PIECE), root.split(_PIECE), strict=True)
-    ids, logprobs = zip(*(drafter.draft(states, roots, drafts) for states, roots in pieces), strict=True)
-    return torch.cat(ids), torch.cat(logprobs)
+def _drafts(
+    drafter: HeadsDrafter, cache: TreeCache, hidden: Tensor, pending: Tensor, prompt: int
+) -> tuple[Tensor, Tensor]:
+    """hidden (n, D), pending (n,) behind `prompt` tokens, all of which are in the cache -> ids, logprobs (n, K, P)."""
+    drafts = min(MAX_DRAFTS, drafter.projection.shape[0])
+    begin, found = torch.full_like(cache.length, prompt), []
+    for states, tokens in zip(hidden.split(_PIECE), pending.split(_PIECE), strict=True):
+        if drafter.context is not None:
+            states = drafter.context.read(cache, states[None], tokens[None], _chain(tokens[None]), begin)[0]
+            begin = begin + len(tokens)
+        found.append(drafter.draft(states, tokens, drafts))
+    ids, logprobs = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return ids, logprobs
 
 
 def _ranks(ids: Tensor, tokens: Tensor) -> list[list[int]]:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..engine.compile_ahead import compile_ahead
 from ..engine.decode import decode
+from ..engine.decoder import Decoder
 from ..evaluation.bootstrap import bootstrap_interval, ratio_of_totals
-from ..evaluation.rotation import rotated
+from ..evaluation.timing import rotated
 from .choice import PLAIN, Choice, Setting
 from .cost import StepCosts
 from .trace import Answer, TracedText, trace
@@ -100,22 +100,28 @@ def validate(
     compiled steps. Plain decoding, which takes longest and is mostly compared with nothing, has every other text only.
     The first text is decoded once before, to warm up."""
     names = list(settings)
-    if costs.compiled:
-        for setting in settings.values():
-            compile_ahead(model, heads, tree=setting.tree, gate=setting.gate)
+    options: dict[str, dict[str, Any]] = {
+        name: {"tree": one.tree, "gate": one.gate, "compile": costs.compiled} for name, one in settings.items()
+    }
     rounds = [(name, number) for number in range(len(texts)) for name in rotated(names, number)
               if name != PLAIN or number % 2 == 0]  # fmt: skip
     found = {name: Measured() for name in names}
     others: dict[int, tuple[Answer, TracedText]] = {}
+
+    def decoded(name: str, answer: Answer, new_tokens: int) -> DecodeOutput:
+        return decode(model, heads, answer.ids[:, : answer.prompt], max_new_tokens=new_tokens, **options[name])
+
     with tqdm(total=len(names) + len(rounds), desc="validation", unit="text") as bar:
         for name in names:
-            _decode(model, heads, texts[0][0], settings[name], costs, min(texts[0][0].most, _WARM_UP))
+            if costs.compiled:
+                Decoder(model, heads, **options[name]).warm_up()
+            decoded(name, texts[0][0], min(texts[0][0].most, _WARM_UP))
             bar.update()
         for name, number in rounds:
             (answer, text), setting, measured = others.get(number, texts[number]), settings[name], found[name]
-            out = _decode(model, heads, answer, setting, costs, answer.most)
+            out = decoded(name, answer, answer.most)
             if out.stats.new_tokens > 1 and not out.sequences.equal(answer.ids):
-                # Compiled steps and those on a GPU round differently: what is foreseen is to be of the same text.
+                # Compiled steps and those on a GPU round differently: what is predicted is to be of the same text.
                 other = replace(answer, ids=out.sequences)
                 others[number] = other, trace(model, heads, other)
                 text = others[number][1]
@@ -131,27 +137,12 @@ def validate(
     return found
 
 
-def _decode(
-    model: PreTrainedModel, heads: CerberusHeads, answer: Answer, setting: Setting, costs: StepCosts, new_tokens: int
-) -> DecodeOutput:
-    return decode(
-        model,
-        heads,
-        answer.ids[:, : answer.prompt],
-        max_new_tokens=new_tokens,
-        tree=setting.tree,
-        gate=setting.gate,
-        compile=costs.compiled,
-    )
-
-
 def gate_gain(choice: Choice, measured: Mapping[str, Measured]) -> GateGain | None:
     """Of the chosen setting over the best one without a gate; None where that is what was chosen."""
     if choice.chosen == choice.best_ungated or not measured:
         return None
     gated, alone = measured[choice.chosen], measured[choice.best_ungated]
-    tallies = (choice.tallies[name] for name in (choice.chosen, choice.best_ungated))
-    foreseen = next(tallies).tokens_per_second / next(tallies).tokens_per_second
+    foreseen = choice.speed(choice.chosen) / choice.speed(choice.best_ungated)
     both = [number for number in gated.seconds if number in alone.seconds]  # plain decoding has fewer
     parts = (alone.seconds, gated.seconds, alone.predicted_seconds, gated.predicted_seconds)
     rows = np.array([[part[number] for part in parts] for number in both])  # (texts, 4)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..drafting.dynamic_policy import DynamicPolicy, Tree, TreeGrower, filled_size
 from ..drafting.gate import Gate
-from ..drafting.proposers import ProposerFactory
-from ..drafting.static_policy import StaticPolicy
-from ..engine.checks import check_proposers
-from ..engine.decode import ask
-from ..engine.plan import begin_trees, compiled_sizes, makers_for, max_drafts
+from ..drafting.proposers import ProposerFactory, make_proposer
+from ..drafting.simulate import steps_through
+from ..drafting.tree import Tree, TreePolicy, Trees, filled_size
+from ..engine.loop import propose
 from ..runtime.stats import StepCounts
 from .cost import StepCosts
 from .trace import TracedText
@@ -27,16 +26,16 @@ class Tally(StepCounts):
     """What the steps through some texts come to. The first token of a text comes with the prompt, without a step.
 
     tokens    those that are in the texts: a last step that goes beyond the end is counted as far as the end
-    nodes     that the steps' forwards checked, the roots included
+    nodes     that the steps' forwards verified, the pending tokens included
     accepted  [a]: steps that accepted a drafts
-    promises  of every step with a tree of its own: tokens that it promised to gain, and those that it gained
+    expected  of every step with drafts: tokens that it was expected to add, and those that it added
     """
 
     tokens: int = 0
     nodes: int = 0
     seconds: float = 0.0
     accepted: Counter[int] = field(default_factory=Counter)
-    promises: list[tuple[float, int]] = field(default_factory=list)
+    expected: list[tuple[float, int]] = field(default_factory=list)
 
     @property
     def tokens_per_step(self) -> float:
@@ -51,110 +50,92 @@ class Tally(StepCounts):
         """Of the steps, without the prompt."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
-    def __iadd__(self, other: Tally) -> Tally:
-        for name in ("tokens", "nodes", "steps", "open_steps", "zero_accept_steps", "seconds"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.accepted.update(other.accepted)
-        self.promises += other.promises
-        return self
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
 
-class _Place:
-    """What a gate or a tree may want to see at one place of a text, see `decode.Signals`, and what they have asked for.
+class Place:
+    """What a gate or a tree may see at one place of a text, see `loop.StepSignals`, and what they have asked for.
 
     looked: at the drafts. asked_entropy: for the entropy.
     """
 
-    def __init__(self, text: TracedText, drafts: int) -> None:
+    def __init__(self, text: TracedText, index: int, drafts: int) -> None:
         """drafts: of each head that any tree uses."""
-        self._text = text
-        self.max_drafts = drafts
-        self._logprobs = text.logprobs[:, :, :drafts]
-        self._tables = text.ids[:, :, :drafts].numpy(), self._logprobs.numpy()
-        self.go_to(0)
-
-    def go_to(self, index: int) -> None:
-        self.index, self.looked, self.asked_entropy = index, False, False
+        self._text, self._index, self._drafts = text, index, drafts
+        self.looked = self.asked_entropy = False
 
     @property
     def hidden(self) -> Tensor:
-        return self._text.hidden[self.index : self.index + 1]
+        return self._text.hidden[self._index : self._index + 1]
 
     def entropy(self) -> float:
         self.asked_entropy = True
-        return self._text.entropy[self.index]
-
-    def logprobs(self) -> Tensor:
-        self.looked = True
-        return self._logprobs[self.index : self.index + 1]
+        return self._text.entropy[self._index]
 
     def drafts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         self.looked = True
-        ids, logprobs = self._tables
-        return ids[self.index], logprobs[self.index]
+        ids, logprobs = (table[self._index, :, : self._drafts] for table in (self._text.ids, self._text.logprobs))
+        return ids.numpy(), logprobs.numpy()
 
 
 def walk(
     texts: Iterable[TracedText],
-    tree: StaticPolicy | DynamicPolicy,
+    policy: TreePolicy,
     gate: Gate,
     costs: StepCosts,
     proposers: Sequence[ProposerFactory] | None = None,
 ) -> Tally:
-    """The steps of `decode(..., tree=tree, gate=gate, proposers=proposers)` through the texts.
+    """The steps of `decode(..., tree=policy, gate=gate, proposers=proposers)` through the texts.
 
-    The gate itself is asked, at every step, and the proposers draft from the text as far as it is known by then. Where
-    the costs are of compiled steps, a step costs what the compiled one does that its tree is filled up to.
-    Raises ValueError where there are proposers for a StaticPolicy.
+    policy: one that looks at the drafts, or without any. The gate itself is asked, at every step, and the proposers
+    draft from the text as far as it is known by then. Where the costs are of compiled steps, a step costs what the
+    compiled one does that its tree is filled up to.
     """
-    if proposers is not None:
-        check_proposers(proposers, tree)
-    drafts = max_drafts(tree, gate)
-    tally, makers = Tally(), makers_for(tree, proposers)
-    sizes = compiled_sizes(tree, gate) if costs.compiled else set()
+    tally, makers = Tally(), policy.default_proposers() if proposers is None else proposers
+    sizes = policy.sizes if costs.compiled else ()
     for text in texts:
         known = text.prompt + 1  # the prompt's forward has brought the first token
-        trees = begin_trees(tree, makers, text.tokens[:known], text.vocabulary)
-        _walk_text(tally, text, _Place(text, drafts), trees, gate, costs, sizes)
+        asked = [make_proposer(maker, number, text.tokens[:known]) for number, maker in enumerate(makers)]
+        trees = policy.begin(asked, text.vocabulary)
+        step = partial(_step, tally, text, policy, gate, trees, costs, sizes)
+        tally.accepted.update(steps_through(len(text), step))
+        tally.tokens += len(text)
     return tally
 
 
-def _walk_text(
-    tally: Tally,
-    text: TracedText,
-    place: _Place,
-    trees: StaticPolicy | TreeGrower,
-    gate: Gate,
-    costs: StepCosts,
-    sizes: Collection[int],
-) -> None:
-    """Adds the steps through one text. trees: as `decode` has them at its beginning. sizes: of compiled steps."""
-    plain = StaticPolicy.root()
-    while place.index < len(text):
-        index = place.index
-        deepest = text.deepest[index] if place.max_drafts else 0
-        chosen = ((ask(gate, trees, place, deepest) if deepest > 0 else None) or plain).cut(deepest)
+def _step(
+    tally: Tally, text: TracedText, policy: TreePolicy, gate: Gate, trees: Trees, costs: StepCosts,
+    sizes: Sequence[int], index: int,
+) -> int:  # fmt: skip
+    """Adds the step at a place; returns how many drafts it accepts. sizes: of compiled steps."""
+    place, context, max_depth = Place(text, index, policy.useful_drafts), text.prompt + index, text.deepest[index]
+    tree = propose(place, policy, gate, trees, max_depth)
+    accepted = accepted_by(tree, text.tokens[context + 1 : context + 1 + max_depth])
+    tally.seconds += costs.seconds(filled_size(tree.size, sizes), context, place.looked, place.asked_entropy)
+    tally.steps += 1
+    tally.nodes += tree.size
+    if tree.size > 1:
+        tally.open_steps += 1
+        tally.zero_accept_steps += accepted == 0
+        tally.expected.append((float(tree.expected_tokens[-1]), accepted + 1))
+    trees.extend(text.tokens[context + 1 : context + accepted + 2])
+    return accepted
+
+
+def accepted_lengths(text: TracedText, policy: TreePolicy) -> list[int]:
+    """Per place: how many drafts of the heads alone a step with a tree of `policy` accepts."""
+    trees, found = policy.begin((), text.vocabulary), []
+    for index, deepest in enumerate(text.deepest):
         context = text.prompt + index
-        if isinstance(chosen, Tree):
-            accepted = accepted_by(chosen, text.tokens[context + 1 : context + 1 + deepest])
-            tally.promises.append((float(chosen.expected[-1]), accepted + 1))
-        else:
-            accepted = text.accepted(chosen)[index] if chosen.size > 1 else 0
-        size = filled_size(chosen.size, sizes)
-        tally.seconds += costs.seconds(size, context, place.looked, place.asked_entropy)
-        tally.steps += 1
-        tally.nodes += chosen.size
-        tally.open_steps += chosen.size > 1
-        tally.zero_accept_steps += chosen.size > 1 and accepted == 0
-        tally.accepted[accepted] += 1
-        place.go_to(index + accepted + 1)
-        if isinstance(trees, TreeGrower):
-            trees.extend(text.tokens[context + 1 : context + accepted + 2])
-    tally.tokens += len(text)
+        place = Place(text, index, policy.useful_drafts)
+        ahead = text.tokens[context + 1 : context + 1 + deepest]
+        found.append(accepted_by(trees.grow(place, deepest, False), ahead) if deepest else 0)
+    return found
 
 
 def accepted_by(tree: Tree, ahead: Sequence[int]) -> int:
-    """How many drafts of a tree are accepted where the text goes on with `ahead` behind the root."""
+    """How many drafts of a tree are accepted where the text goes on with `ahead` behind node 0."""
     node = depth = 0
     # A node's children come behind it, and no two of them are the same token.
     for child, (parent, token) in enumerate(zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True)):

@@ -30,12 +30,12 @@ def model_section(model: PreTrainedModel) -> dict[str, str]:
     Raises ValueError or TypeError where decode would refuse it.
     """
     from ..engine import checks  # these import transformers, which takes seconds
-    from ..runtime.capability import capability_of
+    from ..runtime.runtime import runtime_of
 
     checks.check_model(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # is shown below
-        found = capability_of(model)
+        found = runtime_of(model).capability()
     return {
         "class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -84,7 +84,7 @@ class BoundContext:
     def keep_nodes(self, cache: TreeCache, before: Tensor, hidden: Tensor, tokens: Tensor, tree: Topology) -> None:
         """Puts the pairs of a tree's nodes into the cache, behind what is committed.
 
-        before (B, D): what the root was chosen from; hidden (B, N, D): what the nodes' tokens (B, N) led to.
+        before (B, D): what the pending token was chosen from; hidden (B, N, D): what the nodes' tokens (B, N) led to.
         """
         led = torch.cat([before[:, None], hidden[:, tree.parents[1:]]], 1) if tokens.shape[1] > 1 else before[:, None]
         self._keep(self.key_value, cache, cache.length, cache.length[:, None] + tree.depths, led, tokens)
@@ -141,7 +141,7 @@ def rotate(rows: Tensor, positions: Tensor) -> Tensor:
 
 
 def check_has_anchor(who: str, anchor: str, chained: bool) -> None:
-    """Raises ValueError, in `who`'s name, for heads without the root's embedding, which a context layer reads, too."""
+    """Raises ValueError, in `who`'s name, for heads without the pending token's embedding: a context layer reads it."""
     if anchor != "root" or not chained:
         raise ValueError(f'{who}: context_layer must be False without chained heads and anchor "root"')
 

@@ -2,7 +2,6 @@
 
     CerberusConfig   the numbers that describe a set of heads (JSON)
     CerberusHeads    the parameters (safetensors) and the formula of design.md, "Heads"
-    Drafter          heads + the rows of one model's LM head and its embeddings: what decoding calls
 
 Heads and model stay apart: binding changes neither, and nothing of a model is ever saved with heads.
 """
@@ -30,8 +29,9 @@ from ..io.heads_file import (
     read_tensors,
     write_heads,
 )
-from .context_layer import BoundContext, ContextLayer, attention_sizes
+from .context_layer import ContextLayer, attention_sizes
 from .heads_config import CerberusConfig
+from .heads_drafter import HeadsDrafter
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
 
@@ -47,7 +47,7 @@ class CerberusHeads(
 
     weight        (L, K, D, 2D), or (L, K, D, D) when not chained
     bias          (L, K, D)
-    anchor_scale  ()    what the root's embedding is multiplied by; only with anchor="root" and chained
+    anchor_scale  ()    what the pending token's embedding is multiplied by; only with anchor="root" and chained
     draft_vocab   (Vd,) int64, ascending token ids; only when config.draft_vocab is set
     context       ContextLayer; only when config.context_layer is set
 
@@ -79,7 +79,7 @@ class CerberusHeads(
         """
         return ops.head_stack(hidden, anchor, self.weight.detach(), self.bias.detach())
 
-    def bind(self, model: nn.Module, *, check_fingerprint: bool = True) -> Drafter:
+    def bind(self, model: nn.Module, *, check_fingerprint: bool = True) -> HeadsDrafter:
         """Checks that the heads fit `model`, a transformers causal LM, and returns what drafts for it.
 
         Neither the heads nor the model change. The drafter works in the heads' dtype on the model's device;
@@ -115,7 +115,7 @@ class CerberusHeads(
                     f" ({config.base_model}), the model's is {got_print};"
                     " check_fingerprint=False binds them all the same"
                 )
-        return Drafter(self, lm_head, embeddings)
+        return HeadsDrafter(self, lm_head, embeddings)
 
     def save_pretrained(
         self,
@@ -191,81 +191,6 @@ class CerberusHeads(
         heads.load_state_dict(tensors)
         heads.folder = folder
         return heads.eval().requires_grad_(False)
-
-
-class Drafter:
-    """Heads bound to one model. Holds references and, where needed, copies; changes neither.
-
-    config: the heads'. dtype, device: of every tensor here. projection (Vd, D): the rows of the LM head.
-    context: what the hidden states go through before they are drafted from; None: nothing.
-    """
-
-    def __init__(self, heads: CerberusHeads, lm_head: Tensor, embeddings: Tensor) -> None:
-        self.config = heads.config
-        self.dtype, self.device = heads.weight.dtype, lm_head.device
-        self.weight = heads.weight.detach().to(self.device)
-        self.bias = heads.bias.detach().to(self.device)
-        self.embeddings = embeddings.detach()
-        self.anchor_scale = None if heads.anchor_scale is None else heads.anchor_scale.detach().to(self.device)
-        self.draft_vocab = None if heads.draft_vocab is None else heads.draft_vocab.to(self.device)
-        self.context = None
-        if heads.context is not None:
-            assert self.anchor_scale is not None  # of such heads
-            layer = {name: tensor.detach().to(self.device) for name, tensor in heads.context.named_parameters()}
-            self.context = BoundContext(heads.context.sizes, layer, self.embeddings, self.anchor_scale)
-        rows = lm_head.detach() if self.draft_vocab is None else lm_head.detach()[self.draft_vocab]
-        self.projection = rows.to(self.dtype).contiguous()
-        self._shared = {
-            tensor.data_ptr() for tensor in (*heads.parameters(), *heads.buffers(), lm_head, embeddings)
-        }  # the memory of others: never written
-
-    def rebind(self, heads: CerberusHeads, model: nn.Module) -> bool:
-        """As `heads.bind(model)`, but in the memory that this drafter has, for CUDA graphs that read it.
-
-        heads, model: those it was made of. Copies are filled anew. False: something does not lie, or fit, where it
-        did, and nothing was changed; graphs of this drafter are of no use any more.
-        """
-        new = heads.bind(model)
-        copies = []
-        for mine, fresh in zip(self._tensors(), new._tensors(), strict=True):
-            if mine is None or fresh is None:
-                if mine is not fresh:
-                    return False
-            elif (mine.shape, mine.dtype, mine.device) != (fresh.shape, fresh.dtype, fresh.device):
-                return False
-            elif mine.data_ptr() != fresh.data_ptr():
-                if mine.data_ptr() in self._shared:
-                    return False
-                copies.append((mine, fresh))
-        for mine, fresh in copies:
-            mine.copy_(fresh)
-        return True
-
-    def _tensors(self) -> list[Tensor | None]:
-        """All that drafting reads."""
-        context = self.context
-        layer = [] if context is None else [context.qkv, context.output, context.mixer, context.bias]
-        return [self.weight, self.bias, self.embeddings, self.anchor_scale, self.draft_vocab, self.projection, *layer]
-
-    def states(self, hidden: Tensor, root: Tensor) -> Tensor:
-        """hidden (B, D): what produced root (B,) int64 -> the heads' final states (B, K, D)."""
-        hidden = hidden.to(self.dtype).contiguous()
-        anchor = hidden
-        if self.anchor_scale is not None:
-            anchor = self.embeddings[root].to(self.dtype) * self.anchor_scale
-        return ops.head_stack(hidden, anchor, self.weight, self.bias)
-
-    def draft(self, hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
-        """The `drafts` best tokens of every head, best first.
-
-        hidden (B, D): what produced root (B,) int64, after `context` if there is one -> token ids of the model's
-        vocabulary (B, K, drafts) int64, and their log-probabilities within the draft vocabulary (B, K, drafts)
-        float32.
-        """
-        if not 1 <= drafts <= self.projection.shape[0]:
-            raise ValueError(f"Drafter.draft: drafts must be in 1..{self.projection.shape[0]}, got {drafts}")
-        ids, logprobs = ops.draft_topk(self.states(hidden, root), self.projection, drafts)
-        return (ids if self.draft_vocab is None else self.draft_vocab[ids]), logprobs
 
 
 def packaged_names() -> list[str]:

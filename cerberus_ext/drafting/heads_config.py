@@ -16,8 +16,8 @@ ANCHORS = ("root", "hidden")
 class CerberusConfig:
     """Describes heads; everything needed to build them empty and to see whether a model fits them.
 
-    hidden_size, vocab_size: of the target model. num_heads: K, tokens drafted after the root. num_layers: L.
-    anchor: "root" (embedding of the root token) or "hidden" (the paper's heads): what starts the chain.
+    hidden_size, vocab_size: of the target model. num_heads: K, tokens drafted after the pending one. num_layers: L.
+    anchor: "root" (embedding of the pending token) or "hidden" (the paper's heads): what starts the chain.
     chained: False drops the neighbour: Medusa's heads.
     draft_vocab: how many rows of the LM head the heads project to, or None for all of them.
     context_layer: whether a context layer (context_layer.py) stands in front of the heads; it reads the root's
@@ -27,7 +27,7 @@ class CerberusConfig:
     accuracy: (K, P), measured by the trainer: entry [k][r] is the probability that draft r of head k + 1 is
     the token that the target model chooses, given that the drafts on the path before it are right.
     paths: measured too: paths through the drafts (ranks, one per depth), most useful first: the best tree of
-    N nodes is the root and the first N - 1 of them.
+    N nodes is the pending token and the first N - 1 of them.
     """
 
     base_model: str

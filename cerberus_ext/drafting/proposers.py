@@ -10,8 +10,8 @@ this one drafts that the last token is said again, three times in ten:
         def extend(self, tokens):
             self.last = tokens[-1]
 
-        def propose(self, most):
-            return [self.last] * most, [0.3] * most
+        def propose(self, max_depth):
+            return [self.last] * max_depth, [0.3] * max_depth
 
     decode(model, heads, ids, proposers=[Stutter])
 """
@@ -31,13 +31,13 @@ class Proposer(Protocol):
     """Drafts how one text goes on. It never changes the text: what it drafts wrong is not taken."""
 
     def extend(self, tokens: list[int]) -> None:
-        """The text has grown by these, at least one; the last one is now the root of the next tree."""
+        """The text has grown by these, at least one; the last one is now the pending token."""
 
-    def propose(self, most: int) -> tuple[ArrayLike, ArrayLike]:
-        """Up to `most` places behind the text -> tokens, integers, and probabilities, in 0..1, of one shape.
+    def propose(self, max_depth: int) -> tuple[ArrayLike, ArrayLike]:
+        """Up to `max_depth` tokens behind the text -> tokens, integers, and probabilities, in 0..1, of one shape.
 
         (n,): a path. probabilities[i]: that tokens[i] is right, where those before it are. n = 0: no draft.
-        (n, P): P drafts for each place, best first, whatever the drafts before it are.
+        (n, P): P drafts at each depth, best first, whatever the drafts before it are.
         """
 
 
@@ -75,7 +75,7 @@ class HeadsProposer:
     def extend(self, tokens: list[int]) -> None:
         pass
 
-    def propose(self, most: int) -> tuple[ArrayLike, ArrayLike]:
+    def propose(self, max_depth: int) -> tuple[ArrayLike, ArrayLike]:
         ids, logprobs = self._step.drafts()
         probabilities = self._read(np.minimum(logprobs.astype(np.float64), 0.0))
         missing = (ids < 0) | (ids >= self._vocabulary) | (probabilities == 0)
@@ -84,10 +84,10 @@ class HeadsProposer:
             ids, probabilities, missing = (np.take_along_axis(part, last, 1) for part in (ids, probabilities, missing))
             ids, probabilities = np.where(missing, 0, ids), np.where(missing, 0.0, probabilities)
         # A correction that turns the order round would say that a head knows nothing: then all its drafts are alike.
-        return ids[:most], np.minimum.accumulate(probabilities, axis=1)[:most]
+        return ids[:max_depth], np.minimum.accumulate(probabilities, axis=1)[:max_depth]
 
 
-class Places(NamedTuple):
+class DraftTable(NamedTuple):
     """The (n, P) drafts of several proposers as one table. All (n, P); proposers: who makes each draft."""
 
     tokens: NDArray[np.int64]
@@ -106,16 +106,16 @@ def make_proposer(maker: ProposerFactory, number: int, text: list[int]) -> Propo
     return proposer
 
 
-def ask_proposer(proposer: Proposer, most: int) -> Drafts:
+def ask_proposer(proposer: Proposer, max_depth: int) -> Drafts:
     """Its drafts, checked for their form; `check_values` is for where they turn out wrong. Raises ValueError."""
     name = type(proposer).__name__
-    found: Any = proposer.propose(most)
-    if not isinstance(found, tuple) or len(found) != 2:
+    answer: Any = proposer.propose(max_depth)
+    if not isinstance(answer, tuple) or len(answer) != 2:
         raise ValueError(
-            f"decode: proposers: {name}.propose must return (tokens, probabilities), got {type(found).__name__}"
+            f"decode: proposers: {name}.propose must return (tokens, probabilities), got {type(answer).__name__}"
         )
     try:
-        tokens, probabilities = np.asarray(found[0]), np.asarray(found[1])
+        tokens, probabilities = np.asarray(answer[0]), np.asarray(answer[1])
     except ValueError as error:  # nested lists of several lengths
         raise ValueError(f"decode: proposers: {name}.propose must return two arrays: {error}") from error
     if tokens.size == 0:
@@ -134,7 +134,7 @@ def ask_proposer(proposer: Proposer, most: int) -> Drafts:
         raise ValueError(
             f"decode: proposers: {name}.propose must return the drafts of each place best first, got others"
         )
-    return Drafts(tokens[:most].astype(np.int64), probabilities[:most].astype(np.float64))
+    return Drafts(tokens[:max_depth].astype(np.int64), probabilities[:max_depth].astype(np.float64))
 
 
 def check_values(proposer: Proposer, drafts: Drafts, vocabulary: int) -> None:
@@ -150,22 +150,23 @@ def check_values(proposer: Proposer, drafts: Drafts, vocabulary: int) -> None:
         )
 
 
-def join_places(tables: Sequence[tuple[Drafts, int]]) -> Places:
-    """(n, P) drafts and who makes them, as one table: of each place all drafts, best first.
+def join_tables(tables: Sequence[tuple[Drafts, int]]) -> DraftTable:
+    """(n, P) drafts and who makes them, as one table: at each depth all drafts, best first.
 
-    Where a proposer drafts fewer places than others do, its probabilities are 0 at the rest.
+    Where a proposer drafts less deep than others do, its probabilities are 0 at the rest.
     """
     if len(tables) == 1:
-        (one, number), *_ = tables
-        return Places(*one, np.full(one.tokens.shape, number, np.int64))
-    shape = (max((len(one.tokens) for one, _ in tables), default=0), sum(one.tokens.shape[1] for one, _ in tables))
+        (drafts, number), *_ = tables
+        return DraftTable(*drafts, np.full(drafts.tokens.shape, number, np.int64))
+    depth = max((len(drafts.tokens) for drafts, _ in tables), default=0)
+    shape = depth, sum(drafts.tokens.shape[1] for drafts, _ in tables)
     tokens, probabilities, proposers = np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape, np.int64)
     begin = 0
-    for one, number in tables:
-        places, drafts = one.tokens.shape
-        tokens[:places, begin : begin + drafts] = one.tokens
-        probabilities[:places, begin : begin + drafts] = one.probabilities
-        proposers[:, begin : begin + drafts] = number
-        begin += drafts
+    for drafts, number in tables:
+        depth, count = drafts.tokens.shape
+        tokens[:depth, begin : begin + count] = drafts.tokens
+        probabilities[:depth, begin : begin + count] = drafts.probabilities
+        proposers[:, begin : begin + count] = number
+        begin += count
     order = np.argsort(-probabilities, axis=1, kind="stable")
-    return Places(*(np.take_along_axis(part, order, 1) for part in (tokens, probabilities, proposers)))
+    return DraftTable(*(np.take_along_axis(part, order, 1) for part in (tokens, probabilities, proposers)))

@@ -2,7 +2,7 @@
 drafts.
 
 Everything here works on ranks: ranks[i][k] is the rank, among the drafts of head k + 1 at position i of a
-text, of the token that really stands k + 1 places after the root (0 is the best draft); ABSENT when the text
+text, of the token that really stands k + 1 places after the pending token (0 is the best draft); ABSENT when the text
 ends before it or the head cannot draft it. Worked example: ranks [0, 2] are a step in which the first head's
 best draft was right and so was the second head's third, so the path (0, 2) would have been accepted.
 """
@@ -10,7 +10,7 @@ best draft was right and so was the second head's third, so the path (0, 2) woul
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 ABSENT = 1 << 30
 RankPath = tuple[int, ...]
@@ -19,7 +19,7 @@ RankPath = tuple[int, ...]
 def best_paths(ranks: Iterable[Sequence[int]], count: int, drafts: int) -> list[RankPath]:
     """The `count` paths that were right most often, most frequent first.
 
-    A path's beginning is right at least as often as the path, and wins ties, so the root and the first n
+    A path's beginning is right at least as often as the path, and wins ties, so the pending token and the first n
     paths are a tree for every n, and no other tree of n + 1 nodes would have had more tokens accepted on
     these ranks.
     """
@@ -33,25 +33,32 @@ def best_paths(ranks: Iterable[Sequence[int]], count: int, drafts: int) -> list[
 
 
 def accepted_length(row: Sequence[int], tree: set[RankPath]) -> int:
-    """How many tokens after the root one step with `tree` accepts."""
+    """How many tokens after the pending one a step with `tree` accepts."""
     depth = 0
     while depth < len(row) and tuple(row[: depth + 1]) in tree:
         depth += 1
     return depth
 
 
+def steps_through(places: int, accepted_at: Callable[[int], int]) -> Iterator[int]:
+    """How many drafts each step through a text of so many places accepts. accepted_at: asked for a place at which one
+    begins; a step at place i with a accepted drafts is followed by one at i + a + 1."""
+    place = 0
+    while place < places:
+        accepted = accepted_at(place)
+        yield accepted
+        place += accepted + 1
+
+
 def tokens_per_step(texts: Iterable[Sequence[Sequence[int]]], paths: Iterable[RankPath]) -> float:
-    """Tokens a step over whole texts, each a list of ranks, one row per position: a step at position i with a
-    accepted tokens goes on at i + a + 1. The first token of a text comes with the prompt and is not
-    counted."""
+    """Tokens a step over whole texts, each a list of ranks, one row per place. The first token of a text comes with the
+    prompt and is not counted."""
     tree = set(paths)
     tokens = steps = 0
     for rows in texts:
-        position = 0
-        while position < len(rows) - 1:
-            position += accepted_length(rows[position], tree) + 1
-            steps += 1
         tokens += max(0, len(rows) - 1)
+        lengths = [accepted_length(row, tree) for row in rows]
+        steps += sum(1 for _ in steps_through(len(rows) - 1, lengths.__getitem__))
     return tokens / max(1, steps)
 
 

@@ -1,34 +1,27 @@
-"""Draft trees: which of the heads' drafts one step checks, and how they hang together.
+"""The same tree at every step: which of the heads' drafts are verified, and how they hang together.
 
-Node 0 is the root, the token the target model has already chosen. A node at depth d is one draft of head d (heads
-counted from 1), the one of the given rank among that head's drafts, 0 the best. Every path from the root is a draft of
-how the text goes on.
+Node 0 is the pending token. A node at depth d is one draft of head d (heads counted from 1), the one of the given rank
+among that head's drafts, 0 the best.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .. import _host
+from ..io.checks import check_integer
+from .platt import reading
+from .proposers import HeadsSignals, Proposer, ProposerFactory
+from .tree import ALONE, Tree, TreePolicy, tree_of_ranks
 
 Path = tuple[int, ...]
-
-
-class TreeTensors(NamedTuple):
-    """A tree on a device. N nodes, W = ceil(N / 64) words."""
-
-    parents: Tensor  # (N,) int64, -1 for the root
-    ancestors: Tensor  # (N, W) int64: bit j of row i says that node j is on the path from the root to i, i included
-    depths: Tensor  # (N,) int64
-    heads: Tensor  # (N - 1,) int64: the head, counted from 0, that drafts node 1, 2, ...
-    ranks: Tensor  # (N - 1,) int64: which of its drafts it is
+_READ = reading(None)
 
 
 def _integers(what: str, values: Any) -> tuple[int, ...]:
@@ -41,30 +34,23 @@ def _integers(what: str, values: Any) -> tuple[int, ...]:
     return tuple(int(value) for value in numbers)
 
 
-def _at_least(what: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{what} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{what} must be >= {least}, got {value}")
-    return value
-
-
 @dataclass(frozen=True)
-class StaticPolicy:
-    """A tree, checked once, here; equal trees compare equal.
+class StaticPolicy(TreePolicy):
+    """A tree of the heads' drafts, checked once, here; equal ones compare equal.
 
-    parents: parents[0] = -1 and parents[i] < i, so that node order is depth order along every path.
+    parents: parents[0] = -1 and parents[i] < i. Nodes come best first: a gate that wants n nodes gets the first n.
     ranks: ranks[0] = 0, not used; node i is draft number ranks[i] of head depths[i]. Siblings have different ranks.
 
-    Example: the root, its two best continuations, and one draft of what follows the better one (ranks along the paths
-    (0), (1) and (0, 0)):
+    Example: the pending token, its two best continuations, and one draft of what follows the better one (ranks along
+    the paths (0), (1) and (0, 0)):
 
         StaticPolicy(parents=(-1, 0, 0, 1), ranks=(0, 0, 1, 0)) == StaticPolicy.from_paths([(0,), (1,), (0, 0)])
     """
 
     parents: tuple[int, ...]
     ranks: tuple[int, ...]
-    _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _cut: dict[int, Tree] = field(default_factory=dict, init=False, repr=False, compare=False)
+    looks: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("parents", "ranks"):
@@ -91,24 +77,69 @@ class StaticPolicy:
             seen[parent, rank] = node
 
     @cached_property
-    def depths(self) -> tuple[int, ...]:
-        """Depth of every node, the root's is 0."""
-        return tuple(int(depth) for depth in _host.depths(list(self.parents)))
+    def tree(self) -> Tree:
+        """All of it."""
+        return tree_of_ranks(self.parents, self.ranks) if self.size > 1 else ALONE
 
-    @cached_property
-    def size(self) -> int:
-        """N: nodes, the root included."""
+    @property
+    def size(self) -> int:  # type: ignore[override]
         return len(self.parents)
 
-    @cached_property
+    @property
     def depth(self) -> int:
-        """Drafts on the longest path: how many heads the tree needs, and the most a step can accept."""
-        return max(self.depths)
+        """How many heads the tree needs, and the most a step can accept."""
+        return self.tree.depth
 
-    @cached_property
-    def drafts(self) -> int:
-        """P: how many drafts of every head the tree needs; 0 for a tree that is only a root."""
+    @property
+    def useful_drafts(self) -> int:
+        """P; 0 for a tree that is only a root."""
         return max(self.ranks[1:], default=-1) + 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (1, self.size) if self.size > 1 else (1,)
+
+    def check(self, num_heads: int, proposers: Sequence[ProposerFactory] | None) -> None:
+        if proposers:
+            raise ValueError("decode: proposers must be None or empty with a StaticPolicy, whose drafts are the heads'")
+        if self.depth > num_heads:
+            raise ValueError(
+                f"decode: tree must not be deeper than the heads, {num_heads}, got a depth of {self.depth}"
+            )
+
+    def default_proposers(self) -> tuple[ProposerFactory, ...]:
+        return ()
+
+    def begin(self, proposers: Sequence[Proposer], vocabulary: int) -> StaticPolicy:
+        """Itself: it learns nothing of a text."""
+        return self
+
+    def extend(self, tokens: list[int]) -> None:
+        pass
+
+    def grow(self, heads: HeadsSignals, max_depth: int, weighed: bool) -> Tree:
+        tree = self.cut(max_depth)
+        return self._weigh(tree, heads) if weighed and tree.size > 1 else tree
+
+    def cut(self, depth: int) -> Tree:
+        """The tree without the nodes deeper than `depth`."""
+        if depth >= self.depth:
+            return self.tree
+        if depth not in self._cut:
+            kept = [path for path in self.paths() if len(path) <= depth]
+            self._cut[depth] = StaticPolicy.from_paths(kept).tree
+        return self._cut[depth]
+
+    @staticmethod
+    def _weigh(tree: Tree, heads: HeadsSignals) -> Tree:
+        """With the product of the heads' probabilities along every node's path."""
+        assert tree.ranks is not None
+        _, logprobs = heads.drafts()  # (K, P)
+        probabilities = _READ(logprobs.astype(np.float64))[tree.depths - 1, tree.ranks]
+        probabilities[0] = 1.0
+        for node, parent in enumerate(tree.parents[1:].tolist(), start=1):
+            probabilities[node] *= probabilities[parent]
+        return replace(tree, probabilities=probabilities)
 
     def paths(self) -> list[Path]:
         """The ranks along the path to every node but the root, in node order."""
@@ -117,28 +148,9 @@ class StaticPolicy:
             paths.append((*paths[parent], rank))
         return paths[1:]
 
-    def cut(self, depth: int) -> StaticPolicy:
-        """The tree without the nodes deeper than `depth`; itself, where there are none."""
-        if depth >= self.depth:
-            return self
-        if depth not in self._cache:
-            self._cache[depth] = StaticPolicy.from_paths([path for path in self.paths() if len(path) <= depth])
-        return self._cache[depth]
-
-    def on(self, device: torch.device) -> TreeTensors:
-        """The tree's tensors on `device`, made once per device."""
-        if device not in self._cache:
-            ancestors = np.asarray(_host.ancestors(list(self.parents))).reshape(self.size, -1)
-            # Outside of inference mode, so that the tensors serve every caller.
-            with torch.inference_mode(False):
-                self._cache[device] = TreeTensors(
-                    parents=torch.tensor(self.parents, device=device),
-                    ancestors=torch.from_numpy(ancestors.astype(np.int64)).to(device),
-                    depths=torch.tensor(self.depths, device=device),
-                    heads=torch.tensor(self.depths[1:], dtype=torch.int64, device=device) - 1,
-                    ranks=torch.tensor(self.ranks[1:], dtype=torch.int64, device=device),
-                )
-        return self._cache[device]
+    def to_json(self) -> str:
+        """The ranks along every path: "0 1 0.0" is the two best continuations, and the best one of the first."""
+        return " ".join(".".join(map(str, path)) for path in self.paths())
 
     @staticmethod
     def root() -> StaticPolicy:
@@ -148,7 +160,7 @@ class StaticPolicy:
     @staticmethod
     def chain(depth: int) -> StaticPolicy:
         """The best draft of each of the first `depth` heads: one path."""
-        return StaticPolicy.from_widths([1] * _at_least("StaticPolicy.chain: depth", depth, 0))
+        return StaticPolicy.from_widths([1] * check_integer("StaticPolicy.chain: depth", depth, 0))
 
     @staticmethod
     def from_widths(widths: Sequence[int]) -> StaticPolicy:
@@ -156,28 +168,28 @@ class StaticPolicy:
         paths: list[Path] = []
         level: list[Path] = [()]
         for index, width in enumerate(widths):
-            _at_least(f"StaticPolicy.from_widths: widths[{index}]", width, 1)
+            check_integer(f"StaticPolicy.from_widths: widths[{index}]", width, 1)
             level = [(*path, rank) for path in level for rank in range(width)]
             paths += level
         return StaticPolicy.from_paths(paths)
 
     @staticmethod
     def from_paths(paths: Iterable[Sequence[int]]) -> StaticPolicy:
-        """From the ranks along each path: (1, 0) is head 1's second draft followed by head 2's best.
+        """From the ranks along each path, best path first: (1, 0) is head 1's second draft followed by head 2's best.
 
-        The beginnings of a path come with it. Nodes are ordered by depth, then by ranks, whatever the order of `paths`.
+        The beginnings of a path come with it, in front of it where they are not there yet.
         """
-        wanted: set[Path] = set()
+        node: dict[Path, int] = {(): 0}
         for index, ranks in enumerate(paths):
             path = _integers(f"StaticPolicy.from_paths: paths[{index}]", ranks)
             if not path:
                 raise ValueError(f"StaticPolicy.from_paths: paths[{index}] must have at least one rank, got none")
             if min(path) < 0:
                 raise ValueError(f"StaticPolicy.from_paths: paths[{index}] must be ranks >= 0, got {path}")
-            wanted.update(path[:end] for end in range(1, len(path) + 1))
-        ordered = sorted(wanted, key=lambda path: (len(path), path))
-        node = {(): 0} | {path: i for i, path in enumerate(ordered, start=1)}
-        return StaticPolicy((-1, *(node[path[:-1]] for path in ordered)), (0, *(path[-1] for path in ordered)))
+            for end in range(1, len(path) + 1):
+                node.setdefault(path[:end], len(node))
+        nodes = list(node)[1:]
+        return StaticPolicy((-1, *(node[path[:-1]] for path in nodes)), (0, *(path[-1] for path in nodes)))
 
     @staticmethod
     def from_accuracies(accuracy: Any, size: int) -> StaticPolicy:
@@ -194,7 +206,7 @@ class StaticPolicy:
             )
         if not ((table >= 0) & (table <= 1)).all():  # false for NaN too
             raise ValueError("StaticPolicy.from_accuracies: accuracy must be probabilities in 0..1, got others")
-        _at_least("StaticPolicy.from_accuracies: size", size, 1)
+        check_integer("StaticPolicy.from_accuracies: size", size, 1)
         heads, drafts = table.shape
         possible = sum(drafts**depth for depth in range(heads + 1))
         parents, ranks = _host.best_tree(table, min(size, possible))

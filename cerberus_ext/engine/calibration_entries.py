@@ -9,9 +9,10 @@ from typing import Any
 from ..drafting.dynamic_policy import DynamicPolicy
 from ..drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from ..drafting.static_policy import StaticPolicy
+from ..drafting.tree import TreePolicy
+from ..io.checks import check_integer
 
 MAX_NODES = 1024  # of a tree: far beyond what is ever fastest
-MAX_DEPTH = 128
 
 Key = tuple[str, str, int, bool]  # device, dtype, threads, compiled: what an entry belongs to
 
@@ -41,6 +42,7 @@ class Calibration:
 
     device: its name; dtype: the model's; threads: of torch on a CPU, 0 on other devices
     heads, model: fingerprints, see `heads.fingerprint`; the model's is that of its LM head
+    tree: a DynamicPolicy, or StaticPolicy.root() where nothing is faster than plain decoding
     details: everything that was measured, as plain numbers
     compiled: whether it is of compiled steps, see `decode`'s `compile`
     """
@@ -50,7 +52,7 @@ class Calibration:
     threads: int
     heads: str
     model: str
-    tree: StaticPolicy | DynamicPolicy
+    tree: TreePolicy
     gate: Gate
     expected: Expected
     details: dict[str, Any] = field(default_factory=dict)
@@ -61,62 +63,29 @@ class Calibration:
         return self.device, self.dtype, self.threads, self.compiled
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "device": self.device,
-            "dtype": self.dtype,
-            "threads": self.threads,
-            "compiled": self.compiled,
-            "heads": self.heads,
-            "model": self.model,
-            "tree": tree_to_json(self.tree),
-            "gate": gate_to_json(self.gate),
-            "expected": asdict(self.expected),
-            "details": self.details,
-        }
+        inner = {"tree": self.tree.to_json(), "gate": gate_to_json(self.gate), "expected": asdict(self.expected)}
+        return vars(self) | inner
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Calibration:
         """Raises ValueError on anything that `to_json` does not write."""
         try:
-            return Calibration(
-                **{name: _text(entry, name) for name in ("device", "dtype", "heads", "model")},
-                threads=_integer("threads", entry["threads"], 0),
-                tree=tree_from_json(entry["tree"]),
-                gate=gate_from_json(entry["gate"]),
-                expected=Expected(**{name: _number(name, value) for name, value in entry["expected"].items()}),
-                details=dict(entry["details"]),
-                compiled=is_compiled(entry),
-            )
+            for name in ("device", "dtype", "heads", "model"):
+                if not isinstance(entry[name], str):
+                    raise ValueError(f"{name} must be a text, got {entry[name]!r}")
+            expected = Expected(**{name: _number(name, value) for name, value in entry["expected"].items()})
+            inner = {"tree": tree_from_json(entry["tree"]), "gate": gate_from_json(entry["gate"]), "expected": expected}
+            return Calibration(**entry | inner | {"details": dict(entry["details"])})
         except (AttributeError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"an entry is not complete: {type(error).__name__}: {error}") from error
 
 
-def is_compiled(entry: dict[str, Any]) -> bool:
-    """Entries from before there were compiled steps do not say it."""
-    return bool(entry.get("compiled", False))
-
-
-def tree_to_json(tree: StaticPolicy | DynamicPolicy) -> str | dict[str, Any]:
-    return asdict(tree) if isinstance(tree, DynamicPolicy) else tree_to_text(tree)
-
-
-def tree_from_json(tree: str | dict[str, Any]) -> StaticPolicy | DynamicPolicy:
-    if not isinstance(tree, dict):
-        return tree_from_text(tree)
-    _integer("size", tree.get("size"), 2, MAX_NODES)
+def tree_from_json(tree: Any) -> TreePolicy:
+    """Of what `to_json` of the policies that calibration picks from gives."""
+    if tree == StaticPolicy.root().to_json():
+        return StaticPolicy.root()
+    check_integer("size", tree["size"], 2, MAX_NODES)
     return DynamicPolicy(**tree)
-
-
-def tree_to_text(tree: StaticPolicy) -> str:
-    """The ranks along every path: "0 1 0.0" is the root's two best continuations, and the best one of the first."""
-    return " ".join(".".join(map(str, path)) for path in tree.paths())
-
-
-def tree_from_text(text: str) -> StaticPolicy:
-    paths = [[int(rank) for rank in path.split(".")] for path in text.split()]
-    if len(paths) >= MAX_NODES or any(len(path) > MAX_DEPTH for path in paths):
-        raise ValueError(f"a tree must have at most {MAX_NODES} nodes and depth {MAX_DEPTH}, got more")
-    return StaticPolicy.from_paths(paths)
 
 
 def gate_to_json(gate: Gate) -> dict[str, Any]:
@@ -124,14 +93,8 @@ def gate_to_json(gate: Gate) -> dict[str, Any]:
     if isinstance(gate, EntropyGate):
         return {"kind": "entropy", "threshold": gate.threshold}
     if isinstance(gate, ConfidenceGate):
-        return {
-            "kind": "confidence",
-            "costs": {str(size): cost for size, cost in gate.costs.items()},
-            "trees": None if gate.own_trees is None else [tree_to_text(tree) for tree in gate.own_trees],
-            "margin": gate.margin,
-            "rate": gate.rate,
-            "platt": None if gate.platt is None else [list(line) for line in gate.platt],
-        }
+        costs = {str(size): cost for size, cost in gate.costs.items()}
+        return {"kind": "confidence", "costs": costs, "margin": gate.margin, "rate": gate.rate}
     return {"kind": "open"}
 
 
@@ -142,34 +105,14 @@ def gate_from_json(values: dict[str, Any]) -> Gate:
     if kind == "entropy":
         return EntropyGate(_number("threshold", values["threshold"]))
     if kind == "confidence":
-        return ConfidenceGate(
-            costs={
-                _integer("size", int(size), 1, MAX_NODES): _number("cost", cost)
-                for size, cost in values["costs"].items()
-            },
-            trees=None if values["trees"] is None else [tree_from_text(text) for text in values["trees"]],
-            margin=_number("margin", values["margin"]),
-            rate=None if values["rate"] is None else _number("rate", values["rate"]),
-            platt=None
-            if values["platt"] is None
-            else [(_number("slope", slope), _number("shift", shift)) for slope, shift in values["platt"]],
-        )
+        costs = {check_integer("size", int(size), 1, MAX_NODES): _number("cost", cost)
+                 for size, cost in values["costs"].items()}  # fmt: skip
+        rate = None if values["rate"] is None else _number("rate", values["rate"])
+        return ConfidenceGate(costs, _number("margin", values["margin"]), rate)
     raise ValueError(f"gate must be open, entropy or confidence, got {kind!r}")
 
 
 def _number(name: str, value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not math.isfinite(value):  # of JSON: no texts, no true
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return float(value)
-
-
-def _integer(name: str, value: Any, least: int, most: int = 1 << 20) -> int:
-    if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{name} must be an integer in {least}..{most}, got {value!r}")
-    return value
-
-
-def _text(entry: dict[str, Any], name: str) -> str:
-    if not isinstance(entry[name], str):
-        raise ValueError(f"{name} must be a text, got {entry[name]!r}")
-    return entry[name]

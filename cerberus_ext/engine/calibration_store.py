@@ -13,23 +13,22 @@ from __future__ import annotations
 import json
 import os
 import warnings
-import weakref
+from collections.abc import MutableMapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..drafting.dynamic_policy import MAX_DRAFTS, DynamicPolicy
 from ..drafting.gate import ConfidenceGate
 from ..drafting.heads import PRETRAINED, CerberusHeads, fingerprint
 from ..io.default_model import cache_dir
 from ..io.files import write_json
 from ..io.machine import device_name
-from .calibration_entries import Calibration, Expected, Key, is_compiled
+from .calibration_entries import Calibration, Expected, Key
 
 FILE = "calibration.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: static trees, and gates with trees of their own
 
 __all__ = ["Calibration", "Expected", "find", "save"]
 
@@ -44,7 +43,7 @@ def key_of(device: torch.device, dtype: torch.dtype, threads: int, compiled: boo
 
 
 def _key_of_entry(entry: dict[str, Any]) -> Key:
-    return entry["device"], entry["dtype"], entry["threads"], is_compiled(entry)
+    return entry["device"], entry["dtype"], entry["threads"], entry["compiled"]
 
 
 _device_name = cache(device_name)  # asked at every decode, and reads a file
@@ -103,74 +102,88 @@ def save(heads: CerberusHeads, calibration: Calibration) -> Path:
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"format_version": FORMAT_VERSION, "entries": [*kept, calibration.to_json()]})
-    _found.pop(heads, None)
     return file
 
 
-_found: weakref.WeakKeyDictionary[CerberusHeads, dict[Key, Calibration | None]]
-_found = weakref.WeakKeyDictionary()
-_said: set[str] = set()
+class Found:
+    """What was looked up for heads: read again where a file has changed."""
+
+    def __init__(self, heads: CerberusHeads) -> None:
+        self.print = heads_fingerprint(heads)
+        self.files = places(heads, self.print)
+        self._read: dict[Key, tuple[Any, Calibration | None]] = {}
+        self._said: set[str] = set()
+
+    def get(self, heads: CerberusHeads, key: Key) -> Calibration | None:
+        stamp = [_stamp(file) for file in self.files]
+        if key not in self._read or self._read[key][0] != stamp:
+            self._read[key] = (stamp, self._look(heads, key))
+        return self._read[key][1]
+
+    def _look(self, heads: CerberusHeads, key: Key) -> Calibration | None:
+        for file in self.files:
+            try:
+                entries = read_entries(file)
+            except (OSError, ValueError) as error:
+                self._warn(str(error))
+                continue
+            for entry in entries:
+                if _key_of_entry(entry) != key:
+                    continue
+                if entry["heads"] != self.print:
+                    self._warn(f"{file} was made with other heads, such as these before more training; calibrate again")
+                    continue
+                try:
+                    return _checked(Calibration.from_json(entry), heads)
+                except ValueError as error:
+                    self._warn(f"{file}: {error}; calibrate again")
+        return None
+
+    def _warn(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(f"decode: no calibrated tree and gate, the defaults are used: {message}", stacklevel=2)
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def find(
-    heads: Any, device: torch.device, dtype: torch.dtype, threads: int, compiled: bool = False
+    heads: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    threads: int,
+    compiled: bool = False,
+    kept: MutableMapping[Any, Any] | None = None,
 ) -> Calibration | None:
-    """What was calibrated for the heads, or None. Looked for once for each object.
+    """What was calibrated for the heads, or None.
 
-    compiled: preferably of compiled steps; where there is no such calibration, that of the others serves, too.
+    compiled: preferably of compiled steps; where there is no such calibration, that of the others serves, too. kept:
+    what was found before, by heads.
 
-    Other heads than CerberusHeads have none. What is damaged, or was made with other heads, is warned of, once, and
-    not used.
+    Other heads than CerberusHeads have none. What is damaged, or was made with other heads, is warned of and not used.
     """
     if not isinstance(heads, CerberusHeads):
         return None
-    known = _found.setdefault(heads, {})
-    key = key_of(device, dtype, threads, compiled)
-    if key not in known:
-        known[key] = _read(heads, key)
-    if known[key] is None and compiled:
-        return find(heads, device, dtype, threads)
-    return known[key]
-
-
-def _read(heads: CerberusHeads, key: Key) -> Calibration | None:
-    own = heads_fingerprint(heads)
-    for file in places(heads, own):
-        try:
-            entries = read_entries(file)
-        except (OSError, ValueError) as error:
-            _warn(str(error))
-            continue
-        for entry in entries:
-            if _key_of_entry(entry) != key:
-                continue
-            if entry["heads"] != own:
-                _warn(f"{file} was made with other heads, such as these before more training; calibrate again")
-                continue
-            try:
-                return _checked(Calibration.from_json(entry), heads)
-            except ValueError as error:
-                _warn(f"{file}: {error}; calibrate again")
-    return None
-
-
-def _checked(calibration: Calibration, heads: CerberusHeads) -> Calibration:
-    gate = calibration.gate
-    if isinstance(gate, ConfidenceGate) and gate.platt and len(gate.platt) != heads.config.num_heads:
-        raise ValueError("a calibrated gate has platt for another number of heads")
-    if isinstance(calibration.tree, DynamicPolicy):
-        gate.check_size(calibration.tree.size)
-        if len(calibration.tree.platt or range(heads.config.num_heads)) != heads.config.num_heads:
-            raise ValueError("a calibrated tree has platt for another number of heads")
-        return calibration
-    for tree in {calibration.tree, *gate.trees(calibration.tree)}:
-        most = min(MAX_DRAFTS, heads.config.draft_vocab or heads.config.vocab_size)
-        if tree.depth > heads.config.num_heads or tree.drafts > most:
-            raise ValueError("a calibrated tree is larger than what the heads can draft")
+    found = None if kept is None else kept.get(heads)
+    if found is None:
+        found = Found(heads)
+        if kept is not None:
+            kept[heads] = found
+    calibration = found.get(heads, key_of(device, dtype, threads, compiled))
+    if calibration is None and compiled:
+        calibration = found.get(heads, key_of(device, dtype, threads))
     return calibration
 
 
-def _warn(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        warnings.warn(f"decode: no calibrated tree and gate, the defaults are used: {message}", stacklevel=2)
+def _checked(calibration: Calibration, heads: CerberusHeads) -> Calibration:
+    policy, gate = calibration.tree, calibration.gate
+    policy.check(heads.config.num_heads, None)
+    if isinstance(gate, ConfidenceGate) and policy.size > max(gate.costs):
+        raise ValueError("a calibrated gate has no cost for the size of its tree")
+    return calibration

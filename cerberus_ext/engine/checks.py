@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList
 
 from ..drafting.dynamic_policy import DynamicPolicy
-from ..drafting.gate import Gate, wants_draft_trees
-from ..drafting.static_policy import StaticPolicy
-from ..runtime.stepper import Drafter, Sampling, drafts_along_paths
+from ..drafting.gate import SIGNALS
+from ..drafting.tree import TreePolicy
+from ..io.checks import as_number, check_integer, check_number
+from ..runtime.sampling import Sampling
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,14 +68,6 @@ def check_heads(heads: Any) -> None:
         raise TypeError(f"decode: heads must be CerberusHeads, got {type(heads).__name__}")
 
 
-def check_looking_ahead(drafter: Drafter, tree: StaticPolicy | DynamicPolicy) -> None:
-    """Heads that draft without a tree, where the tree or the gate wants to see what they draft before it decides."""
-    if drafts_along_paths(drafter):
-        dynamic = isinstance(tree, DynamicPolicy)
-        must = "tree must be a StaticPolicy" if dynamic else "gate must not choose by the drafts' probabilities"
-        raise ValueError(f"decode: {must} with these heads, which draft along the paths of a tree that has been chosen")
-
-
 def prompt_ids(ids: Any, attention_mask: Any, model: PreTrainedModel) -> Tensor:
     """decode's `ids` and `attention_mask`, checked -> (1, S) int64 on the model's device."""
     if isinstance(ids, Mapping):
@@ -92,9 +85,9 @@ def prompt_ids(ids: Any, attention_mask: Any, model: PreTrainedModel) -> Tensor:
         raise ValueError(f"decode: ids must be on the model's device, {model.device}, got {tensor.device}")
     embeddings = model.get_input_embeddings().weight
     assert isinstance(embeddings, Tensor)
-    least, most, vocab = int(tensor.min()), int(tensor.max()), embeddings.shape[0]
-    if least < 0 or most >= vocab:
-        raise ValueError(f"decode: ids must be in 0..{vocab - 1}, got {least if least < 0 else most}")
+    lowest, highest, vocab = int(tensor.min()), int(tensor.max()), embeddings.shape[0]
+    if lowest < 0 or highest >= vocab:
+        raise ValueError(f"decode: ids must be in 0..{vocab - 1}, got {lowest if lowest < 0 else highest}")
     _check_attention_mask(attention_mask, tensor)
     return tensor.to(torch.int64)
 
@@ -137,78 +130,46 @@ def _check_attention_mask(attention_mask: Any, ids: Tensor) -> None:
         raise ValueError("decode: attention_mask must be all ones, since ids has one row without padding, got zeros")
 
 
-def check_tree(tree: Any, num_heads: int) -> StaticPolicy | DynamicPolicy:
+def check_tree(tree: Any) -> TreePolicy:
     """A number of nodes is the DynamicPolicy with so many."""
-    if (nodes := _number(tree, int)) is not None:
-        tree = DynamicPolicy(check_integer("tree", nodes, 2))
-    if not isinstance(tree, StaticPolicy | DynamicPolicy):
+    if (nodes := as_number(tree, int)) is not None:
+        return DynamicPolicy(check_integer("decode: tree", nodes, 2))
+    if not isinstance(tree, TreePolicy):
         raise TypeError(
             "decode: tree must be a number of nodes, a StaticPolicy, a DynamicPolicy or None, got"
             f" {type(tree).__name__}"
         )
-    if isinstance(tree, DynamicPolicy):
-        if tree.platt is not None and len(tree.platt) != num_heads:
-            raise ValueError(
-                f"decode: tree must have a correction for each of the {num_heads} heads, or None, got {len(tree.platt)}"
-            )
-    elif tree.depth > num_heads:
-        raise ValueError(f"decode: tree must not be deeper than the heads, {num_heads}, got a depth of {tree.depth}")
     return tree
 
 
-def check_gate(gate: Any, tree: StaticPolicy | DynamicPolicy) -> Gate:
-    if not isinstance(gate, Gate):
+def check_gate(gate: Any) -> None:
+    """What has `decide` and says which signals it needs."""
+    needs = getattr(gate, "needs", None)
+    known = not isinstance(gate, type) and callable(getattr(gate, "decide", None))
+    if not known or not isinstance(needs, frozenset | set | tuple):
         raise TypeError(f"decode: gate must be a Gate or None, got {type(gate).__name__}")
-    if isinstance(tree, DynamicPolicy) and wants_draft_trees(gate):
-        raise ValueError(
-            "decode: gate must have choose_size, and no trees of its own, for a DynamicPolicy,"
-            f" this {type(gate).__name__} chooses among StaticPolicies"
-        )
-    return gate
+    if unknown := set(needs) - SIGNALS:
+        raise ValueError(f"decode: gate must need no other signals than {sorted(SIGNALS)}, got {sorted(unknown)}")
 
 
-def check_proposers(proposers: Any, tree: Any) -> None:
-    """A sequence of what makes proposers, for a tree that has a place for their drafts."""
-    if not isinstance(proposers, Sequence) or not all(map(callable, proposers)):
+def check_proposers(proposers: Any) -> None:
+    """None, or a sequence of what makes proposers."""
+    if proposers is not None and (not isinstance(proposers, Sequence) or not all(map(callable, proposers))):
         raise TypeError(
             "decode: proposers must be None or a sequence of callables that make a Proposer of a prompt,"
             f" got {type(proposers).__name__}"
         )
-    if proposers and isinstance(tree, StaticPolicy):
-        raise ValueError("decode: proposers must be None or empty with a StaticPolicy, whose drafts are the heads'")
-
-
-def _number(value: Any, kind: type) -> Any:
-    """Python's number for its own, numpy's and tensors without dimensions, of kind int or float; None: it is none."""
-    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
-        value = value.item()
-    kinds = int | np.integer if kind is int else int | float | np.integer | np.floating
-    return kind(value) if isinstance(value, kinds) and not isinstance(value, bool) else None
-
-
-def check_integer(name: str, value: Any, least: int, most: int | None = None) -> int:
-    number = _number(value, int)
-    if number is None:
-        raise TypeError(f"decode: {name} must be an integer, got {value!r}")
-    if number < least or most is not None and number > most:
-        bounds = f">= {least}" if most is None else f"in {least}..{most}"
-        raise ValueError(f"decode: {name} must be {bounds}, got {number}")
-    return int(number)
 
 
 def check_sampling(temperature: Any, top_k: Any, top_p: Any, seed: Any) -> Sampling:
-    numbers = {"temperature": temperature, "top_p": top_p}
-    for name, value in numbers.items():
-        numbers[name] = _number(value, float)
-        if numbers[name] is None:
-            raise TypeError(f"decode: {name} must be a number, got {value!r}")
-    if not 0 <= numbers["temperature"] < math.inf:
-        raise ValueError(f"decode: temperature must be >= 0 and finite, got {numbers['temperature']}")
-    if not 0 < numbers["top_p"] <= 1:
-        raise ValueError(f"decode: top_p must be > 0 and <= 1, got {numbers['top_p']}")
-    top_k, seed = check_integer("top_k", top_k, 0), check_integer("seed", seed, -(2**63), 2**63 - 1)
+    temperature = check_number(
+        "decode: temperature", temperature, ">= 0 and finite", lambda number: 0 <= number < math.inf
+    )
+    top_p = check_number("decode: top_p", top_p, "> 0 and <= 1", lambda number: 0 < number <= 1)
+    top_k = check_integer("decode: top_k", top_k, 0)
+    seed = check_integer("decode: seed", seed, -(2**63), 2**63 - 1)
     # Greedily all seeds are alike, and so are recordings of a step.
-    return Sampling(seed, numbers["temperature"], top_k, numbers["top_p"]) if numbers["temperature"] else Sampling()
+    return Sampling(seed, temperature, top_k, top_p) if temperature else Sampling()
 
 
 def eos_token_ids(eos_token_id: Any, model: PreTrainedModel) -> frozenset[int]:
@@ -218,7 +179,7 @@ def eos_token_ids(eos_token_id: Any, model: PreTrainedModel) -> frozenset[int]:
     if eos_token_id is None:
         return frozenset()
     several = isinstance(eos_token_id, Sequence | set | frozenset) or getattr(eos_token_id, "ndim", 0) == 1
-    tokens = [_number(token, int) for token in (eos_token_id if several else [eos_token_id])]
+    tokens = [as_number(token, int) for token in (eos_token_id if several else [eos_token_id])]
     if None in tokens:
         raise TypeError(f"decode: eos_token_id must be None, an integer or a list of integers, got {eos_token_id!r}")
     return frozenset(tokens)

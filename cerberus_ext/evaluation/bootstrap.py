@@ -1,4 +1,4 @@
-"""Intervals from resampled questions."""
+"""Ratios over questions, and their intervals from resampled questions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 def bootstrap_interval(statistic: Statistic, rows: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
-    """Percentile interval that holds SHARE of the values a statistic takes when the rows are drawn anew.
+    """Percentile interval that holds SHARE of the values a statistic takes when the rows are drawn with replacement.
 
     rows: (Q, C), one row per question. statistic: (..., Q, C) -> (...). None for fewer than two rows, which say
     nothing about how questions differ.

@@ -1,4 +1,4 @@
-"""Decoding with and without drafts, timed in turns in one process, because machines are noisy."""
+"""Decoding with and without drafts, in turns in one process."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from ..drafting.gate import AlwaysClosed
+from ..engine.decode import decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,17 +36,9 @@ def compare_with_plain(
 ) -> Comparison:
     """Times `decode(model, heads, ids, **options)` against the same loop with the gate never open.
 
-    ids: (1, S) int64. rounds: how often each is run, in turns; the medians count.
+    ids: (1, S) int64. rounds: how often each is run; the medians count.
     """
-    from ..drafting.gate import AlwaysClosed
-    from ..engine.decode import decode
-
     plain_options = {**options, "tree": None, "gate": AlwaysClosed()}
-    ours, plain, same = [], [], True
-    for _ in range(rounds):
-        first = decode(model, heads, ids, **plain_options)
-        second = decode(model, heads, ids, **options)
-        plain.append(first.stats.tokens_per_second)
-        ours.append(second.stats.tokens_per_second)
-        same = same and torch.equal(first.sequences, second.sequences)
-    return Comparison(median(ours), median(plain), same)
+    pairs = [[decode(model, heads, ids, **each) for each in (plain_options, options)] for _ in range(rounds)]
+    plain, ours = (median(out.stats.tokens_per_second for out in outs) for outs in zip(*pairs, strict=True))
+    return Comparison(ours, plain, all(torch.equal(one.sequences, other.sequences) for one, other in pairs))

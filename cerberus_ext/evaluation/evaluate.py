@@ -20,7 +20,7 @@ import torch
 
 from ..drafting.gate import EntropyGate
 from ..drafting.heads import CerberusHeads, fingerprint
-from ..engine.calibration_entries import gate_to_json, tree_to_json
+from ..engine.calibration_entries import gate_to_json
 from ..io.files import check_writable, write_bytes, write_text
 from ..io.machine import commit, describe_machine, describe_versions
 from ..io.prompts import Question
@@ -31,7 +31,7 @@ from .page import html
 from .plots import TITLES, draw
 from .results import Results
 from .tables import markdown
-from .ways import Context, Way, built_in_ways, model_name, select, ways_of_file
+from .ways import ENTROPY, Context, Way, built_in_ways, model_name, select, ways_of_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +40,6 @@ __all__ = ["BenchOptions", "Context", "Way", "evaluate", "report"]
 
 RESULTS_FILE = "results.jsonl"
 REPORT_FILES = ("bench.json", "bench.md", "index.html", *(f"{name}.png" for name in TITLES))
-ENTROPY_WAY = "cerberus-entropy"
 
 
 @dataclass(frozen=True)
@@ -112,52 +111,52 @@ def evaluate(
         check_compilable(model)
     results = begin_folder(out)
     threshold = options.entropy_threshold
-    if threshold is None and (options.ways is None or ENTROPY_WAY in options.ways):
+    if threshold is None and (options.ways is None or ENTROPY in options.ways):
         threshold = find_threshold(context, questions, results)
     ways, missing = built_in_ways(context, medusa, draft, threshold, options.compile)
     for file in options.way_files:
         ways += ways_of_file(file, context)
     ways = select(ways, missing, options.ways)
-    results.begin(
-        identity={
-            "model": names.get("model", model_name(model)),
-            **{name: names.get(name) for name in ("questions", "heads", "medusa", "draft")},
-            "prints": {
-                "model": fingerprint(model.parameters(), rows=16),
-                "heads": fingerprint(heads.parameters()),
-                "medusa": None if medusa is None else fingerprint(medusa.parameters()),
-                "draft": None if draft is None else fingerprint(draft[0].parameters(), rows=16),
-            },
-            "calibration": {
-                name: None if stored is None else [tree_to_json(stored.tree), gate_to_json(stored.gate)]
-                for name, stored in (
-                    ("heads", context.calibration(heads)),
-                    ("medusa", context.calibration(medusa)),
-                    *([("compiled", context.calibration(heads, compiled=True))] if options.compile else []),
-                )
-            },
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": model.device.type,
-            "turns": options.turns,
-            "new_tokens": options.new_tokens,
-            "rounds": options.rounds,
-            "tree_size": options.tree_size,
-            "seed": options.seed,
-            "ways": {way.name: getattr(way, "description", "") for way in ways},
-            "machine": describe_machine(model.device),
-            "versions": describe_versions(),
-        },
-        about={
-            "date": datetime.date.today().isoformat(),
-            "commit": commit(),
-            "command": command_of(names, options, model),
-            "left_out": missing if options.ways is None else {},
-            "entropy_threshold": threshold,
-            "expected": {way.name: value for way in ways if (value := getattr(way, "expected", None)) is not None},
-        },
-    )
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "command": command_of(names, options, model),
+        "left_out": missing if options.ways is None else {},
+        "entropy_threshold": threshold,
+        "expected": {way.name: value for way in ways if (value := getattr(way, "expected", None)) is not None},
+    }
+    others = {"model": model, "heads": heads, "medusa": medusa, "draft": None if draft is None else draft[0]}
+    results.begin(identity_of(context, ways, options, names, others), about)
     Measuring(context, ways, results, options.new_tokens, options.rounds).run(tasks)
     return report(out)
+
+
+def identity_of(
+    context: Context, ways: Sequence[Way], options: BenchOptions, names: dict[str, str], others: dict[str, Any]
+) -> dict[str, Any]:
+    """What must be the same for a run to go on. others: the models and heads by name, None where there are none."""
+    model = context.model
+    stored = {"heads": context.calibration()}
+    if options.compile:
+        stored["compiled"] = context.calibration(compiled=True)
+    rows = {"model": 16, "draft": 16}  # of each tensor: models have many
+    return {
+        **{name: names.get(name) for name in ("questions", "heads", "medusa", "draft")},
+        "model": names.get("model", model_name(model)),
+        "prints": {
+            name: None if one is None else fingerprint(one.parameters(), rows.get(name, 256))
+            for name, one in others.items()
+        },
+        "calibration": {
+            name: None if one is None else [one.tree.to_json(), gate_to_json(one.gate)] for name, one in stored.items()
+        },
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        **{name: getattr(options, name) for name in ("turns", "new_tokens", "rounds", "tree_size", "seed")},
+        "ways": {way.name: getattr(way, "description", "") for way in ways},
+        "machine": describe_machine(model.device),
+        "versions": describe_versions(),
+    }
 
 
 def begin_folder(out: Path) -> Results:
@@ -183,10 +182,9 @@ def begin_folder(out: Path) -> Results:
 
 def find_threshold(context: Context, questions: Sequence[Question], results: Results) -> float:
     """Where no threshold was given: that of the run to go on with, or the calibrated one, or the median."""
-    begun = results.about.get("entropy_threshold")
-    if begun is not None:
+    calibration = context.calibration()
+    if (begun := results.about.get("entropy_threshold")) is not None:
         return begun
-    calibration = context.calibration(context.heads)
     if calibration is not None and isinstance(calibration.gate, EntropyGate):
         return calibration.gate.threshold
     return median_entropy(context, questions)
@@ -194,24 +192,21 @@ def find_threshold(context: Context, questions: Sequence[Question], results: Res
 
 def command_of(names: dict[str, str], options: BenchOptions, model: PreTrainedModel) -> str:
     """What repeats the run, with the names of files and folders for their paths."""
-    words = ["cerberus bench", f"--questions {names.get('questions', 'FILE')}", "--out DIR"]
-    words += [f"--{flag} {names[name]}" for name, flag in (
-        ("model", "model"), ("heads", "heads"), ("medusa", "medusa"), ("draft", "draft-model"),
-    ) if name in names]  # fmt: skip
+    flags: dict[str, Any] = {
+        "questions": names.get("questions", "FILE"),
+        "out": "DIR",
+        **{name: names.get(name) for name in ("model", "heads", "medusa")},
+        "draft-model": names.get("draft"),
+        "turns": "both" if len(options.turns) > 1 else options.turns[0],
+        **{name: getattr(options, name) for name in ("new_tokens", "rounds", "seed", "tree_size", "entropy_threshold")},
+        "ways": None if options.ways is None else ",".join(options.ways),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
+    }
+    words = [f"--{flag.replace('_', '-')} {value}" for flag, value in flags.items() if value is not None]
     words += ["--way " + ":".join(Path(part).name for part in file.split(":")) for file in options.way_files]
-    words.append(f"--turns {'both' if len(options.turns) > 1 else options.turns[0]}")
-    words.append(f"--new-tokens {options.new_tokens} --rounds {options.rounds} --seed {options.seed}")
-    if options.compile:
-        words.append("--compile")
-    if options.ways is not None:
-        words.append(f"--ways {','.join(options.ways)}")
-    for name in ("tree_size", "entropy_threshold"):
-        if getattr(options, name) is not None:
-            words.append(f"--{name.replace('_', '-')} {getattr(options, name)}")
-    words.append(f"--dtype {str(model.dtype).removeprefix('torch.')} --device {model.device.type}")
-    if model.device.type == "cpu":
-        words.append(f"--threads {torch.get_num_threads()}")
-    return " ".join(words)
+    return " ".join(["cerberus bench", *words, *(["--compile"] if options.compile else [])])
 
 
 def report(folder: Path) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..drafting.gate import Gate
+from ..drafting.gate import Gate, Signals
 from ..io.prompts import Question, encode_chat
 from ..runtime.stats import DecodeStats
 from .results import Results
-from .rotation import rotated
 from .texts import difference
+from .timing import rotated, timed
 from .tokens import pieces_of
 from .ways import AUTOREGRESSIVE, AUTOREGRESSIVE_COMPILED, Context, DecodeWay, Way, is_compiled
 
@@ -44,21 +44,16 @@ def make_tasks(questions: Sequence[Question], turns: Sequence[int]) -> list[Task
 
     Raises ValueError where questions share an id, by which their results are known, or none has such a turn.
     """
-    seen: set[str] = set()
-    for question in questions:
-        if question.id in seen or "/" in question.id:
-            raise ValueError(f'bench: questions must have ids of their own, without "/", got {question.id} again')
-        seen.add(question.id)
+    ids = [question.id for question in questions]
+    for id in ids:
+        if ids.count(id) > 1 or "/" in id:
+            raise ValueError(f'bench: questions must have ids of their own, without "/", got {id}')
     wanted = [(question, turn) for question in questions for turn in turns if turn <= len(question.turns)]
     if not wanted:
         raise ValueError(f"bench: questions must have a turn {turns[0]}, none has")
-    tasks: list[Task] = []
-    categories: set[str] = set()
-    for number, (question, turn) in enumerate(wanted):
-        view = question.category not in categories and len(categories) < MAX_VIEWS
-        categories.add(question.category)
-        tasks.append(Task(number, question, turn, view))
-    return tasks
+    first = {question.category: number for number, (question, _) in reversed(list(enumerate(wanted)))}
+    shown = sorted(first.values())[:MAX_VIEWS]
+    return [Task(number, question, turn, number in shown) for number, (question, turn) in enumerate(wanted)]
 
 
 class Measuring:
@@ -67,22 +62,22 @@ class Measuring:
     def __init__(self, context: Context, ways: Sequence[Way], results: Results, new_tokens: int, rounds: int) -> None:
         self.context, self.ways, self.results = context, ways, results
         self.new_tokens, self.rounds = new_tokens, rounds
-        self.plain = next(way for way in ways if way.name == AUTOREGRESSIVE)
+        self.by_name = {way.name: way for way in ways}
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Measures what the results do not have yet."""
+        names = ["", *(f"/{name}" for name in self.by_name)]
         todo = [
             (task, round)
             for task in tasks
             for round in range(self.rounds)
-            if any(key not in self.results for key in self.keys(task, round))
+            if any(task.key(task.turn, round) + name not in self.results for name in names)
         ]
         if not todo:
             return
         self.warm_up(tasks)
         total = len(tasks) * self.rounds * len(self.ways)
-        left = sum(f"{task.key(task.turn, round)}/{way.name}" not in self.results
-                   for task, round in todo for way in self.ways)  # fmt: skip
+        left = sum(task.key(task.turn, round) + name not in self.results for task, round in todo for name in names[1:])
         with tqdm(total=total, initial=total - left, desc="bench", unit="text") as bar:
             for task, round in todo:
                 ids = self.prompt(task)
@@ -93,49 +88,38 @@ class Measuring:
                         bar.update()
                 self.compare(task, round, ids)
 
-    def keys(self, task: Task, round: int) -> Iterator[str]:
-        key = task.key(task.turn, round)
-        yield key
-        for way in self.ways:
-            yield f"{key}/{way.name}"
-
     def warm_up(self, tasks: Sequence[Task]) -> None:
         """The first call of a way sets up kernels, and CUDA graphs for texts of this length, and before it everything
         is compiled that the way may need: nobody times it. The results keep how long compiling took at first."""
-        longest = max((encode_chat(self.context.tokenizer, task.question.turns[:1]) for task in tasks), key=torch.numel)
-        ids = longest.to(self.context.model.device)
-        new_tokens = min(self.new_tokens, WARM_UP_TOKENS) if ids.device.type == "cpu" else self.new_tokens
+        longest = max((self.encode(task.question.turns[:1]) for task in tasks), key=torch.numel)
+        new_tokens = min(self.new_tokens, WARM_UP_TOKENS) if longest.device.type == "cpu" else self.new_tokens
         for way in tqdm(self.ways, desc="warm-up", unit="way", leave=False):
-            compiling = getattr(way, "compile_ahead", None)
-            stats = None if compiling is None else compiling()
+            stats = way.warm_up() if hasattr(way, "warm_up") else None
             key = f"compiled/{way.name}"
             if stats is not None and key not in self.results:
                 self.results.add(key, compilations=stats.compilations, compile_seconds=stats.compile_seconds)
-            way.run(ids, new_tokens)
+            way.run(longest, new_tokens)
+
+    def encode(self, said: Sequence[str]) -> Tensor:
+        return encode_chat(self.context.tokenizer, said).to(self.context.model.device)
 
     def prompt(self, task: Task) -> Tensor:
         """(1, S): a later turn follows the model's own answers, those of the autoregressive way."""
         said: list[str] = []
         for turn, asked in enumerate(task.question.turns[: task.turn], start=1):
             said.append(asked)
-            ids = encode_chat(self.context.tokenizer, said).to(self.context.model.device)
+            ids = self.encode(said)
             if turn < task.turn:
                 key = f"{task.key(turn, 0)}/{AUTOREGRESSIVE}"
                 if key not in self.results:  # only later turns were asked for; the report leaves it out
-                    self.measure(task, turn, 0, self.plain, ids)
-                said.append(self.decoded(self.results[key]["tokens"]))
+                    self.measure(task, turn, 0, self.by_name[AUTOREGRESSIVE], ids)
+                answer: Any = self.context.tokenizer.decode(self.results[key]["tokens"], skip_special_tokens=True)
+                said.append(answer)
         return ids
-
-    def decoded(self, tokens: list[int]) -> str:
-        return self.context.tokenizer.decode(tokens, skip_special_tokens=True)  # type: ignore[return-value]
 
     def measure(self, task: Task, turn: int, round: int, way: Way, ids: Tensor) -> None:
         """One text, timed from prompt to last token."""
-        wait_for(ids.device)
-        begin = time.perf_counter()
-        tokens, stats = way.run(ids, self.new_tokens)
-        wait_for(ids.device)
-        seconds = time.perf_counter() - begin
+        (tokens, stats), seconds = timed(partial(way.run, ids, self.new_tokens), ids.device)
         self.results.add(
             f"{task.key(turn, round)}/{way.name}",
             question=task.question.id,
@@ -158,7 +142,7 @@ class Measuring:
         key = task.key(task.turn, round)
         if key in self.results:
             return
-        rows = {way.name: self.results[f"{key}/{way.name}"] for way in self.ways}
+        rows = {name: self.results[f"{key}/{name}"] for name in self.by_name}
         texts = {name: torch.cat([ids, ids.new_tensor([row["tokens"]])], 1) for name, row in rows.items()}
         parts: dict[str, Any] = {}
         for way in self.ways:
@@ -174,36 +158,26 @@ class Measuring:
                     and is_compiled(way) == is_compiled(other)
                 )
                 parts[way.name] = {**found, "other": other.name, "exact": exact}
-        shown = task.view and round == 0
-        self.results.add(
-            key,
-            parts=parts,
-            asked=task.question.turns[task.turn - 1] if shown else None,
-            pieces={
+        asked = pieces = None
+        if task.view and round == 0:
+            asked = task.question.turns[task.turn - 1]
+            pieces = {
                 name: pieces_of(self.context.tokenizer, row["tokens"]) if row["stats"] else None
                 for name, row in rows.items()
             }
-            if shown
-            else None,
-        )
+        self.results.add(key, parts=parts, asked=asked, pieces=pieces)
 
     def compared_with(self, way: Way) -> Way:
         """The way whose text `way` has to have."""
-        name = AUTOREGRESSIVE_COMPILED if is_compiled(way) and way.name != AUTOREGRESSIVE_COMPILED else AUTOREGRESSIVE
-        return next((other for other in self.ways if other.name == name), self.plain)
+        plain = self.by_name[AUTOREGRESSIVE]
+        if not is_compiled(way) or way.name == AUTOREGRESSIVE_COMPILED:
+            return plain
+        return self.by_name.get(AUTOREGRESSIVE_COMPILED, plain)
 
 
 def row_of(stats: DecodeStats) -> dict[str, Any]:
     """Statistics as they are kept."""
-    row = asdict(stats)
-    row["seconds"] = {phase: round(seconds, 6) for phase, seconds in stats.seconds.items()}
-    return row
-
-
-def wait_for(device: torch.device) -> None:
-    """Until everything given to the device is done; on the CPU it is when a call returns."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return asdict(stats) | {"seconds": {phase: round(seconds, 6) for phase, seconds in stats.seconds.items()}}
 
 
 def median_entropy(context: Context, questions: Sequence[Question]) -> float:
@@ -211,14 +185,16 @@ def median_entropy(context: Context, questions: Sequence[Question]) -> float:
     seen: list[float] = []
 
     class Watching(Gate):
-        def opens_at(self, entropy: float) -> bool:
-            seen.append(entropy)
-            return False
+        needs = frozenset({"entropy"})
 
-    way = DecodeWay("entropy", context.model, context.heads, gate=Watching())
+        def decide(self, signals: Signals) -> int:
+            assert signals.entropy is not None
+            seen.append(signals.entropy)
+            return 0
+
+    way = DecodeWay("entropy", context.model, context.heads, options={"gate": Watching()})
     for question in tqdm(questions[:ENTROPY_QUESTIONS], desc="median entropy", unit="text", leave=False):
-        ids = encode_chat(context.tokenizer, question.turns[:1]).to(context.model.device)
-        way.run(ids, ENTROPY_TOKENS)
+        way.run(encode_chat(context.tokenizer, question.turns[:1]).to(context.model.device), ENTROPY_TOKENS)
     if not seen:
         raise ValueError("bench: entropy_threshold must be given, every answer ends at once and shows no median")
     return median(seen)

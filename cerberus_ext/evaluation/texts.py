@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..target.model import TargetModel
+from ..runtime.runtime import runtime_of
 
 # Two sums of the same products, in another order and rounded to 8 or 11 bits between the layers, differ by a few units
 # in the last place of the largest logit.
@@ -44,8 +44,8 @@ def difference(model: PreTrainedModel, got: Tensor, want: Tensor, prompt: int) -
 def last_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """What the model says after the text (1, S): (V,) float32. As `decode` reads a prompt, which is faster where torch
     has no fast products in the model's dtype."""
-    with torch.inference_mode(), TargetModel(model, ids.shape[1], 1) as base:
-        return base.prefill(ids)[1][0].float()
+    with torch.inference_mode(), runtime_of(model).target(ids.shape[1]) as target:
+        return target.prefill(ids)[1][0].float()
 
 
 def is_near_tie(found: dict[str, Any], dtype: torch.dtype) -> bool:
@@ -53,8 +53,4 @@ def is_near_tie(found: dict[str, Any], dtype: torch.dtype) -> bool:
     largest logit. Never in float32, in which texts have to be the same."""
     if dtype == torch.float32 or found["gap"] is None:
         return False
-    return found["gap"] <= near_tie_gap(found["largest"], dtype)
-
-
-def near_tie_gap(largest: float, dtype: torch.dtype) -> float:
-    return NEAR_TIE_UNITS * torch.finfo(dtype).eps * largest
+    return found["gap"] <= NEAR_TIE_UNITS * torch.finfo(dtype).eps * found["largest"]

@@ -5,24 +5,11 @@ A way is anything with a `name` and a `run`. To add some, write a file with a fu
     def ways(context: Context) -> list[Way]
 
 and give it to `cerberus bench --way FILE.py`, or `--way FILE.py:ARGUMENT`, which `context.argument` then is. Next to
-`name` a way may have `description`, one line for the report, `expected`, tokens a second that somebody foresees,
-`compiled`, whether its steps are compiled and so round differently, and `compile_ahead()`, which is called before
+`name` a way may have `description`, one line for the report, `expected`, tokens a second that somebody expects,
+`compiled`, whether its steps are compiled and so round differently, and `warm_up()`, which is called before
 anything is timed and returns a DecodeStats that tells what was compiled.
 
-Those that are built in:
-
-    autoregressive        this loop without drafts
-    generate              transformers' `generate`; prompt-lookup, assisted: the same with its ways to draft
-    medusa                Medusa's heads, the same tree at every step
-    suffix                a tree new at every step, of what the text's own past says; no heads
-    cerberus-static       the heads, the same tree at every step
-    cerberus-dynamic      the heads, a tree new at every step
-    cerberus              the heads and the text's own past, a tree new at every step
-    cerberus-entropy      as cerberus-static, where the entropy of the hidden state is low (the paper's gate)
-    cerberus-calibrated   what `decode` does by itself with what `cerberus calibrate` has stored
-
-and where compiled steps were asked for, autoregressive-compiled, cerberus-compiled and cerberus-calibrated-compiled,
-the same with the target model's steps through torch.compile, as calibrated for such steps where that was done.
+Those that are built in, and what each of them is, are in `built_in_ways`.
 """
 
 from __future__ import annotations
@@ -36,17 +23,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from ..drafting.drafter import HeadsLike
 from ..drafting.dynamic_policy import DynamicPolicy
-from ..drafting.gate import AlwaysOpen, EntropyGate, Gate
+from ..drafting.gate import AlwaysOpen, EntropyGate
 from ..drafting.heads import CerberusHeads
-from ..drafting.proposers import ProposerFactory
 from ..drafting.static_policy import StaticPolicy, default_tree
+from ..drafting.tree import TreePolicy
 from ..engine.calibration_store import Calibration, find
-from ..engine.compile_ahead import compile_ahead
 from ..engine.decode import decode
+from ..engine.decoder import Decoder
 from ..engine.plan import default_policy
 from ..runtime.stats import DecodeStats
-from ..runtime.stepper import HeadsLike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,16 +41,18 @@ if TYPE_CHECKING:
 AUTOREGRESSIVE = "autoregressive"  # what every other way has to be faster than, and must have the same text as
 AUTOREGRESSIVE_COMPILED = "autoregressive-compiled"  # the same for the ways with compiled steps
 GENERATE = "generate"
+LOOKUP = "prompt-lookup"
+ASSISTED = "assisted"
 MEDUSA = "medusa"
 SUFFIX = "suffix"
 STATIC = "cerberus-static"
 DYNAMIC = "cerberus-dynamic"
 BOTH = "cerberus"
+ENTROPY = "cerberus-entropy"
 BOTH_COMPILED = "cerberus-compiled"
 CALIBRATED = "cerberus-calibrated"
 CALIBRATED_COMPILED = "cerberus-calibrated-compiled"
 COMPILED = (AUTOREGRESSIVE_COMPILED, BOTH_COMPILED, CALIBRATED_COMPILED)
-LOOKUP = {"prompt_lookup_num_tokens": 10}  # transformers' usual number
 NO_CALIBRATION = "no calibration is stored for this machine, see cerberus calibrate"
 
 
@@ -90,65 +79,42 @@ class Context:
     tree_size: int | None = None
     argument: str | None = None  # what followed FILE.py: in --way
 
-    def tree(self, heads: Any) -> StaticPolicy:
-        """The same one for every step: of the user's size, else what calibration stored, else the default."""
-        stored = self._stored_tree(heads) if self.tree_size is None else None
-        if isinstance(stored, StaticPolicy) and stored.size > 1:
-            return stored
-        return default_tree(heads, self.model.device, self.tree_size)
-
     def dynamic_tree(self, compiled: bool = False) -> DynamicPolicy:
-        """How trees are new at every step: as calibration stored, else the default; of the user's size."""
-        stored = self._stored_tree(self.heads, compiled)
-        tree = stored if isinstance(stored, DynamicPolicy) else default_policy(self.model.device)
+        """A tree of its own for every step: as calibration stored, else the default; of the user's size."""
+        stored = self.calibration(compiled)
+        tree = None if stored is None else stored.tree
+        tree = tree if isinstance(tree, DynamicPolicy) else default_policy(self.model.device)
         return tree if self.tree_size is None else replace(tree, size=self.tree_size)
 
     def suffix_tree(self) -> DynamicPolicy:
         """The same without heads, and so without what is known of theirs."""
         return replace(self.dynamic_tree(), platt=None)
 
-    def _stored_tree(self, heads: Any, compiled: bool = False) -> StaticPolicy | DynamicPolicy | None:
-        stored = self.calibration(heads, compiled)
-        return None if stored is None else stored.tree
-
-    def calibration(self, heads: Any, compiled: bool = False) -> Calibration | None:
+    def calibration(self, compiled: bool = False) -> Calibration | None:
         """What `cerberus calibrate` stored with the heads for this device, dtype and number of threads.
 
         compiled: preferably of compiled steps.
         """
-        return find(heads, self.model.device, self.model.dtype, torch.get_num_threads(), compiled)
+        return find(self.heads, self.model.device, self.model.dtype, torch.get_num_threads(), compiled)
 
 
 @dataclass
 class DecodeWay:
-    """`decode` with heads, or None, and a tree, a gate and proposers, None being `decode`'s own choice."""
+    """`decode` with heads, or None. options: of `decode`, its own choice where left out; tree, gate and so on."""
 
     name: str
     model: PreTrainedModel
     heads: HeadsLike | None
-    tree: StaticPolicy | DynamicPolicy | None = None
-    gate: Gate | None = None
     description: str = ""
-    expected: float | None = None
-    proposers: Sequence[ProposerFactory] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     compiled: bool = False
+    expected: float | None = None
 
-    def compile_ahead(self) -> DecodeStats | None:
-        if not self.compiled:
-            return None
-        return compile_ahead(self.model, self.heads, tree=self.tree, gate=self.gate, proposers=self.proposers)
+    def warm_up(self) -> DecodeStats | None:
+        return Decoder(self.model, self.heads, compile=True, **self.options).warm_up() if self.compiled else None
 
     def run(self, ids: Tensor, new_tokens: int) -> tuple[list[int], DecodeStats | None]:
-        out = decode(
-            self.model,
-            self.heads,
-            ids,
-            max_new_tokens=new_tokens,
-            tree=self.tree,
-            gate=self.gate,
-            proposers=self.proposers,
-            compile=self.compiled,
-        )
+        out = decode(self.model, self.heads, ids, max_new_tokens=new_tokens, compile=self.compiled, **self.options)
         return out.sequences[0, ids.shape[1] :].tolist(), out.stats
 
 
@@ -157,43 +123,21 @@ class GenerateWay:
     """transformers' `generate`."""
 
     name: str
-    context: Context
+    model: PreTrainedModel
     description: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
     def run(self, ids: Tensor, new_tokens: int) -> tuple[list[int], DecodeStats | None]:
-        pad = self.context.tokenizer.pad_token_id
-        model: Any = self.context.model
+        model: Any = self.model
         text = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
             max_new_tokens=new_tokens,
-            pad_token_id=0 if pad is None else pad,  # one row: nothing is padded
+            pad_token_id=0,  # one row: nothing is padded
             **self.options,
         )
         return text[0, ids.shape[1] :].tolist(), None
-
-
-def open_way(context: Context, name: str, heads: HeadsLike, what: str) -> DecodeWay:
-    """`decode` with heads whose tree is checked at every step. what: they are, for the description."""
-    tree = context.tree(heads)
-    return DecodeWay(name, context.model, heads, tree, AlwaysOpen(), f"{what}, {describe(tree)}, drafts at every step")
-
-
-def describe(tree: StaticPolicy | DynamicPolicy) -> str:
-    return f"{'dynamic ' if isinstance(tree, DynamicPolicy) else ''}tree of {tree.size} nodes"
-
-
-def dynamic_ways(context: Context) -> list[Way]:
-    """Those whose tree is new at every step: of the text's own past, of the heads, and of both."""
-    model, heads, tree = context.model, context.heads, context.dynamic_tree()
-    about, always = f"{describe(tree)}, drafts at every step", AlwaysOpen()
-    return [
-        DecodeWay(SUFFIX, model, None, context.suffix_tree(), always, f"the text's own past, {about}"),
-        DecodeWay(DYNAMIC, model, heads, tree, always, f"heads, {about}", proposers=()),
-        DecodeWay(BOTH, model, heads, tree, always, f"heads and the text's own past, {about}"),
-    ]
 
 
 def built_in_ways(
@@ -205,80 +149,86 @@ def built_in_ways(
 ) -> tuple[list[Way], dict[str, str]]:
     """Those that there is everything for, and the others: name -> what is missing.
 
-    entropy_threshold: of the entropy gate, in nats; None: there is none. compile: those with compiled steps, too.
+    What is static has one tree for all steps, what is not a tree of its own for every step. With `compile` come the
+    autoregressive way, `cerberus` and the calibrated one with the target model's steps through torch.compile.
+    entropy_threshold: of the entropy gate, in nats; None: there is none.
     """
     model, heads = context.model, context.heads
-    calibration = context.calibration(heads)
-    ways: list[Way] = [
-        DecodeWay(
-            AUTOREGRESSIVE, model, heads, StaticPolicy.root(), description="this loop, which never drafts",
-            expected=None if calibration is None else calibration.expected.plain_tokens_per_second,
-        ),
-        GenerateWay(GENERATE, context, "transformers' generate"),
-        GenerateWay(
-            "prompt-lookup", context, "generate, prompt lookup of 10 tokens", LOOKUP
-        ),
-    ]  # fmt: skip
-    missing: dict[str, str] = {}
-    if draft is None:
-        missing["assisted"] = "no draft model was given"
-    else:
+    stored, static, dynamic = context.calibration(), static_tree(context, heads), context.dynamic_tree()
+    found: dict[str, Way | str] = {  # in the order of the report; a text says what is missing
+        AUTOREGRESSIVE: plain_way(AUTOREGRESSIVE, "this loop, which never drafts", context, stored),
+        GENERATE: GenerateWay(GENERATE, model, "transformers' generate"),
+        LOOKUP: GenerateWay(LOOKUP, model, "generate, prompt lookup of 10 tokens", {"prompt_lookup_num_tokens": 10}),
+        ASSISTED: "no draft model was given",
+        MEDUSA: "no heads of that kind were given",
+        SUFFIX: open_way(SUFFIX, "the text's own past", context, None, context.suffix_tree()),
+        STATIC: open_way(STATIC, "heads", context, heads, static),
+        DYNAMIC: open_way(DYNAMIC, "heads", context, heads, dynamic, proposers=()),
+        BOTH: open_way(BOTH, "heads and the text's own past", context, heads, dynamic),
+        ENTROPY: "there is no threshold",
+        CALIBRATED: NO_CALIBRATION,
+        **dict.fromkeys(COMPILED, "compiled steps were not asked for"),
+    }
+    if draft is not None:
         about = f"generate, assisted by {model_name(draft[0])}"
-        ways.append(GenerateWay("assisted", context, about, _assistant(context, draft)))
-    if medusa is None:
-        missing[MEDUSA] = "no heads of that kind were given"
-    else:
-        ways.append(open_way(context, MEDUSA, medusa, "Medusa's heads"))
-    suffix, *with_heads = dynamic_ways(context)
-    ways += [suffix, open_way(context, STATIC, heads, "heads"), *with_heads]
-    if entropy_threshold is None:
-        missing["cerberus-entropy"] = "there is no threshold"
-    else:
-        tree = context.tree(heads)
-        about = f"heads, {describe(tree)} where the hidden state's entropy is < {entropy_threshold:.4g}"
-        ways.append(DecodeWay("cerberus-entropy", model, heads, tree, EntropyGate(entropy_threshold), about))
-    if calibration is None:
-        missing[CALIBRATED] = NO_CALIBRATION
-    else:
-        ways.append(calibrated_way(context, CALIBRATED, calibration))
+        found[ASSISTED] = GenerateWay(ASSISTED, model, about, assistant(context, *draft))
+    if medusa is not None:
+        found[MEDUSA] = open_way(MEDUSA, "Medusa's heads", context, medusa, static_tree(context, medusa))
+    if entropy_threshold is not None:
+        about = f"heads, {describe(static)} where the hidden state's entropy is < {entropy_threshold:.4g}"
+        options = {"tree": static, "gate": EntropyGate(entropy_threshold)}
+        found[ENTROPY] = DecodeWay(ENTROPY, model, heads, about, options)
+    if stored is not None:
+        found[CALIBRATED] = calibrated_way(CALIBRATED, context, stored)
     if compile:
-        more, lacking = compiled_ways(context)
-        return [*ways, *more], missing | lacking
-    return ways, missing | dict.fromkeys(COMPILED, "compiled steps were not asked for")
+        found |= compiled_ways(context)
+    missing = {name: one for name, one in found.items() if isinstance(one, str)}
+    return [one for one in found.values() if not isinstance(one, str)], missing
 
 
-def calibrated_way(context: Context, name: str, calibration: Calibration) -> DecodeWay:
+def compiled_ways(context: Context) -> dict[str, Way | str]:
+    """A calibration of steps that are not compiled expects nothing of those that are."""
+    stored, tree = context.calibration(compiled=True), context.dynamic_tree(compiled=True)
+    of_these = stored if stored is not None and stored.compiled else None
+    plain = plain_way(AUTOREGRESSIVE_COMPILED, "this loop", context, of_these)
+    both = open_way(BOTH_COMPILED, "heads and the text's own past", context, context.heads, tree)
+    ways = [plain, both]
+    if stored is not None:
+        ways.append(calibrated_way(CALIBRATED_COMPILED, context, stored))
+    for way in ways:
+        way.description, way.compiled = f"{way.description}, compiled", True
+    if stored is not None and of_these is None:
+        ways[-1].description, ways[-1].expected = f"{ways[-1].description} (calibrated for steps that are not)", None
+    return {CALIBRATED_COMPILED: NO_CALIBRATION, **{way.name: way for way in ways}}
+
+
+def static_tree(context: Context, heads: CerberusHeads) -> StaticPolicy:
+    """The same one for every step: what was measured with the heads, see default_tree; of the user's size."""
+    return default_tree(heads, context.model.device, context.tree_size)
+
+
+def plain_way(name: str, about: str, context: Context, calibration: Calibration | None) -> DecodeWay:
+    """`decode` without drafts."""
+    expected = None if calibration is None else calibration.expected.plain_tokens_per_second
+    return DecodeWay(name, context.model, context.heads, about, {"tree": StaticPolicy.root()}, expected=expected)
+
+
+def open_way(name: str, what: str, context: Context, heads: Any, tree: TreePolicy, **options: Any) -> DecodeWay:
+    """`decode` with drafts at every step. what: whose they are, for the description."""
+    about = f"{what}, {describe(tree)}, drafts at every step"
+    return DecodeWay(name, context.model, heads, about, {"tree": tree, "gate": AlwaysOpen(), **options})
+
+
+def calibrated_way(name: str, context: Context, calibration: Calibration) -> DecodeWay:
     """What `decode` does by itself."""
     always_open = isinstance(calibration.gate, AlwaysOpen)
     gate = "drafts at every step" if always_open else type(calibration.gate).__name__
     about, expected = f"as calibrated, {describe(calibration.tree)}, {gate}", calibration.expected.tokens_per_second
-    return DecodeWay(name, context.model, context.heads, description=about, expected=expected)
+    return DecodeWay(name, context.model, context.heads, about, expected=expected)
 
 
-def compiled_ways(context: Context) -> tuple[list[Way], dict[str, str]]:
-    """As `built_in_ways`, those with compiled steps."""
-    model, heads = context.model, context.heads
-    calibration = context.calibration(heads, compiled=True)
-    tree = context.dynamic_tree(compiled=True)
-    about = f"heads and the text's own past, {describe(tree)}, drafts at every step, compiled"
-    ways = [
-        DecodeWay(AUTOREGRESSIVE_COMPILED, model, heads, StaticPolicy.root(), description="this loop, compiled"),
-        DecodeWay(BOTH_COMPILED, model, heads, tree, AlwaysOpen(), about),
-    ]
-    missing: dict[str, str] = {}
-    if calibration is None:
-        missing[CALIBRATED_COMPILED] = NO_CALIBRATION
-    else:
-        way = calibrated_way(context, CALIBRATED_COMPILED, calibration)
-        way.description += ", compiled"
-        if calibration.compiled:
-            ways[0].expected = calibration.expected.plain_tokens_per_second
-        else:
-            way.description, way.expected = f"{way.description} (calibrated for steps that are not)", None
-        ways.append(way)
-    for way in ways:
-        way.compiled = True
-    return list(ways), missing
+def describe(tree: TreePolicy) -> str:
+    return f"{'dynamic ' if isinstance(tree, DynamicPolicy) else ''}tree of {tree.size} nodes"
 
 
 def model_name(model: PreTrainedModel) -> str:
@@ -286,9 +236,8 @@ def model_name(model: PreTrainedModel) -> str:
     return Path(str(model.name_or_path)).name
 
 
-def _assistant(context: Context, draft: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> dict[str, Any]:
+def assistant(context: Context, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The arguments of assisted generation, by a model of the same vocabulary or of another one."""
-    model, tokenizer = draft
     if tokenizer.get_vocab() == context.tokenizer.get_vocab():
         return {"assistant_model": model}
     return {"assistant_model": model, "tokenizer": context.tokenizer, "assistant_tokenizer": tokenizer}
@@ -320,9 +269,8 @@ def select(ways: Sequence[Way], missing: dict[str, str], names: Sequence[str] | 
     Raises ValueError on a name twice, and on one that is not there, with the reason.
     """
     known = [way.name for way in ways]
-    for name in known:
-        if known.count(name) > 1 or "/" in name or not name:
-            raise ValueError(f'bench: ways must have names of their own, without "/", got {", ".join(known)}')
+    if len(set(known)) < len(known) or any("/" in name or not name for name in known):
+        raise ValueError(f'bench: ways must have names of their own, without "/", got {", ".join(known)}')
     for name in names or ():
         if name in missing:
             raise ValueError(f"bench: ways must not name {name} here: {missing[name]}")

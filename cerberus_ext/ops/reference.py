@@ -1,13 +1,9 @@
 """What every op means, in plain PyTorch: the specification that the kernels are tested against.
 
-Each function has the name and the arguments of its op in `ops.py`, runs on any device and is written to be
-read, not to be fast. Sums are taken in float64, so that a kernel's float32 sum is compared with something
-better than itself; results are rounded to the op's output dtype once, where the op says it rounds. Arguments
-are taken as correct: checking them is the op's business.
-
-Letters: B rows, N tree nodes, K heads, L layers, P drafts per head, D hidden size, V vocabulary (Vd draft
-vocabulary), S cache capacity, Hq / Hkv attention heads, E head size, W words of 64 nodes, C cache planes (2 x
-model layers).
+Each function has the name and the arguments of its op, runs on any device and is written to be read, not to be fast.
+Sums are taken in float64, so that a kernel's float32 sum is compared with something better than itself; results are
+rounded to the op's output dtype once, where the op says it rounds. Arguments are taken as correct: the op checks them.
+The letters of the shapes are those of `cerberus_ext.ops`.
 """
 
 from __future__ import annotations
@@ -263,9 +259,6 @@ def write_cache(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tens
 
 def verify_tree(draft: Tensor, target: Tensor, parents: Tensor, ancestors: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     """draft, target (B, N), parents (N,), ancestors (N, W) -> path (B, depth + 1) int32, accepted (B,) int32.
-
-    Tree 0 -> 1 -> 3, 0 -> 2, draft [5, 7, 8, 9], target [7, 9, 1, 4]: node 1 is accepted (7 is what the target
-    model chose after the root), node 2 is not, node 3 is (9 follows node 1): path [0, 1, 3], accepted 2.
 
     Node 0 is accepted; node i is where its parent is and draft[i] == target[parent]. The longest accepted
     path wins, ties go to the lowest node. Nodes deeper than `depth` are left out. The path is padded with -1.

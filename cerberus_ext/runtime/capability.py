@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..drafting.static_policy import StaticPolicy
+from ..drafting.tree import ALONE
 from ..io.transformers_names import cache_argument
 from ..target.attention import UnsupportedAttention, check_attention
 from ..target.cache import UnevenLayers
@@ -29,11 +29,12 @@ from ..target.model import StepWay, TargetModel
 from ..target.row_invariant import RowInvariant
 from ..target.stand_ins import current_step
 from ..target.step_audit import Audit, padded_nodes, unreadable
-from .replayable import memory_of
 from .stats import DecodeStats
 
 # More nodes than a sum may have terms to be written out (row_invariant.py): one over nodes is none of these.
-_TREE = StaticPolicy.from_paths([(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0)])  # 11 nodes
+_TREE = StaticPolicy.from_paths(
+    [(0,), (1,), (2,), (3,), (0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0)]
+).tree  # 11 nodes
 _PATHS = ((0, 1, 6), (0, 2, 7))  # of its nodes
 _PROMPT = 5  # tokens
 _MAX_NODES = 256  # of a step
@@ -61,23 +62,8 @@ class Capability:
         return DecodeStats(exact=because is None, inexact_because=because, no_drafts_because=self.no_drafts_because)
 
 
-_found: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Any, Capability]] = weakref.WeakKeyDictionary()
-
-
-def capability_of(model: PreTrainedModel) -> Capability:
-    """Found at the first call for a model with these weights, modules, hooks and threads; later ones return it.
-
-    Raises ValueError, naming the model's class and the reason, where the model's steps cannot run.
-    """
-    hooks = tuple((*module._forward_hooks, *module._forward_pre_hooks) for module in model.modules())  # their numbers
-    key = (memory_of(model), hooks, torch.get_num_threads(), model.dtype)
-    kept = _found.get(model)
-    if kept is None or kept[0] != key:
-        kept = _found[model] = (key, _examine(model))
-    return kept[1]
-
-
-def _examine(model: PreTrainedModel) -> Capability:
+def examine(model: PreTrainedModel) -> Capability:
+    """Raises ValueError, naming the model's class and the reason, where the model's steps cannot run."""
     name = type(model).__name__
     try:
         check_attention(model)
@@ -113,11 +99,11 @@ def _read(model: PreTrainedModel) -> Capability:
     def mode() -> RowInvariant:  # where torch's products are slow, the prompt goes through it, too
         return RowInvariant() if current_step() is None else audit
 
-    with TargetModel(model, _CAPACITY, 1, way=StepWay(way.names_attention, sees_all=True), mode=mode) as base:
-        base.prefill(_tokens(model))
-        base.step(_tokens(model, range(_TREE.size)), _TREE.on(model.device))
+    with TargetModel(model, StepWay(way.names_attention, sees_all=True), _CAPACITY, mode=mode) as target:
+        target.prefill(_tokens(model))
+        target.step(_tokens(model, range(_TREE.size)), _TREE.on(model.device))
         audit.nodes = 1  # some models go another way with a single token
-        base.step(_tokens(model, [0]), StaticPolicy.root().on(model.device))
+        target.step(_tokens(model, [0]), ALONE.on(model.device))
     sees_all = way.sees_all or audit.sees_all or not _can_be_padded(audit.widths)
     widths = frozenset() if sees_all else frozenset(audit.widths)
     return Capability(StepWay(way.names_attention, sees_all, widths), audit.uncovered or unreadable(model))
@@ -132,13 +118,13 @@ def _can_be_padded(widths: Set[int]) -> bool:
 def _prove(model: PreTrainedModel, capability: Capability) -> Capability:
     """The capability, with what the proof finds."""
     same = True
-    with TargetModel(model, _CAPACITY, 1, way=capability.way) as base:
-        base.prefill(_tokens(model))
-        hidden, logits = base.step(_tokens(model, range(_TREE.size)), _TREE.on(model.device))
+    with TargetModel(model, capability.way, _CAPACITY) as target:
+        target.prefill(_tokens(model))
+        hidden, logits = target.step(_tokens(model, range(_TREE.size)), _TREE.on(model.device))
         for path in _PATHS:
             for node, own in zip(path, _own_logits(model, path), strict=True):
-                alone_hidden, alone_logits = base.step(_tokens(model, [node]), StaticPolicy.root().on(model.device))
-                base.cache.extend(1)
+                alone_hidden, alone_logits = target.step(_tokens(model, [node]), ALONE.on(model.device))
+                target.cache.extend(1)
                 difference = _difference(alone_logits[0, 0], own)
                 if not difference <= _LARGEST_DIFFERENCE[model.dtype]:
                     raise ValueError(
@@ -148,7 +134,7 @@ def _prove(model: PreTrainedModel, capability: Capability) -> Capability:
                 same = (
                     same and _agree(alone_logits[0, 0], logits[0, node]) and _agree(alone_hidden[0, 0], hidden[0, node])
                 )
-            base.cache.extend(-len(path))
+            target.cache.extend(-len(path))
     if same:
         return capability
     name = type(model).__name__
@@ -166,23 +152,23 @@ def _own_logits(model: PreTrainedModel, path: Sequence[int]) -> list[Tensor]:
 
 def _tokens(model: PreTrainedModel, nodes: Sequence[int] | None = None) -> Tensor:
     """(1, T): the proof's prompt, or the tokens of nodes of its tree."""
-    places = torch.arange(_PROMPT) if nodes is None else torch.tensor(list(nodes)) + _PROMPT
+    numbers = torch.arange(_PROMPT) if nodes is None else torch.tensor(list(nodes)) + _PROMPT
     embeddings: Any = model.get_input_embeddings()
-    return (places * _STRIDE % embeddings.weight.shape[0])[None].to(model.device)
+    return (numbers * _STRIDE % embeddings.weight.shape[0])[None].to(model.device)
 
 
-def _agree(one: Tensor, other: Tensor) -> bool:
+def _agree(got: Tensor, want: Tensor) -> bool:
     """On a CPU, bit for bit; on another device, up to rounding. What is no number in both agrees."""
-    if one.device.type == "cpu":
-        return one.nan_to_num().equal(other.nan_to_num())
-    return _difference(one, other) <= _LARGEST_DIFFERENCE[one.dtype]
+    if got.device.type == "cpu":
+        return got.nan_to_num().equal(want.nan_to_num())
+    return _difference(got, want) <= _LARGEST_DIFFERENCE[got.dtype]
 
 
-def _difference(one: Tensor, other: Tensor) -> float:
-    """As a share of the norm; NaN where only one is finite. What is finite in neither does not count."""
-    one, other = one.float(), other.float()
-    finite = other.isfinite()
-    if not finite.equal(one.isfinite()):
+def _difference(got: Tensor, want: Tensor) -> float:
+    """As a share of the norm; NaN where only one of them is finite. What is finite in neither does not count."""
+    got, want = got.float(), want.float()
+    finite = want.isfinite()
+    if not finite.equal(got.isfinite()):
         return math.nan
-    one, other = one[finite], other[finite]
-    return float((one - other).norm() / other.norm().clamp(min=torch.finfo(torch.float32).tiny))
+    got, want = got[finite], want[finite]
+    return float((got - want).norm() / want.norm().clamp(min=torch.finfo(torch.float32).tiny))

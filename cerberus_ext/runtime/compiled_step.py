@@ -2,8 +2,8 @@
 
 A step is compiled for each number of nodes by itself, piece by piece (step_pieces.py), when the first one of that size
 is due. Whatever differs between two steps is an argument, so nothing is compiled again: not for a longer text, another
-tree of the same size, other heads or another decode. What is compiled is kept with the model; inductor keeps the
-machine code on disk, so another process only has to trace the model.
+tree of the same size, other heads or another decode. What is compiled is kept by the model's Runtime; inductor keeps
+the machine code on disk, so another process only has to trace the model.
 
 What a step computes for a node is to have the same bits whatever else is in the step, as without compilation:
 
@@ -18,14 +18,13 @@ and it is checked when a size is compiled. To a step op by op it is equal up to 
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
-from ..drafting.dynamic_policy import filled_size
+from ..drafting.tree import filled_size
 from ..target.model import filled
 from .replayable import memory_of, obstacle
 from .step_pieces import StepProgram, Untraceable, build_program
@@ -72,8 +71,8 @@ class ModelPrograms:
     def get(self, nodes: int) -> StepProgram | None:
         return self._programs.get((torch.get_num_threads(), nodes))
 
-    def compile(self, base: TargetModel, nodes: int) -> StepProgram:
-        """base: after its prompt, with room for so many nodes."""
+    def compile(self, target: TargetModel, nodes: int) -> StepProgram:
+        """target: after its prompt, with room for so many nodes."""
         threads = torch.get_num_threads()
 
         def compiled(piece: fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
@@ -83,17 +82,17 @@ class ModelPrograms:
                 self._pieces[key] = _compile_piece(piece, examples, nodes)
             return self._pieces[key]
 
-        program = build_program(base, nodes, compiled)
-        embeddings: Any = base.model.get_input_embeddings().weight
+        program = build_program(target, nodes, compiled)
+        embeddings: Any = target.model.get_input_embeddings().weight
         tokens = torch.arange(nodes) * _TOKENS_APART % len(embeddings)
-        rows = _run_alone(program, base.cache, tokens)
+        rows = _run_alone(program, target.cache, tokens)
         self._programs[threads, nodes] = program
         others = [size for its_threads, size in self._programs if its_threads == threads and size != nodes]
         if others:
             size = min(others)
             other = self._programs[threads, size]
             checked = range(0, nodes, max(1, nodes // _CHECKED_ROWS))
-            same = all(rows[i].equal(_run_alone(other, base.cache, tokens[i].expand(size))[0]) for i in checked)
+            same = all(rows[i].equal(_run_alone(other, target.cache, tokens[i].expand(size))[0]) for i in checked)
             self.row_invariant = same and self.row_invariant is not False
         return program
 
@@ -127,7 +126,7 @@ class CompiledSteps:
         self._sizes = frozenset(sizes)
         self._stats = stats
 
-    def prepare(self, base: TargetModel, nodes: int) -> tuple[StepProgram, int]:
+    def prepare(self, target: TargetModel, nodes: int) -> tuple[StepProgram, int]:
         """The compiled step for at least so many nodes, and for how many it is.
 
         Raises CompileError.
@@ -136,34 +135,31 @@ class CompiledSteps:
         program = self._programs.get(size)
         if program is None:
             begin = time.perf_counter()
-            program = self._compile(base, size)
+            program = self._compile(target, size)
             self._stats.compilations += 1
             self._stats.compile_seconds += time.perf_counter() - begin
         self._stats.row_invariant = self._programs.row_invariant
         return program, size
 
-    def step(self, base: TargetModel, tokens: Tensor, positions: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, target: TargetModel, tokens: Tensor, positions: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
         """tokens, positions (B, N), ancestors (N, W) -> hidden (B, N, D), logits (B, N, V)."""
         nodes = tokens.shape[1]
-        program, size = self.prepare(base, nodes)
-        base.cache.check_room(size)
+        program, size = self.prepare(target, nodes)
+        target.cache.check_room(size)
         tokens, positions, ancestors = filled(size, tokens, positions, ancestors)
-        cache = base.cache
+        cache = target.cache
         hidden, logits = program(tokens, positions, cache.length, ancestors, cache.planes())
         return hidden[:, :nodes], logits[:, :nodes]
 
-    def _compile(self, base: TargetModel, size: int) -> StepProgram:
-        base.cache.check_room(size)
+    def _compile(self, target: TargetModel, size: int) -> StepProgram:
+        target.cache.check_room(size)
         try:
-            return self._programs.compile(base, size)
+            return self._programs.compile(target, size)
         except Untraceable as error:
             raise CompileError(str(error)) from error
         except Exception as error:
             reason = next(iter(str(error).splitlines()), "")
             raise CompileError(f"compiling a step failed: {type(error).__name__}: {reason}") from error
-
-
-_kept: weakref.WeakKeyDictionary[PreTrainedModel, ModelPrograms] = weakref.WeakKeyDictionary()
 
 
 def check_compilable(model: PreTrainedModel) -> None:
@@ -175,15 +171,3 @@ def check_compilable(model: PreTrainedModel) -> None:
         raise CompileError(f"the model is on {model.device}, where steps are CUDA graphs")
     if reason := obstacle(model, "a compiled step"):
         raise CompileError(reason)
-
-
-def compiled_steps(model: PreTrainedModel, sizes: Collection[int], stats: DecodeStats) -> CompiledSteps:
-    """For one decode of the model, with trees of these sizes; what an earlier decode has compiled serves again.
-
-    Raises CompileError.
-    """
-    check_compilable(model)
-    programs = _kept.get(model)
-    if programs is None or programs.memory != memory_of(model):
-        programs = _kept[model] = ModelPrograms(model)
-    return CompiledSteps(programs, sizes, stats)

@@ -1,7 +1,8 @@
 """What model.generation_config says about the text: applied as `generate(do_sample=False)` does, or refused by name.
 
-    logit_rules   the logits processors of one decode, None where there are none: nothing then costs anything
-    LogitRules    applies them: to the logits of a tree's node with the text and the node's own path as its context
+    logit_rules   what chooses the tokens of one decode: Sampling itself where nothing is to be applied
+    LogitRules    applies logits processors: to the logits of a tree's node with the text and the node's own path as its
+                  context
 
 A node's logits are processed by themselves, with the tokens that precede the next one if the node is accepted. So what
 comes out never depends on the other nodes of the tree.
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 if TYPE_CHECKING:
-    from .stepper import Sampling
+    from .sampling import Chooser, Sampling
 
 
 class Context(NamedTuple):
@@ -31,11 +32,13 @@ class Context(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A field of generation_config: when its value says something, and the processor that does what it says."""
+    """A field of generation_config: when its value says something, and transformers' processor that does what it says,
+    with what it is made of."""
 
     field: str
     active: Callable[[Any, Context], bool]
-    build: Callable[[Any, Context], Any]
+    processor: str
+    arguments: Callable[[Any, Context], tuple[Any, ...]]
 
 
 def _is_set(value: Any, context: Context) -> bool:
@@ -69,41 +72,28 @@ def _first_place(context: Context) -> int:
     return prompt + 1 if prompt == 1 and context.config.forced_bos_token_id is not None else prompt
 
 
-_T: Any = transformers  # its logits processors, all public
 # In the order in which `generate` applies them, after LogitsProcessor classes of the user's and before sampling.
-RULES = (
-    Rule("sequence_bias", _is_set, lambda v, c: _T.SequenceBiasLogitsProcessor(v)),
-    Rule("encoder_repetition_penalty", _is_not_one, lambda v, c: _T.EncoderRepetitionPenaltyLogitsProcessor(v, c.ids)),
-    Rule("repetition_penalty", _is_not_one, lambda v, c: _T.RepetitionPenaltyLogitsProcessor(v)),
-    Rule("no_repeat_ngram_size", _is_positive, lambda v, c: _T.NoRepeatNGramLogitsProcessor(v)),
-    Rule("encoder_no_repeat_ngram_size", _is_positive, lambda v, c: _T.EncoderNoRepeatNGramLogitsProcessor(v, c.ids)),
-    Rule("bad_words_ids", _is_set, lambda v, c: _T.NoBadWordsLogitsProcessor(v, c.eos)),
-    Rule("min_length", _min_length, lambda v, c: _T.MinLengthLogitsProcessor(v, c.eos)),
-    Rule(
-        "min_new_tokens",
-        _delays_eos,
-        lambda v, c: _T.MinNewTokensLengthLogitsProcessor(c.ids.shape[1], v, c.eos),
-    ),
-    Rule("forced_bos_token_id", _is_set, lambda v, c: _T.ForcedBOSTokenLogitsProcessor(v)),
-    Rule(
-        "forced_eos_token_id",
-        _is_set,
-        lambda v, c: _T.ForcedEOSTokenLogitsProcessor(c.max_length, v, c.ids.device),
-    ),
-    Rule("remove_invalid_values", _is_true, lambda v, c: _T.InfNanRemoveLogitsProcessor()),
-    Rule(
-        "exponential_decay_length_penalty",
-        _is_set,
-        lambda v, c: _T.ExponentialDecayLengthPenalty(v, c.eos, c.ids.shape[1]),
-    ),
-    Rule("suppress_tokens", _is_set, lambda v, c: _T.SuppressTokensLogitsProcessor(v, c.ids.device)),
-    Rule(
-        "begin_suppress_tokens",
-        _is_set,
-        lambda v, c: _T.SuppressTokensAtBeginLogitsProcessor(v, _first_place(c), c.ids.device),
-    ),
-    Rule("renormalize_logits", _is_true, lambda v, c: _T.LogitNormalization()),
+RULES = tuple(
+    Rule(*row)
+    for row in (
+        ("sequence_bias", _is_set, "SequenceBias", lambda v, c: (v,)),
+        ("encoder_repetition_penalty", _is_not_one, "EncoderRepetitionPenalty", lambda v, c: (v, c.ids)),
+        ("repetition_penalty", _is_not_one, "RepetitionPenalty", lambda v, c: (v,)),
+        ("no_repeat_ngram_size", _is_positive, "NoRepeatNGram", lambda v, c: (v,)),
+        ("encoder_no_repeat_ngram_size", _is_positive, "EncoderNoRepeatNGram", lambda v, c: (v, c.ids)),
+        ("bad_words_ids", _is_set, "NoBadWords", lambda v, c: (v, c.eos)),
+        ("min_length", _min_length, "MinLength", lambda v, c: (v, c.eos)),
+        ("min_new_tokens", _delays_eos, "MinNewTokensLength", lambda v, c: (c.ids.shape[1], v, c.eos)),
+        ("forced_bos_token_id", _is_set, "ForcedBOSToken", lambda v, c: (v,)),
+        ("forced_eos_token_id", _is_set, "ForcedEOSToken", lambda v, c: (c.max_length, v, c.ids.device)),
+        ("remove_invalid_values", _is_true, "InfNanRemove", lambda v, c: ()),
+        ("exponential_decay_length_penalty", _is_set, "ExponentialDecay", lambda v, c: (v, c.eos, c.ids.shape[1])),
+        ("suppress_tokens", _is_set, "SuppressTokens", lambda v, c: (v, c.ids.device)),
+        ("begin_suppress_tokens", _is_set, "SuppressTokensAtBegin", lambda v, c: (v, _first_place(c), c.ids.device)),
+        ("renormalize_logits", _is_true, "LogitNormalization", lambda v, c: ()),
+    )
 )
+_OTHER_NAMES = {"ExponentialDecay": "ExponentialDecayLengthPenalty", "LogitNormalization": "LogitNormalization"}
 
 # What changes the text of `generate`, and cannot be had from `decode`: field -> the values that it must not have, and
 # what to do instead.
@@ -126,39 +116,33 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 class LogitRules:
-    """The processors of one text, and the text so far.
+    """A Chooser: the processors of one text in front of its sampling, and the text so far.
 
-    fields: of generation_config, that are applied. ids (1, S): the prompt.
+    host_rules: the fields of generation_config that are applied. ids (1, S): the prompt.
     """
 
-    def __init__(self, fields: Sequence[str], processors: LogitsProcessorList, ids: Tensor) -> None:
-        self.fields = tuple(fields)
+    def __init__(self, fields: Sequence[str], processors: LogitsProcessorList, ids: Tensor, sampling: Sampling) -> None:
+        self.host_rules = tuple(fields)
         self._processors = processors
         self._text = ids
+        self._sampling = sampling
 
-    def first(self, logits: Tensor) -> Tensor:
-        """logits (1, V) after the prompt -> (1, V) float32."""
-        return self._apply(self._text, logits)
+    def first(self, logits: Tensor, positions: Tensor) -> Tensor:
+        return self._sampling.choose(self._apply(self._text, logits), positions)
 
-    def targets(
-        self, logits: Tensor, tokens: Tensor, parents: Sequence[int], positions: Tensor, sampling: Sampling
-    ) -> Tensor:
-        """What the model chooses after each node that is accepted; -1 after the others, for which nothing is computed.
-
-        logits (1, N, V), tokens (1, N) of a step's nodes, the last token of the text first; positions (1, N) of the
-        tokens to choose -> (1, N) int64. As many logits are processed as tokens are gained.
-        """
+    def targets(self, logits: Tensor, tokens: Tensor, parents: Sequence[int], positions: Tensor) -> Tensor:
+        """-1 after nodes that are not accepted, for which nothing is computed: as many logits are processed as tokens
+        are accepted."""
         drafts, chosen = tokens[0].tolist(), [-1] * len(parents)
         contexts = {-1: self._text[:, :-1]}  # of the accepted nodes, themselves included
         for node, parent in enumerate(parents):
             if parent in contexts and (node == 0 or drafts[node] == chosen[parent]):
                 contexts[node] = torch.cat([contexts[parent], tokens[:, node : node + 1]], 1)
                 processed = self._apply(contexts[node], logits[:, node])
-                chosen[node] = int(sampling.choose(processed, positions[:, node]))
+                chosen[node] = int(self._sampling.choose(processed, positions[:, node]))
         return tokens.new_tensor([chosen])
 
     def extend(self, tokens: list[int]) -> None:
-        """The text has grown by these."""
         self._text = torch.cat([self._text, self._text.new_tensor([tokens])], 1)
 
     def _apply(self, ids: Tensor, logits: Tensor) -> Tensor:
@@ -167,15 +151,15 @@ class LogitRules:
 
 
 def logit_rules(
-    model: PreTrainedModel, ids: Tensor, max_new_tokens: int, eos_token_ids: frozenset[int]
-) -> LogitRules | None:
-    """ids (1, S): the prompt -> what model.generation_config asks for; None: nothing.
+    model: PreTrainedModel, ids: Tensor, max_new_tokens: int, eos_token_ids: frozenset[int], sampling: Sampling
+) -> Chooser:
+    """ids (1, S): the prompt -> what chooses as model.generation_config asks for.
 
     Raises ValueError, naming the field, for what is not supported or does not fit the model.
     """
     config: Any = model.generation_config
     if config is None:
-        return None
+        return sampling
     for field, (refuses, instead) in REFUSED.items():
         value = getattr(config, field, None)
         if value is not None and refuses(value):
@@ -188,7 +172,8 @@ def logit_rules(
         try:
             if not rule.active(value, context):
                 continue
-            processor = rule.build(value, context)
+            name = _OTHER_NAMES.get(rule.processor, f"{rule.processor}LogitsProcessor")
+            processor = getattr(transformers, name)(*rule.arguments(value, context))
             # Once, on nothing: token ids that the model does not have are better found before the first token.
             processor(ids, torch.zeros((1, model.get_output_embeddings().weight.shape[0]), device=ids.device))
         except Exception as error:
@@ -197,4 +182,4 @@ def logit_rules(
             ) from error
         fields.append(rule.field)
         processors.append(processor)
-    return LogitRules(fields, processors, ids) if fields else None
+    return LogitRules(fields, processors, ids, sampling) if fields else sampling

@@ -1,59 +1,54 @@
-"""A decoding step over static tensors, so that it can be recorded once and replayed.
+"""A decoding step over static tensors: run as it is, or recorded once and replayed.
 
 A recording repeats the same operations on the same memory; every number that the host put in stays what it was. So
-whatever differs between two steps has to lie on the device, in tensors that stay where they are:
+whatever differs between two steps lies on the device, in tensors that stay where they are:
 
-    StaticState   hidden state and root between two steps; the cache is static, too
+    StaticState   hidden state and pending token between two steps; the cache is static, too
     StaticNodes   the tree's topology and tokens, for one number of nodes
-    StaticDrafts what the heads drafted
+    StaticDrafts  what the heads drafted
     StaticResult  everything that the host wants to know of a step, in one piece: one copy, one wait
+    StepMemory    all of these for one model
 
 Only the number of nodes is the host's. A smaller tree is padded with repetitions of node 1: a repetition is accepted
 exactly when node 1 is, and of equally long paths the lowest node wins, so it never changes the result.
 
-Letters: B rows (1 so far), N nodes, W words, K heads, P drafts per head, D hidden size.
+Letters: B rows (1 so far), N nodes, W words, K heads, P drafts per head, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _host, ops
-from ..drafting.dynamic_policy import Tree
-from ..drafting.static_policy import StaticPolicy
-from .stepper import Drafter, Sampling, draft, embeddable, settle
+from ..drafting.drafter import NO_DRAFTER, Drafter
+from ..drafting.tree import Tree
 
 if TYPE_CHECKING:
-    from ..drafting.context_layer import BoundContext
     from ..target.cache import TreeCache
     from ..target.model import TargetModel
+    from .sampling import Chooser
 
 
-@dataclass
-class StaticState:
+class StaticState(NamedTuple):
     """Between two steps."""
 
-    hidden: Tensor  # (B, D)
-    root: Tensor  # (B,) int64
+    hidden: Tensor  # (B, D): what the pending token was chosen from
+    pending: Tensor  # (B,) int64: chosen, not yet in the cache
 
 
 class StaticDrafts:
-    """The drafts of one step. drafter: makes them inside of the step; None: the host puts them in before it."""
+    """The heads' drafts for one step."""
 
-    def __init__(self, drafter: Drafter | None, batch: int, heads: int, drafts: int, device: torch.device) -> None:
-        self.drafter = drafter
-        self.drafts = drafts
+    def __init__(self, batch: int, heads: int, drafts: int, device: torch.device) -> None:
         self.ids = torch.zeros((batch, heads, drafts), dtype=torch.int64, device=device)
         self.logprobs = torch.zeros((batch, heads, drafts), dtype=torch.float32, device=device)
-
-    def draft(self, cache: TreeCache, state: StaticState) -> None:
-        assert self.drafter is not None
-        self.put(*draft(self.drafter, cache, state.hidden, state.root, self.drafts))
 
     def put(self, ids: Tensor, logprobs: Tensor) -> None:
         """ids, logprobs (B, K, P)"""
@@ -65,59 +60,69 @@ class StaticNodes:
     """The tree of one step: N nodes.
 
     parents, ancestors, depths: as in TreeTensors.
-    proposers (N,): where a node's token is: 0: it is the root; 1 + i: entry i of `given`; 1 + N + k P + r: draft r of
-        head k, counted from 0.
-    given   (B, N): the tokens of a Tree, whoever drafted them.
+    sources (N,): where a node's token is: 0: it is the pending one; 1 + i: entry i of `given`; 1 + N + k P + r: draft r
+        of head k, counted from 0.
+    given   (B, N): the tokens that the host knows, whoever drafted them.
+    tree    the one that is there.
     """
 
     def __init__(self, batch: int, nodes: int, device: torch.device) -> None:
         words = -(-nodes // 64)
         sizes = [nodes] * 3 + [nodes * words, batch * nodes]
         self._packed = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-        self.parents, self.depths, self.proposers, ancestors, given = self._packed.split(sizes)
+        self.parents, self.depths, self.sources, ancestors, given = self._packed.split(sizes)
         self.ancestors, self.given = ancestors.view(nodes, words), given.view(batch, nodes)
-        self._tree: StaticPolicy | None = None  # the one that is there
+        self.tree: Tree | None = None
+        self._drafts = 0
 
-    def put(self, tree: StaticPolicy | Tree, drafts: int) -> None:
-        """tree: of 2 to N nodes, or the root alone where N is 1; a StaticPolicy over the heads' drafts, `drafts` each.
+    def put(self, tree: Tree, drafts: int) -> None:
+        """tree: of 2 to N nodes, or the pending token alone where N is 1. drafts: of each head, that nodes may name.
 
         Copies nothing where it is there already.
         """
-        if isinstance(tree, Tree) or tree != self._tree:
-            self._tree = None  # whatever happens in between
+        if tree is not self.tree or drafts != self._drafts:
+            self.tree = None  # whatever happens in between
             batch, nodes = self.given.shape
             packed = torch.from_numpy(pack_tree(tree, nodes, batch, drafts))
             self._packed.copy_(packed, non_blocking=True)  # of pageable memory: it is read before this returns
-            self._tree = tree if isinstance(tree, StaticPolicy) else None
+            self.tree, self._drafts = tree, drafts
 
-    def tokens(self, root: Tensor, ids: Tensor | None) -> Tensor:
-        """root (B,), ids (B, K, P), None: no head has drafted -> (B, N)"""
+    def tokens(self, pending: Tensor, ids: Tensor | None) -> Tensor:
+        """pending (B,), ids (B, K, P), None: no head has drafted -> (B, N)"""
         drafted = [] if ids is None else [ids.flatten(1)]
-        return torch.cat([root[:, None], self.given, *drafted], 1).index_select(1, self.proposers)
+        return torch.cat([pending[:, None], self.given, *drafted], 1).index_select(1, self.sources)
 
 
-def pack_tree(tree: StaticPolicy | Tree, nodes: int, batch: int, drafts: int) -> np.ndarray:
-    """parents, depths, proposers (N,), ancestors (N, W) and given (B, N) of `tree`, padded to `nodes` nodes, as
-    int64.
-    """
+def pack_tree(tree: Tree, nodes: int, batch: int, drafts: int) -> np.ndarray:
+    """parents, depths, sources (N,), ancestors (N, W) and given (B, N) of `tree`, padded to `nodes` nodes, as int64."""
     missing = nodes - tree.size
-    parents = np.concatenate([np.asarray(tree.parents), np.zeros(missing, np.int64)])
+    parents = np.concatenate([tree.parents, np.zeros(missing, np.int64)])
     depths, ancestors = np.asarray(_host.depths(parents)), np.asarray(_host.ancestors(parents))
+    index = np.concatenate([np.arange(tree.size), np.ones(missing, np.int64)])  # the node that stands there
+    sources = 1 + index
+    if tree.ranks is not None:
+        ranks = tree.ranks[index]
+        sources = np.where(ranks >= 0, 1 + nodes + (depths - 1) * drafts + ranks, sources)
     given = np.zeros(nodes, np.int64)
-    if isinstance(tree, Tree):
-        place = np.concatenate([np.arange(tree.size), np.ones(missing, np.int64)])  # in `given`
-        proposers = np.where(depths > 0, 1 + place, 0)
-        given[: tree.size] = tree.tokens
-    else:
-        ranks = np.asarray(tree.ranks + tree.ranks[1:2] * missing)
-        proposers = np.where(depths > 0, 1 + nodes + (depths - 1) * drafts + ranks, 0)
-    return np.concatenate([parents, depths, proposers, ancestors.reshape(-1), np.tile(given, batch)])
+    given[: tree.size] = tree.tokens
+    return np.concatenate(
+        [parents, depths, np.where(depths > 0, sources, 0), ancestors.reshape(-1), np.tile(given, batch)]
+    )
+
+
+class Read(NamedTuple):
+    """What the host has read of a step, of row 0."""
+
+    target: list[int]  # what the target model chose after each node
+    path: list[int]  # the accepted nodes, node 0 included
+    entropy: float
+    drafts: tuple[NDArray[np.int64], NDArray[np.float32]] | None  # ids, logprobs (K, P) for the next step
 
 
 class StaticResult:
     """What the host gets of a step: one buffer, and its twin on the host.
 
-    target (B, N), path (B, N) int64, as in `stepper.Settled`; the path stays 0, -1 ... where there is only the root.
+    target (B, N), path (B, N) int64: the accepted nodes, then -1.
     entropy (B,) float32: of softmax(hidden), for the next step's gate.
     ids, logprobs (B, K, P) int64, float32: the drafts for the next step; None where they are not drafted yet.
     """
@@ -132,11 +137,12 @@ class StaticResult:
         self.target, self.path, self.entropy, self.ids, self.logprobs = self._parts(self.buffer)
         self.path[:, 1:] = -1
 
-    def read(self) -> tuple[list[int], list[int], float, tuple[Tensor, Tensor] | None]:
-        """target, path and entropy of row 0, ids and log-probabilities, after the buffer was copied to `host`."""
+    def read(self) -> Read:
+        """After the buffer was copied to `host`."""
         target, path, entropy, ids, logprobs = self._parts(self.host)
-        drafts = None if ids is None or logprobs is None else (ids.clone(), logprobs.clone())
-        return target[0].tolist(), path[0].tolist(), entropy[0].item(), drafts
+        drafts = None if ids is None or logprobs is None else (ids[0].numpy().copy(), logprobs[0].numpy().copy())
+        accepted = [node for node in path[0].tolist() if node >= 0]
+        return Read(target[0].tolist(), accepted, entropy[0].item(), drafts)
 
     def _parts(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         target, path, rest = buffer.tensor_split([self._nodes, 2 * self._nodes], 1)
@@ -147,47 +153,123 @@ class StaticResult:
         return target, path, floats[:, 0], ids, floats[:, 1 : 1 + drafted].unflatten(1, self._shape[1:])
 
 
+class Drafting(Enum):
+    """When a step calls the heads by itself."""
+
+    NEVER = 0  # the host does it, before the step
+    BEFORE = 1  # at the beginning, for gates that decide without the drafts
+    AFTER = 2  # at the end, for the next step, whose gate or tree wants to see them
+
+
 @dataclass(frozen=True)
 class StepKind:
-    """What a recorded step depends on; a recording serves every step of the same kind.
+    """What a step depends on besides its memory; a recording serves every step of the same kind.
 
-    drafts: the heads', where they are looked at: by the nodes, or by the host before the next step.
-    drafts_before: the heads draft at the beginning of the step, for gates that decide without the drafts.
-    drafts_after: they draft at the end, for the next step, whose gate wants to see the log-probabilities.
-    context: of the heads, which is told of every step's tokens; None: they have none.
+    drafter: of the heads that it calls, or that are told of its tokens.
+    shape: (K, P) of the drafts that nodes may name, or that it makes; None: it has nothing to do with any.
     """
 
     nodes: int
-    sampling: Sampling
-    drafts: StaticDrafts | None = None
-    drafts_before: bool = False
-    drafts_after: bool = False
-    context: BoundContext | None = None
+    chooser: Chooser
+    drafter: Drafter = NO_DRAFTER
+    shape: tuple[int, int] | None = None
+    drafting: Drafting = Drafting.NEVER
 
 
-def run_step(base: TargetModel, kind: StepKind, state: StaticState, nodes: StaticNodes, result: StaticResult) -> None:
-    """A whole step on the device: nothing here depends on a tensor's values, or waits for them."""
-    drafts = kind.drafts
-    if kind.drafts_before:
-        assert drafts is not None
-        drafts.draft(base.cache, state)
-    tokens = known = state.root[:, None]  # (B, 1)
+class StepMemory:
+    """What the steps of a model read and write, by size. cache: of batch rows."""
+
+    def __init__(self, cache: TreeCache) -> None:
+        self.cache = cache
+        self.batch, self.device = len(cache.length), cache.length.device
+        self._state: StaticState | None = None
+        self._nodes: dict[int, StaticNodes] = {}
+        self._drafts: dict[tuple[int, int], StaticDrafts] = {}
+
+    @property
+    def state(self) -> StaticState:
+        assert self._state is not None  # after the prompt
+        return self._state
+
+    def begin(self, hidden: Tensor, pending: Tensor) -> None:
+        """hidden (B, D), pending (B,) after the prompt."""
+        if self._state is None:
+            self._state = StaticState(hidden.clone(memory_format=torch.contiguous_format), pending.clone())
+        self._state.hidden.copy_(hidden)
+        self._state.pending.copy_(pending)
+
+    def nodes(self, size: int) -> StaticNodes:
+        if size not in self._nodes:
+            self._nodes[size] = StaticNodes(self.batch, size, self.device)
+        return self._nodes[size]
+
+    def drafts(self, shape: tuple[int, int]) -> StaticDrafts:
+        """shape: (K, P)"""
+        if shape not in self._drafts:
+            self._drafts[shape] = StaticDrafts(self.batch, *shape, self.device)
+        return self._drafts[shape]
+
+    def result(self, kind: StepKind) -> StaticResult:
+        """A new one."""
+        after = kind.shape is not None and kind.drafting is Drafting.AFTER
+        return StaticResult(self.batch, kind.nodes, self.drafts(kind.shape) if after else None, self.device)  # type: ignore[arg-type]
+
+    def changed_by(self, kind: StepKind) -> list[Tensor]:
+        """What a step changes, and the next one reads. Of the cache, slots from length on hold nothing that counts."""
+        drafts = [] if kind.shape is None else [self.drafts(kind.shape).ids, self.drafts(kind.shape).logprobs]
+        return [self.state.hidden, self.state.pending, self.cache.length, *drafts]
+
+
+def run_step(target: TargetModel, kind: StepKind, memory: StepMemory, result: StaticResult) -> None:
+    """A whole step: propose, forward, verify, commit. With a chooser without host_rules and a drafter that is
+    recordable, nothing here depends on a tensor's values, or waits for them."""
+    cache, state, nodes = memory.cache, memory.state, memory.nodes(kind.nodes)
+    drafts = None if kind.shape is None else memory.drafts(kind.shape)
+    if drafts is not None and kind.drafting is Drafting.BEFORE:
+        drafts.put(*kind.drafter.propose(cache, state.hidden, state.pending, drafts.ids.shape[2]))
+    tokens = known = state.pending[:, None]  # (B, 1)
     if kind.nodes > 1:
-        tokens = nodes.tokens(state.root, None if drafts is None else drafts.ids)  # (B, N)
-        known = embeddable(tokens, base)
-    hidden, logits = base.step(known, nodes)  # (B, N, D), (B, N, V)
-    if kind.context is not None:
-        kind.context.keep_nodes(base.cache, state.hidden, hidden, known, nodes)
-    # However deep the tree is, its longest path has no more than N nodes.
-    settled = settle(base.cache, tokens, hidden, logits, nodes, kind.nodes - 1, kind.sampling)
-    state.hidden.copy_(settled.hidden)
-    state.root.copy_(settled.root)
-    result.target.copy_(settled.target)
-    if settled.path is not None:
-        result.path.copy_(settled.path)
+        tokens = nodes.tokens(state.pending, None if drafts is None else drafts.ids)  # (B, N)
+        known = embeddable(tokens, target)
+    hidden, logits = target.step(known, nodes)  # (B, N, D), (B, N, V)
+    kind.drafter.keep_nodes(cache, state.hidden, hidden, known, nodes)
+    _settle(kind, cache, nodes, tokens, hidden, logits, state, result)
     result.entropy.copy_(ops.hidden_entropy(state.hidden))
-    if kind.drafts_after:
-        assert drafts is not None and result.ids is not None and result.logprobs is not None
-        drafts.draft(base.cache, state)
+    if drafts is not None and kind.drafting is Drafting.AFTER:
+        assert result.ids is not None and result.logprobs is not None
+        drafts.put(*kind.drafter.propose(cache, state.hidden, state.pending, drafts.ids.shape[2]))
         result.ids.copy_(drafts.ids)
         result.logprobs.copy_(drafts.logprobs)
+
+
+def _settle(
+    kind: StepKind, cache: TreeCache, nodes: StaticNodes, tokens: Tensor, hidden: Tensor, logits: Tensor,
+    state: StaticState, result: StaticResult,
+) -> None:  # fmt: skip
+    """tokens (B, N), hidden (B, N, D), logits (B, N, V) of a forward: keeps the longest path that the target model
+    agrees with, and what the next step begins with."""
+    # The token after node i stands one place behind the node, which is at length + depth.
+    positions = cache.length[:, None] + nodes.depths + 1  # (B, N)
+    parents = () if nodes.tree is None else nodes.tree.parents.tolist()
+    target = kind.chooser.targets(logits, tokens, parents, positions)
+    result.target.copy_(target)
+    if kind.nodes == 1:  # the pending token, which is always accepted and lies where it has to stay
+        cache.length += 1
+        state.hidden.copy_(hidden[:, 0])
+        state.pending.copy_(target[:, 0])
+        return
+    # However deep the tree is, its longest path has no more than N nodes.
+    path, accepted = ops.verify_tree(tokens, target, nodes.parents, nodes.ancestors, kind.nodes - 1)
+    cache.commit(path, accepted)
+    last = path.gather(1, accepted.long()[:, None]).long()  # (B, 1)
+    state.hidden.copy_(hidden.gather(1, last[:, :, None].expand(-1, -1, hidden.shape[-1]))[:, 0])
+    state.pending.copy_(target.gather(1, last)[:, 0])
+    result.path.copy_(path)
+
+
+def embeddable(tokens: Tensor, target: TargetModel) -> Tensor:
+    """tokens of a tree's nodes, with token 0 in the place of those that the model does not have.
+
+    For the forward alone: verifying gets the others, which the target model never chooses.
+    """
+    return tokens.masked_fill((tokens < 0) | (tokens >= target.vocabulary), 0)

@@ -47,10 +47,9 @@ class DecodeStats(StepCounts):
                        out: from each came a token that was drafted, behind them one of the target model
     trace_proposers      entry [i]: of step i, who had drafted each of those: 0 the heads (the k-th node's token head
                        k), 1 the first of decode's `proposers` ...
-    seconds            per phase, by the host's clock: prefill; draft (gate and heads); verify (the forward over the
-                       tree); commit (choosing, checking, moving, handing out tokens). On a GPU the host runs ahead
-                       and waits in commit, so only the sum is exact there. A replayed step is one piece: it counts
-                       as verify
+    seconds            per phase, by the host's clock: prefill; draft (gate, heads, tree); verify (the step on the
+                       device, until the host has read what came out); commit (counting, handing out tokens). Heads
+                       that are part of a recording count as verify
     graphed_steps      steps that were replayed from CUDA graphs
     captures           graphs that had to be recorded; none where an earlier decode left those that are needed
     capture_seconds    what recording them took; not part of `seconds`

@@ -73,15 +73,15 @@ class StepProgram:
 
 
 def build_program(
-    base: TargetModel, nodes: int, compiled: Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
+    target: TargetModel, nodes: int, compiled: Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
 ) -> StepProgram:
-    """base: after its prompt. compiled: a piece and examples of its arguments, without data -> what to call for it.
+    """target: after its prompt. compiled: a piece and examples of its arguments, without data -> what to call for it.
 
     Raises Untraceable, and whatever the model raises.
     """
     # Those that are shared are there once.
-    tensors = dict(chain(base.model.named_parameters(), base.model.named_buffers()))
-    graph = _trace(base, nodes, tensors)
+    tensors = dict(chain(target.model.named_parameters(), target.model.named_buffers()))
+    graph = _trace(target, nodes, tensors)
     index = {node: place for place, node in enumerate(graph.graph.nodes)}
     values: list[Tensor | None] = [None] * len(index)
     arguments = [node for node in graph.graph.nodes if node.op == "placeholder"]
@@ -105,9 +105,9 @@ def build_program(
     return StepProgram(calls, values, [index[node] for node in results])
 
 
-def _trace(base: TargetModel, nodes: int, tensors: dict[str, Tensor]) -> fx.GraphModule:
+def _trace(target: TargetModel, nodes: int, tensors: dict[str, Tensor]) -> fx.GraphModule:
     """The graph of a step; its placeholders: tokens, positions, length, ancestors, planes, the model's tensors."""
-    model, cache = base.model, base.cache
+    model, cache = target.model, target.cache
     planes = cache.planes()
 
     def step(
@@ -127,7 +127,7 @@ def _trace(base: TargetModel, nodes: int, tensors: dict[str, Tensor]) -> fx.Grap
         layers: Any = traced.layers
         for layer, keys, values in zip(layers, planes[::2], planes[1::2], strict=True):
             layer.keys, layer.values, layer.is_initialized = keys, values, True
-        return base.attend(forward, tokens, positions, ancestors, traced)
+        return target.attend(forward, tokens, positions, ancestors, traced)
 
     rows, words = len(cache.length), -(-nodes // 64)
     # Not inference mode's tensors, of which there can be no traced copies.

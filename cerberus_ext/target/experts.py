@@ -48,22 +48,22 @@ def experts_forward(own: str, module: Any, hidden: Tensor, chosen: Tensor, weigh
     if current_step() is None or args:
         forward = type(module).forward.__wrapped__ if own == "eager" else _EXPERTS[own]
         return forward(module, hidden, chosen, weights, *args)
-    rows, most = chosen.shape
+    rows, count = chosen.shape
     experts = chosen.flatten()
     order = experts.argsort(stable=True)
     ends = torch.bincount(experts, minlength=module.num_experts).cumsum(0)
     gated = getattr(module, "has_gate", True)
     first = "gate_up_proj" if gated else "up_proj"
-    inner = _product(module, first, hidden[order // most].contiguous(), ends)
+    inner = _product(module, first, hidden[order // count].contiguous(), ends)
     inner = module._apply_gate(inner) if gated else module.act_fn(inner)
     outer = _product(module, "down_proj", inner.contiguous(), ends)
     if getattr(module, "has_post_expert_norm", False):
         outer = module.post_expert_norm(outer)
     weighted = torch.empty_like(outer, dtype=torch.float32)
     weighted[order] = outer.float() * weights.flatten()[order][:, None].float()
-    parts = weighted.view(rows, most, -1)
+    parts = weighted.view(rows, count, -1)
     total = parts[:, 0]
-    for index in range(1, most):
+    for index in range(1, count):
         total = total + parts[:, index]
     return total.to(hidden.dtype)
 

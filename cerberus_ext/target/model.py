@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 import threading
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,15 +23,12 @@ from .row_invariant import RowInvariant, prompt_forward, step_forward
 from .stand_ins import TreeStep, running
 from .step_audit import MAX_PADDING, padded_nodes
 
-if TYPE_CHECKING:
-    from ..runtime.compiled_step import CompiledSteps
-
 _CAPACITY_STEP = 64
 
 
 @dataclass(frozen=True)
 class StepWay:
-    """How the steps of a model run so that a node's bits do not depend on the others; capability.py finds it.
+    """How the steps of a model run so that a node's bits do not depend on the others; runtime/capability.py tells it.
 
     names_attention: the model calls the attention that its config names; False: torch's scaled_dot_product_attention.
     sees_all: every call of the model has to be seen, not only those with weights, see row_invariant.py.
@@ -50,6 +46,16 @@ class StepWay:
         return StepWay(names, sees_all=not names)
 
 
+class StepForward(Protocol):
+    """Does the steps of a TargetModel in the model's place: compiled ones."""
+
+    def prepare(self, target: TargetModel, nodes: int) -> Any:
+        """Before a step over so many nodes."""
+
+    def step(self, target: TargetModel, tokens: Tensor, positions: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens, positions (B, N), ancestors (N, W) -> hidden (B, N, D), logits (B, N, V)."""
+
+
 class TargetModel:
     """Use as a context manager; inside, first `prefill` once, then `step` as often as needed.
 
@@ -60,30 +66,27 @@ class TargetModel:
     def __init__(
         self,
         model: PreTrainedModel,
+        way: StepWay,
         capacity: int,
-        batch: int,
+        *,
         cache: TreeCache | None = None,
-        compiled: CompiledSteps | None = None,
+        compiled: StepForward | None = None,
         context: bool = False,
-        way: StepWay | None = None,
         mode: Callable[[], TorchFunctionMode] = RowInvariant,
     ) -> None:
         """capacity: tokens that the cache has to hold, nodes of the last step included. cache: one to use again.
 
         compiled: does the steps in the model's place. context: whether the cache needs room for a context layer.
-        way: None: as capability.py finds it, which runs the model where it has not been found before. mode: what sees
-        every call of a step, where the way says so.
+        mode: what sees every call of a step, where the way says so.
         """
-        if way is None:
-            from ..runtime.capability import capability_of  # which runs steps
-
-            way = capability_of(model).way
         self.model = model
         self.way = way
         self.windows = layer_windows(model.config)
+        embeddings: Any = model.get_input_embeddings()
+        self.vocabulary = len(embeddings.weight)
         if cache is None:
             capacity = round_capacity(capacity + MAX_PADDING * bool(way.widths))
-            cache = TreeCache(len(self.windows), capacity, batch, model.device, context)
+            cache = TreeCache(len(self.windows), capacity, 1, model.device, context)
         self.cache = cache
         self.cache.reset()
         self.max_positions = position_limit(model)
@@ -159,7 +162,7 @@ class TargetModel:
         hidden, logits = self.attend(self._step_forward, tokens, positions, ancestors, self.cache)
         return hidden[:, :nodes], logits[:, :nodes]
 
-    def deepest(self) -> int:
+    def max_depth(self) -> int:
         """How deep a tree may be at the next step, for no node to have a position that the model does not know."""
         return max(0, self.max_positions - 1 - self.cache.committed)
 
@@ -210,7 +213,7 @@ class TargetModel:
 
 
 def filled(nodes: int, tokens: Tensor, positions: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens, positions (B, N), ancestors (N, W) of a step, filled up to so many nodes with copies of the root."""
+    """tokens, positions (B, N), ancestors (N, W) of a step, filled up to so many nodes with copies of node 0."""
     missing = nodes - tokens.shape[1]
     if missing <= 0:
         return tokens, positions, ancestors
@@ -223,27 +226,6 @@ def filled(nodes: int, tokens: Tensor, positions: Tensor, ancestors: Tensor) -> 
 def round_capacity(tokens: int) -> int:
     """A cache's capacity for so many tokens."""
     return -(-tokens // _CAPACITY_STEP) * _CAPACITY_STEP
-
-
-_busy: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
-_busy_lock = threading.Lock()
-
-
-@contextmanager
-def sole_decode(model: PreTrainedModel) -> Iterator[None]:
-    """While inside, another decode of the same model is refused: both would switch its attention and use its graphs."""
-    with _busy_lock:
-        if model in _busy:
-            raise RuntimeError(
-                "decode: model must not be decoding already, another thread, or a gate, streamer or stopping criterion"
-                " that was called from a decode, uses it at this moment: take turns, or decode with a copy of it"
-            )
-        _busy.add(model)
-    try:
-        yield
-    finally:
-        with _busy_lock:
-            _busy.discard(model)
 
 
 def position_limit(model: PreTrainedModel) -> int:

@@ -94,4 +94,5 @@ class Switch:
 
 
 _lock = threading.Lock()
-_inside: dict[tuple[int, str], list[Any]] = {}  # of the configs that are switched now: steps inside, own name
+# Of the configs that are switched now: steps inside, own name. Not a Runtime's: models may share a config object.
+_inside: dict[tuple[int, str], list[Any]] = {}

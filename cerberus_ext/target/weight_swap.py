@@ -52,4 +52,5 @@ class WeightSwap:
 
 
 _lock = threading.Lock()
-_inside: dict[tuple[int, str], list[Any]] = {}  # of the weights that are replaced now: steps inside, the module's own
+# Of the weights that are replaced now: steps inside, the module's own. Not a Runtime's: models may share modules.
+_inside: dict[tuple[int, str], list[Any]] = {}

@@ -136,7 +136,7 @@ void activation(const ActivationArgs& a, const Parallel& parallel) {
         __builtin_memcpy(narrow, static_cast<const T*>(a.input) + begin, sizeof(T) * count);
         for (int i = 0; i < kBuffer; i += kLanes) store(load(narrow + i), x + i);
         apply(a.kind, x, count);
-        for (int i = 0; i < kBuffer; i += 4) from_four(x + i, narrow + i);
+        for (int i = 0; i < kBuffer; i += kLanes) from_floats<kLanes>(x + i, narrow + i);
         __builtin_memcpy(static_cast<T*>(a.output) + begin, narrow, sizeof(T) * count);
       }
     });

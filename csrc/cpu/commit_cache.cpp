@@ -7,20 +7,20 @@ namespace cerberus::CERBERUS_ISA {
 
 void commit_cache(const CommitCacheArgs& a, const Parallel& parallel) {
   const int64_t bytes = a.head_size * a.element_bytes;
-  // Places of the path to be kept. Values are not checked by the op.
+  // Nodes of the path to be kept. Values are not checked by the op.
   const auto kept = [&](int64_t row) {
-    return smaller(a.path_places, static_cast<int64_t>(a.accepted[row]) + 1);
+    return smaller(a.path_nodes, static_cast<int64_t>(a.accepted[row]) + 1);
   };
   // A cache without elements may have any number of planes.
   const bool moves = a.kv_heads > 0 && a.capacity > 0 && bytes > 0;
   parallel_tasks(parallel, moves ? a.planes * a.rows : 0, [&](int64_t task) {
     const int64_t row = task % a.rows, length = a.length[row];
     if (length < 0 || length >= a.capacity) return;  // also keeps the sums below from overflowing
-    const int64_t places = smaller(kept(row), a.capacity - length);
-    const int32_t* path = a.path + row * a.path_places;
+    const int64_t nodes = smaller(kept(row), a.capacity - length);
+    const int32_t* path = a.path + row * a.path_nodes;
     for (int64_t head = 0; head < a.kv_heads; ++head) {
       char* slots = static_cast<char*>(a.cache) + (task * a.kv_heads + head) * a.capacity * bytes;
-      for (int64_t j = 0; j < places; ++j) {
+      for (int64_t j = 0; j < nodes; ++j) {
         const int64_t from = length + path[j], to = length + j;
         if (from == to || from < 0 || from >= a.capacity) continue;  // what lies outside is left alone
         __builtin_memcpy(slots + to * bytes, slots + from * bytes, static_cast<size_t>(bytes));

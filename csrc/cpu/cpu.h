@@ -5,19 +5,15 @@
 
 #include "args.h"
 #include "cpu/parallel.h"
+#include "ops.h"
 
 namespace cerberus {
 
-void hidden_entropy_cpu(const HiddenEntropyArgs& args, const Parallel& parallel);
-void head_stack_cpu(const HeadStackArgs& args, const Parallel& parallel);
-void draft_topk_cpu(const DraftTopkArgs& args, const Parallel& parallel);
-void choose_tokens_cpu(const ChooseTokensArgs& args, const Parallel& parallel);
-void tree_attention_cpu(const TreeAttentionArgs& args, const Parallel& parallel);
-void write_cache_cpu(const WriteCacheArgs& args, const Parallel& parallel);
-void verify_tree_cpu(const VerifyTreeArgs& args, const Parallel& parallel);
-void commit_cache_cpu(const CommitCacheArgs& args, const Parallel& parallel);
-void linear_cpu(const LinearArgs& args, const Parallel& parallel);
-void activation_cpu(const ActivationArgs& args, const Parallel& parallel);
+// void <op>_cpu(const <Op>Args&, const Parallel&) of every op.
+#define CERBERUS_DECLARE(name, Name, schema) \
+  void name##_cpu(const Name##Args& args, const Parallel& parallel);
+CERBERUS_OPS(CERBERUS_DECLARE)
+#undef CERBERUS_DECLARE
 
 // Into how many parts draft_topk splits a vocabulary of that size: by the size alone, so that a row's bits
 // depend neither on the other rows nor on the number of threads.

@@ -10,19 +10,14 @@
 
 #include "args.h"
 #include "cpu/parallel.h"
+#include "ops.h"
 
-#define CERBERUS_DECLARE_KERNELS(isa)                             \
-  namespace cerberus::isa {                                       \
-  void hidden_entropy(const HiddenEntropyArgs&, const Parallel&); \
-  void head_stack(const HeadStackArgs&, const Parallel&);         \
-  void draft_topk(const DraftTopkArgs&, const Parallel&);         \
-  void choose_tokens(const ChooseTokensArgs&, const Parallel&);   \
-  void tree_attention(const TreeAttentionArgs&, const Parallel&); \
-  void write_cache(const WriteCacheArgs&, const Parallel&);       \
-  void verify_tree(const VerifyTreeArgs&, const Parallel&);       \
-  void commit_cache(const CommitCacheArgs&, const Parallel&);     \
-  void linear(const LinearArgs&, const Parallel&);                \
-  void activation(const ActivationArgs&, const Parallel&);        \
+// void <op>(const <Op>Args&, const Parallel&) of every op; which of them a level defines is said in
+// CMakeLists.txt.
+#define CERBERUS_DECLARE_KERNEL(name, Name, schema) void name(const Name##Args&, const Parallel&);
+#define CERBERUS_DECLARE_KERNELS(isa)   \
+  namespace cerberus::isa {             \
+  CERBERUS_OPS(CERBERUS_DECLARE_KERNEL) \
   }
 
 #ifdef CERBERUS_ISA

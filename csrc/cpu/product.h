@@ -23,11 +23,21 @@ struct RowOf<BFloat16> {
 template <typename T>
 using Row = typename RowOf<T>::Type;
 
+// As many at a time as there are: a row of the tile, read again in pieces of another size than it was written
+// in, waits for the store to reach the cache, unless its piece was written whole.
+template <int kCount, int kAtOnce = kLanes, typename T>
+static inline __attribute__((always_inline)) void round_all(const float* x, T* out) {
+  constexpr int kDone = kCount / kAtOnce * kAtOnce;
+#pragma GCC unroll 8
+  for (int i = 0; i < kDone; i += kAtOnce) from_floats<kAtOnce>(x + i, out + i);
+  if constexpr (kDone < kCount) round_all<kCount - kDone, kAtOnce / 2>(x + kDone, out + kDone);
+}
+
 // A tile of sums, with the bias if there is one, into the output. `to` and `bias` are where the tile begins.
 template <typename T, int kRows, int kWeights>
 static inline __attribute__((always_inline)) void store_tile(const float (&dots)[kRows][kWeights],
                                                              const T* bias, T* to, int64_t stride) {
-  constexpr int kAll = kRows * kWeights, kFours = kAll / 4;
+  constexpr int kAll = kRows * kWeights;
   const float* all = &dots[0][0];
   float with_bias[kAll];
   if (bias) {
@@ -38,9 +48,7 @@ static inline __attribute__((always_inline)) void store_tile(const float (&dots)
     all = with_bias;
   }
   T rounded[kAll];
-#pragma GCC unroll 8
-  for (int i = 0; i < kFours; ++i) from_four(all + 4 * i, rounded + 4 * i);
-  for (int i = 4 * kFours; i < kAll; ++i) from_float(all[i], rounded[i]);
+  round_all<kAll>(all, rounded);
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m)
     __builtin_memcpy(to + m * stride, rounded + m * kWeights, kWeights * sizeof(T));

@@ -87,21 +87,50 @@ static inline void from_float(float x, Float16& out) {
   }
 }
 
-// out[i] = x[i], rounded to the type of `out`, for four elements.
-template <typename T>
-static inline void from_four(const float* x, T* out) {
-  for (int i = 0; i < 4; ++i) from_float(x[i], out[i]);
+// out[i] = x[i], rounded to the type of `out`, for kCount elements: a power of two, of no more than kLanes.
+// To the bits that from_float gives, of a NaN too.
+template <int kCount, typename T>
+static inline void from_floats(const float* x, T* out) {
+  for (int i = 0; i < kCount; ++i) from_float(x[i], out[i]);
 }
-#if defined(__AVX2__)
-static inline void from_four(const float* x, BFloat16* out) {
-  const __m128 value = _mm_loadu_ps(x);
-  const __m128i bits = _mm_castps_si128(value), upper = _mm_srli_epi32(bits, 16);
-  const __m128i odd = _mm_and_si128(upper, _mm_set1_epi32(1));
-  const __m128i rounded = _mm_srli_epi32(_mm_add_epi32(_mm_add_epi32(bits, _mm_set1_epi32(0x7fff)), odd), 16);
-  const __m128i nan = _mm_or_si128(upper, _mm_set1_epi32(0x40));
-  const __m128i is_nan = _mm_castps_si128(_mm_cmpunord_ps(value, value));
-  const __m128i all = _mm_blendv_epi8(rounded, nan, is_nan);
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi32(all, all));
+template <int kCount>
+struct Integers {
+  typedef uint32_t Words __attribute__((vector_size(4 * kCount)));
+  typedef uint16_t Halves __attribute__((vector_size(2 * kCount)));
+};
+template <int kCount>
+static inline typename Integers<kCount>::Words load_words(const float* x) {
+  typename Integers<kCount>::Words bits;
+  __builtin_memcpy(&bits, x, sizeof(bits));
+  return bits;
+}
+template <int kCount>
+static inline void from_floats(const float* x, BFloat16* out) {
+  const auto bits = load_words<kCount>(x), upper = bits >> 16;
+  const auto rounded = (bits + 0x7fffu + (upper & 1u)) >> 16;
+  const auto all = (bits & 0x7fffffffu) > 0x7f800000u ? upper | 0x40u : rounded;
+  const auto halves = __builtin_convertvector(all, typename Integers<kCount>::Halves);
+  __builtin_memcpy(out, &halves, sizeof(halves));
+}
+#if defined(__F16C__)
+template <int kCount>
+static inline void from_floats(const float* x, Float16* out) {
+  if constexpr (kCount < 8) {
+    for (int i = 0; i < kCount; ++i) from_float(x[i], out[i]);
+  } else {
+    const auto bits = load_words<kCount>(x);
+    const auto number = (bits & 0x7fffffffu) > 0x7f800000u ? (bits & 0x80000000u) | 0x7fc00000u : bits;
+#if defined(__AVX512F__)
+    if constexpr (kCount == 16) {
+      const __m256i halves = _mm512_cvtps_ph(bit_cast<__m512>(number), _MM_FROUND_TO_NEAREST_INT);
+      return _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), halves);
+    }
+#endif
+    if constexpr (kCount == 8) {
+      const __m128i halves = _mm256_cvtps_ph(bit_cast<__m256>(number), _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), halves);
+    }
+  }
 }
 #endif
 

@@ -37,10 +37,10 @@ void verify_tree(const VerifyTreeArgs& a, const Parallel& parallel) {
     }
     int32_t* path = a.path + row * (a.depth + 1);
     for (int64_t j = 0; j <= a.depth; ++j) path[j] = -1;
-    int64_t place = 0;
-    for (int64_t node = 0; node <= best && place <= a.depth; ++node)
+    int64_t depth = 0;
+    for (int64_t node = 0; node <= best && depth <= a.depth; ++node)
       if (static_cast<uint64_t>(a.ancestors[best * a.words + node / 64]) >> (node % 64) & 1u)
-        path[place++] = static_cast<int32_t>(node);
+        path[depth++] = static_cast<int32_t>(node);
     a.accepted[row] = static_cast<int32_t>(best_depth);
   });
 }

@@ -2,8 +2,8 @@
 // grows.
 //
 // A thread owns one unit (16 bytes where alignment allows) of one plane, row and head, and moves it for all
-// places of the path in order, several at a time. Nobody else touches that column of the slots, so the moves
-// need no synchronization: place j is written to slot length + j, and everything read later lies above it,
+// nodes of the path in order, several at a time. Nobody else touches that column of the slots, so the moves
+// need no synchronization: node j is written to slot length + j, and everything read later lies above it,
 // because a path is increasing.
 //
 // `length` is read by every block of its row and may be advanced only when all have read it. So the blocks
@@ -22,10 +22,10 @@ constexpr int kThreads = 256;
 constexpr int kAtOnce = 4;       // slots that a thread has under way: most paths are not longer
 constexpr int kLengthBits = 40;  // with the sign; the blocks of a row are counted above them
 
-// Places of the path to be kept, at least the root.
-__device__ inline int64_t kept_places(const CommitCacheArgs& a, int64_t row) {
-  const int64_t places = static_cast<int64_t>(a.accepted[row]) + 1;
-  return places < a.path_places ? places : a.path_places;
+// Nodes of the path to be kept, at least the root.
+__device__ inline int64_t kept_nodes(const CommitCacheArgs& a, int64_t row) {
+  const int64_t kept = static_cast<int64_t>(a.accepted[row]) + 1;
+  return kept < a.path_nodes ? kept : a.path_nodes;
 }
 
 template <typename Unit>
@@ -33,13 +33,13 @@ __global__ void __launch_bounds__(kThreads) commit_cache_kernel(const CommitCach
   __shared__ int64_t length_of_row;
   wait_for_previous_launch();
   allow_next_launch();
-  const int64_t row = blockIdx.x / blocks_of_row, places = kept_places(a, row);
+  const int64_t row = blockIdx.x / blocks_of_row, kept = kept_nodes(a, row);
   if (threadIdx.x == 0) {
     const uint64_t taken = atomicAdd(reinterpret_cast<unsigned long long*>(a.length + row),
                                      static_cast<unsigned long long>(uint64_t{1} << kLengthBits));
     length_of_row = static_cast<int64_t>(taken << (64 - kLengthBits)) >> (64 - kLengthBits);
     const uint64_t before = (taken - static_cast<uint64_t>(length_of_row)) >> kLengthBits;
-    if (before == static_cast<uint64_t>(blocks_of_row - 1)) a.length[row] = length_of_row + places;
+    if (before == static_cast<uint64_t>(blocks_of_row - 1)) a.length[row] = length_of_row + kept;
   }
   __syncthreads();
 
@@ -50,16 +50,16 @@ __global__ void __launch_bounds__(kThreads) commit_cache_kernel(const CommitCach
   const int64_t unit = i % units, head = i / units % a.kv_heads, plane = i / units / a.kv_heads;
 
   const int64_t length = length_of_row;
-  const int32_t* path = a.path + row * a.path_places;
+  const int32_t* path = a.path + row * a.path_nodes;
   const int64_t owner = (plane * a.rows + row) * a.kv_heads + head;
   Unit* column = static_cast<Unit*>(a.cache) + owner * a.capacity * units + unit;
-  for (int64_t first = 0; first < places; first += kAtOnce) {
+  for (int64_t first = 0; first < kept; first += kAtOnce) {
     Unit moved[kAtOnce];
     bool moves[kAtOnce];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      const int64_t place = first + j, to = length + place;
-      const int64_t from = place < places ? length + path[place] : to;
+      const int64_t node = first + j, to = length + node;
+      const int64_t from = node < kept ? length + path[node] : to;
       moves[j] = from != to && from >= 0 && from < a.capacity && to >= 0 && to < a.capacity;
       if (moves[j]) moved[j] = column[from * units];
     }

@@ -1,6 +1,4 @@
-// Element types, their conversion, loads of 16 bytes, copies that run while a thread goes on, shared memory
-// of a size chosen at the launch. One of the three files with intrinsics and PTX; what the PTX means on a
-// host, for the emulation, is in simt/copy.h.
+// Element types and their conversion, loads of 16 bytes, a row of memory by the threads of a block.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,9 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#ifndef __CUDACC__
-#include "simt/copy.h"
-#endif
+#include "cuda/ptx.cuh"
 
 namespace cerberus {
 
@@ -73,61 +69,15 @@ __device__ inline Pack<T, kVector> load_once(const T* from) {
   return {__ldcs(reinterpret_cast<const Bits*>(from))};
 }
 
-#ifdef __CUDACC__
-// The block's shared memory of the size that the launch asked for (Launch::shared_bytes), at a multiple of 16
-// bytes.
+// Two numbers rounded to T in one register, the first in the low half: as the operands of a product hold
+// them.
 template <typename T>
-__device__ inline T* dynamic_shared() {
-  extern __shared__ uint4 dynamic_shared_memory[];
-  return reinterpret_cast<T*>(dynamic_shared_memory);
+__device__ inline uint32_t pack2(float low, float high) {
+  const T both[2] = {from_float<T>(low), from_float<T>(high)};
+  uint32_t bits;
+  std::memcpy(&bits, both, sizeof(bits));
+  return bits;
 }
-
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// 16 bytes from global to shared memory, both at multiples of 16 bytes, or 16 zero bytes where `valid` is
-// false, and then nothing is read. The thread goes on at once; the bytes are there for it after end_copies
-// and wait_for_copies, and for the other threads of the block after a barrier that follows. Not kept in the
-// L1 cache.
-__device__ inline void start_copy16(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               :
-               : "r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0)
-               : "memory");
-}
-// Closes the group of the copies that this thread has started since the last call.
-__device__ inline void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most the kPending groups closed last are still under way.
-template <int kPending>
-__device__ inline void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" : : "n"(kPending) : "memory");
-}
-
-// Asks for the 128 bytes around `pointer` to be brought into the L2 cache. A hint.
-__device__ inline void prefetch_l2(const void* pointer) {
-  asm volatile("prefetch.global.L2 [%0];" : : "l"(pointer));
-}
-
-// `pointer` is in global memory: said where the compiler cannot follow it there, so that its loads are global
-// ones and not generic ones.
-__device__ inline void assume_global(const void* pointer) { __builtin_assume(__isGlobal(pointer)); }
-
-// Until the launch before this one on the stream is complete and its writes are visible; at once where this
-// launch did not ask to overlap it (Launch::overlaps). The first thing a kernel does that reads what the one
-// before wrote.
-__device__ inline void wait_for_previous_launch() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-// From here on the next launch on the stream may begin, if it asked to overlap this one.
-__device__ inline void allow_next_launch() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-#endif
 
 // f(index of the first, values) for the packs of one row that belong to this thread of a block of kThreads,
 // in order. kAtOnce of them are under way at the same time.

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "args.h"
+#include "ops.h"
 
 namespace cerberus {
 
@@ -27,13 +28,10 @@ int64_t draft_topk_parts(int64_t multiprocessors);
 // multiprocessors is busy: TreeAttentionArgs::splits. Needs the sizes and the pointers to q, keys and values.
 int64_t tree_attention_splits(const TreeAttentionArgs& a, int64_t multiprocessors);
 
-cudaError_t hidden_entropy_cuda(const HiddenEntropyArgs& a, cudaStream_t stream);
-cudaError_t head_stack_cuda(const HeadStackArgs& a, cudaStream_t stream);
-cudaError_t draft_topk_cuda(const DraftTopkArgs& a, cudaStream_t stream);
-cudaError_t choose_tokens_cuda(const ChooseTokensArgs& a, cudaStream_t stream);
-cudaError_t tree_attention_cuda(const TreeAttentionArgs& a, cudaStream_t stream);
-cudaError_t write_cache_cuda(const WriteCacheArgs& a, cudaStream_t stream);
-cudaError_t verify_tree_cuda(const VerifyTreeArgs& a, cudaStream_t stream);
-cudaError_t commit_cache_cuda(const CommitCacheArgs& a, cudaStream_t stream);
+// cudaError_t <op>_cuda(const <Op>Args&, cudaStream_t) of every op that runs on CUDA.
+#define CERBERUS_DECLARE(name, Name, schema) \
+  cudaError_t name##_cuda(const Name##Args& a, cudaStream_t stream);
+CERBERUS_OPS_OF_EVERY_DEVICE(CERBERUS_DECLARE)
+#undef CERBERUS_DECLARE
 
 }  // namespace cerberus

@@ -1,6 +1,6 @@
 // What the threads of a warp, a block or a grid do together: shuffles, votes, reductions, scans, barriers.
-// One of the three files with intrinsics. Every warp function is called by all 32 lanes, every block function
-// by all threads of the block.
+// Intrinsics are here and in ptx.cuh alone. Every warp function is called by all 32 lanes, every block
+// function by all threads of the block.
 #pragma once
 
 #include <cooperative_groups.h>

@@ -31,7 +31,6 @@
 
 #include "copy.cuh"
 #include "launch.cuh"
-#include "mma.cuh"
 #include "reduce.cuh"
 
 namespace cerberus {

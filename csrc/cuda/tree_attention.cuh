@@ -17,8 +17,8 @@
 #include <cstdint>
 
 #include "args.h"
+#include "copy.cuh"
 #include "launch.cuh"
-#include "mma.cuh"
 #include "reduce.cuh"
 
 namespace cerberus {

@@ -27,7 +27,6 @@
 #include <type_traits>
 
 #include "copy.cuh"
-#include "mma.cuh"
 #include "tree_attention.cuh"
 
 namespace cerberus {

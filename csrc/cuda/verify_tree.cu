@@ -50,14 +50,14 @@ __global__ void __launch_bounds__(kLanes) verify_tree_kernel(const VerifyTreeArg
       a.ancestors + static_cast<int64_t>(UINT32_MAX - static_cast<uint32_t>(best)) * a.words;
 
   int32_t* path = a.path + blockIdx.x * (a.depth + 1);
-  for (int64_t place = accepted + 1 + lane; place <= a.depth; place += kLanes) path[place] = -1;
-  // A node's place on the path is the number of its ancestors, itself excluded: they have lower indices.
+  for (int64_t depth = accepted + 1 + lane; depth <= a.depth; depth += kLanes) path[depth] = -1;
+  // A node's depth is the number of its ancestors, itself excluded: they have lower indices.
   for (int64_t node = lane; node < a.nodes; node += kLanes) {
     const uint64_t word = static_cast<uint64_t>(chosen[node / 64]);
     if ((word >> (node % 64) & 1) == 0) continue;
-    int64_t place = count_bits(word & ((uint64_t{1} << (node % 64)) - 1));
-    for (int64_t w = 0; w < node / 64; ++w) place += count_bits(static_cast<uint64_t>(chosen[w]));
-    if (place <= accepted) path[place] = static_cast<int32_t>(node);
+    int64_t depth = count_bits(word & ((uint64_t{1} << (node % 64)) - 1));
+    for (int64_t w = 0; w < node / 64; ++w) depth += count_bits(static_cast<uint64_t>(chosen[w]));
+    if (depth <= accepted) path[depth] = static_cast<int32_t>(node);
   }
   if (lane == 0) a.accepted[blockIdx.x] = static_cast<int32_t>(accepted);
 }

@@ -1,4 +1,4 @@
-"""bench/gpu.py, the unattended session on a GPU: it works from end to end, outlives its stages and tells the truth."""
+"""bench/gpu, the unattended session on a GPU: it works from end to end, outlives its stages and tells the truth."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-sys.path.insert(0, str(BENCH))  # benchmarks are scripts, and import each other as such
+BENCH = Path(__file__).resolve().parents[2] / "bench" / "gpu"
+sys.path.insert(0, str(BENCH))  # its files import each other as scripts do
 
-import gpu  # noqa: E402
-import gpu_sanitizer  # noqa: E402
 import report  # noqa: E402
+import session as gpu  # noqa: E402
 import stage  # noqa: E402
 import targets  # noqa: E402
 import torch  # noqa: E402
 
+sys.path.insert(0, str(BENCH / "stages"))
+import sanitizer as gpu_sanitizer  # noqa: E402
+
 
 def run_gpu(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, BENCH / "gpu.py", *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, BENCH, *arguments], capture_output=True, text=True, check=False)
 
 
 # ---------------------------------------------------------------- the whole of it
@@ -94,7 +96,6 @@ def test_without_a_gpu(tmp_path):
 
 # ---------------------------------------------------------------- stages that go wrong
 
-START = f"import os, sys, time; sys.path.insert(0, {str(BENCH)!r}); import stage\n"
 # Three rows, of which one kills the process the first time that it is tried.
 ROWS = """
 def body(run):
@@ -102,13 +103,13 @@ def body(run):
         if run.begin(key, limit=2):
             BAD
             run.add(key, {"model": key})
-stage.main("", body)
 """
+FINE = "def body(run): run.result.update(found=1)"
 
 
 def plan(folder: Path, name: str, body: str, checks: bool = True) -> gpu.Plan:
     script = folder / f"{name}_stage.py"
-    script.write_text(START + body)
+    script.write_text("import os, stage, sys, time\n" + body)
     return gpu.Plan(name, script, 1, checks)
 
 
@@ -123,10 +124,9 @@ def run_plans(folder: Path, *plans: gpu.Plan, budget: float = 300) -> dict[str, 
 
 
 def test_a_crash_is_reported_and_the_others_survive(tmp_path):
-    fine = "stage.main('', lambda run: run.result.update(found=1))"
     crash = "print('about to die'); sys.stdout.flush(); os.abort()"
     stages = run_plans(
-        tmp_path, plan(tmp_path, "first", fine), plan(tmp_path, "second", crash), plan(tmp_path, "third", fine)
+        tmp_path, plan(tmp_path, "first", FINE), plan(tmp_path, "second", crash), plan(tmp_path, "third", FINE)
     )
     assert [found["status"] for found in stages.values()] == ["passed", "crashed", "passed"]
     assert "signal 6" in stages["second"]["reason"] and "about to die" in stages["second"]["reason"]
@@ -139,7 +139,7 @@ def test_a_hang_is_ended_and_keeps_its_rows(tmp_path):
     stages = run_plans(
         tmp_path,
         plan(tmp_path, "first", hang, checks=False),
-        plan(tmp_path, "second", "stage.main('', lambda run: None)"),
+        plan(tmp_path, "second", FINE),
         budget=16,
     )
     assert stages["first"]["status"] == "timed out" and stages["first"]["result"]["rows"] == {"a": {"model": "a"}}
@@ -160,9 +160,9 @@ def test_a_stage_goes_on_behind_the_row_that_killed_it(tmp_path, bad):
 def test_problems_skips_and_rests_are_told_apart(tmp_path):
     stages = run_plans(
         tmp_path,
-        plan(tmp_path, "first", "stage.main('', lambda run: run.problems.append('2 + 2 is 5'))"),
-        plan(tmp_path, "second", "def body(run): raise stage.Skipped('no tool')\nstage.main('', body)"),
-        plan(tmp_path, "third", "def body(run): run.begin('a', needed=1e9)\nstage.main('', body)"),
+        plan(tmp_path, "first", "def body(run): run.problems.append('2 + 2 is 5')"),
+        plan(tmp_path, "second", "def body(run): raise stage.Skipped('no tool')"),
+        plan(tmp_path, "third", "def body(run): run.begin('a', needed=1e9)"),
     )
     assert [(found["status"], found["reason"]) for found in stages.values()] == [
         ("failed", "2 + 2 is 5"),
@@ -238,7 +238,7 @@ HEAD_STACK = {
 RECORD = {
     "device": "cuda",
     "started": "2026-01-02T03:04:05Z",
-    "command": "python bench/gpu.py --out out",
+    "command": "python bench/gpu --out out",
     "stages": {
         "machine": {
             "status": "passed",

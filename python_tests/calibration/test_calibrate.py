@@ -24,14 +24,14 @@ from cerberus_ext.calibration import calibrate as calibrate_module
 from cerberus_ext.calibration import cost, questions, report
 from cerberus_ext.calibration import trace as trace_module
 from cerberus_ext.calibration.calibrate import CalibrateOptions, by_turn, calibrate, find, spread
-from cerberus_ext.calibration.choice import PLAIN, Choice, choose
+from cerberus_ext.calibration.choice import KINDS, PLAIN, Choice, choose
 from cerberus_ext.calibration.trace import Answer
 from cerberus_ext.calibration.validate import GateGain
 from cerberus_ext.cli.main import app
 from cerberus_ext.drafting.gate import ConfidenceGate
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.calibration_store import place, read_entries
-from cerberus_ext.engine.decode import take_step
+from cerberus_ext.engine.loop import propose
 from cerberus_ext.io.prompts import Question
 from cerberus_ext.runtime import compiled_step
 from cerberus_ext.runtime.compiled_step import CompileError
@@ -86,7 +86,7 @@ def test_command(folders: tuple[str, str, str], tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     file = heads_folder / "calibration.json"
     assert f"stored in {file}" in result.stdout
-    for part in ("nodes  depth", "AUC", "entropy of softmax(h)", "validation", "chosen:", "x plain decoding"):
+    for part in ("nodes  ms a step", "AUC", "entropy of softmax(h)", "validation", "chosen:", "x plain decoding"):
         assert part in result.stdout
     (entry,) = json.loads(file.read_text())["entries"]
     assert entry == json.loads((tmp_path / "out" / "calibration-report.json").read_text())
@@ -94,9 +94,9 @@ def test_command(folders: tuple[str, str, str], tmp_path: Path) -> None:
     assert (tmp_path / "out" / "calibration.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     details = entry["details"]
     assert details["texts"] == 4 and details["tokens"] == 4 * 23, "two turns of one question, and two of one turn"
-    sizes = [(row["size"], row["depth"] is None) for row in details["sizes"]]
-    assert sizes == [(1, False), (2, False), (4, False), (2, True), (4, True)] and details["agreeing"] == 1.0
-    assert set(details["promises"]) == {"drafted", "corrected"}
+    assert [row["size"] for row in details["sizes"]] == [1, 2, 4] and details["agreeing"] == 1.0
+    assert set(details["expectations"]) == {"drafted", "corrected"}
+    assert list(details["gates"]) == list(KINDS)
     assert [signal["name"] for signal in details["signals"]][0] == "entropy of softmax(h)"
     for row in details["validation"].values():
         assert row["steps"] == row["predicted_steps"] and row["same_texts"]
@@ -131,11 +131,11 @@ def test_compiled_steps(folders: tuple[str, str, str], monkeypatch: pytest.Monke
     assert command(folders, "--dtype", "float32").exit_code == 0
     timed = []
 
-    def watch(stepper: Any, *rest: Any) -> list[int]:
-        timed.append(stepper.base._compiled is not None)
-        return take_step(stepper, *rest)
+    def watch(stepper: Any, *rest: Any) -> Any:
+        timed.append(stepper.target._compiled is not None)
+        return propose(stepper, *rest)
 
-    monkeypatch.setattr(cost, "take_step", watch)
+    monkeypatch.setattr(cost, "propose", watch)
     result = command(folders, "--dtype", "float32", "--compile")
     assert result.exit_code == 0, result.output
     assert timed and all(timed) and "steps compiled in" in result.stdout
@@ -245,9 +245,9 @@ def test_second_turns_follow_the_first_answer(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("slower", [False, True])
 def test_what_the_clock_decides(slower: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def choosing(texts: Any, sizes: Any, costs: Any) -> Choice:
-        found = choose(texts, sizes, costs)
-        return replace(found, chosen=next(name for name in found.settings if name.startswith("dynamic gate")))
+    def choosing(texts: Any, costs: Any) -> Choice:
+        found = choose(texts, costs)
+        return replace(found, chosen=next(name for name in found.settings if name.startswith("confidence")))
 
     gain = GateGain(1.05, 0.9, (0.85, 0.95) if slower else (0.8, 1.01))
     monkeypatch.setattr(calibrate_module, "choose", choosing)

@@ -6,10 +6,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from memorized import hand_made
 
 from cerberus_ext.calibration.signals import auc, by_quantile, fit_platt, head_reliability, reliability
+from cerberus_ext.calibration.trace import TracedText
 from cerberus_ext.drafting.platt import corrected
 from cerberus_ext.drafting.simulate import ABSENT
 
@@ -39,6 +42,10 @@ def test_reliability() -> None:
     assert error == pytest.approx((2 * 0.45 + 0.15 + 0) / 4)
 
 
+def texts(logprobs: np.ndarray, ranks: list[list[int]]) -> list[TracedText]:
+    return [hand_made(ranks, logprobs=torch.from_numpy(logprobs))]
+
+
 def overconfident(places: int) -> tuple[np.ndarray, list[list[int]]]:
     """Two heads of three drafts; what they say is sharper than what happens, by a known slope and shift."""
     random = np.random.default_rng(0)
@@ -55,10 +62,10 @@ def overconfident(places: int) -> tuple[np.ndarray, list[list[int]]]:
 
 def test_fitted_corrections_make_probabilities_honest() -> None:
     logprobs, ranks = overconfident(6000)
-    found = fit_platt(logprobs[:3000], ranks[:3000])
+    found = fit_platt(texts(logprobs[:3000], ranks[:3000]))
     assert found[0][0] < 0.8 and found[1][0] > 1.1
-    before = head_reliability(logprobs[3000:], ranks[3000:], None)
-    after = head_reliability(logprobs[3000:], ranks[3000:], found)
+    before = head_reliability(texts(logprobs[3000:], ranks[3000:]), None)
+    after = head_reliability(texts(logprobs[3000:], ranks[3000:]), found)
     for (_, _, raw), (_, _, fixed) in zip(before, after, strict=True):
         assert fixed < raw / 2 and fixed < 0.05
 
@@ -67,22 +74,22 @@ def test_the_second_head_counts_where_the_first_is_right() -> None:
     """Where it is not, the second head may say what it likes."""
     logprobs = np.log(np.full((400, 2, 1), 0.5))
     ranks = [[0, 0]] * 150 + [[0, ABSENT]] * 50 + [[ABSENT, ABSENT]] * 200
-    (slope, shift), (slope2, shift2) = fit_platt(logprobs, ranks)
+    (slope, shift), (slope2, shift2) = fit_platt(texts(logprobs, ranks))
     first, second = (1 / (1 + math.exp(-b)) for b in (shift, shift2))  # logit 0.5 is 0: the slope has no say
     assert first == pytest.approx(0.5, abs=0.01) and second == pytest.approx(0.75, abs=0.01)
     assert slope == slope2 == pytest.approx(1.0)
-    errors = [error for _, _, error in head_reliability(logprobs, ranks, None)]
+    errors = [error for _, _, error in head_reliability(texts(logprobs, ranks), None)]
     assert errors == pytest.approx([0.0, 0.25])
 
 
 def test_few_places_change_little() -> None:
     """One place for the first head, none for the second, which is left as it is."""
-    (slope, shift), second = fit_platt(np.log(np.full((1, 2, 1), 0.9)), [[ABSENT, ABSENT]])
+    (slope, shift), second = fit_platt(texts(np.log(np.full((1, 2, 1), 0.9)), [[ABSENT, ABSENT]]))
     assert abs(slope - 1) < 1 and -1 < shift < 0
     assert second == (1.0, 0.0)
 
 
 def test_always_right_stays_finite() -> None:
     logprobs = np.log(np.full((500, 1, 1), 0.999))
-    ((slope, shift),) = fit_platt(logprobs, [[0]] * 500)
+    ((slope, shift),) = fit_platt(texts(logprobs, [[0]] * 500))
     assert 0 < slope < 5 and abs(shift) < 5

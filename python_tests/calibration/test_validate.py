@@ -78,8 +78,8 @@ def test_validated_ways_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [answer(model, prompt(length=length), 12) for length in (3, 5, 7)]
     texts = [(one, trace_module.trace(model, heads, one)) for one in answers]
     settings = {
-        PLAIN: Setting("open", StaticPolicy.root(), AlwaysOpen()),
-        "open 4": Setting("open", StaticPolicy.chain(3), AlwaysOpen()),
+        PLAIN: Setting(PLAIN, StaticPolicy.root(), AlwaysOpen()),
+        "dynamic 2": Setting("dynamic", DynamicPolicy(2), AlwaysOpen()),
         "dynamic 4": Setting("dynamic", DynamicPolicy(4), AlwaysOpen()),
     }
     ran, real = [], validate_module.decode
@@ -90,16 +90,16 @@ def test_validated_ways_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(model, heads, ids, **options)
 
     monkeypatch.setattr(validate_module, "decode", watch)
-    flat = StepCosts((1, 4), (10,), ((1.0,), (1.0,)), ((1.0,), (1.0,)))
+    flat = StepCosts((1, 4), (10,), (1.0,), ((1.0,), (1.0,)))
     found = validate_module.validate(model, heads, texts, settings, flat)
     lengths = [one.prompt for one in answers]
     assert ran[:3] == [(lengths[0], name) for name in settings], "to warm up"
     assert ran[3:] == [
-        *[(lengths[0], name) for name in (PLAIN, "open 4", "dynamic 4")],
-        *[(lengths[1], name) for name in ("open 4", "dynamic 4")],
-        *[(lengths[2], name) for name in ("dynamic 4", PLAIN, "open 4")],
+        *[(lengths[0], name) for name in (PLAIN, "dynamic 2", "dynamic 4")],
+        *[(lengths[1], name) for name in ("dynamic 2", "dynamic 4")],
+        *[(lengths[2], name) for name in ("dynamic 4", PLAIN, "dynamic 2")],
     ]
-    assert set(found[PLAIN].seconds) == {0, 2} and set(found["open 4"].seconds) == {0, 1, 2}
+    assert set(found[PLAIN].seconds) == {0, 2} and set(found["dynamic 2"].seconds) == {0, 1, 2}
     for name, one in found.items():
         row = one.row()
         assert row["same_texts"] and row["steps"] == row["predicted_steps"] and one.tokens == one.predicted_tokens
@@ -117,9 +117,9 @@ def test_what_is_foreseen_is_of_the_text_that_came(monkeypatch: pytest.MonkeyPat
     traced: list[Any] = []
     watched = lambda *args: traced.append(trace_module.trace(*args)) or traced[-1]  # noqa: E731
     monkeypatch.setattr(validate_module, "trace", watched)
-    settings = {"open 4": Setting("open", StaticPolicy.chain(3), AlwaysOpen()),
+    settings = {"dynamic 2": Setting("dynamic", DynamicPolicy(2), AlwaysOpen()),
                 "dynamic 4": Setting("dynamic", DynamicPolicy(4), AlwaysOpen())}  # fmt: skip
-    flat = StepCosts((1, 4), (10,), ((1.0,), (1.0,)), ((1.0,), (1.0,)))
+    flat = StepCosts((1, 4), (10,), (1.0,), ((1.0,), (1.0,)))
     found = validate_module.validate(model, heads, [(parted, text)], settings, flat)
     assert [each.tokens for each in traced] == [one.ids[0].tolist()], "once for all that have this text"
     for measured in found.values():

@@ -12,23 +12,18 @@ from tiny_models import VOCAB, prompt, tiny_model
 
 from cerberus_ext.calibration.cost import StepCosts
 from cerberus_ext.calibration.trace import Answer, TracedText, trace
-from cerberus_ext.calibration.walk import walk
+from cerberus_ext.calibration.walk import accepted_lengths, walk
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from cerberus_ext.drafting.heads import CerberusConfig, CerberusHeads
 from cerberus_ext.drafting.simulate import ABSENT
-from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 
 NEW = 80  # more than one piece of the pass over a text
-TREE = StaticPolicy.from_widths([3, 2, 1])
-TREES = {
-    "chain": StaticPolicy.chain(3),
-    "wide": StaticPolicy.from_widths([16]),
-    "16": TREE,
-    "none": StaticPolicy.root(),
-}
+TREE = DynamicPolicy(16)
+TREES = {"small": DynamicPolicy(3), "one draft": DynamicPolicy(16, drafts=1), "16": TREE}
 COSTS = {1: 1.0, 2: 1.4, 16: 2.5}
-FLAT = StepCosts((1, 17), (10,), ((1.0,), (1.0,)), ((1.0,), (1.0,)))
+FLAT = StepCosts((1, 17), (10,), (1.0,), ((1.0,), (1.0,)))
 
 
 @cache
@@ -45,27 +40,25 @@ def traced(name: str, dtype: torch.dtype = torch.float32) -> tuple[CerberusHeads
 
 
 def gates(text: TracedText) -> dict[str, Gate]:
-    trees = [StaticPolicy.chain(1), StaticPolicy.chain(3), TREE]
-    platt = [(0.5, -1.0), (0.4, 0.4), (1.0, 0.0)]
     return {
         "open": AlwaysOpen(),
         "closed": AlwaysClosed(),
         "entropy": EntropyGate(median(text.entropy)),
         "confidence": ConfidenceGate(COSTS, margin=0.4),
-        "confidence, trees": ConfidenceGate(COSTS, trees, margin=0.5),
-        "confidence, rate": ConfidenceGate(COSTS, trees, rate=1.4, platt=platt),
+        "confidence, rate": ConfidenceGate(COSTS, rate=1.4),
     }
 
 
-def same_steps(name: str, dtype: torch.dtype, tree: StaticPolicy, kind: str, new: int = NEW) -> None:
+def same_steps(name: str, dtype: torch.dtype, tree: DynamicPolicy, kind: str, new: int = NEW) -> None:
     heads, found, text = traced(name, dtype)
     if new != NEW:
         short = Answer(0, found.ids[:, : found.prompt + new], found.prompt, new)
         text = trace(tiny_model(name, "cpu", dtype), heads, short)
     gate = gates(text)[kind]
     model = tiny_model(name, "cpu", dtype)
-    stats = decode(model, heads, found.ids[:, : found.prompt], max_new_tokens=new, tree=tree, gate=gate).stats
-    tally = walk([text], tree, gate, FLAT)
+    options = {"tree": tree, "gate": gate, "proposers": ()}
+    stats = decode(model, heads, found.ids[:, : found.prompt], max_new_tokens=new, **options).stats
+    tally = walk([text], tree, gate, FLAT, ())
     assert (tally.steps, tally.open_steps, tally.zero_accept_steps) == (
         stats.steps,
         stats.open_steps,
@@ -76,11 +69,9 @@ def same_steps(name: str, dtype: torch.dtype, tree: StaticPolicy, kind: str, new
 
 
 @pytest.mark.parametrize("kind", gates(hand_made([[0]])))
-@pytest.mark.parametrize("tree", ["chain", "wide", "16"])
+@pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("name", ["llama", "qwen2-window", "gemma2"])
 def test_same_steps_as_decode(name: str, tree: str, kind: str) -> None:
-    if kind.startswith("confidence") and tree == "wide":
-        tree = "none" if "," in kind else "chain"  # COSTS end at 16 nodes; gates with trees do not look at decode's
     same_steps(name, torch.float32, TREES[tree], kind)
 
 
@@ -100,9 +91,9 @@ def test_these_texts_have_steps_of_every_kind() -> None:
     """Else the tests above would prove little."""
     for name in ("llama", "qwen2-window"):
         _, _, text = traced(name)
-        assert set(text.accepted(TREE)) == {0, 1, 2, 3}
+        assert set(accepted_lengths(text, TREE)) == {0, 1, 2, 3}
         for kind, gate in gates(text).items():
-            tally = walk([text], TREE, gate, FLAT)
+            tally = walk([text], TREE, gate, FLAT, ())
             assert kind == "closed" or tally.tokens_per_step > 1.05
             assert kind in ("open", "closed") or 0.1 < tally.gate_open_rate < 0.95, (name, kind, tally)
         assert text.agreeing == 1.0
@@ -115,8 +106,8 @@ def test_up_to_the_last_position() -> None:
     heads = memorize(model, [found])
     text = trace(model, heads, found)
     assert text.deepest == [15 - place for place in range(16)]
-    stats = decode(model, heads, ids, max_new_tokens=17, tree=TREE).stats
-    tally = walk([text], TREE, AlwaysOpen(), FLAT)
+    stats = decode(model, heads, ids, max_new_tokens=17, tree=TREE, proposers=()).stats
+    tally = walk([text], TREE, AlwaysOpen(), FLAT, ())
     assert (tally.steps, tally.open_steps) == (stats.steps, stats.open_steps) and tally.tokens_per_step > 1.5
 
 
@@ -126,8 +117,8 @@ def test_beyond_the_last_position() -> None:
     heads = memorize(model, [found])
     text = trace(model, heads, found)
     assert text.deepest == [5, 4, 3, 2, 1, *[0] * 14]
-    stats = decode(model, heads, ids, max_new_tokens=20, tree=TREE).stats
-    tally = walk([text], TREE, AlwaysOpen(), FLAT)
+    stats = decode(model, heads, ids, max_new_tokens=20, tree=TREE, proposers=()).stats
+    tally = walk([text], TREE, AlwaysOpen(), FLAT, ())
     assert (tally.steps, tally.open_steps) == (stats.steps, stats.open_steps)
 
 
@@ -138,9 +129,9 @@ def test_a_text_that_ends_by_itself() -> None:
     tokens = found.ids[0, found.prompt :].tolist()
     places = [place for place in range(1, 40) if tokens[place] not in tokens[:place]]
     for place in places:
-        out = decode(model, heads, ids, max_new_tokens=NEW, tree=TREE, eos_token_id=tokens[place])
+        out = decode(model, heads, ids, max_new_tokens=NEW, tree=TREE, proposers=(), eos_token_id=tokens[place])
         ended = Answer(0, out.sequences, found.prompt, NEW)
-        tally = walk([trace(model, heads, ended)], TREE, AlwaysOpen(), FLAT)
+        tally = walk([trace(model, heads, ended)], TREE, AlwaysOpen(), FLAT, ())
         assert (tally.steps, tally.tokens) == (out.stats.steps, place)
     assert len(places) > 4
 
@@ -158,23 +149,6 @@ def test_draft_vocabulary() -> None:
             follows = tokens[place + head + 1] if place + head + 1 < len(tokens) else None
             if follows is None or follows % 2:
                 assert rank == ABSENT
-    stats = decode(model, small, found.ids[:, : found.prompt], max_new_tokens=NEW, tree=TREE).stats
-    assert walk([drafted], TREE, AlwaysOpen(), FLAT).steps == stats.steps
+    stats = decode(model, small, found.ids[:, : found.prompt], max_new_tokens=NEW, tree=TREE, proposers=()).stats
+    assert walk([drafted], TREE, AlwaysOpen(), FLAT, ()).steps == stats.steps
     assert any(rank == 0 for row in drafted.ranks for rank in row)
-
-
-def test_seconds_are_those_of_every_step() -> None:
-    """Drawn by hand: a chain of 2 at places 0, 3 and 4, where it accepts 2, 0 and 1 drafts."""
-    text = hand_made([[0, 0], [0, 0], [0, 0], [1, 0], [0, ABSENT], [ABSENT, ABSENT]], deepest=[5, 4, 3, 2, 1, 0])
-    costs = StepCosts((1, 3), (10, 20), ((1.0, 2.0), (10.0, 20.0)), ((3.0, 4.0), (30.0, 40.0)), entropy=100.0)
-    chain = StaticPolicy.chain(2)
-    tally = walk([text, text], chain, AlwaysOpen(), costs)
-    assert (tally.tokens, tally.steps, tally.open_steps, tally.zero_accept_steps) == (12, 6, 6, 2)
-    # After 10, 13 and 14 tokens: 10 and 13 for 3 nodes; the tree of the last step is cut to 2 nodes: 5.5 and 11 -> 7.7
-    assert tally.seconds == pytest.approx(2 * (10 + 13 + 7.7))
-    assert tally.tokens_per_second == pytest.approx(12 / tally.seconds)
-    closed = walk([text], chain, EntropyGate(-1.0), costs)
-    # Plain steps at 10 .. 15 tokens, all but the last one asked about.
-    assert closed.seconds == pytest.approx(sum([1.0, 1.1, 1.2, 1.3, 1.4, 1.5]) + 500) and closed.steps == 6
-    looked = walk([text], chain, ConfidenceGate({1: 1.0, 3: 100.0}), costs)
-    assert looked.seconds == pytest.approx(sum([3.0, 3.1, 3.2, 3.3, 3.4]) + 1.5) and looked.open_steps == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from statistics import median
@@ -15,18 +16,20 @@ from tiny_models import VOCAB, prompt, tiny_model
 
 from cerberus_ext.calibration.cost import StepCosts
 from cerberus_ext.calibration.trace import Answer, TracedText, trace
-from cerberus_ext.calibration.walk import Tally, accepted_by, walk
-from cerberus_ext.drafting.dynamic_policy import DynamicPolicy, Tree
+from cerberus_ext.calibration.walk import Tally, accepted_by, accepted_lengths, walk
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from cerberus_ext.drafting.heads import CerberusHeads
 from cerberus_ext.drafting.proposers import ProposerFactory
+from cerberus_ext.drafting.simulate import steps_through
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.drafting.suffix import DocumentProposer, SuffixProposer
+from cerberus_ext.drafting.tree import Tree
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime.stats import DecodeStats
 
 NEW = 60
-FLAT = StepCosts((1, 65), (10,), ((1.0,), (1.0,)), ((1.0,), (1.0,)))
+FLAT = StepCosts((1, 65), (10,), (1.0,), ((1.0,), (1.0,)))
 CORRECTIONS = ((0.5, -1.0), (0.4, 0.4), (1.0, 0.0))
 TREES = {
     "4": DynamicPolicy(4),
@@ -103,16 +106,21 @@ def test_same_steps_with_gates(dtype: torch.dtype, kind: str) -> None:
     assert kind in ("open", "closed") or 0.1 < tally.gate_open_rate < 0.98
 
 
-def test_same_steps_without_heads() -> None:
-    _, found, text = traced("llama")
-    stats = decode(
-        tiny_model("llama"), None, found.ids[:, : found.prompt], max_new_tokens=NEW, tree=DynamicPolicy(8)
-    ).stats
-    tally = walk([text.without_heads()], DynamicPolicy(8), AlwaysOpen(), FLAT)
-    same(tally, stats)
-    assert 0.05 < tally.gate_open_rate < 1, "there is not always a match"
-    assert walk([text.without_heads()], StaticPolicy.root(), AlwaysOpen(), FLAT).steps == NEW - 1
-    assert len(text.without_heads()) == len(text) and text.ids.shape[1] == 3, "and the text stays as it was"
+def test_same_steps_without_drafts() -> None:
+    _, _, text = traced("llama")
+    tally = walk([text], StaticPolicy.root(), AlwaysOpen(), FLAT)
+    assert (tally.steps, tally.open_steps, tally.nodes) == (NEW - 1, 0, NEW - 1)
+
+
+def test_accepted_at_every_place() -> None:
+    """By trees of the heads alone: where a step begins, what the walk accepts there."""
+    _, _, text = traced("llama")
+    policy = DynamicPolicy(8)
+    lengths, tally = accepted_lengths(text, policy), walk([text], policy, AlwaysOpen(), FLAT, [])
+    assert len(lengths) == len(text) and dict(tally.accepted) == dict(
+        Counter(steps_through(len(text), lengths.__getitem__))
+    )
+    assert set(lengths) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("new", [2, 3, 4, 17])
@@ -157,7 +165,7 @@ def test_seconds_of_steps_that_have_looked() -> None:
     """Both best drafts are always right: steps at places 0, 3 and 6, where a tree is one draft deep, but wider."""
     text = hand_made([[0, 0]] * 8, logprobs=torch.tensor([0.9, 0.02, 0.02, 0.02]).log().expand(8, 2, 4))
     text = replace(text, deepest=[7 - place for place in range(8)])
-    costs = StepCosts((1, 3), (10, 20), ((1.0, 2.0), (10.0, 20.0)), ((3.0, 4.0), (30.0, 40.0)), entropy=100.0)
+    costs = StepCosts((1, 3), (10, 20), (1.0, 2.0), ((3.0, 4.0), (30.0, 40.0)), entropy=100.0)
     tally = walk([text], DynamicPolicy(3), AlwaysOpen(), costs, [])
     # After 10, 13 and 16 tokens.
     assert tally.seconds == pytest.approx(30 + 33 + 36) and (tally.nodes, dict(tally.accepted)) == (9, {2: 2, 1: 1})
@@ -173,15 +181,13 @@ def test_compiled_steps_are_filled_up() -> None:
     text = hand_made([[0, 0]] * 8, logprobs=torch.tensor([0.9, 0.02, 0.02, 0.02]).log().expand(8, 2, 4))
     text = replace(text, deepest=[7 - place for place in range(8)])
     by_size = tuple((float(nodes),) for nodes in (1, 2, 4, 6))
-    costs = StepCosts((1, 2, 4, 6), (10,), by_size, by_size)
+    costs = StepCosts((1, 2, 4, 6), (10,), (1.0,), by_size)
     # With one draft of each of two heads trees have 3 nodes, where only one draft is of use 2.
     tree = DynamicPolicy(6, drafts=1)
     steps = walk([text], tree, AlwaysOpen(), costs, [])
     filled = walk([text], tree, AlwaysOpen(), replace(costs, compiled=True), [])
     assert steps.steps == filled.steps == 3 and steps.nodes == filled.nodes == 3 + 3 + 2
     assert steps.seconds == pytest.approx(3 + 3 + 2) and filled.seconds == pytest.approx(4 + 4 + 4)
-    static = walk([text], StaticPolicy.chain(2), AlwaysOpen(), replace(costs, compiled=True))
-    assert static.seconds == pytest.approx(3 + 3 + 3), "filled up where it is cut"
 
 
 class Recorded:
@@ -204,12 +210,6 @@ def test_sources_see_the_text_as_far_as_it_is_known() -> None:
     heard: list[Any] = []
     walk([text], DynamicPolicy(3, drafts=1), AlwaysOpen(), FLAT, [lambda prompt: Recorded(heard, prompt)])
     assert heard == [[0, 1, 2], [3, 4, 5], [6, 7]]
-
-
-def test_bad_arguments() -> None:
-    text = hand_made([[0, 0]] * 3)
-    with pytest.raises(ValueError, match="proposers must be None or empty with a StaticPolicy"):
-        walk([text], StaticPolicy.chain(2), AlwaysOpen(), FLAT, [SuffixProposer()])
 
 
 def test_the_vocabulary_of_the_traced_model() -> None:

@@ -3,99 +3,81 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate, answers
+from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate, Signals
 from cerberus_ext.drafting.platt import corrected
-from cerberus_ext.drafting.static_policy import StaticPolicy
 
-HIDDEN = torch.zeros(1, 8)  # uniform: entropy log 8
-CHAIN, WIDE = StaticPolicy.chain(2), StaticPolicy.from_widths([4, 2])
 COSTS = {1: 1.0, 3: 1.2, 13: 1.8}
 
 
-def logprobs(*best: float) -> torch.Tensor:
-    """(1, K, 4): what every head thinks of its best draft; the others are at 2 %."""
-    rows = [[p, 0.02, 0.02, 0.02] for p in best]
-    return torch.tensor([rows]).log()
+def expecting(*probabilities: float, max_nodes: int = 13) -> Signals:
+    """A step whose best nodes, behind the pending token, are accepted with these probabilities."""
+    return Signals(max_nodes, expected_tokens=np.cumsum([1.0, *probabilities]))
 
 
-@pytest.mark.parametrize(("gate", "opens"), [(Gate(), True), (AlwaysOpen(), True), (AlwaysClosed(), False)])
-def test_always(gate: Gate, opens: bool) -> None:
-    assert gate.opens(HIDDEN) is opens
-    assert gate.choose(CHAIN, logprobs(0.1, 0.1)) is CHAIN and list(gate.trees(CHAIN)) == [CHAIN]
+def chain(probability: float) -> Signals:
+    """3 nodes, one behind the other."""
+    return expecting(probability, probability**2)
 
 
-@pytest.mark.parametrize(("threshold", "opens"), [(math.log(8) - 0.01, False), (math.log(8) + 0.01, True)])
-def test_entropy(threshold: float, opens: bool, device: str) -> None:
-    assert EntropyGate(threshold).opens(HIDDEN.to(device)) is opens
-    assert EntropyGate(threshold).opens_at(math.log(8)) is opens
+def wide(probability: float, alike: int = 12) -> Signals:
+    return expecting(*[probability] * alike)
 
 
-def test_what_a_gate_answers() -> None:
-    """So that it is asked nothing else, on classes and on single gates."""
+@pytest.mark.parametrize(("gate", "nodes"), [(Gate(), 9), (AlwaysOpen(), 9), (AlwaysClosed(), 0)])
+def test_always(gate: Gate, nodes: int) -> None:
+    assert gate.decide(Signals(9)) == nodes and gate.needs == frozenset()
 
-    class Own(EntropyGate):
-        def opens(self, hidden: torch.Tensor) -> bool:
-            return False
 
-    patched = Gate()
-    patched.choose = lambda tree, logprobs: None
-    questions = ("opens_at", "opens", "choose")
-    gates = [Gate(), AlwaysOpen(), AlwaysClosed(), EntropyGate(1.0), ConfidenceGate(COSTS), Own(1.0), patched]
-    found = [[question for question in questions if answers(gate, question)] for gate in gates]
-    assert found == [[], [], ["opens"], ["opens_at"], ["choose"], ["opens_at", "opens"], ["choose"]]
+@pytest.mark.parametrize(("entropy", "nodes"), [(2.09, 0), (2.08, 0), (2.07, 9)])
+def test_entropy(entropy: float, nodes: int) -> None:
+    gate = EntropyGate(2.08)
+    assert gate.needs == {"entropy"} and gate.decide(Signals(9, entropy=entropy)) == nodes
 
 
 @pytest.mark.parametrize(
-    ("best", "expected"),
+    ("signals", "nodes"),
     [
-        ((0.9, 0.9), CHAIN),  # (1 + .9 + .81) / 1.2 = 2.26; WIDE: (1 + .96 + .88) / 1.8 = 1.6
-        ((0.05, 0.05), None),  # (1 + .05 + .0025) / 1.2 < 1
+        (chain(0.9), 3),  # (1 + .9 + .81) / 1.2 = 2.26
+        (chain(0.05), 1),  # (1 + .05 + .0025) / 1.2 < 1
+        (wide(0.125), 13),  # 2.5 / 1.8 = 1.39; 3 nodes: 1.25 / 1.2 = 1.04
+        (expecting(0.9, 0.81, *[0.001] * 10), 3),
+        (expecting(0.9), 2),  # all there are: 1.9 / 1.1
+        (expecting(), 1),
     ],
 )
-def test_confidence(best: tuple[float, ...], expected: StaticPolicy | None, device: str) -> None:
-    gate = ConfidenceGate(COSTS, [CHAIN, WIDE])
-    assert list(gate.trees(StaticPolicy.root())) == [CHAIN, WIDE]
-    assert gate.choose(StaticPolicy.root(), logprobs(*best).to(device)) is expected
+def test_confidence(signals: Signals, nodes: int) -> None:
+    gate = ConfidenceGate(COSTS)
+    assert gate.needs == {"expected_tokens"} and gate.decide(signals) == nodes
 
 
-def test_confidence_takes_the_wide_tree_where_drafts_are_alike() -> None:
-    alike = torch.full((1, 2, 4), math.log(0.25))
-    # CHAIN: (1 + .25 + .0625) / 1.2 = 1.09; WIDE: (1 + 1 + .5) / 1.8 = 1.39
-    assert ConfidenceGate(COSTS, [CHAIN, WIDE]).choose(CHAIN, alike) is WIDE
-    assert ConfidenceGate(COSTS).choose(CHAIN, alike) is CHAIN, "without trees of its own: decode's"
-    assert ConfidenceGate(COSTS, margin=0.5).choose(CHAIN, alike) is None
+def test_confidence_with_a_margin() -> None:
+    assert ConfidenceGate(COSTS, margin=0.38).decide(wide(0.125)) == 13
+    assert ConfidenceGate(COSTS, margin=0.4).decide(wide(0.125)) == 1
 
 
-def test_confidence_weighs_every_node_of_a_tree() -> None:
-    #        0
-    #      / | \        ranks  0 1 3
-    #     1  2  3
-    #    / \    |             0 2   0
-    #   4   5   6
-    #           |                   1
-    #           7
-    drawn = StaticPolicy(parents=(-1, 0, 0, 0, 1, 1, 3, 6), ranks=(0, 0, 1, 3, 0, 2, 0, 1))
-    probabilities = torch.tensor([[[0.5, 0.25, 0, 0.125], [0.5, 0, 0.25, 0], [0, 1.0, 0, 0]]])
-    # 1 .5  2 .25  3 .125  4 .25  5 .125  6 .0625  7 .0625: 1.375 accepted drafts are expected
-    for cost, expected in ((2.37, drawn), (2.38, None)):
-        gate = ConfidenceGate({1: 1.0, 8: cost}, [StaticPolicy.root(), drawn])
-        assert gate.choose(CHAIN, probabilities.log()) is expected
-        assert ConfidenceGate({1: 1.0, 8: cost}).choose(drawn, probabilities.log()) is expected
+def test_confidence_weighs_every_node() -> None:
+    signals = expecting(0.5, 0.25, 0.125, 0.25, 0.125, 0.0625, 0.0625, max_nodes=8)  # 2.375 tokens
+    for cost, nodes in ((2.37, 8), (2.38, 1)):
+        assert ConfidenceGate({1: 1.0, 8: cost}).decide(signals) == nodes
 
 
 def test_confidence_with_a_rate_weighs_what_time_is_worth() -> None:
-    """CHAIN: 2.71 tokens in 1.2, WIDE: 2.84 in 1.3: CHAIN has the better quotient, but 0.1 of time may cost less."""
-    costs = {1: 1.0, 3: 1.2, 13: 1.3}
-    expected = {None: CHAIN, 0.8: WIDE, 1.5: CHAIN, 9.0: None}
-    for rate, tree in expected.items():
-        assert ConfidenceGate(costs, [CHAIN, WIDE], rate=rate).choose(CHAIN, logprobs(0.9, 0.9)) is tree
-    assert ConfidenceGate(costs, [CHAIN], rate=1.0, margin=1.6).choose(CHAIN, logprobs(0.9, 0.9)) is None
-    assert ConfidenceGate(costs, [CHAIN], rate=1.0, margin=1.4).choose(CHAIN, logprobs(0.9, 0.9)) is CHAIN
+    """3 nodes: 2.71 tokens in 1.2, 13: 2.84 in 1.3. 3 has the better quotient, but 0.1 of time may cost less."""
+    costs, signals = {1: 1.0, 3: 1.2, 13: 1.3}, expecting(0.9, 0.81, *[0.013] * 10)
+    for rate, nodes in {None: 3, 0.8: 13, 1.5: 3, 9.0: 1}.items():
+        assert ConfidenceGate(costs, rate=rate).decide(signals) == nodes
+    assert ConfidenceGate({1: 1.0, 3: 1.2}, rate=1.0, margin=1.6).decide(expecting(0.9, 0.81, max_nodes=3)) == 1
+    assert ConfidenceGate({1: 1.0, 3: 1.2}, rate=1.0, margin=1.4).decide(expecting(0.9, 0.81, max_nodes=3)) == 3
+
+
+def test_of_equals_the_smallest() -> None:
+    assert ConfidenceGate({1: 1.0, 3: 2.0, 5: 4.0}).decide(expecting(0.5, 0.5, 1, 1, max_nodes=5)) == 1
+    assert ConfidenceGate({1: 1.0, 3: 1.0, 5: 2.0}).decide(expecting(0.5, 0.5, 1, 1, max_nodes=5)) == 3
 
 
 def test_corrections_are_those_of_each_head() -> None:
@@ -106,8 +88,6 @@ def test_corrections_are_those_of_each_head() -> None:
     found = corrected(np.log(probabilities), both, np.array([[0.0], [math.log(4)]]))
     assert found == pytest.approx(np.array([[0.5, 1 / 17], [0.8, 0.5]]))
     assert np.isfinite(corrected(np.array([[-math.inf, -1e6, 0.0]] * 2), both, none)).all()
-    gate = ConfidenceGate(COSTS, [CHAIN], platt=[(1.0, -6.0), (1.0, 0.0)])
-    assert gate.choose(CHAIN, logprobs(0.9, 0.9)) is None
 
 
 def test_costs_between_are_interpolated() -> None:
@@ -115,17 +95,17 @@ def test_costs_between_are_interpolated() -> None:
     assert gate.cost(8) == pytest.approx(1.5) and gate.cost(1) == 1.0
 
 
-WRONG = [
+WRONG: list[tuple[Any, type[Exception], str]] = [
     (lambda: EntropyGate("low"), TypeError, "EntropyGate: threshold must be a number, got 'low'"),
     (lambda: EntropyGate(float("nan")), TypeError, "EntropyGate: threshold must be a number, got nan"),
     (lambda: ConfidenceGate({2: 1.0}), ValueError, r"costs must have size 1, a plain step, got sizes \[2\]"),
     (lambda: ConfidenceGate({1: 0.0}), ValueError, r"costs\[1\] must be > 0, got 0.0"),
-    (lambda: ConfidenceGate(COSTS, []), ValueError, "trees must be None or have at least one tree, got none"),
-    (lambda: ConfidenceGate(COSTS, [CHAIN], -0.1), ValueError, "margin must be >= 0, got -0.1"),
+    (lambda: ConfidenceGate({1: float("nan")}), ValueError, r"costs\[1\] must be > 0, got nan"),
+    (lambda: ConfidenceGate({1: "a"}), TypeError, r"costs\[1\] must be a number, got 'a'"),
+    (lambda: ConfidenceGate(COSTS, -0.1), ValueError, "margin must be >= 0, got -0.1"),
     (lambda: ConfidenceGate(COSTS, rate=0.0), ValueError, "rate must be None or > 0, got 0.0"),
-    (lambda: ConfidenceGate(COSTS, [StaticPolicy.chain(20)]), ValueError, "a tree has 21 nodes, the largest .* is 13"),
     (
-        lambda: ConfidenceGate(COSTS).choose(StaticPolicy.chain(20), logprobs(*[0.5] * 20)),
+        lambda: ConfidenceGate(COSTS).decide(expecting(0.5, max_nodes=21)),
         ValueError,
         "a tree has 21 nodes, the largest size with a cost is 13",
     ),
@@ -133,6 +113,6 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("make", "error", "message"), WRONG, ids=[message for _, _, message in WRONG])
-def test_wrong(make, error, message: str) -> None:
+def test_wrong(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()

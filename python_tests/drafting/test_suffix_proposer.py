@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cerberus_ext.drafting.proposers import Drafts, HeadsProposer, ask_proposer, join_places
+from cerberus_ext.drafting.proposers import Drafts, HeadsProposer, ask_proposer, join_tables
 from cerberus_ext.drafting.suffix import DocumentProposer, SuffixProposer, probabilities_by_match
 
 LIST = [7, 1, 2, 3, 9, 7, 1, 2, 4, 9, 7, 1]  # after 7 1: twice 2
@@ -216,16 +216,16 @@ def table(tokens: Any, probabilities: Any) -> Drafts:
 def test_joined_tables_are_best_first() -> None:
     heads = table([[1, 2], [3, 4], [5, 6]], [[0.5, 0.25], [0.5, 0.25], [0.5, 0.25]])
     other = table([[7], [8]], [[0.375], [0.5]])
-    joined = join_places([(heads, 0), (other, 3)])
+    joined = join_tables([(heads, 0), (other, 3)])
     assert joined.tokens[:2].tolist() == [[1, 7, 2], [3, 8, 4]], "of equals, the earlier proposer's"
     assert joined.probabilities.tolist() == [[0.5, 0.375, 0.25], [0.5, 0.5, 0.25], [0.5, 0.25, 0.0]]
     assert joined.proposers[:2].tolist() == [[0, 3, 0], [0, 3, 0]] and joined.tokens[2, :2].tolist() == [5, 6]
 
 
 def test_one_table_and_none() -> None:
-    joined = join_places([(table([[1, 2]], [[0.5, 0.25]]), 4)])
+    joined = join_tables([(table([[1, 2]], [[0.5, 0.25]]), 4)])
     assert [part.tolist() for part in joined] == [[[1, 2]], [[0.5, 0.25]], [[4, 4]]]
-    assert [part.shape for part in join_places([])] == [(0, 0)] * 3
+    assert [part.shape for part in join_tables([])] == [(0, 0)] * 3
 
 
 def test_more_drafts_than_asked_for_are_cut() -> None:

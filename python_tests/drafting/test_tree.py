@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from cerberus_ext.drafting.static_policy import StaticPolicy, default_tree
+from cerberus_ext.drafting.tree import ALONE, filled_size
 
 #        0
 #      / | \        ranks  0 1 3
@@ -21,20 +23,22 @@ PATHS = [(0,), (1,), (3,), (0, 0), (0, 2), (3, 0), (3, 0, 1)]
 
 
 def test_numbers() -> None:
-    assert DRAWN.depths == (0, 1, 1, 1, 2, 2, 2, 3)
-    assert (DRAWN.size, DRAWN.depth, DRAWN.drafts) == (8, 3, 4)
+    assert DRAWN.tree.depths.tolist() == [0, 1, 1, 1, 2, 2, 2, 3]
+    assert (DRAWN.size, DRAWN.depth, DRAWN.useful_drafts, DRAWN.sizes) == (8, 3, 4, (1, 8))
     assert DRAWN.paths() == PATHS
 
 
 def test_from_paths() -> None:
-    assert StaticPolicy.from_paths(reversed(PATHS)) == DRAWN
-    assert StaticPolicy.from_paths([(0, 2), (3, 0, 1), (0, 0), (1,)]) == DRAWN, "beginnings come with a path"
+    assert StaticPolicy.from_paths(PATHS) == DRAWN
+    # Best first, as given; beginnings come in front of a path where they are not there yet.
+    given = [(0, 2), (3, 0, 1), (0,), (0, 0), (1,)]
+    assert StaticPolicy.from_paths(given).paths() == [(0,), (0, 2), (3,), (3, 0), (3, 0, 1), (0, 0), (1,)]
     assert StaticPolicy.from_paths([]) == StaticPolicy.root()
 
 
 def test_root() -> None:
     root = StaticPolicy.root()
-    assert (root.size, root.depth, root.drafts, root.paths()) == (1, 0, 0, [])
+    assert (root.size, root.depth, root.useful_drafts, root.sizes, root.paths()) == (1, 0, 0, (1,), [])
 
 
 def test_chain_and_widths() -> None:
@@ -44,29 +48,53 @@ def test_chain_and_widths() -> None:
 
 
 def test_cut() -> None:
-    assert DRAWN.cut(3) is DRAWN and DRAWN.cut(9) is DRAWN
-    assert DRAWN.cut(2) == StaticPolicy.from_paths(PATHS[:-1]) and DRAWN.cut(2) is DRAWN.cut(2)
-    assert DRAWN.cut(0) == StaticPolicy.root()
+    assert DRAWN.cut(3) is DRAWN.tree and DRAWN.cut(9) is DRAWN.tree
+    assert DRAWN.cut(2).parents.tolist() == [-1, 0, 0, 0, 1, 1, 3] and DRAWN.cut(2) is DRAWN.cut(2)
+    assert DRAWN.cut(2).ranks.tolist() == [0, 0, 1, 3, 0, 2, 0]
+    assert DRAWN.cut(0) is ALONE
+
+
+def test_first_nodes() -> None:
+    small = DRAWN.tree.first(5)
+    assert small.parents.tolist() == [-1, 0, 0, 0, 1] and small.ranks.tolist() == [0, 0, 1, 3, 0]
+    assert DRAWN.tree.first(8) is DRAWN.tree and DRAWN.tree.first(9) is DRAWN.tree
+
+
+@pytest.mark.parametrize(("nodes", "filled"), [(1, 1), (2, 4), (4, 4), (5, 8), (8, 8), (9, 9)])
+def test_filled_size(nodes: int, filled: int) -> None:
+    assert filled_size(nodes, (1, 4, 8)) == filled
+
+
+def test_weighed() -> None:
+    """The product of the heads' probabilities along every path; what is no draft has none."""
+    table = np.array([[0.5, 0.25, 0, 0.125], [0.5, 0, 0.25, 0], [0, 1.0, 0, 0]])
+
+    class Heads:
+        def drafts(self) -> tuple[np.ndarray, np.ndarray]:
+            with np.errstate(divide="ignore"):
+                return np.zeros((3, 4), np.int64), np.log(table).astype(np.float32)
+
+    weighed = DRAWN.grow(Heads(), 9, True)
+    assert weighed.probabilities.tolist() == pytest.approx([1, 0.5, 0.25, 0.125, 0.25, 0.125, 0.0625, 0.0625])
+    assert weighed.expected_tokens[-1] == pytest.approx(1 + 1.375)
+    assert DRAWN.grow(Heads(), 1, True).probabilities.tolist() == pytest.approx([1, 0.5, 0.25, 0.125])
+    assert DRAWN.grow(Heads(), 2, False) is DRAWN.cut(2), "nobody asked for the probabilities"
 
 
 def test_tensors(device: str) -> None:
-    tensors = DRAWN.on(torch.device(device))
-    assert tensors.parents.tolist() == list(DRAWN.parents) and tensors.depths.tolist() == list(DRAWN.depths)
+    tensors = DRAWN.tree.on(torch.device(device))
+    assert tensors.parents.tolist() == list(DRAWN.parents)
+    assert tensors.depths.tolist() == [0, 1, 1, 1, 2, 2, 2, 3]
     assert tensors.ancestors.tolist() == [[1], [3], [5], [9], [19], [35], [73], [201]]
-    assert tensors.heads.tolist() == [0, 0, 0, 1, 1, 1, 2] and tensors.ranks.tolist() == [0, 1, 3, 0, 2, 0, 1]
     assert all(tensor.dtype == torch.int64 and tensor.device.type == device for tensor in tensors)
-    assert DRAWN.on(torch.device(device)) is tensors
 
 
 def test_tensors_of_the_root() -> None:
-    with torch.inference_mode():
-        tensors = StaticPolicy.root().on(torch.device("cpu"))
-    assert [tensor.tolist() for tensor in tensors] == [[-1], [[1]], [0], [], []]
-    assert not any(tensor.is_inference() for tensor in tensors)
+    assert [tensor.tolist() for tensor in ALONE.on(torch.device("cpu"))] == [[-1], [[1]], [0]]
 
 
 def test_more_than_one_word_of_ancestors() -> None:
-    words = StaticPolicy.chain(64).on(torch.device("cpu")).ancestors
+    words = StaticPolicy.chain(64).tree.on(torch.device("cpu")).ancestors
     assert words.shape == (65, 2)
     assert words[63].tolist() == [-1, 0] and words[64].tolist() == [-1, 1]
 

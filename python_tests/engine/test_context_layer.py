@@ -22,10 +22,11 @@ from cerberus_ext.calibration.trace import Answer, trace
 from cerberus_ext.drafting.context_layer import BoundContext, rotate
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate
-from cerberus_ext.drafting.heads import Drafter
+from cerberus_ext.drafting.heads_drafter import HeadsDrafter
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime import compiled_step
+from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.runtime.stats import DecodeOutput
 from cerberus_ext.target.model import TargetModel
 
@@ -46,7 +47,7 @@ class Spy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.read: dict[int, Tensor] = {}
         self.drafts: dict[int, tuple[Tensor, Tensor]] = {}
-        drafted, reads = Drafter.draft, BoundContext.read
+        drafted, reads = HeadsDrafter.draft, BoundContext.read
         place = 0
 
         def read(layer: Any, cache: Any, *arguments: Any) -> Tensor:
@@ -55,13 +56,13 @@ class Spy:
             self.read[place] = reads(layer, cache, *arguments)[0, 0].clone()
             return self.read[place][None, None]
 
-        def draft(drafter: Drafter, hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
+        def draft(drafter: HeadsDrafter, hidden: Tensor, pending: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
             assert torch.equal(hidden[0], self.read[place])
-            self.drafts[place] = drafted(drafter, hidden, root, drafts)
+            self.drafts[place] = drafted(drafter, hidden, pending, drafts)
             return self.drafts[place]
 
         monkeypatch.setattr(BoundContext, "read", read)
-        monkeypatch.setattr(Drafter, "draft", draft)
+        monkeypatch.setattr(HeadsDrafter, "draft", draft)
 
 
 def run(name: str, device: str = "cpu", new: int = NEW, **options: Any) -> DecodeOutput:
@@ -136,10 +137,10 @@ def test_pairs_are_the_same_read_or_only_kept(dtype: torch.dtype) -> None:
     model, ids = tiny_model("llama", "cpu", dtype), prompt()
     context = heads_for(model, dtype).bind(model).context
     assert context is not None
-    tree = StaticPolicy.from_widths([3, 2]).on(ids.device)
+    tree = StaticPolicy.from_widths([3, 2]).tree.on(ids.device)
     tokens = torch.arange(len(tree.depths))[None] + 5
     kept = []
-    with torch.inference_mode(), TargetModel(model, 64, 1, context=True) as base:
+    with torch.inference_mode(), runtime_of(model).target(64, context=True) as base:
         base.prefill(ids)
         states, _ = base.step(tokens, tree)
         led = torch.cat([states[:, :1], states[:, tree.parents[1:]]], 1)

@@ -83,10 +83,10 @@ def test_heads_get_the_hidden_state_of_the_root(heads: type, llama: PreTrainedMo
     stand_in = heads(expected("llama", "cpu"), 4, VOCAB)
     own_draft, checked = stand_in.draft, []
 
-    def draft(hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
-        assert llama.lm_head(hidden).argmax(-1).equal(root)
-        checked.append(root)
-        return own_draft(hidden, root, drafts)
+    def draft(hidden: Tensor, pending: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
+        assert llama.lm_head(hidden).argmax(-1).equal(pending)
+        checked.append(pending)
+        return own_draft(hidden, pending, drafts)
 
     stand_in.draft = draft
     stats = decode(llama, stand_in, prompt(), max_new_tokens=NEW, tree=TREES["16"], streamer=stand_in).stats
@@ -102,7 +102,7 @@ def test_adversarial_heads_waste_every_step(llama: PreTrainedModel) -> None:
     assert set(stats.seconds) == {"prefill", "draft", "verify", "commit"} and stats.tokens_per_second > 0
 
 
-@pytest.mark.parametrize("gate", [EntropyGate(3.0), ConfidenceGate({1: 1.0, 64: 1.3}, list(TREES.values())[:3])])
+@pytest.mark.parametrize("gate", [EntropyGate(3.0), ConfidenceGate({1: 1.0, 5: 1.1, 64: 1.3})])
 def test_gates_that_look(gate, llama: PreTrainedModel) -> None:
     want = expected("llama", "cpu")
     heads = OracleHeads(want, 4, VOCAB)
@@ -290,12 +290,12 @@ def test_interrupted_it_leaves_the_model_as_it_was(where: str, error, llama: Pre
 
     options: dict = {}
     if where == "heads":
-        heads.propose = lambda drafts: fail() and torch.zeros(4, drafts, dtype=torch.int64)
+        heads.make = lambda drafts: fail() and torch.zeros(4, drafts, dtype=torch.int64)
     elif where == "criterion":
         options["stopping_criteria"] = [fail]
     elif where == "gate":
         options["gate"] = RandomGate()
-        options["gate"].opens = fail
+        options["gate"].decide = fail
     elif where == "op":
         monkeypatch.setattr("cerberus_ext.target.cache.ops.write_cache", fail)
     else:

@@ -15,6 +15,7 @@ from stand_ins import RandomHeads
 from tiny_models import VOCAB, prompt, tiny_model
 from transformers import T5Config, T5ForConditionalGeneration
 
+from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import ConfidenceGate, Gate
 from cerberus_ext.drafting.static_policy import StaticPolicy
@@ -22,14 +23,8 @@ from cerberus_ext.drafting.suffix import SuffixProposer
 from cerberus_ext.engine.decode import decode
 
 
-class DeepGate(Gate):
-    def trees(self, tree: StaticPolicy) -> list[StaticPolicy]:
-        return [StaticPolicy.chain(7)]
-
-
-class ChoosingGate(Gate):
-    def choose(self, tree: StaticPolicy, logprobs: torch.Tensor) -> None:
-        return None
+class ReadingGate(Gate):
+    needs = frozenset({"entropy", "weather"})
 
 
 def encoder_decoder() -> T5ForConditionalGeneration:
@@ -50,6 +45,7 @@ def call(**changes: Any) -> None:
 
 
 IDS = prompt()
+HEADS = CerberusHeads(CerberusConfig("tiny", 32, VOCAB))
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"model": torch.nn.Linear(2, 2)}, TypeError, "model must be a transformers PreTrainedModel, got Linear"),
     ({"heads": 4}, TypeError, "heads must be CerberusHeads, got int"),
@@ -108,11 +104,15 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"tree": True}, TypeError, "tree must be a number of nodes, a StaticPolicy, a DynamicPolicy or None, got bool"),
     ({"tree": 16.0}, TypeError, "tree must be a number of nodes, a StaticPolicy, a DynamicPolicy or None, got float"),
     ({"tree": 1}, ValueError, "tree must be >= 2, got 1"),
-    ({"tree": 16, "gate": ChoosingGate()}, ValueError, "gate must have choose_size, .* this ChoosingGate chooses"),
     ({"tree": StaticPolicy.chain(5)}, ValueError, "tree must not be deeper than the heads, 4, got a depth of 5"),
     ({"gate": 0.5}, TypeError, "gate must be a Gate or None, got float"),
-    ({"gate": DeepGate()}, ValueError, "tree must not be deeper than the heads, 4, got a depth of 7"),
-    ({"gate": ConfidenceGate({1: 1.0}), "tree": StaticPolicy.chain(2)}, ValueError, "a tree has 3 nodes"),
+    ({"gate": Gate}, TypeError, "gate must be a Gate or None, got type"),
+    ({"gate": ReadingGate()}, ValueError, r"gate must need no other signals than .*, got \['weather'\]"),
+    (
+        {"gate": ConfidenceGate({1: 1.0}), "tree": StaticPolicy.chain(2), "max_new_tokens": 4, "heads": HEADS},
+        ValueError,
+        "a tree has 3 nodes",
+    ),
     (
         {"heads": None, "tree": StaticPolicy.chain(1)},
         ValueError,
@@ -120,11 +120,10 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"tree": DynamicPolicy(8, platt=((1, 0),))}, ValueError, "a correction for each of the 4 heads, .* got 1"),
     (
-        {"gate": ChoosingGate(), "tree": DynamicPolicy(8)},
+        {"gate": ConfidenceGate({1: 1.0, 8: 2.0}), "tree": DynamicPolicy(9), "max_new_tokens": 4, "heads": None},
         ValueError,
-        "gate must have choose_size, .* this ChoosingGate chooses",
+        "a tree has 9 nodes, .* is 8",
     ),
-    ({"gate": ConfidenceGate({1: 1.0, 8: 2.0}), "tree": DynamicPolicy(9)}, ValueError, "a tree has 9 nodes, .* is 8"),
     (
         {"proposers": SuffixProposer()},
         TypeError,

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from proposer_stand_ins import KINDS, KnowingMaker, nothing, proposers_of, right, table, wrong
 from stand_ins import AdversarialHeads, LastDraftHeads, OracleHeads, RandomGate, RandomHeads
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
@@ -17,7 +16,7 @@ from transformers import MaxLengthCriteria, PreTrainedModel
 
 from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
-from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate, Signals
 from cerberus_ext.drafting.suffix import SuffixProposer
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime.stats import DecodeOutput
@@ -31,11 +30,14 @@ CORRECTIONS = ((1.5, 0.0), (0.5, -1.0), (-1.0, 0.5), (1.0, 3.0))
 class RandomSizeGate(Gate):
     """Any size: none, one that is there, and more."""
 
+    needs = frozenset({"expected_tokens"})
+
     def __init__(self) -> None:
         self.random = random.Random(0)
 
-    def choose_size(self, expected: NDArray[np.float64]) -> int:
-        assert expected[0] == 1 and (np.diff(expected) >= 0).all()
+    def decide(self, signals: Signals) -> int:
+        expected = signals.expected_tokens
+        assert expected is not None and expected[0] == 1 and (np.diff(expected) >= 0).all()
         assert (np.diff(expected, n=2) <= 1e-12).all(), "best first"
         return self.random.randrange(len(expected) + 3)
 

@@ -10,17 +10,15 @@ import torch
 from proposer_stand_ins import KnowingMaker, table
 from stand_ins import OracleHeads
 from tiny_models import VOCAB, generated, prompt, tiny_model
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from cerberus_ext import CerberusConfig, CerberusHeads
-from cerberus_ext.drafting.dynamic_policy import DynamicPolicy, Tree, padded_size
-from cerberus_ext.drafting.gate import ConfidenceGate, Gate
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
+from cerberus_ext.drafting.gate import ConfidenceGate
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.drafting.suffix import DocumentProposer, SuffixProposer
+from cerberus_ext.drafting.tree import Tree
 from cerberus_ext.engine.decode import decode
-from cerberus_ext.runtime.capability import capability_of
-from cerberus_ext.target.model import TargetModel
 
 NEW = 24
 
@@ -30,21 +28,25 @@ def llama() -> PreTrainedModel:
     return tiny_model("llama")
 
 
-@pytest.mark.parametrize(("nodes", "padded"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (64, 64), (65, 128)])
-def test_padded_size(nodes: int, padded: int) -> None:
-    assert padded_size(nodes) == padded
+@pytest.mark.parametrize(
+    ("size", "sizes"), [(2, (1, 2)), (4, (1, 4)), (5, (1, 4, 5)), (16, (1, 4, 8, 16)), (70, (1, 4, 8, 16, 32, 64, 70))]
+)
+def test_sizes(size: int, sizes: tuple[int, ...]) -> None:
+    assert DynamicPolicy(size).sizes == sizes
 
 
 def test_step_tree() -> None:
     parents, probabilities = np.array([-1, 0, 1, 0, 2]), np.array([1.0, 0.5, 0.25, 0.25, 0.125])
     tree = Tree(parents, np.array([0, 7, 8, 9, 7]), np.array([0, 0, 1, 0, 1]), probabilities)
     assert (tree.size, tree.depth, tree.depths.tolist()) == (5, 3, [0, 1, 2, 1, 3])
-    assert tree.expected.tolist() == [1, 1.5, 1.75, 2, 2.125]
-    assert tree.first(5) is tree and tree.first(9) is tree and tree.cut(3) is tree
+    assert tree.expected_tokens.tolist() == [1, 1.5, 1.75, 2, 2.125]
+    assert tree.first(5) is tree and tree.first(9) is tree
     small = tree.first(3)
-    assert small.parents.tolist() == [-1, 0, 1] and small.depth == 2 and small.expected.tolist() == [1, 1.5, 1.75]
+    assert (
+        small.parents.tolist() == [-1, 0, 1] and small.depth == 2 and small.expected_tokens.tolist() == [1, 1.5, 1.75]
+    )
     tensors = tree.on(torch.device("cpu"))
-    assert tensors.tokens.tolist() == [7, 8, 9, 7] and tensors.parents.tolist() == parents.tolist()
+    assert small.tokens.tolist() == [0, 7, 8] and tensors.parents.tolist() == parents.tolist()
     assert tensors.ancestors.tolist() == [[0b1], [0b11], [0b111], [0b1001], [0b10111]]
 
 
@@ -66,24 +68,6 @@ def test_wrong_tree(values: dict[str, Any], error: type[Exception], message: str
     with pytest.raises(error, match=f"^DynamicPolicy: {message}"):
         DynamicPolicy(**values)
     assert DynamicPolicy(4, platt=[[1, 2]]).platt == ((1.0, 2.0),)  # type: ignore[arg-type]
-
-
-class PathHeads(OracleHeads):
-    """Drafts along the paths of a tree that has been chosen."""
-
-    draft = None
-    draft_tree = None
-
-
-def test_heads_that_draft_along_paths_need_a_draft_tree(llama: PreTrainedModel, monkeypatch: Any) -> None:
-    """They are refused before the prompt's forward, which may be long."""
-    heads = PathHeads(generated("llama", "cpu", NEW), 4, VOCAB)
-    capability_of(llama)
-    monkeypatch.setattr(TargetModel, "prefill", None)
-    with pytest.raises(ValueError, match="decode: tree must be a StaticPolicy with these heads, which draft along"):
-        decode(llama, heads, prompt(), max_new_tokens=NEW, tree=DynamicPolicy(8))
-    monkeypatch.undo()
-    check_usable(llama)
 
 
 def check_usable(model: PreTrainedModel) -> None:
@@ -179,28 +163,14 @@ def test_a_maker_of_something_else(made: Any, llama: PreTrainedModel) -> None:
     check_usable(llama)
 
 
-class Choosing(Gate):
-    """Written before there were other trees than StaticPolicies."""
-
-    def __init__(self) -> None:
-        self.chosen: list[StaticPolicy] = []
-
-    def choose(self, tree: StaticPolicy, logprobs: Tensor) -> StaticPolicy:
-        self.chosen.append(tree)
-        return tree
-
-
-def test_gates_that_choose_among_draft_trees_get_one(llama: PreTrainedModel) -> None:
-    """By themselves, and not where they are told otherwise."""
-    heads = CerberusHeads(CerberusConfig("tiny", 32, VOCAB))
-    choosing = Choosing()
-    confident = ConfidenceGate({1: 1.0, 8: 1.01}, [StaticPolicy.chain(1), StaticPolicy.chain(3)])
-    for gate in (choosing, confident):
-        for other, tree in ((heads, DynamicPolicy(4)), (None, None)):
-            with pytest.raises(ValueError, match="decode: gate must have choose_size, and no trees of its own, for a"):
-                decode(llama, other, prompt(), max_new_tokens=NEW, tree=tree, gate=gate)
-        out = decode(llama, heads, prompt(), max_new_tokens=NEW, gate=gate)
+def test_a_gate_chooses_the_first_nodes_of_either_policy(llama: PreTrainedModel) -> None:
+    """One formula for both; the costs have to reach the size of the policy."""
+    heads, confident = CerberusHeads(CerberusConfig("tiny", 32, VOCAB)), ConfidenceGate({1: 1.0, 2: 1.001, 4: 1.3})
+    for tree in (DynamicPolicy(4), StaticPolicy.from_widths([3])):
+        out = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=tree, gate=confident, proposers=[])
         assert out.sequences.tolist() == generated("llama", "cpu", NEW).tolist()
-        if gate is confident:
-            assert {4} < {nodes for nodes, _ in out.stats.trace} <= {1, 2, 3, 4}
-    assert choosing.chosen and all(isinstance(tree, StaticPolicy) for tree in choosing.chosen)
+        assert {2} <= {nodes for nodes, _ in out.stats.trace} <= {1, 2}, "the last step may be a plain one"
+    for tree in (DynamicPolicy(5), StaticPolicy.from_widths([4])):
+        with pytest.raises(ValueError, match="^ConfidenceGate: costs must reach .* 5 nodes, the largest .* is 4$"):
+            decode(llama, heads, prompt(), max_new_tokens=NEW, tree=tree, gate=confident)
+        check_usable(llama)

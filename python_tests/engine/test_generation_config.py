@@ -18,6 +18,7 @@ from cerberus_ext.drafting.gate import AlwaysClosed
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime.logit_rules import REFUSED, RULES, logit_rules
+from cerberus_ext.runtime.sampling import Sampling
 
 NEW = 24
 EOS = 26  # the tiny llama writes it soon
@@ -185,7 +186,7 @@ def test_equal_drafts_after_one_node(llama: PreTrainedModel, monkeypatch: pytest
     use(monkeypatch, llama, repetition_penalty=1.3)
     want = generate(llama, prompt(), max_new_tokens=NEW)
     heads = OracleHeads(want, 2, VOCAB)
-    heads.propose = lambda drafts: torch.stack(
+    heads.make = lambda drafts: torch.stack(
         [heads.next_tokens()[0].expand(drafts), (heads.next_tokens()[1] + torch.arange(drafts)) % VOCAB]
     )
     tree = StaticPolicy.from_paths([(0,), (1,), (1, 0)])
@@ -309,7 +310,7 @@ def test_every_field_is_known() -> None:
 def test_nothing_to_apply(config: Any, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an end of the text there is no minimum, either."""
     monkeypatch.setattr(llama, "generation_config", config)
-    assert logit_rules(llama, prompt(), 4, frozenset()) is None
+    assert logit_rules(llama, prompt(), 4, frozenset(), sampling := Sampling(seed=3)) is sampling
 
 
 def test_harmless_fields(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from cerberus_ext.drafting.gate import Gate
+from cerberus_ext.drafting.gate import Gate, Signals
 from cerberus_ext.engine.decode import decode
 
 NEW = 12
@@ -41,7 +41,7 @@ class Failing(Gate):
     def __init__(self, error: type[BaseException]) -> None:
         self.error = error
 
-    def opens(self, hidden: Tensor) -> bool:
+    def decide(self, signals: Signals) -> int:
         raise self.error("in the middle")
 
 

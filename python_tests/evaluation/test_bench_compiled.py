@@ -11,7 +11,7 @@ import pytest
 import torch
 from bench_runs import bench, calibrated, rows_of, way_file
 
-from cerberus_ext import AlwaysOpen, CerberusHeads, compile_ahead, decode
+from cerberus_ext import AlwaysOpen, CerberusHeads, Decoder, decode
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.evaluation.evaluate import BenchOptions, evaluate
@@ -104,7 +104,7 @@ def test_which_calibration_counts(compiled: bool, folder: Path, tmp_path: Path) 
     assert "of 6 nodes" in summary["settings"]["ways"]["cerberus-calibrated"]
     foreseen = {"autoregressive-compiled", "cerberus-calibrated-compiled"}
     assert set(summary["expected"]) == {"autoregressive", "cerberus-calibrated", *(foreseen if compiled else ())}
-    assert set(summary["settings"]["calibration"]) == {"heads", "medusa", "compiled"}
+    assert set(summary["settings"]["calibration"]) == {"heads", "compiled"}
 
 
 COMPILED_WAY = "tokens[3], stats = (tokens[3] + 1) % 60, out.stats; self.compiled = True"
@@ -139,12 +139,13 @@ def test_steps_that_cannot_be_compiled(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "tree", [None, DynamicPolicy(9), StaticPolicy.from_widths([2, 2])], ids=["default", "9", "static"]
 )
-def test_compiled_ahead(tree: Any, folder: Path, pieces: list[int]) -> None:
+def test_warmed_up(tree: Any, folder: Path, pieces: list[int]) -> None:
     model, _ = load_model(folder / "model", torch.float32, "cpu")
     heads = CerberusHeads.from_pretrained(folder / "heads")
-    stats = compile_ahead(model, heads, tree=tree)
+    decoder = Decoder(model, heads, tree=tree, compile=True)
+    stats = decoder.warm_up()
     sizes = {None: {1, 4, 6}, DynamicPolicy(9): {1, 4, 8, 9}}.get(tree, {1, 7})
     assert set(pieces) == sizes and stats.compilations == len(sizes) and stats.row_invariant is True
     assert stats.compile_seconds > 0 and stats.steps == 0
     out = decode(model, heads, torch.tensor([[3, 4, 5]]), max_new_tokens=20, tree=tree, compile=True)
-    assert out.stats.compilations == 0 and compile_ahead(model, heads, tree=tree).compilations == 0
+    assert out.stats.compilations == 0 and decoder.warm_up().compilations == 0

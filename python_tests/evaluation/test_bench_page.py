@@ -15,7 +15,7 @@ from tiny_chat import save_model
 
 from cerberus_ext import CerberusHeads
 from cerberus_ext.evaluation.evaluate import BenchOptions, evaluate, report
-from cerberus_ext.evaluation.page import code, span
+from cerberus_ext.evaluation.page import code
 from cerberus_ext.evaluation.tokens import Draft, drafts_of, pieces_of
 from cerberus_ext.io.default_model import load_model
 from cerberus_ext.io.prompts import Question
@@ -89,8 +89,20 @@ def test_texts_are_escaped(page: tuple[str, Path]) -> None:
     reader.feed(page[0])
     assert "<script>alert(1)</script> w1" in reader.text and "a<b>&" in reader.text and "<i>model</i>" in reader.text
     assert "<i>" not in page[0] and "<b>" not in page[0]
-    assert span('<"&', Draft(0), None) == '<span title="from the prompt\'s forward">&lt;&quot;&amp;</span>'
     assert code("a `b<c` d") == "a <code>b&lt;c</code> d"
+
+
+def test_tokens_are_escaped(page: tuple[str, Path], tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (page[1] / "results.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line.get("pieces"):
+            line["pieces"]["cerberus"][0] = '<b>"&'
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report(tmp_path)
+    reader = Reader()
+    reader.feed((tmp_path / "index.html").read_text())
+    shown = [(attributes, text) for attributes, text in reader.spans if "title" in attributes]
+    assert shown[0] == ({"title": "from the prompt's forward"}, '<b>"&')
 
 
 WHO = re.compile(r"step \d+: (?:(head|proposer) (\d), node \d of \d|target model)|from the prompt's forward")

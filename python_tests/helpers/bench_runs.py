@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from typer.testing import CliRunner
 
-from cerberus_ext import CerberusHeads, StaticPolicy
+from cerberus_ext import CerberusHeads
 from cerberus_ext.cli.main import app
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.engine.calibration_store import Calibration, Expected, heads_fingerprint, key_of, save
@@ -52,14 +52,16 @@ def ways(context):
 
 
 def calibrated(
-    folder: Path, target: Path, gate: Any, tree: StaticPolicy | DynamicPolicy | None = None, compiled: bool = False
+    folder: Path, target: Path, gate: Any, tree: DynamicPolicy | None = None, compiled: bool = False
 ) -> Path:
-    """A copy of the heads, with a calibration for this machine. tree: None: a static one of 5 nodes."""
+    """A copy of the heads, with a calibration for this machine. tree: None: of 5 nodes."""
     shutil.copytree(folder / "heads", target, dirs_exist_ok=True)
     heads = CerberusHeads.from_pretrained(target)
     device, dtype, threads, _ = key_of(torch.device("cpu"), torch.float32, torch.get_num_threads())
-    tree = StaticPolicy.from_paths([(0, 0), (1,), (2,)]) if tree is None else tree
     expected = Expected(50.0, 25.0, 2.0, 1.0, 0.1)
     own = heads_fingerprint(heads)
-    save(heads, Calibration(device, dtype, threads, own, "model", tree, gate, expected, compiled=compiled))
+    save(
+        heads,
+        Calibration(device, dtype, threads, own, "model", tree or DynamicPolicy(5), gate, expected, compiled=compiled),
+    )
     return target

@@ -116,8 +116,29 @@ def check_values(dtype: torch.dtype, transposed: bool) -> None:
             assert torch.equal(columns[:, kept], got[:, kept]) and not columns[:, 1].isfinite().any()
 
 
+def check_rounding(dtype: torch.dtype) -> None:
+    """Products of one term, exact in float32, rounded as torch rounds them: tiles of every shape, ties, infinities,
+    NaN, and float16's overflow and subnormal numbers."""
+    generator = torch.Generator().manual_seed(0)
+    largest = 8 if dtype is torch.float16 else 30
+
+    def wide(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) * 2.0 ** torch.randint(
+            -largest, largest, shape, generator=generator
+        )
+
+    for rows in range(1, 14):
+        for outputs in (1, 3, 8, 24, 49, 131):
+            input, weight = wide(rows, 1).to(dtype), wide(outputs, 1).to(dtype)
+            weight[:: max(2, outputs // 5)] = torch.tensor(torch.nan)
+            weight[1 :: max(2, outputs // 5)] = torch.tensor(-torch.inf)
+            got, exact = ops.linear(input, weight, None), input.float() * weight.float().T
+            assert torch.allclose(got.float(), exact.to(dtype).float(), rtol=0, atol=0, equal_nan=True), (rows, outputs)
+
+
 def check_all() -> None:
     for dtype in DTYPES:
+        check_rounding(dtype)
         for transposed in (False, True):
             check_values(dtype, transposed)
             check_rows(dtype, transposed)

@@ -1,4 +1,4 @@
-"""The emulated CUDA kernels for tests: builds csrc/simt, and calls its ops with guarded tensors.
+"""The emulated CUDA kernels for tests: builds simt/emulator, and calls its ops with guarded tensors.
 
 CERBERUS_SIMT_BUILD=sanitize or coverage takes another build than the plain one. The former needs more in the
 environment: env $(python python_tests/helpers/simt_library.py) pytest python_tests/simt
@@ -19,6 +19,7 @@ from op_cases import assert_same_bits
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
+EMULATOR = ROOT / "python_tests" / "simt" / "emulator"
 OPTIONS = {
     "plain": [],
     "sanitize": ["-DCERBERUS_SIMT_SANITIZE=ON"],
@@ -47,7 +48,7 @@ def build(target: str, kind: str = KIND) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another test run may be building
-        configure = [tool("cmake"), "-G", "Ninja", "-S", ROOT / "csrc" / "simt", "-B", folder, *OPTIONS[kind]]
+        configure = [tool("cmake"), "-G", "Ninja", "-S", EMULATOR, "-B", folder, *OPTIONS[kind]]
         run([*configure, f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"])
         run([tool("ninja"), "-C", folder, target])
     return folder

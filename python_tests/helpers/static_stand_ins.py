@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cerberus_ext.drafting.drafter import Drafter
 
-class StaticHeads:
+
+class StaticHeads(Drafter):
     """Finds where in `text` the model is, by its hidden state, and drafts what follows there.
 
     text: (1, S), what `decode` is expected to return. ranks (K,): which draft of each head is right; one that heads do
     not make: none is. every: at all places but each `every`-th one, where no draft is right.
     """
+
+    recordable = True
 
     def __init__(self, model: PreTrainedModel, text: Tensor, ranks: list[int], every: int = 0) -> None:
         self.config = SimpleNamespace(num_heads=len(ranks))
@@ -33,14 +37,14 @@ class StaticHeads:
     def bind(self, model: PreTrainedModel) -> StaticHeads:
         return self
 
-    def rebind(self, heads: StaticHeads, model: PreTrainedModel) -> bool:
+    def renew(self, new: Drafter) -> bool:
         return True
 
-    def draft(self, hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
+    def draft(self, hidden: Tensor, pending: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
         self.drafts += 1
         place = (self.hidden[None] - hidden[:, None]).abs().sum(-1).argmin(-1)  # (B,)
-        ranks = torch.arange(drafts, device=root.device)
+        ranks = torch.arange(drafts, device=pending.device)
         ids = (self.first.index_select(0, place)[:, :, None] + ranks) % self.vocab
         # Depends on the text, so that a gate that reads it notices where it is.
-        logprobs = -(1 + ranks) * (0.1 + (root[:, None, None] % 7) * 0.2)
+        logprobs = -(1 + ranks) * (0.1 + (pending[:, None, None] % 7) * 0.2)
         return ids, logprobs.float().expand(ids.shape)

@@ -1,4 +1,4 @@
-"""CUDA graphs without a GPU: a recorder for `cerberus_ext.graphs` that records torch's operations on CPU tensors.
+"""CUDA graphs without a GPU: a recorder for `cerberus_ext.runtime` that records torch's operations on CPU tensors.
 
 A replay does the same operations with the same numbers on the same memory: what the host put in while recording stays
 what it was, and every result appears where it was while recording. Recording refuses what a stream under capture

@@ -8,6 +8,7 @@ from op_cases import CPU_ONLY, CUDA_OPS, DTYPES, EXAMPLES, example
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cerberus_ext import ops
+from cerberus_ext.ops import reference
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -42,6 +43,13 @@ def test_fake_gives_shape_dtype_and_device(op, dtype, device):
         return
     for r, f in zip(*((x if isinstance(x, tuple) else (x,)) for x in (real, fake)), strict=True):
         assert (r.shape, r.dtype, r.device, r.stride()) == (f.shape, f.dtype, f.device, f.stride())
+
+
+def test_every_op_has_a_function_a_specification_and_an_example():
+    every = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("cerberus_ext::")}
+    every.remove("cpu_isa")
+    assert every == set(ops.__all__) == set(EXAMPLES)
+    assert every <= vars(reference).keys()
 
 
 @pytest.mark.parametrize("op", EXAMPLES)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tape import TapeRecorder
 
-from cerberus_ext.runtime import graphs
+from cerberus_ext.runtime import runtime
+from cerberus_ext.runtime.recorder import RECORDERS
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TapeRecorder]]:
         made.append(TapeRecorder())
         return made[-1]
 
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", make)
-    graphs._kept.clear()
+    monkeypatch.setitem(RECORDERS, "cpu", make)
+    runtime._runtimes.clear()
     yield made
-    graphs._kept.clear()
+    runtime._runtimes.clear()

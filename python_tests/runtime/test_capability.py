@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from cerberus_ext.drafting.gate import AlwaysClosed
 from cerberus_ext.engine.decode import decode
-from cerberus_ext.runtime.capability import _can_be_padded, capability_of
+from cerberus_ext.runtime.capability import _can_be_padded
+from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.target import row_invariant
 from cerberus_ext.target.step_audit import unreadable
 
@@ -52,30 +53,30 @@ class TestOnce:
     def forwards(self, llama: PreTrainedModel) -> Iterator[Forwards]:
         """After the model was decoded once."""
         forwards = Forwards(llama)
-        assert forwards.during(lambda: capability_of(llama)) > 5
+        assert forwards.during(lambda: runtime_of(llama).capability()) > 5
         assert forwards.during(lambda: decode(llama, None, prompt(), max_new_tokens=NEW, gate=AlwaysClosed())) == NEW
         yield forwards
 
     def test_found_once(self, llama: PreTrainedModel, forwards: Forwards) -> None:
-        assert forwards.during(lambda: capability_of(llama)) == 0
+        assert forwards.during(lambda: runtime_of(llama).capability()) == 0
 
     def test_weights_changed_in_place(self, llama: PreTrainedModel, forwards: Forwards) -> None:
         with torch.no_grad():
             llama.lm_head.weight.mul_(-1.1)
-        assert forwards.during(lambda: capability_of(llama)) == 0
+        assert forwards.during(lambda: runtime_of(llama).capability()) == 0
 
     def test_weights_replaced(self, llama: PreTrainedModel, forwards: Forwards) -> None:
         llama.model.norm.weight = nn.Parameter(llama.model.norm.weight.detach().clone())
-        assert forwards.during(lambda: capability_of(llama)) > 5
-        assert forwards.during(lambda: capability_of(llama)) == 0
+        assert forwards.during(lambda: runtime_of(llama).capability()) > 5
+        assert forwards.during(lambda: runtime_of(llama).capability()) == 0
 
     def test_another_dtype(self, llama: PreTrainedModel, forwards: Forwards) -> None:
         llama.to(torch.bfloat16)
-        assert forwards.during(lambda: capability_of(llama)) > 5
+        assert forwards.during(lambda: runtime_of(llama).capability()) > 5
 
     def test_a_module_replaced(self, llama: PreTrainedModel, forwards: Forwards) -> None:
         llama.model.layers[0].mlp.act_fn = nn.GELU()
-        assert forwards.during(lambda: capability_of(llama)) > 5
+        assert forwards.during(lambda: runtime_of(llama).capability()) > 5
 
     def test_hooks(self, llama: PreTrainedModel, forwards: Forwards) -> None:
         """One may mix tokens, as the one here does."""
@@ -83,7 +84,7 @@ class TestOnce:
         with pytest.warns(RuntimeWarning, match="^decode: no drafts"):
             assert forwards.during(lambda: decode(llama, None, prompt(), max_new_tokens=1)) > 5
         hook.remove()
-        assert capability_of(llama).no_drafts_because is None
+        assert runtime_of(llama).capability().no_drafts_because is None
 
     def test_a_forward_of_its_own(self, llama: PreTrainedModel, forwards: Forwards) -> None:
         mlp = llama.model.layers[0].mlp
@@ -92,13 +93,13 @@ class TestOnce:
         with pytest.warns(RuntimeWarning, match="^decode: no drafts"):
             assert forwards.during(lambda: decode(llama, None, prompt(), max_new_tokens=1)) > 5
         del mlp.forward
-        assert capability_of(llama).no_drafts_because is None
+        assert runtime_of(llama).capability().no_drafts_because is None
 
     def test_another_number_of_threads(self, llama: PreTrainedModel, forwards: Forwards) -> None:
         threads = torch.get_num_threads()
         torch.set_num_threads(threads + 1)
         try:
-            assert forwards.during(lambda: capability_of(llama)) > 5
+            assert forwards.during(lambda: runtime_of(llama).capability()) > 5
         finally:
             torch.set_num_threads(threads)
 
@@ -121,7 +122,7 @@ def test_a_module_that_mixes_tokens(share: float, llama: PreTrainedModel) -> Non
     llama.model.layers[0].mlp = Mixing(llama.model.layers[0].mlp, share)
     reason = "LlamaForCausalLM computes other numbers for a token of a tree than for the token by itself"
     with pytest.warns(RuntimeWarning, match=f"^decode: no drafts: {reason}$"):
-        capability = capability_of(llama)
+        capability = runtime_of(llama).capability()
     assert capability.inexact_because == "Mixing calls mean"
     assert capability.no_drafts_because == reason
     with warnings.catch_warnings():
@@ -138,7 +139,7 @@ def test_a_module_that_mixes_tokens(share: float, llama: PreTrainedModel) -> Non
 def test_what_the_prompt_calls_is_not_read(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where torch's products are slow, and it goes the way of the steps: it is the same in all decodes."""
     monkeypatch.setattr(row_invariant, "_is_native", lambda weight: False)
-    assert capability_of(make_family("llama", dtype)).inexact_because is None
+    assert runtime_of(make_family("llama", dtype)).capability().inexact_because is None
 
 
 @pytest.mark.parametrize(("threads", "can"), [(1, True), (16, True), (32, False)])
@@ -158,7 +159,7 @@ class ByItself(nn.Linear):
 @pytest.mark.filterwarnings("ignore:decode. no drafts:RuntimeWarning")  # the bits may differ, or not
 def test_what_is_done_with_a_single_token_is_read(llama: PreTrainedModel) -> None:
     llama.model.layers[0].mlp = ByItself(64, 64, bias=False)
-    assert capability_of(llama).inexact_because == "ByItself calls einsum"
+    assert runtime_of(llama).capability().inexact_because == "ByItself calls einsum"
 
 
 @pytest.mark.filterwarnings("ignore:decode. no drafts:RuntimeWarning")
@@ -171,7 +172,7 @@ def test_what_cannot_be_read_is_not_exact(by: str, llama: PreTrainedModel) -> No
     else:
         linear.forward = torch.compile(linear.forward, backend="eager")
         llama.model.layers[0].mlp = linear
-    assert capability_of(llama).inexact_because == f"Linear is compiled by {by}"
+    assert runtime_of(llama).capability().inexact_because == f"Linear is compiled by {by}"
 
 
 def test_unreadable() -> None:
@@ -238,14 +239,14 @@ def test_logits_that_are_no_numbers(value: float, llama: PreTrainedModel) -> Non
     llama.lm_head.bias = nn.Parameter(torch.zeros(VOCAB))
     with torch.no_grad():
         llama.lm_head.bias[50] = value
-    capability = capability_of(llama)
+    capability = runtime_of(llama).capability()
     assert capability.no_drafts_because is None and capability.inexact_because is None
 
 
 def test_logits_of_zero(llama: PreTrainedModel) -> None:
     with torch.no_grad():
         llama.lm_head.weight.zero_()
-    assert capability_of(llama).no_drafts_because is None
+    assert runtime_of(llama).capability().no_drafts_because is None
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "mixtral"])
@@ -262,7 +263,7 @@ def test_hooks_of_users_run(family: str) -> None:
 
     with layer.register_forward_hook(hook):
         want = generate(model, prompt(), max_new_tokens=NEW)
-        capability_of(model)
+        runtime_of(model).capability()
         seen.clear()
         heads = OracleHeads(want, 3, VOCAB)
         out = decode(model, heads, prompt(), max_new_tokens=NEW, tree=8, proposers=[], streamer=heads)

@@ -26,11 +26,12 @@ from cerberus_ext import SuffixProposer
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen
 from cerberus_ext.drafting.static_policy import StaticPolicy
+from cerberus_ext.drafting.tree import ALONE
 from cerberus_ext.engine.decode import decode
-from cerberus_ext.runtime import compiled_step
-from cerberus_ext.runtime.compiled_step import CompileError, compiled_steps
+from cerberus_ext.runtime import compiled_step, runtime
+from cerberus_ext.runtime.compiled_step import CompileError
+from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.runtime.stats import DecodeOutput, DecodeStats
-from cerberus_ext.target.model import TargetModel
 
 NEW = 24
 # Of 4 nodes each: nothing but this size and 1 is compiled for most of the tests, since each size takes seconds.
@@ -139,11 +140,11 @@ def test_drawn_tokens(llama: PreTrainedModel) -> None:
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4])
 def test_is_what_the_model_computes(nodes: int, llama: PreTrainedModel) -> None:
     """Hidden states, logits, and what is left in the cache, also where the step is filled up."""
-    tree = StaticPolicy.chain(nodes - 1) if nodes > 1 else StaticPolicy.root()
+    tree = StaticPolicy.chain(nodes - 1).tree
     tokens = torch.arange(nodes)[None] + 3
     found = []
-    for steps in (None, compiled_steps(llama, [1, 4], DecodeStats())):
-        with torch.inference_mode(), TargetModel(llama, 64, 1, compiled=steps) as base:
+    for steps in (None, runtime_of(llama).compiled([1, 4], DecodeStats())):
+        with torch.inference_mode(), runtime_of(llama).target(64, compiled=steps) as base:
             base.prefill(prompt())
             hidden, logits = base.step(tokens, tree.on(tokens.device))
             assert hidden.shape == (1, nodes, 32) and logits.shape == (1, nodes, VOCAB)
@@ -158,16 +159,16 @@ def test_is_what_the_model_computes(nodes: int, llama: PreTrainedModel) -> None:
 def test_a_node_has_the_bits_that_it_has_alone(dtype: torch.dtype, llama: PreTrainedModel) -> None:
     model: Any = llama if dtype == torch.float32 else make_llama(num_hidden_layers=1).to(dtype)
     stats = DecodeStats()
-    steps = compiled_steps(model, [1, 4], stats)
-    tokens, tree = torch.tensor([[5, 60, 7, 88]]), StaticPolicy.from_widths([3])
-    with torch.inference_mode(), TargetModel(model, 64, 1, compiled=steps) as base:
+    steps = runtime_of(model).compiled([1, 4], stats)
+    tokens, tree = torch.tensor([[5, 60, 7, 88]]), StaticPolicy.from_widths([3]).tree
+    with torch.inference_mode(), runtime_of(model).target(64, compiled=steps) as base:
         base.prefill(prompt())
         hidden, logits = base.step(tokens, tree.on(tokens.device))
-        root_hidden, root_logits = base.step(tokens[:, :1], StaticPolicy.root().on(tokens.device))
+        root_hidden, root_logits = base.step(tokens[:, :1], ALONE.on(tokens.device))
         assert root_hidden[0, 0].equal(hidden[0, 0]) and root_logits[0, 0].equal(logits[0, 0])
         base.cache.extend(1)  # the root
         for node in (1, 2, 3):
-            alone_hidden, alone_logits = base.step(tokens[:, [node]], StaticPolicy.root().on(tokens.device))
+            alone_hidden, alone_logits = base.step(tokens[:, [node]], ALONE.on(tokens.device))
             assert alone_hidden[0, 0].equal(hidden[0, node]) and alone_logits[0, 0].equal(logits[0, node])
     assert stats.row_invariant is True
 
@@ -240,14 +241,14 @@ class TestChanges:
         assert run(model).stats.compilations == 0
 
     def test_model_is_not_kept(self, model: PreTrainedModel) -> None:
-        kept = len(compiled_step._kept)
+        kept = len(runtime._runtimes)
         other = copy.deepcopy(model)
         run(other)
-        assert len(compiled_step._kept) == kept + 1
+        assert len(runtime._runtimes) == kept + 1 and runtime_of(other)._programs is not None
         alive = weakref.ref(other)
         del other
         gc.collect()
-        assert alive() is None and len(compiled_step._kept) == kept
+        assert alive() is None and len(runtime._runtimes) == kept
 
 
 REFUSED = "decode: compile must be False here, got True: "
@@ -320,5 +321,6 @@ class TestErrors:
         monkeypatch.undo()
 
     def test_on_another_device(self) -> None:
+        model = copy.deepcopy(tiny_model("llama")).to("meta")
         with pytest.raises(CompileError, match=REFUSED + "the model is on meta, where steps are CUDA graphs"):
-            compiled_steps(copy.deepcopy(tiny_model("llama")).to("meta"), [1], DecodeStats())
+            runtime_of(model).compiled([1], DecodeStats())

@@ -11,11 +11,11 @@ from static_stand_ins import StaticHeads
 from tape import TapeRecorder
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 
-import cerberus_ext
-from cerberus_ext import CerberusConfig, CerberusHeads
+from cerberus_ext import CerberusConfig, CerberusHeads, Decoder
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
+from cerberus_ext.runtime.recorder import RECORDERS
 
 NEW = 24
 TREE = StaticPolicy.from_accuracies([[0.6, 0.3, 0.1, 0.05]] * 4, 16)
@@ -75,13 +75,13 @@ def test_goes_on_where_recording_fails(device: str) -> None:
         heads = StaticHeads(model, text, [1, 0, 2, 0], every=3)
         out = decode(model, heads, ids, max_new_tokens=NEW, tree=TREE, graphs=graphs)
         assert out.sequences.tolist() == text.tolist() and (out.stats.fallback is not None) == fails
-        cerberus_ext.release_graphs(model)
+        Decoder(model, heads).close()
 
 
 def test_recorder(device: str, recorders: list[TapeRecorder]) -> None:
     """By itself: a replay repeats, and `fetch` waits until the copy is there."""
     kind = torch.device(device)
-    recorder = cerberus_ext.runtime.graphs.RECORDERS[kind.type](kind)
+    recorder = RECORDERS[kind.type](kind)
     x, total = torch.full((1 << 20,), 2.0, device=device), torch.zeros(1 << 20, device=device)
     host = torch.zeros(1 << 20, pin_memory=device == "cuda")
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from cerberus_ext.drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
-from cerberus_ext.runtime import graphs
-from cerberus_ext.runtime.capability import capability_of
+from cerberus_ext.runtime import runtime
+from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.runtime.stats import DecodeStats
 
 NEW = 12
@@ -96,8 +96,8 @@ class TestRecordable:
         model = type(model)(model.config).eval()
         self.falls_back(model, "recording a step failed: CaptureError: operation not permitted", gate=gate)
         assert len(recorders) == 1 and not recorders[0].tapes
-        assert run(model, gate=gate).capture_seconds == 0 and model not in graphs._kept
-        graphs.release_graphs(model)
+        assert run(model, gate=gate).capture_seconds == 0 and runtime_of(model)._recordings is None
+        runtime_of(model).release()
         assert run(model, gate=gate).capture_seconds > 0
 
     @pytest.mark.parametrize("after", [1, 2])
@@ -127,8 +127,7 @@ class TestRecordable:
 
     def test_the_reason_is_said_once(self, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
         """The model pretends to be on a GPU, where graphs are expected."""
-        monkeypatch.setattr(graphs, "_said", set())
-        monkeypatch.setattr(graphs, "expected_on", lambda device: True)
+        monkeypatch.setattr(runtime, "expected_on", lambda device: True)
         handle = model.model.norm.register_forward_hook(lambda *arguments: None)
         with pytest.warns(UserWarning, match="decode: no CUDA graphs, .*: the model has hooks") as caught:
             run(model)
@@ -148,7 +147,7 @@ def test_an_error_inside_the_model_is_not_hidden(
     def fail(*arguments: Any) -> None:
         raise RuntimeError("broken")
 
-    capability_of(model)  # where a model that fails at once is refused
+    runtime_of(model).capability()  # where a model that fails at once is refused
     monkeypatch.setattr("cerberus_ext.target.cache.ops.write_cache", fail)
     with pytest.raises(RuntimeError, match="broken"):
         decode(model, heads, prompt(), max_new_tokens=NEW, tree=TREE)

@@ -17,11 +17,13 @@ from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 from transformers import PreTrainedModel
 
 import cerberus_ext
-from cerberus_ext import CerberusConfig, CerberusHeads
-from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, Gate
+from cerberus_ext import CerberusConfig, CerberusHeads, Decoder
+from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, Gate, Signals
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
-from cerberus_ext.runtime import graphs
+from cerberus_ext.runtime import recordings
+from cerberus_ext.runtime.recordings import Recordings
+from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.runtime.stats import DecodeOutput
 
 NEW = 16
@@ -33,12 +35,20 @@ pytestmark = pytest.mark.usefixtures("recorders")
 class Alternating(Gate):
     """Steps of both kinds."""
 
+    needs = frozenset({"entropy"})
+
     def __init__(self) -> None:
         self.asked = 0
 
-    def opens_at(self, entropy: float) -> bool:
+    def decide(self, signals: Signals) -> int:
         self.asked += 1
-        return self.asked % 3 != 2
+        return signals.max_nodes if self.asked % 3 != 2 else 0
+
+
+def kept_of(model: PreTrainedModel) -> Recordings:
+    kept = runtime_of(model)._recordings
+    assert kept is not None
+    return kept
 
 
 @pytest.fixture
@@ -75,7 +85,7 @@ def test_other_lengths_and_trees_of_the_size(model: PreTrainedModel) -> None:
     """Longer and shorter texts, other tokens, within the capacity."""
     heads = oracle(model)
     run(model, heads)
-    assert (SAME_SIZE.size, SAME_SIZE.drafts) == (TREE.size, TREE.drafts) and SAME_SIZE != TREE
+    assert (SAME_SIZE.size, SAME_SIZE.useful_drafts) == (TREE.size, TREE.useful_drafts) and SAME_SIZE != TREE
     for length, new, tree in [(3, 20, TREE), (120, 9, SAME_SIZE), (1, 12, TREE), (60, 16, SAME_SIZE)]:
         for gate in (Alternating(), AlwaysOpen()):
             ids = prompt(length=length)
@@ -90,21 +100,21 @@ def test_a_tree_of_another_size_is_recorded(model: PreTrainedModel) -> None:
 
 
 def test_capacity_grows_in_buckets(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_MIN_CAPACITY", 32)
+    monkeypatch.setattr(recordings, "_MIN_CAPACITY", 32)
     heads = oracle(model)
     capacities, captures = [], []
     for length in (2, 5, 40, 90, 9):
         captures.append(run(model, heads, prompt(length=length)).stats.captures)
-        capacities.append(graphs._kept[model].cache.capacity)
+        capacities.append(kept_of(model).memory.cache.capacity)
     assert capacities == [32, 32, 64, 128, 128] and captures == [2, 0, 2, 2, 0]
 
 
 def test_capacity_ends_at_the_positions_of_the_model(model: PreTrainedModel) -> None:
     run(model, oracle(model))
-    assert graphs._kept[model].cache.capacity == 256  # not 512
+    assert kept_of(model).memory.cache.capacity == 256  # not 512
     ids = prompt(length=255)
     run(model, oracle(model, ids), ids)
-    assert graphs._kept[model].cache.capacity == 320  # 255 + 16 + 7 tokens, in steps of 64
+    assert kept_of(model).memory.cache.capacity == 320  # 255 + 16 + 7 tokens, in steps of 64
 
 
 def test_several_heads_and_gates_take_turns(model: PreTrainedModel) -> None:
@@ -119,16 +129,16 @@ def test_recordings_go_with_their_heads(model: PreTrainedModel) -> None:
     run(model, trained())
     gc.collect()
     run(model, trained())
-    kept = graphs._kept[model]
-    assert len(kept._heads) == 1 and len(kept._recordings) == 2
+    kept = kept_of(model)
+    assert len(kept._heads) == 1 and len(kept._steps) == 2
 
 
 def test_no_more_than_a_few_heads_are_kept(model: PreTrainedModel) -> None:
     several = [trained() for _ in range(6)]
     for heads in several:
         run(model, heads)
-    kept = graphs._kept[model]
-    assert [one.heads() for one in kept._heads] == several[2:] and len(kept._recordings) == 1 + 4
+    kept = kept_of(model)
+    assert [heads() for heads, _ in kept._heads] == several[2:] and len(kept._steps) == 1 + 4
     assert run(model, several[2]).stats.captures == 0 and run(model, several[1]).stats.captures == 1
 
 
@@ -139,24 +149,24 @@ def test_seeds_do_not_pile_up(model: PreTrainedModel) -> None:
         assert run(model, heads, seed=seed, temperature=1.0).stats.captures > 0
     assert run(model, heads, seed=3, temperature=1.0).stats.captures == 0
     assert run(model, heads, seed=9, top_k=3).stats.captures == 0, "without a temperature they mean nothing"
-    assert len(graphs._kept[model]._recordings) <= 4
+    assert len(kept_of(model)._steps) <= 4
 
 
 def test_release(model: PreTrainedModel) -> None:
     heads = oracle(model)
     run(model, heads)
-    kept = weakref.ref(graphs._kept[model])
-    cerberus_ext.release_graphs(model)
+    kept = weakref.ref(kept_of(model))
+    Decoder(model, heads).close()
     gc.collect()
     assert kept() is None
-    cerberus_ext.release_graphs(model)  # nothing there: no error
+    Decoder(model, heads).close()  # nothing there: no error
     assert run(model, heads).stats.captures == 2
 
 
 def test_nothing_outlives_the_model() -> None:
     own = copy.deepcopy(tiny_model("llama"))
     run(own, oracle(own))
-    kept, gone = weakref.ref(graphs._kept[own]), weakref.ref(own)
+    kept, gone = weakref.ref(kept_of(own)), weakref.ref(own)
     del own
     gc.collect()
     assert gone() is None and kept() is None
@@ -208,11 +218,11 @@ class Stop(Gate):
     def __init__(self, error: type[BaseException]) -> None:
         self.error, self.asked = error, 0
 
-    def opens_at(self, entropy: float) -> bool:
+    def decide(self, signals: Signals) -> int:
         self.asked += 1
         if self.asked == 3:
             raise self.error("in the middle")
-        return True
+        return signals.max_nodes
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -319,7 +329,7 @@ def test_cerberus_heads(changes: dict[str, Any], model: PreTrainedModel) -> None
 
 
 @pytest.mark.parametrize("changes", CONFIGS, ids=str)
-def test_rebinding_sees_new_values(changes: dict[str, Any], model: PreTrainedModel) -> None:
+def test_renewing_sees_new_values(changes: dict[str, Any], model: PreTrainedModel) -> None:
     """Of the heads and of the model, in the memory that graphs read, without writing to either."""
     heads = trained(**changes)
     drafter = heads.bind(model)
@@ -330,25 +340,25 @@ def test_rebinding_sees_new_values(changes: dict[str, Any], model: PreTrainedMod
     with torch.no_grad():
         model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
     weights = model.lm_head.weight.clone()
-    assert drafter.rebind(heads, model)
+    assert drafter.renew(heads.bind(model))
     after, fresh = drafter.draft(hidden, root, 4), heads.bind(model).draft(hidden, root, 4)
     assert after[0].equal(fresh[0]) and after[1].equal(fresh[1]) and not after[1].equal(before[1])
     assert lies == [t.data_ptr() for t in (drafter.weight, drafter.bias, drafter.projection, drafter.embeddings)]
     assert weights.equal(model.lm_head.weight)
 
 
-def test_rebinding_refuses_what_moved(model: PreTrainedModel) -> None:
+def test_renewing_refuses_what_moved(model: PreTrainedModel) -> None:
     heads = trained()
     drafter, before = heads.bind(model), heads.weight.detach()
     heads.weight = torch.nn.Parameter(heads.weight + 1)
     kept = before.clone()
-    assert not drafter.rebind(heads, model) and before.equal(kept)
+    assert not drafter.renew(heads.bind(model)) and before.equal(kept)
     smaller = trained(draft_vocab=30)
     drafter = smaller.bind(model)
     smaller.draft_vocab = smaller.draft_vocab[:20].clone()
-    assert not drafter.rebind(smaller, model)
+    assert not drafter.renew(smaller.bind(model))
     smaller.draft_vocab = None
-    assert not drafter.rebind(smaller, model)
+    assert not drafter.renew(smaller.bind(model))
 
 
 def test_heads_that_moved_are_recorded_again(model: PreTrainedModel) -> None:
@@ -356,7 +366,7 @@ def test_heads_that_moved_are_recorded_again(model: PreTrainedModel) -> None:
     run(model, heads)
     heads.weight = torch.nn.Parameter(heads.weight * -1, requires_grad=False)
     assert run(model, heads).stats.captures == 1  # the step with the draft
-    assert len(graphs._kept[model]._heads) == 1
+    assert len(kept_of(model)._heads) == 1
 
 
 def test_heads_that_do_not_fit_any_more_are_an_error(model: PreTrainedModel) -> None:

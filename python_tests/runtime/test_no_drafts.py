@@ -22,8 +22,8 @@ NEW = 12
 class OverflownHeads(StaticHeads):
     """Right, but that the drafts of head 2 on are no tokens, or have no probability."""
 
-    def draft(self, hidden: Tensor, root: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
-        ids, logprobs = (part.clone() for part in super().draft(hidden, root, drafts))
+    def draft(self, hidden: Tensor, pending: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
+        ids, logprobs = (part.clone() for part in super().draft(hidden, pending, drafts))
         ids[:, 1].fill_(VOCAB + 5)
         logprobs[:, 2].fill_(math.nan)
         return ids, logprobs

@@ -11,7 +11,7 @@ from static_stand_ins import StaticHeads
 from tape import TapeRecorder
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 
-from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate, Signals
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime.stats import DecodeOutput
@@ -30,7 +30,7 @@ GATES = {
     "closed": AlwaysClosed,
     "random": RandomGate,
     "entropy": lambda: EntropyGate(3.04),  # about the median of all of these models
-    "confidence": lambda: ConfidenceGate({1: 1.0, 65: 3.0}, list(TREES.values())),
+    "confidence": lambda: ConfidenceGate({1: 1.0, 5: 1.2, 65: 3.0}),
 }
 
 
@@ -91,44 +91,39 @@ def test_heads_inside_the_replays(name: str, heads: str, gate: str, recorders: l
 
 
 class NotingGate(Gate):
-    """Notes what it is asked, and answers so that every kind of step happens."""
+    """Notes what it is shown, and answers so that every kind of step happens."""
 
-    def __init__(self, questions: set[str]) -> None:
+    def __init__(self, needs: frozenset[str]) -> None:
+        self.needs = needs  # type: ignore[misc]
         self.notes: list[Any] = []
-        for question in ("opens_at", "opens", "choose"):
-            if question in questions:
-                setattr(self, question, getattr(self, "_" + question))
 
-    def trees(self, tree: StaticPolicy) -> list[StaticPolicy]:
-        return [TREES["16"], TREES["chain"]]
+    def decide(self, signals: Signals) -> int:
+        note: list[Any] = []
+        if signals.hidden is not None:
+            note.append(tiny_model("llama").lm_head(signals.hidden).argmax(-1).tolist())
+        if signals.entropy is not None:
+            assert isinstance(signals.entropy, float)
+            note.append(round(signals.entropy, 3))
+        if signals.expected_tokens is not None:
+            assert signals.max_nodes == 16 >= len(signals.expected_tokens)
+            note.append(signals.expected_tokens.tolist())
+        assert len(note) == len(self.needs)
+        self.notes.append(note)
+        return [16, 5, 0][len(self.notes) % 3]
 
-    def _opens_at(self, entropy: float) -> bool:
-        assert isinstance(entropy, float)
-        self.notes.append(round(entropy, 3))
-        return len(self.notes) % 3 != 0
 
-    def _opens(self, hidden: torch.Tensor) -> bool:
-        self.notes.append(tiny_model("llama").lm_head(hidden).argmax(-1).tolist())
-        return len(self.notes) % 3 != 0
-
-    def _choose(self, tree: StaticPolicy, logprobs: torch.Tensor) -> StaticPolicy | None:
-        assert logprobs.device.type == "cpu" and logprobs.shape == (1, 4, TREES["16"].drafts)
-        self.notes.append(logprobs.tolist())
-        return [TREES["16"], TREES["chain"], None][len(self.notes) % 3]
+NEEDS = ["entropy", "hidden", "expected_tokens"]
 
 
 @pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize(
-    "questions",
-    [{"opens_at"}, {"opens"}, {"choose"}, {"opens_at", "choose"}, {"opens", "choose"}, {"opens_at", "opens"}],
-)
-def test_gates_are_asked_the_same(questions: set[str], inside: bool, recorders: list[TapeRecorder]) -> None:
+@pytest.mark.parametrize("needs", [[], *([one] for one in NEEDS), NEEDS[:2], NEEDS[1:], NEEDS[::2], NEEDS], ids=str)
+def test_gates_are_shown_the_same(needs: list[str], inside: bool, recorders: list[TapeRecorder]) -> None:
     model, text = tiny_model("llama"), generated("llama", "cpu", NEW)
     heads = StaticHeads(model, text, RANKS["mixed"]) if inside else OracleHeads(text, 4, VOCAB)
     made: list[NotingGate] = []
 
     def gate() -> NotingGate:
-        made.append(NotingGate(questions))
+        made.append(NotingGate(frozenset(needs)))
         return made[-1]
 
     check(*both(model, heads, prompt(), max_new_tokens=NEW, tree=TREES["16"], gate=gate), text)
@@ -145,7 +140,7 @@ def test_one_wait_a_step(gate: str, recorders: list[TapeRecorder], monkeypatch: 
     decode(model, heads, prompt(), **options)  # records
     copied: set[int] = set()
     elsewhere: list[str] = []
-    waits, deciding = 0, False
+    waits = 0
 
     def fetch(recorder: TapeRecorder, source: torch.Tensor, host: torch.Tensor) -> None:
         nonlocal waits
@@ -153,26 +148,16 @@ def test_one_wait_a_step(gate: str, recorders: list[TapeRecorder], monkeypatch: 
         copied.add(host.untyped_storage().data_ptr())
         host.copy_(source)
 
-    def choose(gate: ConfidenceGate, tree: StaticPolicy, logprobs: torch.Tensor) -> StaticPolicy | None:
-        nonlocal deciding  # with log-probabilities that are on the host
-        deciding = True
-        try:
-            return real_choose(gate, tree, logprobs)
-        finally:
-            deciding = False
-
     def watch(name: str) -> None:
         real = getattr(torch.Tensor, name)
 
-        def read(tensor: torch.Tensor, *arguments: Any) -> Any:
-            if waits and not deciding and tensor.untyped_storage().data_ptr() not in copied:
+        def read(tensor: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+            if waits and tensor.untyped_storage().data_ptr() not in copied:
                 elsewhere.append(name)
-            return real(tensor, *arguments)
+            return real(tensor, *arguments, **keywords)
 
         monkeypatch.setattr(torch.Tensor, name, read)
 
-    real_choose = ConfidenceGate.choose
-    monkeypatch.setattr(ConfidenceGate, "choose", choose)
     monkeypatch.setattr(TapeRecorder, "fetch", fetch)
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"):
         watch(name)

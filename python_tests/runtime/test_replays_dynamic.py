@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from proposer_stand_ins import KINDS, KnowingMaker, anything, proposers_of, right
 from stand_ins import LastDraftHeads, OracleHeads, RandomGate, RandomHeads
 from static_stand_ins import StaticHeads
 from tape import TapeRecorder
 from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 
-from cerberus_ext.drafting.dynamic_policy import DynamicPolicy, padded_size
-from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
+from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate, Signals
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.drafting.suffix import SuffixProposer
+from cerberus_ext.drafting.tree import filled_size
 from cerberus_ext.engine.decode import decode
-from cerberus_ext.runtime import graphs
+from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.runtime.stats import DecodeOutput
 
 NEW = 24
@@ -29,11 +28,14 @@ RANKS = {"oracle": [0] * 4, "mixed": [1, 0, 2, 0], "never": [-1] * 4}
 class Sizes(Gate):
     """Every size in turn, the root alone included; notes what it is asked."""
 
+    needs = frozenset({"expected_tokens"})
+
     def __init__(self) -> None:
         self.notes: list[list[float]] = []
 
-    def choose_size(self, expected: NDArray[np.float64]) -> int:
-        self.notes.append(expected.tolist())
+    def decide(self, signals: Signals) -> int:
+        assert signals.expected_tokens is not None
+        self.notes.append(signals.expected_tokens.tolist())
         return 1 + len(self.notes) % 12
 
 
@@ -77,9 +79,9 @@ def both(model: Any, heads: Any, text: torch.Tensor, ids: torch.Tensor, kind: st
     return replayed
 
 
-def check_recordings(out: DecodeOutput, recorders: list[TapeRecorder]) -> None:
-    """One for each power of two that the sizes of the trees are padded to."""
-    kinds = {padded_size(nodes) for nodes, _ in out.stats.trace}
+def check_recordings(out: DecodeOutput, policy: DynamicPolicy, recorders: list[TapeRecorder]) -> None:
+    """One for each size that the trees are filled up to."""
+    kinds = {filled_size(nodes, policy.sizes) for nodes, _ in out.stats.trace}
     assert out.stats.captures == len(recorders[0].tapes) == len(kinds)
     assert recorders[0].replays == out.stats.steps
 
@@ -90,8 +92,9 @@ def test_heads_between_the_replays(heads: Any, kind: str, recorders: list[TapeRe
     """Heads that cannot be recorded draft before every replay; or there are none, and the host brings all tokens."""
     text = generated("llama", "cpu", NEW)
     stand_in = heads(text, 4, VOCAB) if heads else None
-    out = both(tiny_model("llama"), stand_in, text, prompt(), kind, max_new_tokens=NEW, tree=DynamicPolicy(13))
-    check_recordings(out, recorders)
+    tree = DynamicPolicy(13)
+    out = both(tiny_model("llama"), stand_in, text, prompt(), kind, max_new_tokens=NEW, tree=tree)
+    check_recordings(out, tree, recorders)
 
 
 @pytest.mark.parametrize("kind", ["none", "suffix", "several"])
@@ -103,7 +106,7 @@ def test_heads_inside_the_replays(gate: str, heads: str, kind: str, recorders: l
     stand_in = StaticHeads(model, text, RANKS[heads], every=3)
     tree = DynamicPolicy(33, drafts=4)
     out = both(model, stand_in, text, prompt(), kind, gate=GATES[gate], max_new_tokens=NEW, tree=tree)
-    check_recordings(out, recorders)
+    check_recordings(out, tree, recorders)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen2-window", "mistral", "gpt2"])
@@ -131,13 +134,13 @@ def test_drafts_are_the_same_as_op_by_op(inside: bool, recorders: list[TapeRecor
 
 
 def test_few_recordings_for_many_sizes(recorders: list[TapeRecorder]) -> None:
-    """Sizes 1 to 40 share those of 1, 2, 4 ... 64 nodes; a later decode of the same kind records nothing."""
+    """Sizes 1 to 40 share those of 1, 4, 8, 16, 32 and 40 nodes; a later decode of the same kind records nothing."""
     model, text = tiny_model("llama"), generate(tiny_model("llama"), prompt(), max_new_tokens=90)
 
     class Growing(Gate):
         size = 0
 
-        def choose_size(self, expected: NDArray[np.float64]) -> int:
+        def decide(self, signals: Signals) -> int:
             self.size = self.size % 40 + 1
             return self.size
 
@@ -151,7 +154,7 @@ def test_few_recordings_for_many_sizes(recorders: list[TapeRecorder]) -> None:
         )  # fmt: skip
         assert out.sequences.tolist() == text.tolist()
         found.append((len({nodes for nodes, _ in out.stats.trace}), out.stats.captures))
-    assert found[0][0] > 20 and [captures for _, captures in found] == [7, 0]
+    assert found[0][0] > 20 and [captures for _, captures in found] == [6, 0]
     without = decode(model, None, prompt(), max_new_tokens=90, tree=DynamicPolicy(40), gate=Growing(), graphs=True)
     assert without.sequences.tolist() == text.tolist() and without.stats.captures == 0, "nor does one without heads"
 
@@ -236,7 +239,7 @@ def test_goes_on_in_the_middle(recorders: list[TapeRecorder], monkeypatch: pytes
     monkeypatch.setattr(TapeRecorder, "record", record)
     try:
         for heads in (StaticHeads(model, text, RANKS["mixed"], every=3), None):
-            graphs.release_graphs(model)
+            runtime_of(model).release()
             calls.clear()
             gate, proposers = Sizes(), proposers_of("several", text, VOCAB)
             out = decode(
@@ -246,7 +249,7 @@ def test_goes_on_in_the_middle(recorders: list[TapeRecorder], monkeypatch: pytes
             assert 0 < out.stats.graphed_steps < out.stats.steps and out.stats.captures == 2
             assert out.stats.fallback == "recording a step failed: OutOfMemoryError: no memory"
     finally:
-        graphs.release_graphs(model)
+        runtime_of(model).release()
 
 
 def test_a_broken_source_leaves_the_recordings_usable(recorders: list[TapeRecorder]) -> None:

@@ -13,22 +13,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cerberus_ext import CerberusConfig, CerberusHeads, ops
-from cerberus_ext.drafting.dynamic_policy import Tree
+from cerberus_ext.drafting.drafter import NO_DRAFTER
 from cerberus_ext.drafting.static_policy import StaticPolicy
+from cerberus_ext.drafting.tree import ALONE, Tree
+from cerberus_ext.runtime.runtime import runtime_of
+from cerberus_ext.runtime.sampling import Sampling
 from cerberus_ext.runtime.static_step import (
+    Drafting,
     StaticDrafts,
     StaticNodes,
     StaticResult,
-    StaticState,
     StepKind,
+    StepMemory,
     pack_tree,
     run_step,
 )
-from cerberus_ext.runtime.stepper import Sampling
 from cerberus_ext.target.model import StepWay, TargetModel
 
 CPU = torch.device("cpu")
-SMALL = StaticPolicy.from_paths([(0,), (2,), (0, 1)])  # nodes 1 and 2 after the root, 3 after 1
+SMALL = StaticPolicy.from_paths([(0,), (2,), (0, 1)]).tree  # nodes 1 and 2 after the root, 3 after 1
 
 
 def test_packed_tree() -> None:
@@ -53,7 +56,7 @@ def test_packed_step_tree() -> None:
 
 
 def test_packed_tree_of_several_words() -> None:
-    tree = StaticPolicy.chain(3)
+    tree = StaticPolicy.chain(3).tree
     packed = pack_tree(tree, 70, 1, 1)
     assert len(packed) == 70 * 6 and packed.dtype == np.int64
     ancestors = packed[210:350].reshape(70, 2)
@@ -61,7 +64,7 @@ def test_packed_tree_of_several_words() -> None:
 
 
 def test_root_alone() -> None:
-    assert pack_tree(StaticPolicy.root(), 1, 1, 0).tolist() == [-1, 0, 0, 1, 0]
+    assert pack_tree(ALONE, 1, 1, 0).tolist() == [-1, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -69,14 +72,15 @@ def test_padding_never_changes_what_is_accepted(seed: int) -> None:
     """Against the tree without it, for random trees and few tokens, so that much is accepted."""
     random = np.random.default_rng(seed)
     widths = random.integers(1, 4, size=random.integers(1, 4)).tolist()
-    tree = StaticPolicy.from_widths(widths).cut(int(random.integers(1, 4)))
+    policy = StaticPolicy.from_widths(widths)
+    tree = policy.cut(int(random.integers(1, 4)))
     nodes = tree.size + int(random.integers(0, 70))
-    static, drafts = StaticNodes(1, nodes, CPU), tree.drafts
+    static, drafts = StaticNodes(1, nodes, CPU), policy.useful_drafts
     static.put(tree, drafts)
     ids = torch.from_numpy(random.integers(0, 2, size=(1, len(widths), drafts)))
     padded_tokens = static.tokens(torch.tensor([1]), ids)
     tensors = tree.on(CPU)
-    tokens = torch.cat([torch.tensor([[1]]), ids[:, tensors.heads, tensors.ranks]], 1)
+    tokens = torch.cat([torch.tensor([[1]]), ids[:, tree.depths[1:] - 1, tree.ranks[1:]]], 1)
     assert padded_tokens[:, : tree.size].equal(tokens) and (padded_tokens[:, tree.size :] == tokens[:, 1]).all()
     target = torch.from_numpy(random.integers(0, 2, size=(1, nodes)))
     path, accepted = ops.verify_tree(padded_tokens, target, static.parents, static.ancestors, nodes - 1)
@@ -91,14 +95,16 @@ def test_a_tree_is_copied_once() -> None:
     nodes = StaticNodes(1, 6, CPU)
     nodes.put(SMALL, 4)
     nodes.parents.fill_(9)
-    nodes.put(StaticPolicy.from_paths([(0,), (2,), (0, 1)]), 4)
+    nodes.put(SMALL, 4)
     assert nodes.parents.tolist() == [9] * 6
-    nodes.put(SMALL.cut(1), 4)
+    nodes.put(SMALL, 5)
+    assert nodes.parents.tolist() == [-1, 0, 0, 1, 0, 0], "with another number of drafts they lie elsewhere"
+    nodes.put(SMALL.first(3), 5)
     assert nodes.parents.tolist() == [-1, 0, 0, 0, 0, 0]
 
 
 def test_result_on_the_host() -> None:
-    drafts = StaticDrafts(None, 1, 2, 3, CPU)
+    drafts = StaticDrafts(1, 2, 3, CPU)
     result = StaticResult(1, 4, drafts, CPU)
     result.target.copy_(torch.tensor([[5, 6, 7, 2**40]]))
     result.entropy.fill_(1.5)
@@ -107,36 +113,33 @@ def test_result_on_the_host() -> None:
     result.logprobs.copy_(-torch.arange(6.0).view(1, 2, 3))
     result.host.copy_(result.buffer)
     target, path, entropy, found = result.read()
-    assert (target, path, entropy) == ([5, 6, 7, 2**40], [0, -1, -1, -1], 1.5)
+    assert (target, path, entropy) == ([5, 6, 7, 2**40], [0], 1.5)
     assert found is not None
     ids, logprobs = found
-    assert (ids - 2**40).tolist() == [[[0, 1, 2], [3, 4, 5]]] and ids.dtype == torch.int64
-    assert logprobs.tolist() == [[[0, -1, -2], [-3, -4, -5]]] and logprobs.dtype == torch.float32
+    assert (ids - 2**40).tolist() == [[0, 1, 2], [3, 4, 5]] and ids.dtype == np.int64
+    assert logprobs.tolist() == [[0, -1, -2], [-3, -4, -5]] and logprobs.dtype == np.float32
     result.host.fill_(0)
-    assert ids[0, 1, 2] == 2**40 + 5 and logprobs[0, 1, 2] == -5, "they do not change with the next step"
-    assert StaticResult(1, 1, None, CPU).read()[3] is None
+    assert ids[1, 2] == 2**40 + 5 and logprobs[1, 2] == -5, "they do not change with the next step"
+    assert StaticResult(1, 1, None, CPU).read().drafts is None
 
 
 def test_tokens_from_another_source() -> None:
     """No heads: what follows in the text is given node by node, beside a draft that is wrong."""
     model, text = tiny_model("llama"), generated("llama", "cpu", 8)
     length = prompt().shape[1]
-    tree = StaticPolicy.from_paths([(0, 0, 0), (1,)])  # nodes 1, 2 after the root, 3 after 1, 4 after 3
-    with torch.inference_mode(), TargetModel(model, 64, 1) as base:
+    tree = StaticPolicy.from_paths([(0, 0, 0), (1,)]).tree  # nodes 1, 4 after the root, 2 after 1, 3 after 2
+    with torch.inference_mode(), runtime_of(model).target(64) as base:
         hidden, logits = base.prefill(prompt())
-        state = StaticState(hidden.clone(), logits.argmax(-1))
-        drafts, nodes, result = (
-            StaticDrafts(None, 1, 3, 2, CPU),
-            StaticNodes(1, 5, CPU),
-            StaticResult(1, 5, None, CPU),
-        )
+        memory, kind = StepMemory(base.cache), StepKind(5, Sampling(), shape=(3, 2))
+        memory.begin(hidden, logits.argmax(-1))
+        state, nodes, result = memory.state, memory.nodes(5), memory.result(kind)
         nodes.put(tree, 2)
-        nodes.proposers[[1, 3, 4]] = 1 + torch.tensor([0, 2, 4])  # entries 0, 2 and 4 of `given`
+        nodes.sources[[1, 2, 3]] = 1 + torch.tensor([0, 2, 4])  # entries 0, 2 and 4 of `given`
         nodes.given[0, [0, 2, 4]] = text[0, length + 1 : length + 4]
-        run_step(base, StepKind(5, Sampling(), drafts), state, nodes, result)
-        assert result.path.tolist() == [[0, 1, 3, 4, -1]]
-        assert result.target[0, [0, 1, 3, 4]].tolist() == text[0, length + 1 : length + 5].tolist()
-        assert base.cache.length.tolist() == [length + 4] and state.root.tolist() == [text[0, length + 4]]
+        run_step(base, kind, memory, result)
+        assert result.path.tolist() == [[0, 1, 2, 3, -1]]
+        assert result.target[0, [0, 1, 2, 3]].tolist() == text[0, length + 1 : length + 5].tolist()
+        assert base.cache.length.tolist() == [length + 4] and state.pending.tolist() == [text[0, length + 4]]
 
 
 class OneDevice(TorchDispatchMode):
@@ -158,23 +161,23 @@ class OneDevice(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("nodes", [1, 5])
-@pytest.mark.parametrize("drafts", ["before", "after"])
+@pytest.mark.parametrize("drafting", [Drafting.BEFORE, Drafting.AFTER])
 @pytest.mark.parametrize("name", ["llama", "qwen2-window", "gpt2"])
-def test_a_step_never_leaves_the_device(name: str, drafts: str, nodes: int) -> None:
+def test_a_step_never_leaves_the_device(name: str, drafting: Drafting, nodes: int) -> None:
     """On "meta", where tensors have no values to wait for, and copies from and to the host show."""
     device = torch.device("meta")
     model = tiny_model(name, device="meta")
     drafter = CerberusHeads(CerberusConfig("tiny", 32, VOCAB, num_heads=3, draft_vocab=50)).to(device).bind(model)
-    with torch.inference_mode(), TargetModel(model, 64, 1, way=StepWay.plain(model)) as base:
+    with torch.inference_mode(), TargetModel(model, StepWay.plain(model), 64) as base:
         hidden, logits = base.prefill(torch.zeros(1, 9, dtype=torch.int64, device=device))
-        state = StaticState(hidden.clone(), logits.argmax(-1))
-        static = StaticDrafts(drafter, 1, 3, 4, device)
         sampling = Sampling(seed=3, temperature=0.7, top_p=0.9)
-        kind = StepKind(nodes, sampling, static, drafts == "before", drafts == "after")
-        result = StaticResult(1, nodes, static if drafts == "after" else None, device)
-        static = StaticNodes(1, nodes, device)
+        memory, kind = StepMemory(base.cache), StepKind(nodes, sampling, drafter, (3, 4), drafting)
+        memory.begin(hidden, logits.argmax(-1))
+        result = memory.result(kind)
+        assert (result.ids is None) == (drafting is Drafting.BEFORE)
+        memory.nodes(nodes), memory.drafts((3, 4))
         with OneDevice("meta") as seen:
-            run_step(base, kind, state, static, result)
+            run_step(base, kind, memory, result)
     expected = {f"cerberus_ext::{op}" for op in ("tree_attention", "write_cache", "head_stack", "draft_topk")}
     assert expected | {"cerberus_ext::hidden_entropy", "cerberus_ext::choose_tokens"} <= seen.operations
     assert ("cerberus_ext::verify_tree" in seen.operations) == (nodes > 1)
@@ -185,12 +188,14 @@ def test_a_step_without_heads_never_leaves_the_device(nodes: int) -> None:
     """Its tokens are all given."""
     device = torch.device("meta")
     model = tiny_model("llama", device="meta")
-    with torch.inference_mode(), TargetModel(model, 64, 1, way=StepWay.plain(model)) as base:
+    with torch.inference_mode(), TargetModel(model, StepWay.plain(model), 64) as base:
         hidden, logits = base.prefill(torch.zeros(1, 9, dtype=torch.int64, device=device))
-        state = StaticState(hidden.clone(), logits.argmax(-1))
-        result, static = StaticResult(1, nodes, None, device), StaticNodes(1, nodes, device)
+        memory, kind = StepMemory(base.cache), StepKind(nodes, Sampling(), NO_DRAFTER)
+        memory.begin(hidden, logits.argmax(-1))
+        result = memory.result(kind)
+        memory.nodes(nodes)
         with OneDevice("meta"):
-            run_step(base, StepKind(nodes, Sampling()), state, static, result)
+            run_step(base, kind, memory, result)
 
 
 @pytest.mark.parametrize(

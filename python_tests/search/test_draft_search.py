@@ -50,25 +50,25 @@ def children(table: Table, paths: list[Path], before: tuple[int, ...]) -> list[t
     return [(token, *one) for token, one in likelier.items()] + rest
 
 
-def every_node(table: Table, paths: list[Path], deepest: int) -> list[Node]:
+def every_node(table: Table, paths: list[Path], max_depth: int) -> list[Node]:
     """All that may be accepted, the root first."""
     found = [Node((), 1.0, 0)]
     for node in found:  # which grows
-        if len(node.tokens) < deepest:
+        if len(node.tokens) < max_depth:
             for token, probability, proposer in children(table, paths, node.tokens):
                 if node.probability * probability > 0:
                     found.append(Node((*node.tokens, token), node.probability * probability, proposer))
     return found
 
 
-def search(table: Table, paths: list[Path], size: int, deepest: int = 9, vocabulary: int = VOCAB) -> list[np.ndarray]:
+def search(table: Table, paths: list[Path], size: int, max_depth: int = 9, vocabulary: int = VOCAB) -> list[np.ndarray]:
     shape = (len(table), len(table[0]) if table else 0)
     tokens, probabilities, proposers = (
         np.array([[draft[i] for draft in row] for row in table], dtype).reshape(shape)
         for i, dtype in enumerate((np.int64, np.float64, np.int64))
     )
     given = [(np.array(t, np.int64), np.array(c, np.float64), proposer) for t, c, proposer in paths]
-    return list(_host.best_drafts(tokens, probabilities, proposers, given, vocabulary, size, deepest))
+    return list(_host.best_drafts(tokens, probabilities, proposers, given, vocabulary, size, max_depth))
 
 
 def nodes_of(found: list[np.ndarray]) -> list[Node]:
@@ -106,12 +106,12 @@ def path_lists(draw: st.DrawFn) -> list[Path]:
     return paths
 
 
-@given(table=tables(), paths=path_lists(), size=st.integers(1, 60), deepest=st.integers(0, 4))
-@example(table=[[(1, 0.5, 0), (1, 0.5, 1), (2, 0.5, 0)]], paths=[([1, 1], [0.5, 1.0], 2)], size=60, deepest=4)
-@example(table=[[(0, 1.0, 0)]] * 3, paths=[([0], [1.0], 1), ([0, 0, 0, 0], [0.0, 1.0, 1.0, 1.0], 2)], size=9, deepest=4)
-def test_the_likeliest_nodes_of_all(table: Table, paths: list[Path], size: int, deepest: int) -> None:
-    every = every_node(table, paths, deepest)
-    found = search(table, paths, size, deepest)
+@given(table=tables(), paths=path_lists(), size=st.integers(1, 60), max_depth=st.integers(0, 4))
+@example(table=[[(1, 0.5, 0), (1, 0.5, 1), (2, 0.5, 0)]], paths=[([1, 1], [0.5, 1.0], 2)], size=60, max_depth=4)
+@example(table=[[(0, 1.0, 0)]] * 3, paths=[([0], [1.0], 1), ([0] * 4, [0.0, 1.0, 1.0, 1.0], 2)], size=9, max_depth=4)
+def test_the_likeliest_nodes_of_all(table: Table, paths: list[Path], size: int, max_depth: int) -> None:
+    every = every_node(table, paths, max_depth)
+    found = search(table, paths, size, max_depth)
     assert [part.dtype for part in found] == [np.int64, np.int64, np.int64, np.float64]
     nodes = nodes_of(found)
     assert len(nodes) == min(size, len(every))
@@ -167,7 +167,7 @@ def test_a_certain_path_leaves_nothing_to_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "paths", "deepest"),
+    ("table", "paths", "max_depth"),
     [
         ([], [], 5),
         ([[], []], [], 5),
@@ -176,12 +176,12 @@ def test_a_certain_path_leaves_nothing_to_others() -> None:
         ([], [([], [], 1)], 5),
     ],
 )
-def test_the_root_alone(table: Table, paths: list[Path], deepest: int) -> None:
-    assert nodes_of(search(table, paths, 20, deepest)) == [Node((), 1.0, 0)]
+def test_the_root_alone(table: Table, paths: list[Path], max_depth: int) -> None:
+    assert nodes_of(search(table, paths, 20, max_depth)) == [Node((), 1.0, 0)]
 
 
 def test_paths_are_deeper_than_the_table() -> None:
-    nodes = nodes_of(search([[(1, 0.5, 0)]], [([1] * 200, [0.999] * 200, 1)], 150, deepest=120))
+    nodes = nodes_of(search([[(1, 0.5, 0)]], [([1] * 200, [0.999] * 200, 1)], 150, max_depth=120))
     assert len(nodes) == 121 and len(nodes[-1].tokens) == 120 and nodes[-1].probability == pytest.approx(0.999**120)
 
 
@@ -200,18 +200,18 @@ def test_any_layout_and_number_type() -> None:
 
 OK: dict[str, Any] = {
     "tokens": [[1, 2]], "probabilities": [[0.5, 0.25]], "proposers": [[0, 0]], "paths": [([3], [0.5], 1)],
-    "vocabulary": VOCAB, "size": 4, "deepest": 3,
+    "vocabulary": VOCAB, "size": 4, "max_depth": 3,
 }  # fmt: skip
 WRONG = [
     ({"size": 0}, "size must be >= 1, got 0"),
     ({"size": -(2**63)}, "size must be >= 1, got -9223372036854775808"),
-    ({"deepest": -1}, "deepest must be >= 0, got -1"),
+    ({"max_depth": -1}, "max_depth must be >= 0, got -1"),
     ({"tokens": [[1, 6]]}, "tokens must be in 0 .. 5, got 6"),
     ({"tokens": [[-1, 2]]}, "tokens must be in 0 .. 5, got -1"),
     ({"probabilities": [[0.5, -0.25]]}, "probabilities must be in 0 .. 1, got -0.25"),
     ({"probabilities": [[1.5, 0.25]]}, "probabilities must be in 0 .. 1, got 1.5"),
     ({"probabilities": [[0.5, math.nan]]}, "probabilities must be in 0 .. 1, got -?nan"),
-    ({"probabilities": [[0.25, 0.5]]}, "the drafts of a place must be best first"),
+    ({"probabilities": [[0.25, 0.5]]}, "the drafts of a depth must be best first"),
     ({"probabilities": [[0.5]]}, "tokens and probabilities must have one shape"),
     ({"proposers": [[0]]}, "proposers must have the shape of tokens"),
     ({"tokens": [1, 2]}, "tokens must be a 2-D array of integers, got 1-D"),

@@ -1,12 +1,11 @@
 // Small kernels that test the emulator: what it must let pass, and what it must refuse. Compiled with it, see
-// csrc/simt/CMakeLists.txt, and called from test_emulator.py and test_sanitizers.py.
+// emulator/CMakeLists.txt, and called from test_emulator.py and test_sanitizers.py.
 #include <cstdio>
 #include <cstring>
 #include <exception>
 #include <string>
 
 #include "cuda/copy.cuh"
-#include "cuda/mma.cuh"
 #include "cuda/reduce.cuh"
 
 namespace {

@@ -101,8 +101,8 @@ BROKEN = [
         "the length is read before it is there",
         "commit_cache",
         "commit_cache.cu",
-        "a.length[row] = length_of_row + places;\n  }\n  __syncthreads();",
-        "a.length[row] = length_of_row + places;\n  }",
+        "a.length[row] = length_of_row + kept;\n  }\n  __syncthreads();",
+        "a.length[row] = length_of_row + kept;\n  }",
     ),
 ]
 UNBROKEN = "unbroken"

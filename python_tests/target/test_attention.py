@@ -16,9 +16,9 @@ from cerberus_ext import ops
 from cerberus_ext.drafting.gate import AlwaysClosed
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
+from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.target import attention
 from cerberus_ext.target.attention import UnsupportedAttention, attention_switch, check_attention, layer_windows
-from cerberus_ext.target.model import TargetModel
 from cerberus_ext.target.stand_ins import TreeStep, running
 
 TREE = StaticPolicy.from_paths([(0, 0, 0), (0, 1), (1, 0), (2,)])
@@ -27,9 +27,9 @@ TREE = StaticPolicy.from_paths([(0, 0, 0), (0, 1), (1, 0), (2,)])
 def step_logits(model: PreTrainedModel, device: str) -> torch.Tensor:
     """(1, N, V) of a step with TREE after the prompt."""
     tokens = torch.arange(TREE.size, device=device)[None] + 3
-    with torch.inference_mode(), TargetModel(model, 64, 1) as base:
+    with torch.inference_mode(), runtime_of(model).target(64) as base:
         base.prefill(prompt(device))
-        return base.step(tokens, TREE.on(tokens.device))[1]
+        return base.step(tokens, TREE.tree.on(tokens.device))[1]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

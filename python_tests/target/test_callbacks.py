@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
-from cerberus_ext.runtime.capability import capability_of
-from cerberus_ext.target.model import TargetModel
+from cerberus_ext.runtime.runtime import runtime_of
 
 NEW = 6
 # Named attention, seen call by call; with swapped weights; with windows; with soft caps; with experts; of its own.
@@ -107,7 +106,7 @@ def test_from_another_thread_in_the_middle_of_a_step(family: str, shared: bool) 
     middle = [module for name, module in model.named_modules() if name.endswith(("layers.1", "h.1"))]
     assert len(middle) == 1
     with middle[0].register_forward_pre_hook(hook):
-        capability_of(model)  # with its hook it is another model
+        runtime_of(model).capability()  # with its hook it is another model
         assert len(calls) > 5 and all(calls)
         calls.clear()
         out = decode(model, None, prompt(), max_new_tokens=NEW)
@@ -118,10 +117,10 @@ def test_from_another_thread_in_the_middle_of_a_step(family: str, shared: bool) 
 def test_the_hidden_states_are_those_of_the_step() -> None:
     """Not those that another thread's forward of the same model hands to the LM head."""
     model, main, calls = make_family("llama"), threading.get_ident(), []
-    tree = StaticPolicy.chain(2)
+    tree = StaticPolicy.chain(2).tree
 
     def step() -> Tensor:
-        with torch.inference_mode(), TargetModel(model, 64, 1) as base:
+        with torch.inference_mode(), runtime_of(model).target(64) as base:
             base.prefill(prompt())
             return base.step(OTHER[:, :3], tree.on(OTHER.device))[0]
 
@@ -131,7 +130,7 @@ def test_the_hidden_states_are_those_of_the_step() -> None:
 
     want = step()
     with model.lm_head.register_forward_pre_hook(hook), model.lm_head.register_forward_hook(hook):
-        capability_of(model)  # with its hooks it is another model
+        runtime_of(model).capability()  # with its hooks it is another model
         calls.clear()
         assert step().equal(want) and len(calls) == 4
 

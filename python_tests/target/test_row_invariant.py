@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from cerberus_ext import ops
 from cerberus_ext.drafting.gate import AlwaysClosed
 from cerberus_ext.drafting.static_policy import StaticPolicy
+from cerberus_ext.drafting.tree import ALONE
 from cerberus_ext.engine.decode import decode
-from cerberus_ext.runtime.capability import capability_of
+from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.target import row_invariant
 from cerberus_ext.target.model import StepWay, TargetModel
 from cerberus_ext.target.row_invariant import (
@@ -196,16 +197,16 @@ def test_small_sums(function: Any) -> None:
 def test_rows_of_a_whole_step(name: str, dtype: torch.dtype) -> None:
     """Every op of a forward over a tree, attention included: each node has the bits it has on its own."""
     model = tiny_model(name, dtype=dtype)
-    tree = StaticPolicy.from_widths([40])
+    tree = StaticPolicy.from_widths([40]).tree
     tokens = torch.arange(tree.size)[None] % 97
-    with torch.inference_mode(), TargetModel(model, 64, 1) as base:
+    with torch.inference_mode(), runtime_of(model).target(64) as base:
         base.prefill(prompt())
         hidden, logits = base.step(tokens, tree.on(tokens.device))
         for node in (1, 17, 40):
-            path = StaticPolicy.from_widths([1])
+            path = StaticPolicy.from_widths([1]).tree
             alone_hidden, alone_logits = base.step(tokens[:, [0, node]], path.on(tokens.device))
             assert alone_logits[0, 1].equal(logits[0, node]) and alone_hidden[0, 1].equal(hidden[0, node])
-        root_hidden, root_logits = base.step(tokens[:, :1], StaticPolicy.root().on(tokens.device))
+        root_hidden, root_logits = base.step(tokens[:, :1], ALONE.on(tokens.device))
         assert root_logits[0, 0].equal(logits[0, 0]) and root_hidden[0, 0].equal(hidden[0, 0])
 
 
@@ -216,10 +217,10 @@ class TestPadding:
         model = make_family("gpt2")
         way = StepWay(names_attention=True, sees_all=False, widths=frozenset({32}))  # an even number of nodes
         sizes: list[int] = []
-        tree, tokens = StaticPolicy.from_widths([4]), torch.tensor([[5, 60, 7, 88, 9]])
+        tree, tokens = StaticPolicy.from_widths([4]).tree, torch.tensor([[5, 60, 7, 88, 9]])
         found = []
         for one in (way, StepWay(names_attention=True, sees_all=True)):
-            with torch.inference_mode(), TargetModel(model, 32, 1, way=one) as base:
+            with torch.inference_mode(), TargetModel(model, one, 32) as base:
                 real = base.run
 
                 def run(forward: Any, tokens: Tensor, *rest: Any, real: Any = real) -> Any:
@@ -238,7 +239,7 @@ class TestPadding:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_the_text_stays_the_same(self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         model = make_family("gpt2", dtype)
-        capability = capability_of(model)
+        capability = runtime_of(model).capability()
         assert capability.way == StepWay(names_attention=True, sees_all=False, widths=frozenset({256}))
         want = decode(model, None, prompt(), max_new_tokens=40, gate=AlwaysClosed()).sequences
         padded: list[tuple[int, int]] = []

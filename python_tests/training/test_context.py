@@ -14,7 +14,7 @@ from cerberus_ext import decode
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.heads import CerberusHeads
 from cerberus_ext.drafting.static_policy import StaticPolicy
-from cerberus_ext.target.model import TargetModel, sole_decode
+from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.training.answers import read_answers
 from cerberus_ext.training.options import SEGMENT
 from cerberus_ext.training.processes import Processes
@@ -50,10 +50,11 @@ def test_training_reads_what_decoding_reads(trainer: Trainer, llama: LlamaForCau
         hidden, tokens = data.hidden[rows].float(), data.tokens[rows]
         prompt, count = len(rows) - int(in_answer.sum()), int(in_answer.sum())
         led_to = torch.cat([hidden[1:], hidden[-1:]])[None, :prompt]
-        with torch.inference_mode(), sole_decode(llama), TargetModel(llama, len(rows) + 8, 1, context=True) as base:
+        runtime = runtime_of(llama)
+        with torch.inference_mode(), runtime.sole(), runtime.target(len(rows) + 8, context=True) as base:
             base.prefill(tokens[None, :prompt])
             context.keep_prompt(base.cache, led_to, tokens[None, :prompt])
-            chain = StaticPolicy.chain(count - 1).on(torch.device("cpu"))
+            chain = StaticPolicy.chain(count - 1).tree.on(torch.device("cpu"))
             found = context.read(base.cache, hidden[None, prompt:], tokens[None, prompt:], chain)[0]
         torch.testing.assert_close(read[in_answer], found, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(found, hidden[prompt:], atol=0.1)

@@ -1,0 +1,70 @@
+"""Heads bound to a model: what the steps of a decode call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..target.attention import Topology
+    from ..target.cache import TreeCache
+
+
+class Drafter:
+    """To write one, derive and override `draft`; everything else has a default.
+
+    recordable   `draft` computes on the device only, from its arguments and from tensors that stay where they are, so
+                 that a recorded step may contain it. Otherwise it is called before every replay
+    has_context  it has keys and values of its own for every token: the cache has a layer for them, and it is told of
+                 all tokens and of the hidden states that they led to
+    """
+
+    recordable: bool = False
+    has_context: bool = False
+
+    def draft(self, hidden: Tensor, pending: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
+        """hidden (B, D), pending (B,) -> token ids (B, K, P) int64 and log-probabilities (B, K, P) float32, best first.
+
+        drafts: P. hidden: what `read` has made of it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must have draft, see Drafter")
+
+    def read(self, cache: TreeCache, hidden: Tensor, pending: Tensor) -> Tensor:
+        """hidden (B, D): what pending (B,) was chosen from -> what is drafted from, (B, D)."""
+        return hidden
+
+    def keep_prompt(self, cache: TreeCache, hidden: Tensor, tokens: Tensor) -> None:
+        """hidden (B, S, D): what each of the prompt's tokens (B, S) led to."""
+
+    def keep_nodes(self, cache: TreeCache, before: Tensor, hidden: Tensor, tokens: Tensor, tree: Topology) -> None:
+        """before (B, D): what node 0 was chosen from; hidden (B, N, D): what the nodes' tokens (B, N) led to."""
+
+    def renew(self, new: Drafter) -> bool:
+        """Takes over the values of `new`, bound to the same heads and model, into the memory that recordings read.
+
+        False: they do not lie, or fit, where they did, and nothing was changed; recordings of it are of no use any
+        more.
+        """
+        return False
+
+    def propose(self, cache: TreeCache, hidden: Tensor, pending: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
+        """hidden (B, D): what pending (B,) was chosen from -> ids, logprobs (B, K, P) of the drafts behind it.
+
+        On the device. Id -1 where the probability is 0 or no number: such a draft is none.
+        """
+        ids, logprobs = self.draft(self.read(cache, hidden, pending), pending, drafts)
+        return ids.masked_fill(~logprobs.isfinite(), -1), logprobs
+
+
+class HeadsLike(Protocol):
+    """What `decode` needs of heads; CerberusHeads is one. config.num_heads is K."""
+
+    config: Any
+
+    def bind(self, model: PreTrainedModel) -> Drafter: ...
+
+
+NO_DRAFTER = Drafter()  # where no tree has drafts of heads: it is never asked

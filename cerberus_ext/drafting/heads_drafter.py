@@ -1,0 +1,100 @@
+"""CerberusHeads bound to a model: heads + the rows of its LM head and its embeddings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .. import ops
+from .context_layer import BoundContext
+from .drafter import Drafter
+from .tree import ALONE
+
+if TYPE_CHECKING:
+    from ..target.attention import Topology
+    from ..target.cache import TreeCache
+
+
+class HeadsDrafter(Drafter):
+    """Heads bound to one model. Holds references and, where needed, copies; changes neither.
+
+    config: the heads'. dtype, device: of every tensor here. projection (Vd, D): the rows of the LM head.
+    context: what the hidden states go through before they are drafted from; None: nothing.
+    """
+
+    recordable = True
+
+    def __init__(self, heads: Any, lm_head: Tensor, embeddings: Tensor) -> None:
+        """heads: CerberusHeads; lm_head, embeddings: of a model that they fit."""
+        self.config = heads.config
+        self.dtype, self.device = heads.weight.dtype, lm_head.device
+        self.weight = heads.weight.detach().to(self.device)
+        self.bias = heads.bias.detach().to(self.device)
+        self.embeddings = embeddings.detach()
+        self.anchor_scale = None if heads.anchor_scale is None else heads.anchor_scale.detach().to(self.device)
+        self.draft_vocab = None if heads.draft_vocab is None else heads.draft_vocab.to(self.device)
+        self.context = None
+        if heads.context is not None:
+            assert self.anchor_scale is not None  # of such heads
+            layer = {name: tensor.detach().to(self.device) for name, tensor in heads.context.named_parameters()}
+            self.context = BoundContext(heads.context.sizes, layer, self.embeddings, self.anchor_scale)
+        self.has_context = self.context is not None
+        self._alone = ALONE.on(self.device)
+        rows = lm_head.detach() if self.draft_vocab is None else lm_head.detach()[self.draft_vocab]
+        self.projection = rows.to(self.dtype).contiguous()
+        self._shared = {
+            tensor.data_ptr() for tensor in (*heads.parameters(), *heads.buffers(), lm_head, embeddings)
+        }  # the memory of others: never written
+
+    def renew(self, new: Drafter) -> bool:
+        copies = []
+        assert isinstance(new, HeadsDrafter)
+        for mine, fresh in zip(self._tensors(), new._tensors(), strict=True):
+            if mine is None or fresh is None:
+                if mine is not fresh:
+                    return False
+            elif (mine.shape, mine.dtype, mine.device) != (fresh.shape, fresh.dtype, fresh.device):
+                return False
+            elif mine.data_ptr() != fresh.data_ptr():
+                if mine.data_ptr() in self._shared:
+                    return False
+                copies.append((mine, fresh))
+        for mine, fresh in copies:
+            mine.copy_(fresh)
+        return True
+
+    def _tensors(self) -> list[Tensor | None]:
+        """All that drafting reads."""
+        context = self.context
+        layer = [] if context is None else [context.qkv, context.output, context.mixer, context.bias]
+        return [self.weight, self.bias, self.embeddings, self.anchor_scale, self.draft_vocab, self.projection, *layer]
+
+    def states(self, hidden: Tensor, pending: Tensor) -> Tensor:
+        """hidden (B, D): what produced pending (B,) int64 -> the heads' final states (B, K, D)."""
+        hidden = hidden.to(self.dtype).contiguous()
+        anchor = hidden
+        if self.anchor_scale is not None:
+            anchor = self.embeddings[pending].to(self.dtype) * self.anchor_scale
+        return ops.head_stack(hidden, anchor, self.weight, self.bias)
+
+    def draft(self, hidden: Tensor, pending: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
+        """The `drafts` best tokens of every head: ids of the model's vocabulary, and their log-probabilities within the
+        draft vocabulary. Raises ValueError where that does not have so many."""
+        if not 1 <= drafts <= self.projection.shape[0]:
+            raise ValueError(f"Drafter.draft: drafts must be in 1..{self.projection.shape[0]}, got {drafts}")
+        ids, logprobs = ops.draft_topk(self.states(hidden, pending), self.projection, drafts)
+        return (ids if self.draft_vocab is None else self.draft_vocab[ids]), logprobs
+
+    def read(self, cache: TreeCache, hidden: Tensor, pending: Tensor) -> Tensor:
+        if self.context is None:
+            return hidden
+        return self.context.read(cache, hidden[:, None], pending[:, None], self._alone)[:, 0]
+
+    def keep_prompt(self, cache: TreeCache, hidden: Tensor, tokens: Tensor) -> None:
+        if self.context is not None:
+            self.context.keep_prompt(cache, hidden, tokens)
+
+    def keep_nodes(self, cache: TreeCache, before: Tensor, hidden: Tensor, tokens: Tensor, tree: Topology) -> None:
+        if self.context is not None:
+            self.context.keep_nodes(cache, before, hidden, tokens, tree)

@@ -1,0 +1,203 @@
+"""Decoder: a model and its heads, prepared for decoding."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..drafting.drafter import HeadsLike
+from ..drafting.gate import Gate
+from ..drafting.proposers import ProposerFactory
+from ..drafting.tree import TreePolicy
+from ..runtime.stats import DecodeOutput, DecodeStats
+from .forked import threads_after_fork
+from .text import GeneratedText, ends_streamer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..runtime.sampling import Chooser
+    from ..runtime.stepper import Chunk
+    from .plan import Plan
+
+
+MAX_NEW_TOKENS = 256  # where nothing else is said
+
+
+@dataclass
+class _Request:
+    """One text that is to be generated, checked."""
+
+    plan: Plan
+    text: GeneratedText
+    chooser: Chooser
+    stats: DecodeStats
+    capacity: int
+    limit: int | None  # tokens, where there are fewer than were asked for
+
+
+class Decoder:
+    """Decodes with one model and one way of drafting.
+
+    model, heads, tree, gate, proposers, graphs, compile: as in `decode`. What lives longer than a text (the model's
+    capability, its cache, recorded and compiled steps) is the model's, in `runtime.runtime_of(model)`: decoders of one
+    model share it, and `decode` finds it again.
+
+    Raises TypeError or ValueError, naming the argument, where one is wrong. A context manager: `close` at the end.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        heads: HeadsLike | None = None,
+        *,
+        tree: int | TreePolicy | None = None,
+        gate: Gate | None = None,
+        proposers: Sequence[ProposerFactory] | None = None,
+        graphs: bool | None = None,
+        compile: bool = False,
+    ) -> None:
+        # Here, and not above: they import transformers, which takes seconds and is not needed to look at a tree.
+        from . import checks
+
+        threads_after_fork()
+        checks.check_model(model)
+        checks.check_graphs(graphs)
+        checks.check_compile(compile, graphs)
+        self.model = model
+        self.heads = heads
+        self.stats: DecodeStats | None = None  # of the latest text, also while it is generated
+        self._drafting = (tree, gate, proposers)
+        self._graphs = graphs
+        self._compile = compile
+        self._make_plan()
+
+    @ends_streamer
+    def decode(
+        self, ids: Tensor | Sequence[int] | Mapping[str, Any], *, streamer: Any = None, **options: Any
+    ) -> DecodeOutput:
+        """ids, streamer and options (attention_mask, max_new_tokens, temperature, top_k, top_p, seed, eos_token_id,
+        stopping_criteria): as in `decode`, which says what it returns and raises."""
+        return self.run(ids, streamer=streamer, **options)
+
+    def run(self, ids: Any, *, streamer: Any = None, **options: Any) -> DecodeOutput:
+        """As `decode`, but `streamer.end` is the caller's to call."""
+        request = self._request(ids, streamer, **options)
+        for _ in self._generate(request):
+            pass
+        text, limit = request.text, request.limit
+        if limit is not None and len(text.tokens) == limit and not text.stopped:
+            asked = options.get("max_new_tokens", MAX_NEW_TOKENS)
+            warnings.warn(
+                f"decode: max_new_tokens is {asked}, but the text ends after {limit} tokens:"
+                f" {type(self.model).__name__} has no more positions, or would have to read all of it again",
+                stacklevel=4,
+            )
+        return DecodeOutput(text.sequences(), request.stats)
+
+    def stream(self, ids: Tensor | Sequence[int] | Mapping[str, Any], **options: Any) -> Iterator[Chunk]:
+        """As `decode`, but yields tokens as they are accepted, and who drafted each of them, see Chunk.
+
+        `stats` are those of this text. From the first chunk on, until the stream ends or is closed, the model is
+        decoding: no other text can begin. Arguments are checked at once.
+        """
+        return self._generate(self._request(ids, None, **options))
+
+    def warm_up(self) -> DecodeStats:
+        """Compiles, or records, a step of each number of nodes, so that no later text waits for one.
+
+        Returns statistics of which `compilations`, `compile_seconds`, `row_invariant`, `captures`, `capture_seconds`
+        and `fallback` are set. Raises CompileError where steps cannot be compiled.
+        """
+        from ..runtime.runtime import runtime_of
+        from ..runtime.sampling import Sampling
+
+        threads_after_fork()
+        plan, stats, runtime = self._make_plan(), DecodeStats(), runtime_of(self.model)
+        capacity = 1 + plan.policy.size
+        options = (self._graphs, self._compile)
+        with runtime.steps(plan.drafts, Sampling(), stats, capacity, *options) as stepper, torch.inference_mode():
+            stepper.prefill(torch.zeros((1, 1), dtype=torch.int64, device=self.model.device))
+            for size in plan.policy.sizes:
+                stepper.prepare(size)
+        return stats
+
+    def close(self) -> None:
+        """Frees what is kept for the model: its cache, recorded and compiled steps; the next text makes new ones.
+
+        They are freed with the model, too. After this, a model of which a step could not be recorded is tried again.
+        """
+        from ..runtime.runtime import runtime_of
+
+        runtime_of(self.model).release()
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _make_plan(self) -> Plan:
+        """Anew where what a calibration belongs to has changed."""
+        from .plan import make_plan
+
+        return make_plan(self.model, self.heads, *self._drafting, self._compile)
+
+    def _request(
+        self,
+        ids: Any,
+        streamer: Any,
+        *,
+        attention_mask: Any = None,
+        max_new_tokens: Any = MAX_NEW_TOKENS,
+        temperature: Any = 0.0,
+        top_k: Any = 0,
+        top_p: Any = 1.0,
+        seed: Any = 0,
+        eos_token_id: Any = None,
+        stopping_criteria: Any = None,
+    ) -> _Request:
+        from ..runtime.logit_rules import logit_rules
+        from ..runtime.runtime import runtime_of
+        from . import checks
+
+        threads_after_fork()
+        model = self.model
+        checks.check_model(model)
+        checks.check_autocast(model)
+        ids = checks.prompt_ids(ids, attention_mask, model)
+        max_new_tokens = checks.check_integer("decode: max_new_tokens", max_new_tokens, 0)
+        sampling = checks.check_sampling(temperature, top_k, top_p, seed)
+        checks.check_streamer(streamer)
+        plan = self._make_plan()
+        stopping = checks.stopping_criteria_list(stopping_criteria)
+        eos = checks.eos_token_ids(eos_token_id, model)
+        chooser = logit_rules(model, ids, max_new_tokens, eos, sampling)
+        limit = checks.max_new_tokens(model, ids, max_new_tokens)
+        capability = runtime_of(model).capability()
+        if capability.no_drafts_because:
+            plan = plan.without_drafts()
+        text = GeneratedText(ids, limit, eos, stopping, streamer)
+        self.stats = capability.stats(self._compile)
+        capacity = ids.shape[1] + limit + plan.policy.size
+        return _Request(plan, text, chooser, self.stats, capacity, limit if limit < max_new_tokens else None)
+
+    def _generate(self, request: _Request) -> Iterator[Chunk]:
+        from ..runtime.runtime import runtime_of
+        from .loop import generate
+
+        plan, text, stats = request.plan, request.text, request.stats
+        if text.ended:  # not a token is asked for
+            text.begin()
+            return
+        runtime, options = runtime_of(self.model), (self._graphs, self._compile)
+        try:
+            with runtime.steps(plan.drafts, request.chooser, stats, request.capacity, *options) as stepper:
+                yield from generate(stepper, plan, text)
+        finally:
+            stats.new_tokens = len(text.tokens)

@@ -1,0 +1,176 @@
+"""What a model's steps need from one decode to the next, and who owns it.
+
+Runtime      of one model: capability, compiled and recorded steps, what failed, what was said
+runtime_of   the one place where it is kept: with the model, and freed with it
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..drafting.drafter import NO_DRAFTER, Drafter
+from ..target.model import TargetModel
+from .capability import Capability, examine
+from .compiled_step import CompiledSteps, ModelPrograms, check_compilable
+from .recorder import RECORDERS, Unrecordable, expected_on
+from .recordings import Recordings
+from .replayable import memory_of, obstacle
+from .sampling import Chooser
+from .stats import DecodeStats
+from .stepper import Drafts, Stepper
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Runtime:
+    """Of one model, which it does not keep alive.
+
+    looked_up: what was found for heads (their calibrations), by heads.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = weakref.ref(model)
+        self._lock = threading.Lock()
+        self._capability: tuple[Any, Capability] | None = None
+        self._programs: ModelPrograms | None = None
+        self._recordings: Recordings | None = None
+        self._failure: tuple[Any, str] | None = None  # why a step could not be recorded; it is not tried again
+        self._said: set[str] = set()
+        self.looked_up: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        model = self._model()
+        assert model is not None  # whoever asks has it
+        return model
+
+    def capability(self) -> Capability:
+        """Told at the first call with these weights, modules, hooks and threads; later ones return it.
+
+        Raises ValueError, naming the model's class and the reason, where the model's steps cannot run.
+        """
+        model = self.model
+        hooks = tuple((*part._forward_hooks, *part._forward_pre_hooks) for part in model.modules())  # their numbers
+        key = (memory_of(model), hooks, torch.get_num_threads(), model.dtype)
+        if self._capability is None or self._capability[0] != key:
+            self._capability = (key, examine(model))
+        return self._capability[1]
+
+    def target(self, capacity: int, **options: Any) -> TargetModel:
+        """The model for steps of one's own, as TargetModel. Not while another decode of it runs: see `sole`."""
+        return TargetModel(self.model, self.capability().way, capacity, **options)
+
+    @contextmanager
+    def sole(self) -> Iterator[None]:
+        """While inside, another decode of the model is refused: both would switch its attention and use its memory."""
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                "decode: model must not be decoding already, another thread, or a gate, streamer or stopping criterion"
+                " that was called from a decode, uses it at this moment: take turns, or decode with a copy of it"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def steps(
+        self, drafts: Drafts, chooser: Chooser, stats: DecodeStats, capacity: int,
+        graphs: bool | None = None, compile: bool = False,
+    ) -> Iterator[Stepper]:  # fmt: skip
+        """Steps of one decode, with the model prepared for them while inside.
+
+        capacity: tokens that the cache has to hold. graphs, compile: as in `decode`. Raises CompileError, and
+        ValueError where graphs is True and there are none.
+        """
+
+        def fall_back(error: Unrecordable) -> None:
+            if graphs:
+                raise ValueError(f"decode: graphs must be None or False here, got True: {error}") from error
+            stats.fallback = str(error)
+            if expected_on(self.model.device):
+                self.warn_once(f"decode: no CUDA graphs, each op is launched by itself: {error}")
+
+        def give_up(error: Unrecordable) -> None:
+            self._recordings, self._failure = None, (memory_of(self.model), str(error))
+            fall_back(error)
+
+        compiled = self.compiled(drafts.sizes, stats) if compile else None
+        with self.sole():
+            with torch.inference_mode():  # what is kept is made and written in it, whatever the caller's mode is
+                drafter = self._bind(drafts)
+                recordings = None
+                if graphs is not False and compiled is None:
+                    try:
+                        recordings = self._recorded(chooser, capacity, drafter.has_context)
+                        drafter = recordings.keep(drafts.heads, drafter)
+                    except Unrecordable as error:
+                        fall_back(error)
+                cache = None if recordings is None else recordings.memory.cache
+                target = self.target(capacity, cache=cache, compiled=compiled, context=drafter.has_context)
+            with target:
+                yield Stepper(target, drafts, drafter, chooser, stats, recordings, give_up)
+
+    def _bind(self, drafts: Drafts) -> Drafter:
+        drafter = drafts.heads.bind(self.model)  # also where they are not asked: they have to fit
+        if not isinstance(drafter, Drafter):
+            raise TypeError(f"decode: heads.bind must return a Drafter, got {type(drafter).__name__}")
+        return drafter if drafts.drafts else NO_DRAFTER
+
+    def compiled(self, sizes: Collection[int], stats: DecodeStats) -> CompiledSteps:
+        """The compiled steps of one decode with trees of these sizes; what an earlier one has compiled serves again.
+
+        Raises CompileError.
+        """
+        check_compilable(self.model)
+        if self._programs is None or self._programs.memory != memory_of(self.model):
+            self._programs = ModelPrograms(self.model)
+        return CompiledSteps(self._programs, sizes, stats)
+
+    def _recorded(self, chooser: Chooser, capacity: int, context: bool) -> Recordings:
+        """Those that are kept, or new ones. Raises Unrecordable."""
+        if chooser.host_rules:
+            rules = ", ".join(chooser.host_rules)
+            raise Unrecordable(f"the logits are processed as model.generation_config says ({rules})")
+        model = self.model
+        if model.device.type not in RECORDERS:
+            raise Unrecordable(f"the model is on {model.device}, not on a CUDA device")
+        if reason := obstacle(model, "a replay"):
+            raise Unrecordable(reason)
+        if self._failure is not None and self._failure[0] == memory_of(model):
+            raise Unrecordable(self._failure[1])
+        if self._recordings is None or not self._recordings.fits(model, capacity, context):
+            self._recordings = self._failure = None  # first, so that there is memory for the new ones
+            self._recordings = Recordings(model, capacity, context)
+        return self._recordings
+
+    def warn_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, stacklevel=2)
+
+    def release(self) -> None:
+        """Frees the cache, the static tensors, the recorded and the compiled steps; the next decode makes new ones.
+
+        After this, a model of which a step could not be recorded is tried again.
+        """
+        self._recordings = self._failure = self._programs = None
+
+
+_runtimes: weakref.WeakKeyDictionary[PreTrainedModel, Runtime] = weakref.WeakKeyDictionary()
+_runtimes_lock = threading.Lock()
+
+
+def runtime_of(model: PreTrainedModel) -> Runtime:
+    with _runtimes_lock:
+        if model not in _runtimes:
+            _runtimes[model] = Runtime(model)
+        return _runtimes[model]

@@ -1,0 +1,59 @@
+"""How a token is chosen from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from .. import ops
+
+
+class Chooser(Protocol):
+    """Chooses the tokens of one text.
+
+    host_rules: what the host applies to the logits on the way, by name; a step with any is not recorded.
+    """
+
+    @property
+    def host_rules(self) -> Sequence[str]: ...
+
+    def first(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """logits (B, V) after the prompt, positions (B,) of the tokens to choose -> tokens (B,)."""
+
+    def targets(self, logits: Tensor, tokens: Tensor, parents: Sequence[int], positions: Tensor) -> Tensor:
+        """What the target model chooses after each node of a step: logits (B, N, V), tokens (B, N), positions (B, N) of
+        the tokens to choose -> (B, N). parents (N,): the tree's, on the host."""
+
+    def extend(self, tokens: list[int]) -> None:
+        """The text has grown by these."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The Chooser that takes the logits as they are, see `ops.choose_tokens`."""
+
+    seed: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    host_rules: ClassVar[Sequence[str]] = ()
+
+    def choose(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """logits (..., V), positions (...) of the tokens to choose -> tokens (...)."""
+        flat = logits.reshape(-1, logits.shape[-1]).contiguous()
+        chosen = ops.choose_tokens(
+            flat, positions.reshape(-1).contiguous(), self.seed, self.temperature, self.top_k, self.top_p
+        )
+        return chosen.view(positions.shape)
+
+    def first(self, logits: Tensor, positions: Tensor) -> Tensor:
+        return self.choose(logits, positions)
+
+    def targets(self, logits: Tensor, tokens: Tensor, parents: Sequence[int], positions: Tensor) -> Tensor:
+        return self.choose(logits, positions)
+
+    def extend(self, tokens: list[int]) -> None:
+        pass
