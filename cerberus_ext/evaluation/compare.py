@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..drafting.gate import AlwaysClosed
+from ..drafting.heads import CerberusHeads
 from ..engine.decode import decode
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..drafting.heads import CerberusHeads
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ class Measuring:
                 exact = (
                     ids.device.type == "cpu"
                     and stats is not None
-                    and stats.get("row_invariant") is not False
+                    and stats["row_invariant"] is not False
                     and is_compiled(way) == is_compiled(other)
                 )
                 parts[way.name] = {**found, "other": other.name, "exact": exact}
