@@ -63,7 +63,7 @@ def calibrate(
         calibration.check_output(output)
     target, tokenizer, trained = load(model, heads, dtype, device, threads)
     result = calibration.calibrate(target, trained, tokenizer, options)
-    typer.echo(report.text(result))
+    typer.echo("\n".join(report.lines(result)))
     typer.echo(f"stored in {place(trained)}")
 
 
