@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,11 +110,10 @@ class ConfidenceGate(Gate):
         if rate is not None:
             check_number("ConfidenceGate: rate", rate, "None or > 0", lambda number: number > 0)
         self.rate = rate
-        self._sizes: dict[int, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}  # by nodes: sizes, their costs
 
-    def cost(self, size: int) -> float:
-        """Time of a step with `size` nodes."""
-        return float(np.interp(size, list(self.costs), list(self.costs.values())))
+    def cost(self, sizes: Any) -> Any:
+        """Time of steps with so many nodes: a number, or an array for an array of them."""
+        return np.interp(sizes, list(self.costs), list(self.costs.values()))
 
     def decide(self, signals: Signals) -> int:
         """One of the sizes that have a cost, or all of the nodes. Raises ValueError where the policy's trees may be
@@ -126,11 +125,8 @@ class ConfidenceGate(Gate):
             )
         assert signals.expected_tokens is not None
         nodes = len(signals.expected_tokens)
-        if nodes not in self._sizes:
-            sizes = np.array([*(size for size in self.costs if size < nodes), nodes])
-            self._sizes[nodes] = sizes, np.array([self.cost(int(size)) for size in sizes])
-        sizes, costs = self._sizes[nodes]
-        tokens = signals.expected_tokens[sizes - 1]
+        sizes = np.array([*(size for size in self.costs if size < nodes), nodes])
+        tokens, costs = signals.expected_tokens[sizes - 1], self.cost(sizes)
         if self.rate is None:
             worth = tokens / costs
             worth[0] *= 1 + self.margin

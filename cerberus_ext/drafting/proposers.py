@@ -1,19 +1,6 @@
 """Where drafts come from: a small protocol, and how a step asks everyone who follows it.
 
-The heads are one proposer (`HeadsProposer`), the text's own past is another (suffix.py). A third takes a few lines;
-this one drafts that the last token is said again, three times in ten:
-
-    class Stutter:
-        def __init__(self, prompt):
-            self.last = prompt[-1]
-
-        def extend(self, tokens):
-            self.last = tokens[-1]
-
-        def propose(self, max_depth):
-            return [self.last] * max_depth, [0.3] * max_depth
-
-    decode(model, heads, ids, proposers=[Stutter])
+The heads are one proposer (`HeadsProposer`), the text's own past is another (suffix.py); README has a third one.
 """
 
 from __future__ import annotations
