@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
 from ..drafting.drafter import NO_DRAFTER, Drafter, HeadsLike
 from ..drafting.dynamic_policy import DynamicPolicy
@@ -20,9 +20,6 @@ from ..runtime.runtime import runtime_of
 from ..runtime.stepper import Drafts
 from . import checks
 from .calibration_store import find
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _MIN_DYNAMIC = 6  # nodes; a CPU without AMX computes each of them, and was fastest with so many (calibrated, AVX2)
 

@@ -1,26 +1,21 @@
 """What model.generation_config says about the text: applied as `generate(do_sample=False)` does, or refused by name.
 
-    logit_rules   what chooses the tokens of one decode: Sampling itself where nothing is to be applied
-    LogitRules    applies logits processors: to the logits of a tree's node with the text and the node's own path as its
-                  context
-
-A node's logits are processed by themselves, with the tokens that precede the next one if the node is accepted. So what
-comes out never depends on the other nodes of the tree.
+A node's logits are processed by themselves, with the text and the node's own path as their context. So what comes out
+never depends on the other nodes of the tree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-if TYPE_CHECKING:
-    from ..drafting.tree import Tree
-    from .sampling import Chooser, Sampling
+from ..drafting.tree import Tree
+from .sampling import Chooser, Sampling
 
 
 class Context(NamedTuple):
