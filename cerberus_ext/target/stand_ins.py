@@ -75,24 +75,31 @@ class Switch:
         with _lock:
             fresh = [config for config in self._configs if (id(config), self._attribute) not in _inside]
             for config in fresh:
-                _inside[id(config), self._attribute] = [0, getattr(config, self._attribute)]
+                _inside[id(config), self._attribute] = (set(), getattr(config, self._attribute))
+            for config in self._configs:
+                _inside[id(config), self._attribute][0].add(self)
             for config in fresh:
                 own = _inside[id(config), self._attribute][1]
                 setattr(config, self._attribute, self._stand_in(own or "eager"))
-            for config in self._configs:
-                _inside[id(config), self._attribute][0] += 1
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.put_back()
+
+    def put_back(self) -> None:
+        """What `__exit__` does. May be called again, or in its place: an interrupt may come on the way in or out."""
         with _lock:
-            for config in self._configs:
-                _inside[id(config), self._attribute][0] -= 1
-            for config in self._configs:
-                count, own = _inside[id(config), self._attribute]
-                if count == 0:
-                    del _inside[id(config), self._attribute]
-                    setattr(config, self._attribute, own)
+            places = [(config, (id(config), self._attribute)) for config in self._configs]
+            for _, place in places:
+                if place in _inside:
+                    _inside[place][0].discard(self)
+            for config, place in places:
+                if place in _inside and not _inside[place][0]:
+                    setattr(config, self._attribute, _inside[place][1])
+            for _, place in places:
+                if place in _inside and not _inside[place][0]:
+                    del _inside[place]
 
 
 _lock = threading.Lock()
-# Of the configs that are switched now: steps inside, own name. Not a Runtime's: models may share a config object.
-_inside: dict[tuple[int, str], list[Any]] = {}
+# Of the configs that are switched now: who is inside, own name. Not a Runtime's: models may share a config object.
+_inside: dict[tuple[int, str], tuple[set[Switch], Any]] = {}
