@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..drafting.drafter import NO_DRAFTER, Drafter, HeadsLike
 from ..drafting.dynamic_policy import DynamicPolicy
-from ..drafting.gate import AlwaysClosed, AlwaysOpen, Gate
+from ..drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, Gate
 from ..drafting.heads import input_matrix
 from ..drafting.proposers import ProposerFactory, make_proposer
 from ..drafting.static_policy import StaticPolicy, default_size
@@ -94,6 +94,8 @@ def make_plan(
         else:
             policy = default_policy(model.device)
     policy.check(heads.config.num_heads, proposers)
+    if isinstance(gate, ConfidenceGate):
+        gate.check_size(policy.size)  # better than at the first step, with the prompt handed out
     makers = policy.default_proposers() if proposers is None else tuple(proposers)
     if isinstance(gate, AlwaysClosed):  # nothing is to be drafted
         policy, makers = StaticPolicy.root(), ()
