@@ -11,9 +11,6 @@ x takes the place of h in the formula of the heads (design.md, "Heads"). Keys an
 the decode's cache, slot for slot beside the target model's: the pairs of a tree's nodes are written with the nodes, and
 kept or forgotten with them.
 
-    ContextLayer   the parameters
-    BoundContext   they and a model's embeddings: what decoding calls
-
 Letters: B rows, N nodes, D hidden size, Hq / Hkv attention heads, E head size.
 """
 

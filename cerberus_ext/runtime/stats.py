@@ -18,7 +18,7 @@ class StepCounts:
 
     steps              forwards of the target model after the prompt's
     open_steps         steps for which the gate gave a tree
-    zero_accept_steps       open steps that accepted no draft
+    zero_accept_steps  open steps that accepted no draft
     """
 
     steps: int = 0
@@ -45,7 +45,7 @@ class DecodeStats(StepCounts):
     step_tokens        tokens gained in steps, before the last step's were cut at the end of the text
     trace              entry [i]: of step i, how many nodes its tree had, and which of them it accepted, the root left
                        out: from each came a token that was drafted, behind them one of the target model
-    trace_proposers      entry [i]: of step i, who had drafted each of those: 0 the heads (the k-th node's token head
+    trace_proposers    entry [i]: of step i, who had drafted each of those: 0 the heads (the k-th node's token head
                        k), 1 the first of decode's `proposers` ...
     seconds            per phase, by the host's clock: prefill; draft (gate, heads, tree); verify (the step on the
                        device, until the host has read what came out); commit (counting, handing out tokens). Heads
