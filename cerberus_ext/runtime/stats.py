@@ -41,8 +41,8 @@ class DecodeStats(StepCounts):
     """Counts and times of one `decode`.
 
     new_tokens         tokens generated; the first one comes with the prompt's forward, before any step
-    accepted_histogram entry [a]: steps that accepted a drafts (each then also gained the target model's own next token)
-    step_tokens        tokens gained in steps, before the last step's were cut at the end of the text
+    accepted_histogram entry [a]: steps that accepted a drafts (each also added the target model's own next token)
+    step_tokens        tokens that steps added, before the last step's were cut at the end of the text
     trace              entry [i]: of step i, how many nodes its tree had, and which of them it accepted, the root left
                        out: from each came a token that was drafted, behind them one of the target model
     trace_proposers    entry [i]: of step i, who had drafted each of those: 0 the heads (the k-th node's token head
@@ -82,7 +82,7 @@ class DecodeStats(StepCounts):
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens gained a step: 1 without drafts. 0 where there was no step."""
+        """Tokens that a step adds: 1 without drafts. 0 where there was no step."""
         return self.step_tokens / self.steps if self.steps else 0.0
 
     @property
