@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import ops
 from .context_layer import BoundContext
 from .drafter import Drafter
+from .dynamic_policy import MAX_DRAFTS
 from .tree import ALONE
 
 if TYPE_CHECKING:
@@ -81,8 +82,9 @@ class HeadsDrafter(Drafter):
     def draft(self, hidden: Tensor, pending: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
         """The `drafts` best tokens of every head: ids of the model's vocabulary, and their log-probabilities within the
         draft vocabulary. Raises ValueError where that does not have so many."""
-        if not 1 <= drafts <= self.projection.shape[0]:
-            raise ValueError(f"Drafter.draft: drafts must be in 1..{self.projection.shape[0]}, got {drafts}")
+        known = min(MAX_DRAFTS, self.projection.shape[0])
+        if not 1 <= drafts <= known:
+            raise ValueError(f"decode: tree must have 1 to {known} drafts of each head, got {drafts}")
         ids, logprobs = ops.draft_topk(self.states(hidden, pending), self.projection, drafts)
         return (ids if self.draft_vocab is None else self.draft_vocab[ids]), logprobs
 

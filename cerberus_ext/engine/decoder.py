@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from .text import GeneratedText, ends_streamer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from typing_extensions import Unpack
 
     from ..runtime.sampling import Chooser
     from ..runtime.stepper import Chunk
@@ -27,6 +28,19 @@ if TYPE_CHECKING:
 
 
 MAX_NEW_TOKENS = 256  # where nothing else is said
+
+
+class Options(TypedDict, total=False):
+    """What a text is generated with, as in `decode`."""
+
+    attention_mask: Tensor | None
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    eos_token_id: int | Sequence[int] | Tensor | None
+    stopping_criteria: list[Any] | None
 
 
 @dataclass
@@ -80,20 +94,19 @@ class Decoder:
 
     @ends_streamer
     def decode(
-        self, ids: Tensor | Sequence[int] | Mapping[str, Any], *, streamer: Any = None, **options: Any
+        self, ids: Tensor | Sequence[int] | Mapping[str, Any], *, streamer: Any = None, **options: Unpack[Options]
     ) -> DecodeOutput:
-        """ids, streamer and options (attention_mask, max_new_tokens, temperature, top_k, top_p, seed, eos_token_id,
-        stopping_criteria): as in `decode`, which says what it returns and raises."""
+        """ids, streamer and options: as in `decode`, which says what it returns and raises."""
         return self.run(ids, streamer=streamer, **options)
 
-    def run(self, ids: Any, *, streamer: Any = None, **options: Any) -> DecodeOutput:
+    def run(self, ids: Any, *, streamer: Any = None, **options: Unpack[Options]) -> DecodeOutput:
         """As `decode`, but `streamer.end` is the caller's to call."""
         request = self._request(ids, streamer, **options)
         for _ in self._generate(request, 5):
             pass
         return DecodeOutput(request.text.sequences(), request.stats)
 
-    def stream(self, ids: Tensor | Sequence[int] | Mapping[str, Any], **options: Any) -> Iterator[Chunk]:
+    def stream(self, ids: Tensor | Sequence[int] | Mapping[str, Any], **options: Unpack[Options]) -> Iterator[Chunk]:
         """As `decode`, but yields tokens as they are accepted, and who drafted each of them, see Chunk.
 
         `stats` are those of this text. From the first chunk on, until the stream ends or is closed, the model is

@@ -366,7 +366,8 @@ def test_heads_of_another_dtype_than_the_model(llama: LlamaForCausalLM) -> None:
     assert ids.dtype == torch.int64 and logprobs.dtype == torch.float32
 
 
-@pytest.mark.parametrize("drafts", [0, 41])
-def test_draft_checks_drafts(llama: LlamaForCausalLM, drafts: int) -> None:
-    with pytest.raises(ValueError, match=f"Drafter.draft: drafts must be in 1..40, got {drafts}"):
-        random_heads(draft_vocab=40).bind(llama).draft(torch.randn(1, SIZE), torch.tensor([3]), drafts)
+@pytest.mark.parametrize(("known", "drafts"), [(20, 0), (20, 21), (32, 33)])
+def test_draft_checks_drafts(llama: LlamaForCausalLM, known: int, drafts: int) -> None:
+    with pytest.raises(ValueError, match=f"tree must have 1 to {known} drafts of each head, got {drafts}"):
+        heads = random_heads(draft_vocab=20 if known == 20 else 40)
+        heads.bind(llama).draft(torch.randn(1, SIZE), torch.tensor([3]), drafts)
