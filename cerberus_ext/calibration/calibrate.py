@@ -1,10 +1,7 @@
 """Finds the tree and the gate that are fastest for heads on a machine; `cerberus calibrate` is the same from the shell.
 
-    trace.py           the model's greedy answers, and what the heads draft at every place of them
-    cost.py            seconds of a step by size of the tree and length of the text
-    walk.py, choice.py walks through the texts with every tree and gate, in predicted time
-    validate.py        the winner, the best tree without a gate, and plain decoding, by the clock
-    engine/calibration_store.py  stored with the heads, where `decode` finds it
+Texts are traced (trace.py), steps are timed (cost.py), every tree and gate walks through the texts in predicted time
+(walk.py, choice.py), and the winner is checked by the clock (validate.py).
 
 The walk asks the gates themselves, with the numbers that they get from `decode`, so on a CPU its steps are those that
 `decode` takes, one by one. What is chosen changes the speed, and never the text.
@@ -16,17 +13,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedModel
 
 from ..drafting.heads import CerberusHeads, fingerprint, output_matrix
 from ..engine import checks
 from ..engine.calibration_entries import MAX_NODES, Calibration, Expected
 from ..engine.calibration_store import FILE, find, heads_fingerprint, key_of, place, read_entries, save
 from ..engine.forked import threads_after_fork
-from ..io.files import check_writable, read_object, write_json
+from ..io.files import check_output_folder, check_writable, read_object, write_json
 from ..io.prompts import Question
 from ..runtime.compiled_step import check_compilable
 from ..target.model import position_limit
@@ -37,9 +35,6 @@ from .plot import MADE_BY, plot
 from .questions import OWN_QUESTIONS
 from .trace import Answer, TracedText, trace, write_answers
 from .validate import Measured, gate_gain, validate
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 __all__ = ["Calibration", "CalibrateOptions", "Expected", "calibrate", "find"]
 
@@ -176,18 +171,13 @@ def check_places(file: Path, output: Path | None) -> None:
 
 def check_output(output: Path) -> None:
     """The same for the folder of the picture and the report."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"calibrate: output: {output} is a file, not a folder")
-    report = read_object(output / REPORT) or {}
-    ours = {"device", "threads", "tree", "gate"} <= report.keys()
-    for name in (REPORT, PICTURE):
-        made = ours or name == PICTURE and bool(read_entries(output / FILE))  # the picture of a calibration beside it
-        if (output / name).exists() and not made:
-            raise ValueError(
-                f"calibrate: output: {output / name} is there already, and was not made by cerberus calibrate;"
-                " choose another folder"
-            )
-    check_writable("calibrate: output", output)
+    ours = {"device", "threads", "tree", "gate"} <= (read_object(output / REPORT) or {}).keys()
+    foreign = (
+        output / name
+        for name in (REPORT, PICTURE)
+        if not (ours or name == PICTURE and read_entries(output / FILE))  # the picture of a calibration beside it
+    )
+    check_output_folder("calibrate: output", output, foreign, MADE_BY)
 
 
 def _contexts(model: PreTrainedModel, heads: CerberusHeads, wanted: Sequence[int] | None) -> list[int]:

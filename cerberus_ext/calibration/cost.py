@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedModel
 
 from ..drafting.dynamic_policy import DynamicPolicy
 from ..drafting.gate import AlwaysClosed, ConfidenceGate, EntropyGate, Gate, Signals
-from ..drafting.heads import input_matrix
+from ..drafting.heads import CerberusHeads, input_matrix
 from ..drafting.suffix import SuffixProposer
 from ..drafting.tree import Trees
 from ..engine.loop import propose
@@ -28,11 +29,6 @@ from ..runtime.runtime import runtime_of
 from ..runtime.sampling import Sampling
 from ..runtime.stats import DecodeStats
 from ..runtime.stepper import Drafts, Stepper
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..drafting.heads import CerberusHeads
 
 PASSES = 3  # over everything, each with steppers of its own
 # Timed one after the other, behind one that is not: `decode` mostly repeats a size, and the first step after one of

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from ..io.files import whole
 
 MADE_BY = "cerberus calibrate"  # stands in the picture, so that only ours is ever written over
@@ -12,11 +14,7 @@ MADE_BY = "cerberus calibrate"  # stands in the picture, so that only ours is ev
 
 def plot(details: dict[str, Any], file: Path) -> None:
     """details: `Calibration.details`. Written whole or not at all."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(17, 8), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(2, 4).flatten()
     for axis, signal in zip(axes, details["signals"], strict=False):
         axis.plot(signal["mean"], signal["accepted"], "o-", color="tab:blue")

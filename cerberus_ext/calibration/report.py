@@ -1,4 +1,4 @@
-"""What calibration says: plain numbers for JSON, and the same as text."""
+"""What calibration says: plain numbers for JSON, and the same as lines of text."""
 
 from __future__ import annotations
 
@@ -120,12 +120,8 @@ def speeds(choice: Choice, name: str) -> dict[str, float]:
     return {"tokens_per_step": tally.tokens_per_step, "tokens_per_second": tally.tokens_per_second}
 
 
-def text(calibration: Calibration) -> str:
-    """Tables for a terminal."""
-    return "\n".join(lines(calibration))
-
-
 def lines(calibration: Calibration) -> Iterator[str]:
+    """Tables for a terminal."""
     found, expected = calibration.details, calibration.expected
     threads = f", {calibration.threads} threads" if calibration.threads else ""
     compiled = f", steps compiled in {found['costs']['compile_seconds']:.0f} s" if calibration.compiled else ""

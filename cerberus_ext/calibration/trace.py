@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .. import ops
 from ..drafting.dynamic_policy import MAX_DRAFTS
-from ..drafting.heads import input_matrix
+from ..drafting.heads import CerberusHeads, input_matrix
+from ..drafting.heads_drafter import HeadsDrafter
 from ..drafting.simulate import ABSENT
 from ..drafting.static_policy import StaticPolicy
 from ..drafting.tree import TreeTensors
@@ -26,14 +28,8 @@ from ..engine.plan import default_policy
 from ..io.prompts import Question, encode_chat
 from ..runtime.runtime import runtime_of
 from ..runtime.stepper import prefill
+from ..target.cache import TreeCache
 from ..target.model import TargetModel, position_limit
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..drafting.heads import CerberusHeads
-    from ..drafting.heads_drafter import HeadsDrafter
-    from ..target.cache import TreeCache
 
 _PIECE = 64  # tokens a forward
 

@@ -13,26 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedModel
 
+from ..drafting.heads import CerberusHeads
 from ..engine.decode import decode
 from ..engine.decoder import Decoder
 from ..evaluation.bootstrap import bootstrap_interval, ratio_of_totals
 from ..evaluation.timing import rotated
+from ..runtime.stats import DecodeOutput
 from .choice import PLAIN, Choice, Setting
 from .cost import StepCosts
 from .trace import Answer, TracedText, trace
 from .walk import walk
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..drafting.heads import CerberusHeads
-    from ..runtime.stats import DecodeOutput
-
 
 _WARM_UP = 16  # tokens
 

@@ -17,7 +17,7 @@ def calibrate(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help='JSON lines, {"turns": [...]} as in MT-Bench or {"prompt": ...}. Default: 16 own ones of two turns.'
+            help='JSON lines, {"turns": [...]} as in MT-Bench or {"prompt": ...}. Default: 24 own ones of two turns.'
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="The model answers with at most so many tokens in all.")] = 12288,
@@ -63,7 +63,7 @@ def calibrate(
         calibration.check_output(output)
     target, tokenizer, trained = load(model, heads, dtype, device, threads)
     result = calibration.calibrate(target, trained, tokenizer, options)
-    typer.echo(report.text(result))
+    typer.echo("\n".join(report.lines(result)))
     typer.echo(f"stored in {place(trained)}")
 
 

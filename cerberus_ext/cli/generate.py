@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,8 +14,9 @@ from .shared import NO_HEADS, Device, DTypeName, Model, Threads, load, load_targ
 
 if TYPE_CHECKING:
     from ..drafting.heads import CerberusHeads
-    from ..evaluation.compare import Comparison
     from ..runtime.stats import DecodeOutput
+
+ROUNDS = 3  # of --compare
 
 
 def generate(
@@ -47,6 +50,7 @@ def generate(
     text = _read_prompt(prompt)
     from transformers import TextStreamer
 
+    from ..drafting.gate import AlwaysClosed
     from ..engine.decode import decode
     from ..io.prompts import encode_chat
     from ..runtime.compiled_step import CompileError
@@ -64,28 +68,27 @@ def generate(
         output = decode(target, trained, ids, streamer=streamer, **options)
     except CompileError as error:
         fail(f"--compile: {error}", cause=error)
-    comparison = None
-    if compare:
-        from ..evaluation.compare import compare_with_plain
+    plain = {**options, "tree": None, "gate": AlwaysClosed()}  # the same loop, which never drafts; in turns with ours
+    rounds = [
+        [decode(target, trained, ids, **each) for each in (plain, options)] for _ in range(ROUNDS if compare else 0)
+    ]
+    typer.echo(summary(output, rounds))
 
-        comparison = compare_with_plain(target, trained, ids, **options)
-    typer.echo(summary(output, comparison))
 
-
-def summary(output: DecodeOutput, comparison: Comparison | None) -> str:
+def summary(output: DecodeOutput, rounds: Sequence[Sequence[DecodeOutput]]) -> str:
     """One line: tokens/s, tokens per step and, where it was measured, the speed-up over plain decoding.
 
-    What the first answer waited for a compiler is said, too; it is in none of the speeds.
+    rounds: plain decoding and ours; medians count. What the first answer waited for a compiler is said, too; it is in
+    none of the speeds.
     """
     stats = output.stats
-    speed = stats.tokens_per_second if comparison is None else comparison.tokens_per_second
+    speeds = [median(out.stats.tokens_per_second for out in outs) for outs in zip(*rounds, strict=True)]
+    speed = speeds[1] if speeds else stats.tokens_per_second
     line = f"[{stats.new_tokens} tokens, {speed:.1f} tokens/s, {stats.tokens_per_step:.2f} tokens per step"
-    if comparison is not None:
-        same = "same output" if comparison.same_output else "OUTPUT DIFFERS"
-        line += (
-            f"; plain decoding {comparison.plain_tokens_per_second:.1f} tokens/s: "
-            f"speed-up {comparison.speed_up:.2f}x, {same}"
-        )
+    if speeds:
+        same = all(plain.sequences.equal(ours.sequences) for plain, ours in rounds)
+        line += f"; plain decoding {speeds[0]:.1f} tokens/s: speed-up {speed / speeds[0]:.2f}x"
+        line += f", {'same output' if same else 'OUTPUT DIFFERS'}"
     if stats.compilations:
         line += f"; compiled in {stats.compile_seconds:.1f} s"
     return line + "]"

@@ -35,11 +35,13 @@ def train(
     from ..training.output import check_output
     from ..training.train import train as train_heads
 
-    device = device_of(device)
-    asked = TrainOptions(base_model=_name_of(model) if model else HUB_ID, **options)
-    for name, file in (("--data", asked.data), ("--prompts", asked.prompts)):
+    device, name = device_of(device), model or HUB_ID
+    if model and Path(model).exists():  # without the folders of this machine
+        name = Path(model).resolve().name
+    asked = TrainOptions(base_model=name, **options)
+    for given, file in (("--data", asked.data), ("--prompts", asked.prompts)):
         if file is not None:
-            with option(name):
+            with option(given):
                 file.open("rb").close()  # better than after the model is loaded
     check_output(asked, model)
     if device is None:
@@ -57,8 +59,3 @@ def train(
         command = ["cerberus", "generate", *named, "--heads", str(asked.output), "--compare", "Why is the sky blue?"]
         typer.echo(f"the heads of step {record['kept_step']} are in {asked.output}; to try them:")
         typer.echo(f"  {shlex.join(command)}")
-
-
-def _name_of(model: str) -> str:
-    """The model's name without the folders of this machine."""
-    return Path(model).resolve().name if Path(model).exists() else model

@@ -7,12 +7,9 @@ Every token of the text makes a pair with the hidden state that produced it (zer
     y       = h + output @ attention(q, the k and v of all pairs up to this one)
     x       = y + silu(mixer @ concat(y, anchor) + bias)
 
-x takes the place of h in the formula of the heads (design.md, "Heads"). Keys and values lie in a layer of their own of
-the decode's cache, slot for slot beside the target model's: the pairs of a tree's nodes are written with the nodes, and
-kept or forgotten with them.
-
-    ContextLayer   the parameters
-    BoundContext   they and a model's embeddings: what decoding calls
+x takes the place of h in the formula of the heads (docs/design.md, "Heads"). Keys and values lie in a layer of their
+own in the decode's cache, slot for slot beside the target model's: the pairs of a tree's nodes are written with the
+nodes, and kept or forgotten with them.
 
 Letters: B rows, N nodes, D hidden size, Hq / Hkv attention heads, E head size.
 """

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..io.checks import check_number
+from ..io.checks import check_integer, check_number
 
 
 @dataclass(frozen=True)
@@ -101,36 +101,38 @@ class ConfidenceGate(Gate):
     needs = frozenset({"expected_tokens"})
 
     def __init__(self, costs: Mapping[int, float], margin: float = 0.0, rate: float | None = None) -> None:
+        if not isinstance(costs, Mapping):
+            raise TypeError(f"ConfidenceGate: costs must be a mapping, nodes -> time, got {type(costs).__name__}")
+        for size, cost in costs.items():
+            check_integer("ConfidenceGate: costs: a size", size, 1)
+            check_number(f"ConfidenceGate: costs[{size}]", cost, "> 0", lambda number: number > 0)
         if 1 not in costs:
             raise ValueError(f"ConfidenceGate: costs must have size 1, a plain step, got sizes {sorted(costs)}")
-        for size, cost in costs.items():
-            check_number(f"ConfidenceGate: costs[{size}]", cost, "> 0", lambda number: number > 0)
         self.costs = dict(sorted(costs.items()))
         self.margin = check_number("ConfidenceGate: margin", margin, ">= 0", lambda number: number >= 0)
         if rate is not None:
             check_number("ConfidenceGate: rate", rate, "None or > 0", lambda number: number > 0)
         self.rate = rate
-        self._sizes: dict[int, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}  # by nodes: sizes, their costs
 
-    def cost(self, size: int) -> float:
-        """Time of a step with `size` nodes."""
-        return float(np.interp(size, list(self.costs), list(self.costs.values())))
+    def cost(self, sizes: Any) -> Any:
+        """Time of steps with so many nodes: a number, or an array for an array of them."""
+        return np.interp(sizes, list(self.costs), list(self.costs.values()))
 
-    def decide(self, signals: Signals) -> int:
-        """One of the sizes that have a cost, or all of the nodes. Raises ValueError where the policy's trees may be
-        larger than any size with a cost."""
-        if signals.max_nodes > max(self.costs):
+    def check_size(self, max_nodes: int) -> None:
+        """Raises ValueError where a policy's largest tree, of max_nodes, is larger than any size with a cost."""
+        if max_nodes > max(self.costs):
             raise ValueError(
-                f"ConfidenceGate: costs must reach the size of every tree, a tree has {signals.max_nodes} nodes,"
+                f"ConfidenceGate: costs must reach the size of every tree, a tree has {max_nodes} nodes,"
                 f" the largest size with a cost is {max(self.costs)}"
             )
+
+    def decide(self, signals: Signals) -> int:
+        """One of the sizes that have a cost, or all of the nodes. Raises ValueError as `check_size`."""
+        self.check_size(signals.max_nodes)
         assert signals.expected_tokens is not None
         nodes = len(signals.expected_tokens)
-        if nodes not in self._sizes:
-            sizes = np.array([*(size for size in self.costs if size < nodes), nodes])
-            self._sizes[nodes] = sizes, np.array([self.cost(int(size)) for size in sizes])
-        sizes, costs = self._sizes[nodes]
-        tokens = signals.expected_tokens[sizes - 1]
+        sizes = np.array([*(size for size in self.costs if size < nodes), nodes])
+        tokens, costs = signals.expected_tokens[sizes - 1], self.cost(sizes)
         if self.rate is None:
             worth = tokens / costs
             worth[0] *= 1 + self.margin

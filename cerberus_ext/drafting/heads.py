@@ -1,8 +1,5 @@
 """Cerberus heads: what they are made of, how they are saved, and how they are bound to a target model.
 
-    CerberusConfig   the numbers that describe a set of heads (JSON)
-    CerberusHeads    the parameters (safetensors) and the formula of design.md, "Heads"
-
 Heads and model stay apart: binding changes neither, and nothing of a model is ever saved with heads.
 """
 

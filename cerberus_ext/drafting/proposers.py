@@ -1,19 +1,6 @@
 """Where drafts come from: a small protocol, and how a step asks everyone who follows it.
 
-The heads are one proposer (`HeadsProposer`), the text's own past is another (suffix.py). A third takes a few lines;
-this one drafts that the last token is said again, three times in ten:
-
-    class Stutter:
-        def __init__(self, prompt):
-            self.last = prompt[-1]
-
-        def extend(self, tokens):
-            self.last = tokens[-1]
-
-        def propose(self, max_depth):
-            return [self.last] * max_depth, [0.3] * max_depth
-
-    decode(model, heads, ids, proposers=[Stutter])
+The heads are one proposer (`HeadsProposer`), the text's own past is another (suffix.py); README has a third one.
 """
 
 from __future__ import annotations
@@ -62,7 +49,7 @@ class HeadsSignals(Protocol):
 class HeadsProposer:
     """The heads as a proposer. They read the step's hidden state, not the tokens.
 
-    vocabulary: of the model, in tokens. platt: (slope, shift) of every head, see ConfidenceGate; None:
+    vocabulary: of the model, in tokens. platt: (slope, shift) of every head, see platt.py; None:
     probabilities are taken as they are. Heads whose numbers have overflown draft nothing: what is no token, or has a
     probability that is 0 or no number, gets probability 0, with which nothing becomes a draft.
     """
@@ -100,7 +87,7 @@ def make_proposer(maker: ProposerFactory, number: int, text: list[int]) -> Propo
     proposer: Any = maker(text)
     if not all(callable(getattr(proposer, name, None)) for name in ("extend", "propose")):
         raise TypeError(
-            f"decode: proposers[{number}] must make what has extend and draft, see Proposer,"
+            f"decode: proposers[{number}] must make what has extend and propose, see Proposer,"
             f" got {type(proposer).__name__}"
         )
     return proposer
@@ -116,7 +103,7 @@ def ask_proposer(proposer: Proposer, max_depth: int) -> Drafts:
         )
     try:
         tokens, probabilities = np.asarray(answer[0]), np.asarray(answer[1])
-    except ValueError as error:  # nested lists of several lengths
+    except (ValueError, TypeError, RuntimeError) as error:  # lists of several lengths; tensors of a GPU, of bfloat16
         raise ValueError(f"decode: proposers: {name}.propose must return two arrays: {error}") from error
     if tokens.size == 0:
         return Drafts(np.empty(0, np.int64), np.empty(0, np.float64))

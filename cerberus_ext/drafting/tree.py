@@ -1,9 +1,4 @@
-"""What one step verifies, and who decides it.
-
-Tree         the drafts of one step, as host arrays
-Trees        makes the trees of one text
-TreePolicy   what `decode` is told: StaticPolicy and DynamicPolicy are two
-"""
+"""What one step verifies (Tree), what makes the trees of one text (Trees), and who decides it (TreePolicy)."""
 
 from __future__ import annotations
 
@@ -11,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,9 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _host
-
-if TYPE_CHECKING:
-    from .proposers import HeadsSignals, Proposer, ProposerFactory
+from .proposers import HeadsSignals, Proposer, ProposerFactory
 
 HEADS = 0  # the heads' number among the proposers; decode's `proposers` follow
 

@@ -145,11 +145,12 @@ def check_tree(tree: Any) -> TreePolicy:
 def check_gate(gate: Any) -> None:
     """What has `decide` and says which signals it needs."""
     needs = getattr(gate, "needs", None)
-    known = not isinstance(gate, type) and callable(getattr(gate, "decide", None))
-    if not known or not isinstance(needs, frozenset | set | tuple):
+    if isinstance(gate, type) or not callable(getattr(gate, "decide", None)) or needs is None:
         raise TypeError(f"decode: gate must be a Gate or None, got {type(gate).__name__}")
-    if unknown := set(needs) - SIGNALS:
-        raise ValueError(f"decode: gate must need no other signals than {sorted(SIGNALS)}, got {sorted(unknown)}")
+    if not isinstance(needs, frozenset | set | tuple):
+        raise TypeError(f"decode: gate must have a set of names as its needs, got {needs!r} of {type(gate).__name__}")
+    if unknown := [name for name in needs if name not in sorted(SIGNALS)]:
+        raise ValueError(f"decode: gate must need no other signals than {sorted(SIGNALS)}, got {unknown}")
 
 
 def check_proposers(proposers: Any) -> None:

@@ -38,7 +38,8 @@ class _Request:
     chooser: Chooser
     stats: DecodeStats
     capacity: int
-    limit: int | None  # tokens, where there are fewer than were asked for
+    limit: int  # tokens for which the model has positions, at most as many as were asked for
+    asked: int
 
 
 class Decoder:
@@ -88,17 +89,9 @@ class Decoder:
     def run(self, ids: Any, *, streamer: Any = None, **options: Any) -> DecodeOutput:
         """As `decode`, but `streamer.end` is the caller's to call."""
         request = self._request(ids, streamer, **options)
-        for _ in self._generate(request):
+        for _ in self._generate(request, 5):
             pass
-        text, limit = request.text, request.limit
-        if limit is not None and len(text.tokens) == limit and not text.stopped:
-            asked = options.get("max_new_tokens", MAX_NEW_TOKENS)
-            warnings.warn(
-                f"decode: max_new_tokens is {asked}, but the text ends after {limit} tokens:"
-                f" {type(self.model).__name__} has no more positions, or would have to read all of it again",
-                stacklevel=4,
-            )
-        return DecodeOutput(text.sequences(), request.stats)
+        return DecodeOutput(request.text.sequences(), request.stats)
 
     def stream(self, ids: Tensor | Sequence[int] | Mapping[str, Any], **options: Any) -> Iterator[Chunk]:
         """As `decode`, but yields tokens as they are accepted, and who drafted each of them, see Chunk.
@@ -106,19 +99,25 @@ class Decoder:
         `stats` are those of this text. From the first chunk on, until the stream ends or is closed, the model is
         decoding: no other text can begin. Arguments are checked at once.
         """
-        return self._generate(self._request(ids, None, **options))
+        return self._generate(self._request(ids, None, **options), 2)
 
     def warm_up(self) -> DecodeStats:
         """Compiles, or records, a step of each number of nodes, so that no later text waits for one.
 
         Returns statistics of which `compilations`, `compile_seconds`, `row_invariant`, `captures`, `capture_seconds`
-        and `fallback` are set. Raises CompileError where steps cannot be compiled.
+        and `fallback` are set. Raises CompileError where steps cannot be compiled, and as `decode` for a model that it
+        refuses.
         """
         from ..runtime.runtime import runtime_of
         from ..runtime.sampling import Sampling
+        from . import checks
 
         threads_after_fork()
+        checks.check_model(self.model)
+        checks.check_autocast(self.model)
         plan, stats, runtime = self._make_plan(), DecodeStats(), runtime_of(self.model)
+        if runtime.capability().no_drafts_because:
+            plan = plan.without_drafts()
         capacity = 1 + plan.policy.size
         options = (self._graphs, self._compile)
         with runtime.steps(plan.drafts, Sampling(), stats, capacity, *options) as stepper, torch.inference_mode():
@@ -151,7 +150,7 @@ class Decoder:
     def _request(
         self,
         ids: Any,
-        streamer: Any,
+        put_to: Any,
         *,
         attention_mask: Any = None,
         max_new_tokens: Any = MAX_NEW_TOKENS,
@@ -173,7 +172,7 @@ class Decoder:
         ids = checks.prompt_ids(ids, attention_mask, model)
         max_new_tokens = checks.check_integer("decode: max_new_tokens", max_new_tokens, 0)
         sampling = checks.check_sampling(temperature, top_k, top_p, seed)
-        checks.check_streamer(streamer)
+        checks.check_streamer(put_to)
         plan = self._make_plan()
         stopping = checks.stopping_criteria_list(stopping_criteria)
         eos = checks.eos_token_ids(eos_token_id, model)
@@ -182,12 +181,13 @@ class Decoder:
         capability = runtime_of(model).capability()
         if capability.no_drafts_because:
             plan = plan.without_drafts()
-        text = GeneratedText(ids, limit, eos, stopping, streamer)
+        text = GeneratedText(ids, limit, eos, stopping, put_to)
         self.stats = capability.stats(self._compile)
         capacity = ids.shape[1] + limit + plan.policy.size
-        return _Request(plan, text, chooser, self.stats, capacity, limit if limit < max_new_tokens else None)
+        return _Request(plan, text, chooser, self.stats, capacity, limit, max_new_tokens)
 
-    def _generate(self, request: _Request) -> Iterator[Chunk]:
+    def _generate(self, request: _Request, stacklevel: int) -> Iterator[Chunk]:
+        """stacklevel: of the user's line, for the warning that the model's positions have ended the text."""
         from ..runtime.runtime import runtime_of
         from .loop import generate
 
@@ -201,3 +201,9 @@ class Decoder:
                 yield from generate(stepper, plan, text)
         finally:
             stats.new_tokens = len(text.tokens)
+        if len(text.tokens) == request.limit < request.asked and not text.stopped:
+            warnings.warn(
+                f"decode: max_new_tokens is {request.asked}, but the text ends after {request.limit} tokens:"
+                f" {type(self.model).__name__} has no more positions, or would have to read all of it again",
+                stacklevel=stacklevel,
+            )

@@ -1,4 +1,4 @@
-"""Decoding with drafts: design.md, "One decoding step", in code."""
+"""Decoding with drafts: docs/design.md, "One decoding step", in code."""
 
 from __future__ import annotations
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
 from ..drafting.drafter import NO_DRAFTER, Drafter, HeadsLike
 from ..drafting.dynamic_policy import DynamicPolicy
-from ..drafting.gate import AlwaysClosed, AlwaysOpen, Gate
+from ..drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, Gate
 from ..drafting.heads import input_matrix
 from ..drafting.proposers import ProposerFactory, make_proposer
 from ..drafting.static_policy import StaticPolicy, default_size
@@ -20,9 +20,6 @@ from ..runtime.runtime import runtime_of
 from ..runtime.stepper import Drafts
 from . import checks
 from .calibration_store import find
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _MIN_DYNAMIC = 6  # nodes; a CPU without AMX computes each of them, and was fastest with so many (calibrated, AVX2)
 
@@ -97,6 +94,8 @@ def make_plan(
         else:
             policy = default_policy(model.device)
     policy.check(heads.config.num_heads, proposers)
+    if isinstance(gate, ConfidenceGate):
+        gate.check_size(policy.size)  # better than at the first step, with the prompt handed out
     makers = policy.default_proposers() if proposers is None else tuple(proposers)
     if isinstance(gate, AlwaysClosed):  # nothing is to be drafted
         policy, makers = StaticPolicy.root(), ()

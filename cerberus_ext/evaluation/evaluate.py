@@ -1,8 +1,5 @@
 """How fast heads make a model over questions, next to other ways; `cerberus bench` is the same from the shell.
 
-    evaluate   runs all ways in turns over the questions, then writes what `report` writes
-    report     results.jsonl of a folder -> bench.json, bench.md, PNG plots and index.html in it
-
 A run that was stopped goes on when it is started again with the same arguments; with others it is refused.
 """
 
@@ -14,14 +11,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafting.gate import EntropyGate
 from ..drafting.heads import CerberusHeads, fingerprint
 from ..engine.calibration_entries import gate_to_json
-from ..io.files import check_writable, write_bytes, write_text
+from ..io.files import check_output_folder, write_bytes, write_text
 from ..io.machine import commit, describe_machine, describe_versions
 from ..io.prompts import Question
 from ..runtime.compiled_step import check_compilable
@@ -32,9 +30,6 @@ from .plots import TITLES, draw
 from .results import Results
 from .tables import markdown
 from .ways import ENTROPY, Context, Way, built_in_ways, model_name, select, ways_of_file
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["BenchOptions", "Context", "Way", "evaluate", "report"]
 
@@ -165,18 +160,12 @@ def begin_folder(out: Path) -> Results:
     Raises ValueError where it holds files that a run would write over and that none has made, OSError where it cannot
     be written to.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"bench: out: {out} is a file, not a folder")
     try:
         results = Results(out / RESULTS_FILE)
     except ValueError as error:
         raise ValueError(f"bench: out: {error}") from None
-    for name in () if results.identity is not None else REPORT_FILES:
-        if (out / name).exists():
-            raise ValueError(
-                f"bench: out: {out / name} is there already, and was not made by cerberus bench; choose another folder"
-            )
-    check_writable("bench: out", out)
+    foreign = () if results.identity is not None else REPORT_FILES
+    check_output_folder("bench: out", out, (out / name for name in foreign), "cerberus bench")
     return results
 
 

@@ -44,7 +44,13 @@ def summarize(results: Results) -> dict[str, Any]:
     ways = {
         name: {
             category: numbers_of(own)
-            | {"over": {one: over(name, one, category, speed_terms) for one in REFERENCES if one in names}}
+            | {
+                "over": {
+                    one: over(name, one, category, lambda row: (len(row["tokens"]), row["seconds"]))
+                    for one in REFERENCES
+                    if one in names
+                }
+            }
             for category, own in parts[name].items()
         }
         for name in names
@@ -61,7 +67,11 @@ def summarize(results: Results) -> dict[str, Any]:
         "categories": categories,
         "ways": ways,
         "over_medusa": {
-            name: {one: over(name, MEDUSA, one, step_terms) for one in categories} for name in beside_medusa
+            name: {
+                one: over(name, MEDUSA, one, lambda row: (row["stats"]["step_tokens"], row["stats"]["steps"]))
+                for one in categories
+            }
+            for name in beside_medusa
         },
         "expected": expected(ways, about["expected"]),
         "compiled": compiled(results, ways),
@@ -94,7 +104,7 @@ def decode_numbers(stats: Sequence[Row], tokens: int, seconds: float) -> dict[st
     """What `decode` counted, over texts of so many tokens and seconds in all."""
 
     def total(name: str) -> Any:
-        return sum(one.get(name, 0) for one in stats)  # before there were compiled steps, they were not counted
+        return sum(one[name] for one in stats)
 
     steps = total("steps")
     phases = {phase: sum(one["seconds"][phase] for one in stats) for phase in ("prefill", "draft", "verify")}
@@ -109,20 +119,12 @@ def decode_numbers(stats: Sequence[Row], tokens: int, seconds: float) -> dict[st
         "gate_open_rate": ratio(total("open_steps"), steps),
         "tokens_per_second": ratio(tokens - len(stats), after_prompt),  # a text's first token comes with its prompt
         "seconds": {**phases, "rest": seconds - sum(phases.values())},
-        **{name: total(name) for name in ("graphed_steps", "capture_seconds", "compile_seconds")},
+        "compile_seconds": total("compile_seconds"),
     }
 
 
 def ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-def speed_terms(row: Row) -> tuple[float, float]:
-    return len(row["tokens"]), row["seconds"]
-
-
-def step_terms(row: Row) -> tuple[float, float]:
-    return row["stats"]["step_tokens"], row["stats"]["steps"]
 
 
 def by_question(rows: Iterable[Row], terms: Terms) -> np.ndarray:
@@ -182,15 +184,7 @@ def equality(results: Results, keys: Sequence[str], names: Sequence[str]) -> dic
     """
     assert results.identity is not None
     dtype = getattr(torch, results.identity["dtype"])
-    on_cpu = results.identity["device"] == "cpu"
-    entries = [
-        {
-            "text": key, "way": name, "other": AUTOREGRESSIVE,
-            "exact": on_cpu and results[f"{key}/{name}"]["stats"] is not None,  # results that do not say it
-            **found,
-        }
-        for key in keys for name, found in results[key]["parts"].items()
-    ]  # fmt: skip
+    entries = [{"text": key, "way": name, **found} for key in keys for name, found in results[key]["parts"].items()]
     parted: dict[str, list[Row]] = {name: [one for one in entries if one["way"] == name] for name in names}
     return {
         "texts": len(keys),

@@ -62,7 +62,7 @@ def views(summary: dict[str, Any], results: Results) -> list[dict[str, Any]]:
                 "name": name,
                 "open": not found and name == favourite,
                 "per_step": number(stats["step_tokens"] / max(1, stats["steps"]), "{:.2f}"),
-                "tokens": tokens(some, drafts_of(stats["trace"], stats.get("trace_proposers"), len(some))),
+                "tokens": tokens(some, drafts_of(stats["trace"], stats["trace_proposers"], len(some))),
             }
             for name, some in pieces.items()
             for stats in [results[f"{key}/{name}"]["stats"]]

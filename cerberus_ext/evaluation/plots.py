@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .numbers import ALL
 from .tables import drafting_ways
 from .ways import AUTOREGRESSIVE
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 DPI = 110
 # One colour for a way in every plot, in the order of the ways: told apart with any colour vision.
@@ -44,9 +44,7 @@ def draw(summary: dict[str, Any]) -> dict[str, bytes]:
 
 
 def new_figure(title: str, width: float, height: float) -> tuple[Figure, Axes]:
-    # Figure itself, and not pyplot, which keeps figures and a backend for the whole process.
-    from matplotlib.figure import Figure
-
+    # Not by pyplot, which keeps figures and a backend for the whole process.
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -85,8 +83,6 @@ def speed_up(summary: dict[str, Any], colours: dict[str, str]) -> Figure:
 
 
 def accepted(summary: dict[str, Any], names: list[str], colours: dict[str, str]) -> Figure:
-    from matplotlib.ticker import MaxNLocator
-
     figure, axes = new_figure("accepted", 9, 3.8)
     width = 0.8 / len(names)
     for index, name in enumerate(names):

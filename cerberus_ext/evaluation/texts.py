@@ -19,8 +19,8 @@ def difference(model: PreTrainedModel, got: Tensor, want: Tensor, prompt: int) -
     """Where two texts (1, S) that begin with the same `prompt` tokens part; None if they are the same.
 
     new_token: the place, counted from the first new token. got, want: the tokens there; None: the text has ended.
-    best_two: the tokens that `model` gives the largest logits there. gap: how far the logit of `got` or of `want`,
-    whichever is less, lies below the largest one; None where a text has ended. largest: the largest absolute logit.
+    gap: how far the logit of `got` or of `want`, whichever is less, lies below the largest one; None where a text has
+    ended. largest: the largest absolute logit.
     """
     if got.equal(want):
         return None
@@ -28,14 +28,12 @@ def difference(model: PreTrainedModel, got: Tensor, want: Tensor, prompt: int) -
     same = int((got[0, :length] == want[0, :length]).long().cumprod(0).sum())
     tokens = [int(text[0, same]) if same < text.shape[1] else None for text in (got, want)]
     logits = last_logits(model, want[:, :same])
-    best = logits.topk(2)
     both = [token for token in tokens if token is not None]
-    gap = (best.values[0] - logits[both].min()).item() if len(both) == 2 else None
+    gap = (logits.max() - logits[both].min()).item() if len(both) == 2 else None
     return {
         "new_token": same - prompt,
         "got": tokens[0],
         "want": tokens[1],
-        "best_two": best.indices.tolist(),
         "gap": gap,
         "largest": logits.abs().max().item(),
     }

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 _UNFINISHED = "\ufffd"
 
@@ -26,15 +25,14 @@ class Draft(NamedTuple):
 
 
 def drafts_of(
-    trace: Sequence[tuple[int, Sequence[int]]], proposers: Sequence[Sequence[int]] | None, tokens: int
+    trace: Sequence[tuple[int, Sequence[int]]], proposers: Sequence[Sequence[int]], tokens: int
 ) -> list[Draft]:
-    """trace, proposers: as in DecodeStats; None: only heads have drafted -> one entry for each of the text's `tokens`.
+    """trace, proposers: as in DecodeStats -> one entry for each of the text's `tokens`.
 
     A step that accepts a drafts gains them and one token of the target model. The text may end within the last step.
     """
     found = [Draft(0)]
-    for step, (nodes, path) in enumerate(trace, start=1):
-        who = [0] * len(path) if proposers is None else proposers[step - 1]
+    for step, ((nodes, path), who) in enumerate(zip(trace, proposers, strict=True), start=1):
         for depth, (node, proposer) in enumerate(zip(path, who, strict=True), start=1):
             found.append(Draft(step, 0 if proposer else depth, node, nodes, proposer))
         found.append(Draft(step, nodes=nodes))

@@ -18,10 +18,11 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafting.drafter import HeadsLike
 from ..drafting.dynamic_policy import DynamicPolicy
@@ -34,9 +35,6 @@ from ..engine.decode import decode
 from ..engine.decoder import Decoder
 from ..engine.plan import default_policy
 from ..runtime.stats import DecodeStats
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 AUTOREGRESSIVE = "autoregressive"  # what every other way has to be faster than, and must have the same text as
 AUTOREGRESSIVE_COMPILED = "autoregressive-compiled"  # the same for the ways with compiled steps
@@ -154,7 +152,8 @@ def built_in_ways(
     entropy_threshold: of the entropy gate, in nats; None: there is none.
     """
     model, heads = context.model, context.heads
-    stored, static, dynamic = context.calibration(), static_tree(context, heads), context.dynamic_tree()
+    stored, dynamic = context.calibration(), context.dynamic_tree()
+    static = default_tree(heads, model.device, context.tree_size)
     found: dict[str, Way | str] = {  # in the order of the report; a text says what is missing
         AUTOREGRESSIVE: plain_way(AUTOREGRESSIVE, "this loop, which never drafts", context, stored),
         GENERATE: GenerateWay(GENERATE, model, "transformers' generate"),
@@ -173,7 +172,8 @@ def built_in_ways(
         about = f"generate, assisted by {model_name(draft[0])}"
         found[ASSISTED] = GenerateWay(ASSISTED, model, about, assistant(context, *draft))
     if medusa is not None:
-        found[MEDUSA] = open_way(MEDUSA, "Medusa's heads", context, medusa, static_tree(context, medusa))
+        tree = default_tree(medusa, model.device, context.tree_size)
+        found[MEDUSA] = open_way(MEDUSA, "Medusa's heads", context, medusa, tree)
     if entropy_threshold is not None:
         about = f"heads, {describe(static)} where the hidden state's entropy is < {entropy_threshold:.4g}"
         options = {"tree": static, "gate": EntropyGate(entropy_threshold)}
@@ -200,11 +200,6 @@ def compiled_ways(context: Context) -> dict[str, Way | str]:
     if stored is not None and of_these is None:
         ways[-1].description, ways[-1].expected = f"{ways[-1].description} (calibrated for steps that are not)", None
     return {CALIBRATED_COMPILED: NO_CALIBRATION, **{way.name: way for way in ways}}
-
-
-def static_tree(context: Context, heads: CerberusHeads) -> StaticPolicy:
-    """The same one for every step: what was measured with the heads, see default_tree; of the user's size."""
-    return default_tree(heads, context.model.device, context.tree_size)
 
 
 def plain_way(name: str, about: str, context: Context, calibration: Calibration | None) -> DecodeWay:

@@ -119,6 +119,19 @@ def check_writable(what: str, folder: Path, bytes_needed: int = 0) -> None:
         )
 
 
+def check_output_folder(what: str, folder: Path, foreign: Iterable[Path], made_by: str) -> None:
+    """Whether results may be written to a folder; makes nothing. foreign: files that `made_by` has not made.
+
+    Raises ValueError, beginning with `what`, where it is a file or one of these is there, OSError as `check_writable`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{what}: {folder} is a file, not a folder")
+    for file in foreign:
+        if file.exists():
+            raise ValueError(f"{what}: {file} is there already, and was not made by {made_by}; choose another folder")
+    check_writable(what, folder)
+
+
 def sha256(files: Iterable[Path]) -> str:
     """Of the files' contents, one after the other."""
     digest = hashlib.sha256()

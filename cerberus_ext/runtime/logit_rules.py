@@ -1,26 +1,21 @@
 """What model.generation_config says about the text: applied as `generate(do_sample=False)` does, or refused by name.
 
-    logit_rules   what chooses the tokens of one decode: Sampling itself where nothing is to be applied
-    LogitRules    applies logits processors: to the logits of a tree's node with the text and the node's own path as its
-                  context
-
-A node's logits are processed by themselves, with the tokens that precede the next one if the node is accepted. So what
-comes out never depends on the other nodes of the tree.
+A node's logits are processed by themselves, with the text and the node's own path as their context. So what comes out
+never depends on the other nodes of the tree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-if TYPE_CHECKING:
-    from ..drafting.tree import Tree
-    from .sampling import Chooser, Sampling
+from ..drafting.tree import Tree
+from .sampling import Chooser, Sampling
 
 
 class Context(NamedTuple):
@@ -30,16 +25,6 @@ class Context(NamedTuple):
     max_length: int
     eos: Tensor | None
     config: Any
-
-
-class Rule(NamedTuple):
-    """A field of generation_config: when its value says something, and transformers' processor that does what it says,
-    with what it is made of."""
-
-    field: str
-    active: Callable[[Any, Context], bool]
-    processor: str
-    arguments: Callable[[Any, Context], tuple[Any, ...]]
 
 
 def _is_set(value: Any, context: Context) -> bool:
@@ -73,26 +58,24 @@ def _first_place(context: Context) -> int:
     return prompt + 1 if prompt == 1 and context.config.forced_bos_token_id is not None else prompt
 
 
-# In the order in which `generate` applies them, after LogitsProcessor classes of the user's and before sampling.
-RULES = tuple(
-    Rule(*row)
-    for row in (
-        ("sequence_bias", _is_set, "SequenceBias", lambda v, c: (v,)),
-        ("encoder_repetition_penalty", _is_not_one, "EncoderRepetitionPenalty", lambda v, c: (v, c.ids)),
-        ("repetition_penalty", _is_not_one, "RepetitionPenalty", lambda v, c: (v,)),
-        ("no_repeat_ngram_size", _is_positive, "NoRepeatNGram", lambda v, c: (v,)),
-        ("encoder_no_repeat_ngram_size", _is_positive, "EncoderNoRepeatNGram", lambda v, c: (v, c.ids)),
-        ("bad_words_ids", _is_set, "NoBadWords", lambda v, c: (v, c.eos)),
-        ("min_length", _min_length, "MinLength", lambda v, c: (v, c.eos)),
-        ("min_new_tokens", _delays_eos, "MinNewTokensLength", lambda v, c: (c.ids.shape[1], v, c.eos)),
-        ("forced_bos_token_id", _is_set, "ForcedBOSToken", lambda v, c: (v,)),
-        ("forced_eos_token_id", _is_set, "ForcedEOSToken", lambda v, c: (c.max_length, v, c.ids.device)),
-        ("remove_invalid_values", _is_true, "InfNanRemove", lambda v, c: ()),
-        ("exponential_decay_length_penalty", _is_set, "ExponentialDecay", lambda v, c: (v, c.eos, c.ids.shape[1])),
-        ("suppress_tokens", _is_set, "SuppressTokens", lambda v, c: (v, c.ids.device)),
-        ("begin_suppress_tokens", _is_set, "SuppressTokensAtBegin", lambda v, c: (v, _first_place(c), c.ids.device)),
-        ("renormalize_logits", _is_true, "LogitNormalization", lambda v, c: ()),
-    )
+# Fields of generation_config, in the order in which `generate` applies them, after LogitsProcessor classes of the user
+# and before sampling: when the value says something, and transformers' processor for it, with its arguments.
+RULES: tuple[tuple[str, Callable[[Any, Context], bool], str, Callable[[Any, Context], tuple[Any, ...]]], ...] = (
+    ("sequence_bias", _is_set, "SequenceBias", lambda v, c: (v,)),
+    ("encoder_repetition_penalty", _is_not_one, "EncoderRepetitionPenalty", lambda v, c: (v, c.ids)),
+    ("repetition_penalty", _is_not_one, "RepetitionPenalty", lambda v, c: (v,)),
+    ("no_repeat_ngram_size", _is_positive, "NoRepeatNGram", lambda v, c: (v,)),
+    ("encoder_no_repeat_ngram_size", _is_positive, "EncoderNoRepeatNGram", lambda v, c: (v, c.ids)),
+    ("bad_words_ids", _is_set, "NoBadWords", lambda v, c: (v, c.eos)),
+    ("min_length", _min_length, "MinLength", lambda v, c: (v, c.eos)),
+    ("min_new_tokens", _delays_eos, "MinNewTokensLength", lambda v, c: (c.ids.shape[1], v, c.eos)),
+    ("forced_bos_token_id", _is_set, "ForcedBOSToken", lambda v, c: (v,)),
+    ("forced_eos_token_id", _is_set, "ForcedEOSToken", lambda v, c: (c.max_length, v, c.ids.device)),
+    ("remove_invalid_values", _is_true, "InfNanRemove", lambda v, c: ()),
+    ("exponential_decay_length_penalty", _is_set, "ExponentialDecay", lambda v, c: (v, c.eos, c.ids.shape[1])),
+    ("suppress_tokens", _is_set, "SuppressTokens", lambda v, c: (v, c.ids.device)),
+    ("begin_suppress_tokens", _is_set, "SuppressTokensAtBegin", lambda v, c: (v, _first_place(c), c.ids.device)),
+    ("renormalize_logits", _is_true, "LogitNormalization", lambda v, c: ()),
 )
 _OTHER_NAMES = {"ExponentialDecay": "ExponentialDecayLengthPenalty", "LogitNormalization": "LogitNormalization"}
 
@@ -169,19 +152,19 @@ def logit_rules(
     eos = torch.tensor(sorted(eos_token_ids), device=ids.device) if eos_token_ids else None
     context = Context(ids, ids.shape[1] + max_new_tokens, eos, config)
     fields, processors = [], LogitsProcessorList()
-    for rule in RULES:
-        value = getattr(config, rule.field, None)
+    for field, active, name, arguments in RULES:
+        value = getattr(config, field, None)
         try:
-            if not rule.active(value, context):
+            if not active(value, context):
                 continue
-            name = _OTHER_NAMES.get(rule.processor, f"{rule.processor}LogitsProcessor")
-            processor = getattr(transformers, name)(*rule.arguments(value, context))
+            name = _OTHER_NAMES.get(name, f"{name}LogitsProcessor")
+            processor = getattr(transformers, name)(*arguments(value, context))
             # Once, on nothing: token ids that the model does not have are better found before the first token.
             processor(ids, torch.zeros((1, model.get_output_embeddings().weight.shape[0]), device=ids.device))
         except Exception as error:
             raise ValueError(
-                f"decode: model.generation_config must have a {rule.field} that fits, got {value!r}: {error}"
+                f"decode: model.generation_config must have a {field} that fits, got {value!r}: {error}"
             ) from error
-        fields.append(rule.field)
+        fields.append(field)
         processors.append(processor)
     return LogitRules(fields, processors, ids, sampling) if fields else sampling

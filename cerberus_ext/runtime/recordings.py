@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
 from ..drafting.drafter import NO_DRAFTER, Drafter, HeadsLike
 from ..target.attention import layer_windows
@@ -23,9 +23,6 @@ from .replayable import memory_of
 from .sampling import Sampling
 from .static_step import StaticResult, StepKind, StepMemory, run_step
 from .stats import DecodeStats
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _MIN_CAPACITY = 512
 # Libraries choose algorithms and take workspaces when they first see a shape, which a recording must not contain.

@@ -1,23 +1,15 @@
-"""What has to hold for a step that repeats what the model did once, without running its Python: recorded or compiled.
-
-obstacle    why a model's steps cannot be repeated so
-memory_of   what they depend on: once it changes, they are of no use any more
-"""
+"""What has to hold for a step, recorded or compiled, that repeats what the model did once, without its Python."""
 
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import output_capturing
 
 from ..target.attention import names_attention
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-_PLAIN = (int, float, str)
 
 
 def obstacle(model: PreTrainedModel, what: str) -> str | None:
@@ -35,14 +27,11 @@ def _hooked(model: PreTrainedModel) -> str | None:
     """A module with hooks on its forward, those of accelerate's offloading included."""
     for name, module in model.named_modules():
         hooks = chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
-        if hasattr(module, "_hf_hook") or not all(map(_is_idle, hooks)):
+        # transformers leaves its own where somebody once asked for hidden states; while nobody asks, they do nothing.
+        calling = [hook for hook in hooks if getattr(hook, "__module__", None) != output_capturing.__name__]
+        if hasattr(module, "_hf_hook") or calling:
             return name or type(module).__name__
     return None
-
-
-def _is_idle(hook: Any) -> bool:
-    """transformers leaves its own where somebody once asked for hidden states; while nobody asks, they do nothing."""
-    return getattr(hook, "__module__", None) == output_capturing.__name__
 
 
 def memory_of(model: PreTrainedModel) -> tuple[Any, ...]:
@@ -52,15 +41,11 @@ def memory_of(model: PreTrainedModel) -> tuple[Any, ...]:
     and the forwards that were put in the place of their own.
     """
     tensors = tuple(tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers()))
-    modules = tuple((*_kind(module), *filter(_is_plain, vars(module).values())) for module in model.modules())
+    modules = []
+    for module in model.modules():
+        own = vars(module)
+        # What its call runs: its class's forward, or the one that somebody gave this module alone.
+        runs = type(module), id(own.get("forward"))
+        modules.append((*runs, *(value for value in own.values() if isinstance(value, (int, float, str)))))
     products = (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled())
-    return tensors, modules, products
-
-
-def _kind(module: torch.nn.Module) -> tuple[type, int]:
-    """What its call runs: its class's forward, or the one that somebody gave this module alone."""
-    return type(module), id(vars(module).get("forward"))
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, _PLAIN)
+    return tensors, tuple(modules), products

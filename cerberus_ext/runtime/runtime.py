@@ -1,8 +1,4 @@
-"""What a model's steps need from one decode to the next, and who owns it.
-
-Runtime      of one model: capability, compiled and recorded steps, what failed, what was said
-runtime_of   the one place where it is kept: with the model, and freed with it
-"""
+"""What a model's steps need from one decode to the next, and who owns it: a Runtime, kept and freed with the model."""
 
 from __future__ import annotations
 
@@ -11,9 +7,10 @@ import warnings
 import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ..drafting.drafter import NO_DRAFTER, Drafter
 from ..target.model import TargetModel
@@ -25,9 +22,6 @@ from .replayable import memory_of, obstacle
 from .sampling import Chooser
 from .stats import DecodeStats
 from .stepper import Drafts, Stepper
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class Runtime:

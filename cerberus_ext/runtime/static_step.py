@@ -1,13 +1,8 @@
 """A decoding step over static tensors: run as it is, or recorded once and replayed.
 
 A recording repeats the same operations on the same memory; every number that the host put in stays what it was. So
-whatever differs between two steps lies on the device, in tensors that stay where they are:
-
-    StaticState   hidden state and pending token between two steps; the cache is static, too
-    StaticNodes   the tree's topology and tokens, for one number of nodes
-    StaticDrafts  what the heads drafted
-    StaticResult  everything that the host wants to know of a step, in one piece: one copy, one wait
-    StepMemory    all of these for one model
+whatever differs between two steps lies on the device, in tensors that stay where they are (StepMemory has all of them
+for one model), and everything that the host wants to know of a step is in one piece: one copy, one wait.
 
 Only the number of nodes is the host's. A smaller tree is padded with repetitions of node 1: a repetition is accepted
 exactly when node 1 is, and of equally long paths the lowest node wins, so it never changes the result.
@@ -19,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +24,9 @@ from torch import Tensor
 from .. import _host, ops
 from ..drafting.drafter import NO_DRAFTER, Drafter
 from ..drafting.tree import Tree
-
-if TYPE_CHECKING:
-    from ..target.cache import TreeCache
-    from ..target.model import TargetModel
-    from .sampling import Chooser
+from ..target.cache import TreeCache
+from ..target.model import TargetModel
+from .sampling import Chooser
 
 
 class StaticState(NamedTuple):

@@ -18,7 +18,7 @@ class StepCounts:
 
     steps              forwards of the target model after the prompt's
     open_steps         steps for which the gate gave a tree
-    zero_accept_steps       open steps that accepted no draft
+    zero_accept_steps  open steps that accepted no draft
     """
 
     steps: int = 0
@@ -41,11 +41,11 @@ class DecodeStats(StepCounts):
     """Counts and times of one `decode`.
 
     new_tokens         tokens generated; the first one comes with the prompt's forward, before any step
-    accepted_histogram entry [a]: steps that accepted a drafts (each then also gained the target model's own next token)
-    step_tokens        tokens gained in steps, before the last step's were cut at the end of the text
+    accepted_histogram entry [a]: steps that accepted a drafts (each also added the target model's own next token)
+    step_tokens        tokens that steps added, before the last step's were cut at the end of the text
     trace              entry [i]: of step i, how many nodes its tree had, and which of them it accepted, the root left
                        out: from each came a token that was drafted, behind them one of the target model
-    trace_proposers      entry [i]: of step i, who had drafted each of those: 0 the heads (the k-th node's token head
+    trace_proposers    entry [i]: of step i, who had drafted each of those: 0 the heads (the k-th node's token head
                        k), 1 the first of decode's `proposers` ...
     seconds            per phase, by the host's clock: prefill; draft (gate, heads, tree); verify (the step on the
                        device, until the host has read what came out); commit (counting, handing out tokens). Heads
@@ -82,7 +82,7 @@ class DecodeStats(StepCounts):
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens gained a step: 1 without drafts. 0 where there was no step."""
+        """Tokens that a step adds: 1 without drafts. 0 where there was no step."""
         return self.step_tokens / self.steps if self.steps else 0.0
 
     @property

@@ -25,7 +25,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .. import ops
 from ..io.transformers_names import CACHE_ARGUMENTS
-from .stand_ins import Switch, TreeStep, current_step
+from .stand_ins import TreeStep, current_step
+from .swap import Swap, config_swap
 
 NAME = "cerberus_tree"
 _CALL = "scaled_dot_product_attention"
@@ -57,9 +58,9 @@ class UnsupportedAttention(Exception):
     """The model's attention is not one that `ops.tree_attention` computes."""
 
 
-def attention_switch(model: PreTrainedModel) -> Switch:
+def attention_switch(model: PreTrainedModel) -> Swap:
     """While inside, `model` calls `tree_attention_forward`."""
-    return Switch(configs_of(model), "_attn_implementation", _stand_in)
+    return config_swap(configs_of(model), "_attn_implementation", _stand_in)
 
 
 def _stand_in(own: str) -> str:

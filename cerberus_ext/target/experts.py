@@ -17,18 +17,19 @@ from transformers.integrations.moe import ExpertsInterface
 from .. import ops
 from .attention import configs_of
 from .row_invariant import plain
-from .stand_ins import Switch, current_step
+from .stand_ins import current_step
+from .swap import Swap, config_swap
 
 NAME = "cerberus_rows"
 _EXPERTS = ExpertsInterface()
 
 
-def experts_switch(model: PreTrainedModel) -> Switch | None:
+def experts_switch(model: PreTrainedModel) -> Swap | None:
     """While inside, `model` calls `experts_forward`; None where there is nothing to switch."""
     if model.device.type != "cpu" or not any(hasattr(module, "is_transposed") for module in model.modules()):
         return None
     configs = [config for config in configs_of(model) if getattr(config, "_experts_implementation", None)]
-    return Switch(configs, "_experts_implementation", _stand_in) if configs else None
+    return config_swap(configs, "_experts_implementation", _stand_in) if configs else None
 
 
 def _stand_in(own: str) -> str:

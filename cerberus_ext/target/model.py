@@ -108,6 +108,8 @@ class TargetModel:
     def __exit__(self, *exception: object) -> None:
         self._hook.remove()
         self._hidden = None
+        for switch in self._switches:  # an interrupt may have kept a step from it
+            switch.put_back()
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (B, T) -> hidden (B, D) and logits (B, V) of the last position; the cache then holds the prompt.

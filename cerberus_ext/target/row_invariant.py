@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import ops
 from .attention import tree_attention_call
-from .weight_swap import WeightSwap
+from .swap import weight_swap
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,7 +46,7 @@ def step_forward(model: Any, mode: Callable[[], TorchFunctionMode] | None) -> Ca
         return watched
 
     weights = {name: InvariantWeight.of(plain(weight)) for name, weight in product_weights(model).items()}
-    swap = WeightSwap(model, weights)
+    swap = weight_swap(model, weights)
 
     def forward(**arguments: Any) -> Any:
         before, _thread.swapped = _thread.swapped, True

@@ -8,10 +8,8 @@ config named before (`own`). The config has its own name back whenever no step r
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
 
 from torch import Tensor
 
@@ -57,42 +55,3 @@ class running:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         _thread.step = self._before
-
-
-class Switch:
-    """While inside, configs name `stand_in(own)` for their attribute.
-
-    Several steps may be inside at once, of models that share a config: the first one switches it, the last one back.
-    """
-
-    def __init__(self, configs: Iterable[Any], attribute: str, stand_in: Callable[[str], str]) -> None:
-        """configs: outer ones before those inside them, as setting one sets these, too."""
-        self._configs = list(configs)
-        self._attribute = attribute
-        self._stand_in = stand_in
-
-    def __enter__(self) -> None:
-        with _lock:
-            fresh = [config for config in self._configs if (id(config), self._attribute) not in _inside]
-            for config in fresh:
-                _inside[id(config), self._attribute] = [0, getattr(config, self._attribute)]
-            for config in fresh:
-                own = _inside[id(config), self._attribute][1]
-                setattr(config, self._attribute, self._stand_in(own or "eager"))
-            for config in self._configs:
-                _inside[id(config), self._attribute][0] += 1
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with _lock:
-            for config in self._configs:
-                _inside[id(config), self._attribute][0] -= 1
-            for config in self._configs:
-                count, own = _inside[id(config), self._attribute]
-                if count == 0:
-                    del _inside[id(config), self._attribute]
-                    setattr(config, self._attribute, own)
-
-
-_lock = threading.Lock()
-# Of the configs that are switched now: steps inside, own name. Not a Runtime's: models may share a config object.
-_inside: dict[tuple[int, str], list[Any]] = {}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
-from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..drafting.context_layer import attention_sizes
 from ..drafting.heads import output_matrix
+from ..engine.checks import eos_token_ids
 from ..io.files import sha256
 from ..io.prompts import Question, encode_chat, read_questions
 from ..target.model import position_limit
@@ -21,9 +22,6 @@ from .options import TrainOptions
 from .own_prompts import PromptWriter, prompt_writer
 from .processes import Processes
 from .sampler import Text, write_texts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TEMPERATURES, TOP_P = (0.0, 0.3, 0.7), 0.95  # answers take turns
 SHARD_BATCHES = 2  # full batches in a shard: what a kill costs at most
@@ -41,7 +39,7 @@ class AnswerWriter:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.prompts_in_shard = SHARD_BATCHES * options.rows
         self.context = position_limit(model)
-        self.stop = end_tokens(model, tokenizer)
+        self.stop = frozenset({*eos_token_ids(None, model), tokenizer.eos_token_id} - {None})  # an answer's ends
         self.questions: list[Question] | None = None
         self.shards: int | None = None
         self.own: PromptWriter | None = None
@@ -165,10 +163,3 @@ def degenerate(tokens: Sequence[int]) -> bool:
     """Whether there is nothing in a text to learn from: a single token, or hardly a new one among many."""
     long, share = REPETITIVE
     return len(tokens) < 2 or (len(tokens) >= long and len(set(tokens)) < share * len(tokens))
-
-
-def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end an answer: the model's and the tokenizer's."""
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = ids if isinstance(ids, list) else [ids]
-    return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from ..io.files import whole
 
 
 def draw_curves(curve: list[dict[str, Any]], file: Path) -> None:
     """Loss, top-1 of every head and tokens per step, beside each other, as PNG. curve: see `Trainer.measure`."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     first: dict[str, Any] = curve[0] if curve else {"top1": [], "tokens_per_step": {}}
     plots: tuple[tuple[str, str, dict[Any, Any]], ...] = (

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..drafting.heads import CerberusConfig, CerberusHeads
-from ..io.files import check_writable, read_object, remove_partial, write_json
+from ..io.files import check_output_folder, check_writable, read_object, remove_partial, write_json
 from ..io.heads_file import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from .options import TrainOptions
 
@@ -30,20 +30,13 @@ def check_output(options: TrainOptions, model: str | None) -> None:
     from where the run writes; OSError where the folder cannot be written to.
     """
     folder = options.output.resolve()
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"train: output: {options.output} is a file, not a folder")
     for name, given in (("model", model), ("init", options.init), ("data", options.data), ("prompts", options.prompts)):
         if given is not None and Path(given).exists():
             _check_input(folder, name, Path(given), options)
     if options.cache is not None and options.cache.resolve() == folder / DATA_FOLDER:
         raise ValueError(f"train: cache: {options.cache} is where the run writes its answers; choose another folder")
-    if (read_object(folder / RECORD_FILE) or {}).get("made_by") != MADE_BY:
-        for file in (folder / name for name in NAMES):
-            if file.exists():
-                raise ValueError(
-                    f"train: output: {file} is there already, and was not made by cerberus train; choose another folder"
-                )
-    check_writable("train: output", options.output)
+    ours = (read_object(folder / RECORD_FILE) or {}).get("made_by") == MADE_BY
+    check_output_folder("train: output", options.output, (folder / name for name in NAMES if not ours), MADE_BY)
 
 
 def begin_output(options: TrainOptions, model: nn.Module, config: CerberusConfig) -> None:

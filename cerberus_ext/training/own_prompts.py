@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..io.prompts import encode_chat
 from .sampler import Text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MARKER = "MARKER-OF-THE-USERS-TEXT"
 CHAT_TOKENS = 128  # longest text of a user

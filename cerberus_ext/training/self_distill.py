@@ -8,10 +8,11 @@ several processes, which write different shards' answers at the same time.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedTokenizerBase
 
 from ..drafting.heads import fingerprint, output_matrix
 from ..io.files import read_object, remove_partial, write_json, write_text
@@ -21,9 +22,6 @@ from .answers import Answer, Answers, parse_answers, read_answers
 from .options import TrainOptions
 from .output import DATA_FOLDER, check_same
 from .processes import Processes
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 RECORD = "data.json"
 OWN_TOKENS = 1_000_000  # answer tokens, where neither a number nor questions are given

@@ -12,10 +12,11 @@ Started by `accelerate launch` or `torchrun`, several processes share both stage
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..drafting.heads import CerberusConfig, output_matrix
 from ..engine.forked import threads_after_fork
@@ -27,9 +28,6 @@ from .record import write_record
 from .self_distill import load_data
 from .start import heads_config, trained_heads
 from .trainer import Trainer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["TrainOptions", "train"]
 

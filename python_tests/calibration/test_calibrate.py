@@ -256,7 +256,9 @@ def test_what_the_clock_decides(slower: bool, monkeypatch: pytest.MonkeyPatch) -
     options = CalibrateOptions(questions=QUESTIONS, **QUICK)
     found = calibrate(model, memorize(model, [answer(model, prompt(), 24)]), make_tokenizer(), options)
     assert isinstance(found.gate, ConfidenceGate) == (not slower)
-    assert found.details["gate_gain"]["measured"] == 0.9 and "by the clock 0.900x (0.8" in report.text(found)
+    assert found.details["gate_gain"]["measured"] == 0.9 and "by the clock 0.900x (0.8" in "\n".join(
+        report.lines(found)
+    )
 
 
 def test_first_turns_before_second_ones() -> None:

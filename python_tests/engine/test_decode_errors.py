@@ -24,7 +24,10 @@ from cerberus_ext.engine.decode import decode
 
 
 class ReadingGate(Gate):
-    needs = frozenset({"entropy", "weather"})
+    needs: Any = frozenset({"entropy", "weather"})
+
+    def __init__(self, needs: Any = needs) -> None:
+        self.needs = needs
 
 
 def encoder_decoder() -> T5ForConditionalGeneration:
@@ -108,11 +111,15 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"gate": 0.5}, TypeError, "gate must be a Gate or None, got float"),
     ({"gate": Gate}, TypeError, "gate must be a Gate or None, got type"),
     ({"gate": ReadingGate()}, ValueError, r"gate must need no other signals than .*, got \['weather'\]"),
+    ({"gate": ReadingGate((["x"],))}, ValueError, r"gate must need no other signals than .*, got \[\['x'\]\]"),
+    ({"gate": ReadingGate({None, "x"})}, ValueError, r"gate must need no other signals than .*, got \[.*None"),
     (
-        {"gate": ConfidenceGate({1: 1.0}), "tree": StaticPolicy.chain(2), "max_new_tokens": 4, "heads": HEADS},
-        ValueError,
-        "a tree has 3 nodes",
+        {"gate": ReadingGate(["entropy"])},
+        TypeError,
+        r"gate must have a set of names as its needs, got \['entropy'\] of ReadingGate",
     ),
+    # Found without a step.
+    ({"gate": ConfidenceGate({1: 1.0}), "tree": StaticPolicy.chain(2), "max_new_tokens": 0}, ValueError, "has 3 nodes"),
     (
         {"heads": None, "tree": StaticPolicy.chain(1)},
         ValueError,
@@ -120,7 +127,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"tree": DynamicPolicy(8, platt=((1, 0),))}, ValueError, "a correction for each of the 4 heads, .* got 1"),
     (
-        {"gate": ConfidenceGate({1: 1.0, 8: 2.0}), "tree": DynamicPolicy(9), "max_new_tokens": 4, "heads": None},
+        {"gate": ConfidenceGate({1: 1.0, 8: 2.0}), "tree": DynamicPolicy(9), "max_new_tokens": 0, "heads": None},
         ValueError,
         "a tree has 9 nodes, .* is 8",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,8 @@ def test_arguments_are_checked_where_they_are_given(llama: PreTrainedModel) -> N
         decoder.decode(prompt(), tree=8)
     with pytest.raises(ValueError, match="decode: max_new_tokens must be >= 0, got -1"):
         decoder.stream(prompt(), max_new_tokens=-1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'streamer'"):
+        decoder.stream(prompt(), streamer=None)
     is_as_it_was(llama)
 
 
@@ -164,6 +167,28 @@ def test_warm_up_without_anything_to_prepare(llama: PreTrainedModel) -> None:
     stats = Decoder(llama, heads()).warm_up()
     assert (stats.compilations, stats.captures) == (0, 0) and stats.fallback is not None
     is_as_it_was(llama)
+
+
+def test_warm_up_refuses_what_decode_refuses(llama: PreTrainedModel) -> None:
+    decoder = Decoder(llama, heads())
+    llama.train()
+    with pytest.raises(ValueError, match="decode: model must be in evaluation mode"):
+        decoder.warm_up()
+    llama.eval()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="decode: model must not run under"):
+        decoder.warm_up()
+    is_as_it_was(llama)
+
+
+def test_warm_up_of_a_model_that_decodes_without_drafts(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_step, "_compile_piece", lambda piece, examples, nodes: piece)
+    none = dataclasses.replace(runtime_of(llama).capability(), no_drafts_because="it mixes tokens")
+    monkeypatch.setattr(runtime.Runtime, "capability", lambda self: none)
+    decoder = Decoder(llama, heads(), tree=9, compile=True)
+    assert decoder.warm_up().compilations == 1, "the plain step's"
+    assert decoder.decode(prompt(), max_new_tokens=NEW).stats.compilations == 0
 
 
 def test_decoders_of_a_model_share_what_is_kept(llama: PreTrainedModel) -> None:

@@ -106,6 +106,10 @@ BROKEN: list[tuple[Any, str]] = [
     ((1, 0.5), r"Broken.propose must return tokens and probabilities of one shape, .* got \(\) and \(\)"),
     (([[[1]]], [[[0.5]]]), r"Broken.propose must return tokens and probabilities of one shape, .* got \(1, 1, 1\)"),
     (([[1], [2, 3]], [[0.5], [0.5, 0.1]]), "Broken.propose must return two arrays: "),
+    (
+        (torch.tensor([1]), torch.tensor([0.5], dtype=torch.bfloat16)),
+        "Broken.propose must return two arrays: .*BFloat16",
+    ),
     (([[1, 2]], [[0.25, 0.5]]), "Broken.propose must return the drafts of each place best first"),
     (([VOCAB], [0.5]), "Broken.propose must return tokens in 0..100, got 101"),
     (([4, -1], [0.5, 0.5]), "Broken.propose must return tokens in 0..100, got -1"),
@@ -157,7 +161,7 @@ def test_documents_of_another_model(llama: PreTrainedModel) -> None:
 @pytest.mark.parametrize("made", [None, 3, SuffixProposer()])
 def test_a_maker_of_something_else(made: Any, llama: PreTrainedModel) -> None:
     with pytest.raises(
-        TypeError, match=rf"^decode: proposers\[1\] must make what has extend .* got {type(made).__name__}"
+        TypeError, match=rf"^decode: proposers\[1\] must make what has extend and propose, .* got {type(made).__name__}"
     ):
         decode(llama, None, prompt(), max_new_tokens=NEW, proposers=[SuffixProposer(), lambda prompt: made])
     check_usable(llama)

@@ -297,7 +297,7 @@ def test_values_that_do_not_fit(
 
 def test_every_field_is_known() -> None:
     fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    applied = {rule.field for rule in RULES}
+    applied = {field for field, *_ in RULES}
     unknown = fields - applied - set(REFUSED) - HARMLESS
     assert not unknown, "new in transformers: does it change the text of generate(do_sample=False)?"
     assert not (applied & set(REFUSED) or applied & HARMLESS or set(REFUSED) & HARMLESS)

@@ -21,6 +21,7 @@ from transformers import (
 
 from cerberus_ext.engine.checks import position_table
 from cerberus_ext.engine.decode import decode
+from cerberus_ext.engine.decoder import Decoder
 from cerberus_ext.target.attention import names_attention
 
 
@@ -62,6 +63,14 @@ def test_to_the_last_position_and_no_further(name: str) -> None:
     with pytest.warns(UserWarning, match="decode: max_new_tokens is 12, but the text ends after 11 tokens: .*LM"):
         out = decode(model, heads, ids, max_new_tokens=12, tree=8, streamer=heads)
     assert out.sequences.equal(want) and out.stats.tokens_per_step > 1.5
+    streamed: list[int] = []
+    with pytest.warns(UserWarning, match="decode: max_new_tokens is 12, but the text ends after 11 tokens") as said:
+        for chunk in Decoder(model).stream(ids, max_new_tokens=12):
+            streamed += chunk.tokens
+    assert streamed == want[0, ids.shape[1] :].tolist() and said[0].filename == __file__
+    with pytest.warns(UserWarning, match="decode: max_new_tokens is 12") as said:
+        Decoder(model).decode(ids, max_new_tokens=12)
+    assert said[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert decode(model, None, ids, max_new_tokens=11).sequences.equal(want)

@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ import torch
 from bench_runs import bench, calibrated, rows_of, way_file
 from typer.testing import CliRunner
 
-from cerberus_ext import CerberusHeads, ConfidenceGate, EntropyGate
+from cerberus_ext import AlwaysOpen, CerberusHeads, ConfidenceGate, EntropyGate, StaticPolicy, decode
 from cerberus_ext.cli.main import app
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
+from cerberus_ext.engine import plan
 from cerberus_ext.evaluation.evaluate import BenchOptions, Context, evaluate
+from cerberus_ext.evaluation.measuring import median_entropy
 from cerberus_ext.io.default_model import load_model
 from cerberus_ext.io.prompts import encode_chat, read_questions
 
@@ -379,3 +382,15 @@ def test_python_call(folder: Path, tmp_path: Path) -> None:
     found = summary["ways"]["cerberus"]["all"]
     assert found["tokens"] == 1 and found["decode"]["tokens_per_step"] is None
     assert "| cerberus | – |" in (tmp_path / "bench.md").read_text()
+
+
+def test_median_entropy_where_plain_decoding_is_the_fastest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate is not asked about a plain step, and so sees no entropy there."""
+    model, tokenizer = load_model(folder / "model", torch.float32, "cpu")
+    context = Context(model, tokenizer, CerberusHeads.from_pretrained(folder / "heads"))
+    questions = read_questions(folder / "questions.jsonl")
+    want = median_entropy(context, questions)
+    plain = SimpleNamespace(tree=StaticPolicy.root(), gate=AlwaysOpen())
+    monkeypatch.setattr(plan, "find", lambda *arguments: plain)
+    assert decode(model, context.heads, [3, 4], max_new_tokens=8).stats.open_steps == 0
+    assert median_entropy(context, questions) == want

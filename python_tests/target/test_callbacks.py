@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime.runtime import runtime_of
+from cerberus_ext.target import swap
 
 NEW = 6
 # Named attention, seen call by call; with swapped weights; with windows; with soft caps; with experts; of its own.
@@ -177,3 +178,26 @@ def test_another_model_is_decoded_by_a_callback(where: str, family: str) -> None
         model.base_model.register_forward_pre_hook(lambda *_: nested.check())
     out = decode(model, None, prompt(), max_new_tokens=NEW, streamer=nested if where == "streamer" else None)
     assert out.sequences.equal(text) and len(calls) > 3 and all(calls)
+
+
+@pytest.mark.parametrize("where", ["__enter__", "__exit__"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_an_interrupt_on_the_way_into_a_step_or_out_of_it(
+    family: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where neither the step's own end, nor the next step, would put the names back."""
+    model = make_family(family)
+    runtime_of(model).capability()
+    before, whole = names(model), getattr(swap.Swap, where)
+
+    def interrupted(self: swap.Swap, *exception: Any) -> None:
+        if where == "__enter__" or self._read is not getattr:  # weights are put back by their own
+            whole(self, *exception)
+        if self._read is getattr:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(swap.Swap, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            decode(model, None, prompt(), max_new_tokens=NEW)
+    assert names(model) == before and not swap._inside

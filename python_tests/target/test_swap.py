@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cerberus_ext.target.row_invariant import InvariantWeight, step_forward
-from cerberus_ext.target.weight_swap import WeightSwap
+from cerberus_ext.target.swap import weight_swap
 
 
 class Waiting(nn.Module):
@@ -52,7 +52,7 @@ def test_steps_at_once_of_models_that_share_a_module(first_ends_first: bool) -> 
 def test_an_error_inside() -> None:
     linear = nn.Linear(4, 4)
     own = linear.weight
-    with pytest.raises(KeyboardInterrupt), WeightSwap(linear, {"weight": torch.zeros(4, 4)}):
+    with pytest.raises(KeyboardInterrupt), weight_swap(linear, {"weight": torch.zeros(4, 4)}):
         assert linear.weight is not own
         raise KeyboardInterrupt
     assert linear.weight is own
@@ -68,9 +68,9 @@ def test_an_interrupt_on_the_way_in() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     own = [linear.weight for linear in model]
     model[1]._parameters = Interrupted(model[1]._parameters)
-    with pytest.raises(KeyboardInterrupt), WeightSwap(model, {f"{i}.weight": torch.zeros(4, 4) for i in (0, 1)}):
+    with pytest.raises(KeyboardInterrupt), weight_swap(model, {f"{i}.weight": torch.zeros(4, 4) for i in (0, 1)}):
         raise AssertionError
     assert all(linear.weight is weight for linear, weight in zip(model, own, strict=True))
     model[1]._parameters = dict(model[1]._parameters)
-    with WeightSwap(model, {f"{i}.weight": torch.zeros(4, 4) for i in (0, 1)}):
+    with weight_swap(model, {f"{i}.weight": torch.zeros(4, 4) for i in (0, 1)}):
         assert all(linear.weight is not weight for linear, weight in zip(model, own, strict=True))
