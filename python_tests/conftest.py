@@ -53,7 +53,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 # Files of few tests that take long begin first: the processes end at about the same time.
-LONG = ("training/test_train_command.py", "bench/test_bench.py", "simt/test_broken_kernels.py")
+LONG = ("training/test_train_command.py", "simt/test_broken_kernels.py", "calibration/test_calibrate.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are left out by their marks

@@ -35,6 +35,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.
     return out, run_gpu("--device", "cpu", "--out", str(out), "--budget", "400")
 
 
+@pytest.mark.slow
 def test_every_stage_runs_on_the_cpu(session):
     out, done = session
     assert done.returncode == 0, done.stdout + done.stderr
@@ -58,6 +59,7 @@ def test_every_stage_runs_on_the_cpu(session):
     assert results["compiled"]["over_generate"] > 0
 
 
+@pytest.mark.slow
 def test_the_markdown_has_every_table(session):
     out, _ = session
     text = (out / "gpu.md").read_text()
@@ -68,10 +70,20 @@ def test_the_markdown_has_every_table(session):
     assert "The times mean nothing" in text
 
 
+@pytest.mark.slow
 def test_targets_are_not_measured_on_a_cpu(session):
     out, _ = session
     text = report.all_targets(json.loads((out / "gpu.json").read_text()))
     assert text.count("not measured") == len(targets.TARGETS)
+
+
+def test_some_stages(tmp_path):
+    done = run_gpu("--device", "cpu", "--out", str(tmp_path), "--stages", "machine", "exactness")
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
+    assert {name: found["status"] for name, found in stages.items()} == {"machine": "passed", "exactness": "passed"}
+    assert [row["texts_differ"] for row in stages["exactness"]["result"]["rows"].values()] == [0, 0]
+    assert "\n## Stages" in (tmp_path / "gpu.md").read_text()
 
 
 # ---------------------------------------------------------------- arguments

@@ -10,6 +10,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SHAPES = [(0, 5, 2, 8), (1, 0, 2, 8), (1, 1, 1, 1), (3, 5, 3, 7), (2, 33, 1, 8), (1, 9, 2, 64), (2, 3, 1, 129)]
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize(("rows", "nodes", "kv_heads", "head_size"), SHAPES)
@@ -26,6 +27,7 @@ def test_write_cache(rows, nodes, kv_heads, head_size, offset, dtype, simt):
         assert_same_bits(got, wanted)
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("planes", [0, 2])

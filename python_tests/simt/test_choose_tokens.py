@@ -16,6 +16,7 @@ def check(simt, logits, positions, *rest, offset=0):
     assert torch.equal(tokens, reference.choose_tokens(logits, positions, *rest))
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize(("rows", "vocab"), [(0, 8), (1, 1), (3, 33), (2, 512), (1, 1000), (2, 2600)])
@@ -24,6 +25,7 @@ def test_greedy(rows, vocab, offset, dtype, simt):
     check(simt, integers(-3, 4, rows, vocab).to(dtype), torch.arange(rows), 5, 0.0, 3, 0.5, offset=offset)
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (7, 1.0), (0, 0.9), (20, 0.6), (10000, 0.999), (1, 0.1)])
 @pytest.mark.parametrize(("rows", "vocab"), [(0, 8), (2, 1), (3, 33), (1, 520), (1, 1001)])
@@ -47,6 +49,7 @@ def test_schedules(schedule, dtype, simt):
     check(simt, integers(-3, 3, 2, 200).to(dtype), torch.arange(2), 7, 1.5, 60, 0.7)
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 1e-30])

@@ -90,6 +90,7 @@ def test_devices(device, dtype, simt):
     check_exact(simt, *exact(1, 1, 8, vocab, dtype), 7)
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("heads", [1, 18])
 @pytest.mark.parametrize("schedule", range(3))

@@ -74,6 +74,7 @@ def test_devices(device, dtype, simt):
     check(simt, inputs(9, 3, 3, 24, True, dtype))
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("rows", [1, 20])
 @pytest.mark.parametrize("schedule", range(4))

@@ -11,6 +11,7 @@ from cerberus_ext.ops import reference
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ def check(simt, arguments, offset=0):
     assert_close("tree_attention", got, reference.tree_attention(**arguments), arguments["q"].dtype, cuda=True)
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("head_size", [1, 8, 20, 33, 64, 80, 96, 128, 129, 256])
 @pytest.mark.parametrize(("query_heads", "kv_heads"), [(1, 1), (6, 2)])
@@ -27,6 +28,7 @@ def test_head_sizes(query_heads, kv_heads, head_size, dtype, simt):
     check(simt, attention_inputs(1, SMALL_TREE, [37], dtype=dtype, **heads))
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("nodes", [0, 1, 2, 15, 16, 17, 33, 65, 129])
 @pytest.mark.parametrize("lengths", [[0], [1, 33], [70, 0, 64]], ids=str)
@@ -48,6 +50,7 @@ def test_groups(query_heads, kv_heads, dtype, simt):
     check(simt, attention_inputs(1, SMALL_TREE, [20], dtype=dtype, query_heads=query_heads, kv_heads=kv_heads))
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("window", [-1, 0, 1, 2, 5, 33, 64, 1000])
 @pytest.mark.parametrize("head_size", [16, 33])
@@ -56,6 +59,7 @@ def test_window(head_size, window, dtype, simt):
     check(simt, arguments | {"window": window})
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("head_size", [16, 64])
@@ -72,6 +76,7 @@ def test_devices(device, dtype, simt):
     check(simt, attention_inputs(2, SMALL_TREE, [130, 3], dtype=dtype, head_size=32))
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("head_size", [32, 33])
 @pytest.mark.parametrize("schedule", range(4))
@@ -105,6 +110,7 @@ def test_scores_far_below_zero(simt):
 # ---------------------------------------------------------------- pieces, tiles, and what must not leak between nodes
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("window", [0, 40])
 @pytest.mark.parametrize(
@@ -127,6 +133,7 @@ def test_shapes_of_blocks(query_heads, kv_heads, nodes, head_size, window, dtype
     check(simt, attention_inputs(1, random_parents(nodes), [201], dtype=dtype, spare=400, **heads) | {"window": window})
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("lengths", [[0, 300], [63, 64]], ids=str)
 @pytest.mark.parametrize("window", [1, 5, 40])
@@ -136,6 +143,7 @@ def test_window_and_words_of_the_mask(window, lengths, dtype, simt):
     check(simt, attention_inputs(2, parents, lengths, dtype=dtype, query_heads=1, kv_heads=1) | {"window": window})
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("length", [30, 39, 40, 41, 1000])
 @pytest.mark.parametrize("window", [0, 7])
@@ -172,6 +180,7 @@ def test_one_unaligned_tensor(names, dtype, simt):
     assert_close("tree_attention", got, reference.tree_attention(**arguments), dtype, cuda=True)
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("scale", [-0.3, 2.0])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -184,6 +193,7 @@ def test_maxima_that_grow_and_shrink(sign, scale, dtype, simt):
     check(simt, arguments | {"scale": scale})
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["keys", "values"])
 @pytest.mark.parametrize(
@@ -230,6 +240,7 @@ def test_what_is_not_finite_stays_where_it_is_seen(dtype, head_size, query_heads
         assert not got[0, [0, 1, 2], :, 3].isfinite().any()
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("head_size", [64, 33])
 @pytest.mark.parametrize("nodes", [4, 50])
@@ -252,6 +263,7 @@ def test_bits_do_not_depend_on_the_other_nodes(nodes, head_size, dtype, simt):
 # ---------------------------------------------------------------- soft caps and sinks
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize(("softcap", "window"), [(2.0, 0), (0.0, 40)])
 @pytest.mark.parametrize(
@@ -269,6 +281,7 @@ def test_softcap_and_sinks(device, query_heads, kv_heads, nodes, head_size, wind
     check(simt, arguments | {"scale": 0.7, "window": window, "softcap": softcap, "sinks": sinks})
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("softcap", [1e-3, 50.0, 1e6, 1e30])
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
@@ -278,6 +291,7 @@ def test_caps_of_every_size(head_size, scale, softcap, dtype, simt):
     check(simt, arguments | {"scale": scale, "softcap": softcap})
 
 
+@pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("head_size", [16, 33])
 @pytest.mark.parametrize("device", [(1, 1), (9, 2)], ids=["whole", "split"])
