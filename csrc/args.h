@@ -165,4 +165,64 @@ struct LinearArgs {
   void* output;         // (M, O)
 };
 
+// Copies weight rows to where products of a step read them: weight row i becomes row first + i of `all` rows
+// that lie in `packed` in the order of a level of the instruction set, see cpu/packed.h. CPU only.
+struct PackWeightsArgs {
+  DType dtype;
+  int64_t rows, size, first,
+      all;             // O_i, I; all >= 1, packed in order: the one with first = 0 before the others
+  const void* weight;  // (O_i, I)
+  void* packed;
+};
+
+// What a step does for each node by itself: row instructions, see step/code.h. CPU only.
+enum class RowOp : int32_t {
+  kCopy,
+  kAdd,
+  kSub,
+  kMul,
+  kDiv,
+  kMaximum,
+  kMinimum,
+  kNeg,
+  kAbs,
+  kSqrt,
+  kRsqrt,
+  kReciprocal,
+  kMean,  // of the axis n0, as kSum and kMax
+  kSum,
+  kMax,
+  kActivation = 16,  // + an Activation
+  kRelu = 30
+};
+
+struct RowOperand {
+  enum class Kind : int32_t { kNone, kNumber, kScratch, kFloat32, kModel };  // kModel: of the model's dtype
+  enum class Row : int32_t { kConstant, kNode, kPosition, kToken, kSlot };
+  Kind kind;
+  Row row;             // which row a node reads or writes
+  float number;        // kNumber
+  void* data;          // row 0; kScratch: null, the node's own
+  int64_t offset;      // elements within a row
+  int64_t row_stride;  // elements
+  int64_t rows;        // kPosition, kToken: other rows are the nearest; kSlot: others are left out
+  int64_t stride[3];   // elements, for n2, n1, n0
+};
+
+struct RowInstruction {
+  RowOp op;
+  bool round;  // the result is rounded to the model's dtype
+  int64_t size[3];
+  RowOperand to, a, b;
+};
+
+struct RowsArgs {
+  DType dtype;
+  int64_t nodes, count, scratch;  // N, of instructions, floats per node
+  const RowInstruction* instructions;
+  const int64_t* positions;  // (N,)
+  const int64_t* tokens;     // (N,)
+  int64_t length;            // node n is in slot length + n
+};
+
 }  // namespace cerberus

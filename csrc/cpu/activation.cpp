@@ -5,6 +5,7 @@
 // because most of these functions lose digits on the way: x e^-x of a large x, 1 + erf(x) of a negative one.
 #include <cmath>
 
+#include "cpu/activate.h"
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
@@ -123,6 +124,16 @@ void apply(Activation kind, float* x, int count) {
 }
 
 }  // namespace
+
+void activate(Activation kind, DType, const float* in, int64_t count, float* out) {
+  for (int64_t begin = 0; begin < count; begin += kBuffer) {
+    float x[kBuffer] = {};
+    const int some = static_cast<int>(smaller(kBuffer, count - begin));
+    __builtin_memcpy(x, in + begin, sizeof(float) * some);
+    apply(kind, x, some);
+    __builtin_memcpy(out + begin, x, sizeof(float) * some);
+  }
+}
 
 void activation(const ActivationArgs& a, const Parallel& parallel) {
   with_type(a.dtype, [&](auto type) {

@@ -15,6 +15,18 @@ namespace cerberus {
 CERBERUS_OPS(CERBERUS_DECLARE)
 #undef CERBERUS_DECLARE
 
+// Of steps: the row instructions; a product whose `weight` is packed, to the bits of linear; packing, and how
+// many elements that takes. 0: this level has no packed products, and the other two are not to be called.
+void rows_cpu(const RowsArgs& args, const Parallel& parallel);
+void packed_linear_cpu(const LinearArgs& args, const Parallel& parallel);
+void pack_weights_cpu(const PackWeightsArgs& args, const Parallel& parallel);
+int64_t packed_elements_cpu(DType dtype, int64_t rows, int64_t size);
+
+// Asks the system for pages of 2 MiB under the memory: translating addresses of 4 KiB pages costs a virtual
+// machine a third of its bandwidth. What has been written to already is moved there at once, where the system
+// can do so.
+void prefer_large_pages_cpu(void* memory, int64_t bytes);
+
 // Into how many parts draft_topk splits a vocabulary of that size: by the size alone, so that a row's bits
 // depend neither on the other rows nor on the number of threads.
 int64_t draft_topk_parts_cpu(int64_t vocab);

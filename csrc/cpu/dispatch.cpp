@@ -41,6 +41,11 @@ struct Level {
 #define KERNEL(op, Op, schema) void (*op)(const Op##Args&, const Parallel&);
   CERBERUS_OPS(KERNEL)
 #undef KERNEL
+  void (*rows)(const RowsArgs&, const Parallel&);
+  // Null: none.
+  void (*packed_linear)(const LinearArgs&, const Parallel&);
+  void (*pack_weights)(const PackWeightsArgs&, const Parallel&);
+  int64_t (*packed_elements)(DType, int64_t rows, int64_t size);
 };
 
 bool always() { return true; }
@@ -81,6 +86,7 @@ bool has_amx_bf16() {
 bool in_bfloat16(const LinearArgs& a) { return a.dtype == DType::kBFloat16 && !a.transposed; }
 bool in_bfloat16(const HeadStackArgs& a) { return a.dtype == DType::kBFloat16; }
 bool in_bfloat16(const DraftTopkArgs& a) { return a.dtype == DType::kBFloat16; }
+bool in_bfloat16(const PackWeightsArgs& a) { return a.dtype == DType::kBFloat16; }
 
 template <typename Args, void (*kBFloat16)(const Args&, const Parallel&),
           void (*kOther)(const Args&, const Parallel&)>
@@ -88,42 +94,62 @@ void choose(const Args& a, const Parallel& parallel) {
   (in_bfloat16(a) ? kBFloat16 : kOther)(a, parallel);
 }
 #define CERBERUS_BFLOAT16(isa, op, Args) (&choose<Args, &isa::op, &avx512::op>)
+int64_t packed_elements_bf16(DType dtype, int64_t rows, int64_t size) {
+  return (dtype == DType::kBFloat16 ? avx512_bf16::packed_elements : avx512::packed_elements)(dtype, rows,
+                                                                                              size);
+}
+#if defined(CERBERUS_AMX)
+// Tiles have an order of their own, and read the weights as they are.
+int64_t packed_elements_amx(DType dtype, int64_t rows, int64_t size) {
+  return dtype == DType::kBFloat16 ? 0 : avx512::packed_elements(dtype, rows, size);
+}
+#endif
 #endif
 
 // A level, in the order of ops.h: its products are those named, its other kernels those of `isa`. Those of
 // `portable` only move or compare integers.
-#define CERBERUS_LEVEL(name, isa, runs_here, linear, head_stack, draft_topk) \
-  {name,                                                                     \
-   runs_here,                                                                \
-   &isa::hidden_entropy,                                                     \
-   head_stack,                                                               \
-   draft_topk,                                                               \
-   &isa::choose_tokens,                                                      \
-   &isa::tree_attention,                                                     \
-   &portable::write_cache,                                                   \
-   &portable::verify_tree,                                                   \
-   &portable::commit_cache,                                                  \
-   linear,                                                                   \
-   linear, /* grouped_linear: rows in more than one group */                 \
-   &isa::activation}
-#define CERBERUS_WHOLE_LEVEL(isa, runs_here) \
-  CERBERUS_LEVEL(#isa, isa, runs_here, &isa::linear, &isa::head_stack, &isa::draft_topk)
+#define CERBERUS_LEVEL(name, isa, runs_here, linear, head_stack, draft_topk, packed_linear, pack_weights, \
+                       packed_elements)                                                                   \
+  {name,                                                                                                  \
+   runs_here,                                                                                             \
+   &isa::hidden_entropy,                                                                                  \
+   head_stack,                                                                                            \
+   draft_topk,                                                                                            \
+   &isa::choose_tokens,                                                                                   \
+   &isa::tree_attention,                                                                                  \
+   &portable::write_cache,                                                                                \
+   &portable::verify_tree,                                                                                \
+   &portable::commit_cache,                                                                               \
+   linear,                                                                                                \
+   linear, /* grouped_linear: rows in more than one group */                                              \
+   &isa::activation,                                                                                      \
+   &isa::rows,                                                                                            \
+   packed_linear,                                                                                         \
+   pack_weights,                                                                                          \
+   packed_elements}
+#define CERBERUS_WHOLE_LEVEL(isa, runs_here)                                             \
+  CERBERUS_LEVEL(#isa, isa, runs_here, &isa::linear, &isa::head_stack, &isa::draft_topk, \
+                 &isa::packed_linear, &isa::pack_weights, &isa::packed_elements)
 
 // Best first.
 const Level kLevels[] = {
 #if defined(CERBERUS_AMX)
     CERBERUS_LEVEL("amx_bf16", avx512, has_amx_bf16, CERBERUS_BFLOAT16(amx_bf16, linear, LinearArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, head_stack, HeadStackArgs),
-                   CERBERUS_BFLOAT16(avx512_bf16, draft_topk, DraftTopkArgs)),
+                   CERBERUS_BFLOAT16(avx512_bf16, draft_topk, DraftTopkArgs), &avx512::packed_linear,
+                   &avx512::pack_weights, packed_elements_amx),
 #endif
 #if defined(__x86_64__)
     CERBERUS_LEVEL("avx512_bf16", avx512, has_avx512_bf16, CERBERUS_BFLOAT16(avx512_bf16, linear, LinearArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, head_stack, HeadStackArgs),
-                   CERBERUS_BFLOAT16(avx512_bf16, draft_topk, DraftTopkArgs)),
+                   CERBERUS_BFLOAT16(avx512_bf16, draft_topk, DraftTopkArgs),
+                   CERBERUS_BFLOAT16(avx512_bf16, packed_linear, LinearArgs),
+                   CERBERUS_BFLOAT16(avx512_bf16, pack_weights, PackWeightsArgs), packed_elements_bf16),
     CERBERUS_WHOLE_LEVEL(avx512, has_avx512),
     CERBERUS_WHOLE_LEVEL(avx2, has_avx2),
 #endif
-    CERBERUS_WHOLE_LEVEL(portable, always),
+    CERBERUS_LEVEL("portable", portable, always, &portable::linear, &portable::head_stack,
+                   &portable::draft_topk, nullptr, nullptr, nullptr),
 };
 
 const Level& choose_level() {
@@ -143,26 +169,32 @@ const Level& level() {
   return chosen;
 }
 
+// collapse: also what is there already.
+void large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes,
+                 [[maybe_unused]] bool collapse) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, of Linux 6.1
+  const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (start + kPage - 1) / kPage * kPage, end = (start + bytes) / kPage * kPage;
+  if (begin >= end) return;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (collapse) madvise(reinterpret_cast<void*>(begin), end - begin, kCollapse);
+#endif
+}
+
 // Memory that malloc maps anew for every call, which is what it does with so much of it: on pages of 2 MiB,
 // where the system has them, writing to it first does not stop at every 4 KiB. Measured on two threads, 48
 // MiB (512 rows of 49152 bfloat16): 3 ms instead of 12.
-[[maybe_unused]] constexpr int64_t kMappedAnew = 32 << 20;
-
-void prefer_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t begin = (start + kPage - 1) / kPage * kPage, end = (start + bytes) / kPage * kPage;
-  if (bytes >= kMappedAnew) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
+constexpr int64_t kMappedAnew = 32 << 20;
 
 // Calls the kernel. Products without outputs may have any number of rows, which the kernel would walk.
 template <typename Args>
 void call(void (*kernel)(const Args&, const Parallel&), const Args& a, const Parallel& parallel) {
   if constexpr (std::is_same_v<Args, LinearArgs>) {
     if (a.out_size == 0) return;
-    prefer_large_pages(a.output, a.rows * a.out_size * (a.dtype == DType::kFloat32 ? 4 : 2));
+    const int64_t bytes = a.rows * a.out_size * (a.dtype == DType::kFloat32 ? 4 : 2);
+    if (bytes >= kMappedAnew) large_pages(a.output, bytes, false);
   }
   kernel(a, parallel);
 }
@@ -175,6 +207,14 @@ CERBERUS_OPS(CHOSEN)
 #undef CHOSEN
 
 int64_t draft_topk_parts_cpu(int64_t vocab) { return (vocab + kDraftTopkPart - 1) / kDraftTopkPart; }
+
+void rows_cpu(const RowsArgs& a, const Parallel& p) { level().rows(a, p); }
+void packed_linear_cpu(const LinearArgs& a, const Parallel& p) { level().packed_linear(a, p); }
+void pack_weights_cpu(const PackWeightsArgs& a, const Parallel& p) { level().pack_weights(a, p); }
+int64_t packed_elements_cpu(DType dtype, int64_t rows, int64_t size) {
+  return level().packed_elements && rows > 0 ? level().packed_elements(dtype, rows, size) : 0;
+}
+void prefer_large_pages_cpu(void* memory, int64_t bytes) { large_pages(memory, bytes, true); }
 
 std::string cpu_isa() { return level().name; }
 

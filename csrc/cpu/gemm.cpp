@@ -8,20 +8,12 @@
 //
 // With the processor's bfloat16 instructions a lane takes a pair of k at a time (vdpbf16ps): rows stay
 // bfloat16, and an instruction does twice the work. Else rows are widened to float once.
+#include "cpu/dot.h"
 #include "cpu/product.h"
 
 namespace cerberus::CERBERUS_ISA {
 namespace {
 
-// A tile is rows x weights, a register for each of their sums. The more of them, the more sums are in flight,
-// and the less often a weight or a row is loaded; the others hold the weights and a row.
-#if defined(__AVX512F__)
-constexpr int kSums = 24;
-#elif defined(__AVX2__)
-constexpr int kSums = 12;
-#else
-constexpr int kSums = 9;
-#endif
 constexpr int kSingleRowWeights =
     8;  // for a single row: enough chains to hide the latency of the multiply-add
 
@@ -29,37 +21,6 @@ constexpr int64_t kAheadBytes =
     4096;  // beyond the tile's own weights: measured, 1 KiB to 16 KiB differ little
 
 constexpr int64_t kLongRow = 8192;  // bytes
-
-// How rows of X and weights are multiplied: kStep of k at a time.
-template <typename X>
-struct Product {
-  static constexpr int kStep = kLanes, kTileRows = kSums == 24 ? 6 : kSums == 12 ? 4 : 3;
-  static constexpr int kManyTileRows = kTileRows;
-  template <typename T>
-  static Vec load_at(const T* p) {
-    return load(p);
-  }
-  template <typename T>
-  static Vec load_part_at(const T* p, int64_t count) {
-    return load_part(p, count);
-  }
-  static Vec add(Vec row, Vec weight, Vec sum) { return multiply_add(row, weight, sum); }
-};
-#if defined(__AVX512BF16__)
-template <>
-struct Product<BFloat16> {
-  static constexpr int kStep = 2 * kLanes, kTileRows = 6;
-  static constexpr int kManyTileRows =
-      4;  // 4 x 6: faster than 6 x 4 or 8 x 3 where weights come from the L1 cache
-  static __m512bh load_at(const BFloat16* p) { return bit_cast<__m512bh>(_mm512_loadu_si512(p)); }
-  static __m512bh load_part_at(const BFloat16* p, int64_t count) {
-    return bit_cast<__m512bh>(_mm512_maskz_loadu_epi16((1u << count) - 1, p));
-  }
-  static Vec add(__m512bh row, __m512bh weight, Vec sum) {
-    return bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), row, weight));
-  }
-};
-#endif
 
 // Where the next weights begin, and how many bytes of them one step of the loop over k is to ask for: the
 // processor computes on this tile while memory brings the next one. Its own prefetcher starts anew at every
@@ -178,14 +139,6 @@ void block_times_weights(const X* x, int64_t x_stride, int64_t rows, const W* w,
   run(Count<4>{});
   run(Count<5>{});
   run(Count<6>{});
-}
-
-// Rows are read again for every tile of weights: so many bytes of them at a time, from the L2 cache.
-constexpr int64_t kBlockBytes = 64 << 10, kMinBlockRows = 16;
-
-int64_t row_blocks(int64_t rows, int64_t row_bytes) {
-  const int64_t fitting = larger(kMinBlockRows, kBlockBytes / larger(1, row_bytes));
-  return (rows + fitting - 1) / fitting;
 }
 
 }  // namespace

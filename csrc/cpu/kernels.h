@@ -12,12 +12,16 @@
 #include "cpu/parallel.h"
 #include "ops.h"
 
-// void <op>(const <Op>Args&, const Parallel&) of every op; which of them a level defines is said in
-// CMakeLists.txt.
+// void <op>(const <Op>Args&, const Parallel&) of every op, and what steps have besides, see cpu.h; which of
+// them a level defines is said in CMakeLists.txt.
 #define CERBERUS_DECLARE_KERNEL(name, Name, schema) void name(const Name##Args&, const Parallel&);
-#define CERBERUS_DECLARE_KERNELS(isa)   \
-  namespace cerberus::isa {             \
-  CERBERUS_OPS(CERBERUS_DECLARE_KERNEL) \
+#define CERBERUS_DECLARE_KERNELS(isa)                         \
+  namespace cerberus::isa {                                   \
+  CERBERUS_OPS(CERBERUS_DECLARE_KERNEL)                       \
+  void rows(const RowsArgs&, const Parallel&);                \
+  void packed_linear(const LinearArgs&, const Parallel&);     \
+  void pack_weights(const PackWeightsArgs&, const Parallel&); \
+  int64_t packed_elements(DType, int64_t rows, int64_t size); \
   }
 
 #ifdef CERBERUS_ISA

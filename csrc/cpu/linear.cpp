@@ -2,6 +2,7 @@
 // of one group and a range of its outputs: it streams their weights once for all these rows.
 #include "cpu/columns.h"
 #include "cpu/kernels.h"
+#include "cpu/packed.h"
 #include "cpu/product.h"
 #if defined(CERBERUS_AMX)
 #include "cpu/amx.h"
@@ -121,6 +122,19 @@ struct ByRows {
   const X* x;
 };
 
+#if defined(__AVX2__) && !defined(CERBERUS_AMX)
+// weight as packed.h packs it.
+template <typename T>
+struct ByPackedRows : ByRows<T> {
+  using ByRows<T>::ByRows;
+  void multiply(int64_t span, const T* packed, int64_t begin, int64_t end, int64_t,
+                const Output<T>& output) const {
+    rows_times_packed(this->x + this->spans[span].first * this->stride, this->stride, this->spans[span].count,
+                      packed, begin, end, this->size, output);
+  }
+};
+#endif
+
 // weight (I, O): lanes over outputs.
 template <typename T>
 struct ByColumns {
@@ -202,5 +216,12 @@ void linear(const LinearArgs& a, const Parallel& parallel) {
     run<T, typename ByRowsKernel<T>::Type>(a, parallel);
   });
 }
+
+#if defined(__AVX2__) && !defined(CERBERUS_AMX)
+void packed_linear(const LinearArgs& a, const Parallel& parallel) {
+  if (a.rows == 0) return;
+  with_type(a.dtype, [&](auto type) { run<decltype(type), ByPackedRows<decltype(type)>>(a, parallel); });
+}
+#endif
 
 }  // namespace cerberus::CERBERUS_ISA

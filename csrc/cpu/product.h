@@ -86,6 +86,14 @@ template <typename T>
 void rows_times_weights(const Row<T>* x, int64_t x_stride, int64_t rows, const T* w, int64_t begin,
                         int64_t end, int64_t size, const Output<T>& output);
 
+// Rows are read again for every tile of weights: so many bytes of them at a time, from the L2 cache.
+constexpr int64_t kBlockBytes = 64 << 10, kMinBlockRows = 16;
+
+static inline int64_t row_blocks(int64_t rows, int64_t row_bytes) {
+  const int64_t fitting = larger(kMinBlockRows, kBlockBytes / larger(1, row_bytes));
+  return (rows + fitting - 1) / fitting;
+}
+
 // x widened to float: the array itself where it is float already.
 template <typename T>
 static inline const float* widen(const T* x, int64_t count, float* scratch) {

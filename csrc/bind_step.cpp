@@ -1,0 +1,211 @@
+// Registers the ops around steps: packing weights, making a step of its code, running it. CPU only.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "check.h"
+#include "cpu/cpu.h"
+#include "cpu/team.h"
+#include "step/step.h"
+
+namespace cerberus {
+namespace {
+
+Parallel threads() { return team(torch::stable::get_num_threads()); }
+
+// A step, and the tensors whose memory it reads.
+struct Held {
+  std::vector<Tensor> tensors;
+  Step step;
+  ScalarType type;
+  std::mutex running;
+};
+
+// All steps of the process, by number.
+class Steps {
+ public:
+  int64_t add(std::shared_ptr<Held> held) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    steps_[++last_] = std::move(held);
+    return last_;
+  }
+  std::shared_ptr<Held> find(const char* op, int64_t number) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = steps_.find(number);
+    if (found == steps_.end())
+      Check(op).fail("step", "one that make_step has returned", std::to_string(number));
+    return found->second;
+  }
+  void remove(int64_t number) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    steps_.erase(number);
+  }
+
+ private:
+  std::mutex mutex_;
+  int64_t last_ = 0;
+  std::unordered_map<int64_t, std::shared_ptr<Held>> steps_;
+};
+
+Steps& steps() {
+  static Steps* all = new Steps;  // never destroyed: tensors may not outlive torch
+  return *all;
+}
+
+DType dtype_of_type(ScalarType type) {
+  return type == ScalarType::BFloat16 ? DType::kBFloat16
+         : type == ScalarType::Half   ? DType::kFloat16
+                                      : DType::kFloat32;
+}
+
+const char* name_of(DType dtype) {
+  return dtype == DType::kBFloat16  ? "torch.bfloat16"
+         : dtype == DType::kFloat16 ? "torch.float16"
+                                    : "torch.float32";
+}
+
+void on_cpu(const Check& check, const Tensor& tensor, const char* argument) {
+  if (!tensor.defined()) check.fail(argument, "tensors", "None");
+  if (device_type(tensor) != aoti_torch_device_type_cpu())
+    check.fail(argument, "on cpu", device_text(tensor));
+  if (!tensor.is_contiguous()) check.fail(argument, "contiguous", "shape " + shape_text(tensor));
+}
+
+int64_t make_step(std::vector<Tensor> tensors, Tensor code) {
+  Check check("make_step");
+  check.integer(code, "code", 1, "(n,)", ScalarType::Long);
+  on_cpu(check, code, "code");
+  const int64_t* numbers = static_cast<const int64_t*>(code.const_data_ptr());
+  const DType dtype = static_cast<DType>(code.size(0) > 1 ? numbers[1] : 0);
+  std::vector<StepConstant> constants;
+  for (const Tensor& tensor : tensors) {
+    on_cpu(check, tensor, "tensors");
+    const ScalarType type = dtype_of(tensor);
+    const int64_t width = tensor.dim() > 0 ? tensor.size(tensor.dim() - 1) : 1;
+    const bool is_packed = type == ScalarType::Byte && tensor.dim() == 1;
+    const int64_t bytes = dtype == DType::kFloat32 ? 4 : 2;
+    const bool is_float32 = type == ScalarType::Float;
+    if (!is_packed && !is_float32 && (dtype_of_type(type) != dtype || type == ScalarType::Byte))
+      check.fail("tensors", std::string("torch.float32, ") + name_of(dtype) + " or packed", dtype_text(type));
+    constants.push_back({const_cast<void*>(tensor.const_data_ptr()),
+                         is_packed ? tensor.numel() / bytes : tensor.numel(), width, is_float32, is_packed});
+  }
+  Step step(std::move(constants), numbers, code.size(0));
+  const ScalarType type = dtype == DType::kBFloat16  ? ScalarType::BFloat16
+                          : dtype == DType::kFloat16 ? ScalarType::Half
+                                                     : ScalarType::Float;
+  return steps().add(std::shared_ptr<Held>(new Held{std::move(tensors), std::move(step), type, {}}));
+}
+
+void run_step(int64_t number, Tensor tokens, Tensor positions, Tensor length, Tensor ancestors, Tensor cache,
+              Tensor hidden, Tensor logits) {
+  const std::shared_ptr<Held> held = steps().find("run_step", number);
+  const Step& step = held->step;
+  Check check("run_step");
+  check.integer(tokens, "tokens", 1, "(N,)", ScalarType::Long);
+  on_cpu(check, tokens, "tokens");
+  const int64_t nodes = tokens.size(0), words = (nodes + 63) / 64;
+  check.that(nodes >= 1 && nodes <= 1 << 16, "tokens", "(N,) with N from 1 to 65536", nodes);
+  check.integer(positions, "positions", 1, "(N,)", ScalarType::Long);
+  check.sizes(positions, "positions", "(N,)", {nodes});
+  check.integer(length, "length", 1, "(1,)", ScalarType::Long);
+  check.sizes(length, "length", "(1,)", {1});
+  check.integer(ancestors, "ancestors", 2, "(N, W)", ScalarType::Long);
+  check.sizes(ancestors, "ancestors", "(N, W)", {nodes, words});
+  check.floating(cache, "cache", 5, "(C, 1, Hkv, S, E)");
+  const int64_t planes = 2 * step.layers(), capacity = cache.size(3);
+  check.that(cache.scalar_type() == held->type, "cache", dtype_text(held->type) + " like the step",
+             dtype_text(cache.scalar_type()));
+  check.that(cache.size(0) >= planes, "cache", "(C, 1, Hkv, S, E) with C >= " + std::to_string(planes),
+             cache.size(0));
+  check.sizes(cache, "cache", "(C, 1, Hkv, S, E)",
+              {cache.size(0), 1, step.kv_heads(), capacity, step.head_size()});
+  check.floating(hidden, "hidden", 2, "(N, D)");
+  check.sizes(hidden, "hidden", "(N, D)", {nodes, step.hidden_size()});
+  check.floating(logits, "logits", 2, "(N, V)");
+  check.sizes(logits, "logits", "(N, V)", {nodes, step.vocabulary()});
+  const auto integers = [](const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); };
+  std::lock_guard<std::mutex> lock(held->running);
+  held->step.run(
+      {nodes, words, planes, capacity, integers(tokens), integers(positions), integers(length),
+       integers(ancestors), cache.mutable_data_ptr(), hidden.mutable_data_ptr(), logits.mutable_data_ptr()},
+      threads());
+}
+
+void free_step(int64_t number) { steps().remove(number); }
+
+std::vector<int64_t> step_times(int64_t number, bool on) {
+  const std::shared_ptr<Held> held = steps().find("step_times", number);
+  std::lock_guard<std::mutex> lock(held->running);
+  std::vector<int64_t> times = held->step.stage_times();
+  held->step.time_stages(on);
+  return times;
+}
+
+int64_t packed_bytes(Tensor weight, int64_t rows) {
+  Check check("packed_bytes");
+  check.floating(weight, "weight", 2, "(O, I)");
+  check.that(rows >= 0 && rows <= int64_t{1} << 32, "rows", "0 to 2^32", rows);
+  return packed_elements_cpu(check.dtype(), rows, weight.size(1)) * check.element_bytes();
+}
+
+void pack_weights(std::vector<Tensor> weights, Tensor packed) {
+  Check check("pack_weights");
+  on_cpu(check, packed, "packed");
+  int64_t all = 0;
+  for (const Tensor& weight : weights) {
+    check.floating(weight, "weights", 2, "(O, I)");
+    check.that(weight.size(1) == weights[0].size(1), "weights", "of one I", weight.size(1));
+    on_cpu(check, weight, "weights");
+    all += weight.size(0);
+  }
+  if (all == 0) return;
+  const int64_t size = weights[0].size(1);
+  const int64_t bytes = packed_elements_cpu(check.dtype(), all, size) * check.element_bytes();
+  if (bytes == 0) check.fail("weights", "of a kind that this processor packs", cpu_isa());
+  if (dtype_of(packed) != ScalarType::Byte || packed.numel() < bytes)
+    check.fail("packed", "torch.uint8 with " + std::to_string(bytes) + " elements", shape_text(packed));
+  int64_t first = 0;
+  for (const Tensor& weight : weights) {
+    pack_weights_cpu(
+        {check.dtype(), weight.size(0), size, first, all, weight.const_data_ptr(), packed.mutable_data_ptr()},
+        threads());
+    first += weight.size(0);
+  }
+}
+
+void prefer_large_pages(Tensor memory) {
+  Check check("prefer_large_pages");
+  on_cpu(check, memory, "memory");
+  prefer_large_pages_cpu(memory.mutable_data_ptr(), memory.numel() * memory.element_size());
+}
+
+}  // namespace
+}  // namespace cerberus
+
+STABLE_TORCH_LIBRARY_FRAGMENT(cerberus_ext, m) {
+  m.def("make_step(Tensor[] tensors, Tensor code) -> int");
+  m.def(
+      "run_step(int step, Tensor tokens, Tensor positions, Tensor length, Tensor ancestors, Tensor(a!) "
+      "cache, "
+      "Tensor(b!) hidden, Tensor(c!) logits) -> ()");
+  m.def("free_step(int step) -> ()");
+  m.def("step_times(int step, bool on) -> int[]");
+  m.def("packed_bytes(Tensor weight, int rows) -> int");
+  m.def("pack_weights(Tensor[] weights, Tensor(a!) packed) -> ()");
+  m.def("prefer_large_pages(Tensor(a!) memory) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CompositeExplicitAutograd, m) {
+  m.impl("make_step", TORCH_BOX(&cerberus::make_step));
+  m.impl("run_step", TORCH_BOX(&cerberus::run_step));
+  m.impl("free_step", TORCH_BOX(&cerberus::free_step));
+  m.impl("step_times", TORCH_BOX(&cerberus::step_times));
+  m.impl("packed_bytes", TORCH_BOX(&cerberus::packed_bytes));
+  m.impl("pack_weights", TORCH_BOX(&cerberus::pack_weights));
+  m.impl("prefer_large_pages", TORCH_BOX(&cerberus::prefer_large_pages));
+}

@@ -1,0 +1,48 @@
+// One step of the dot products of rows and weights, and how many of them a tile computes side by side.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace cerberus::CERBERUS_ISA {
+
+// A tile is rows x weights, a register for each of their sums. The more of them, the more sums are in flight,
+// and the less often a weight or a row is loaded; the others hold the weights and a row.
+#if defined(__AVX512F__)
+constexpr int kSums = 24;
+#elif defined(__AVX2__)
+constexpr int kSums = 12;
+#else
+constexpr int kSums = 9;
+#endif
+// How rows of X and weights are multiplied: kStep of k at a time.
+template <typename X>
+struct Product {
+  static constexpr int kStep = kLanes, kTileRows = kSums == 24 ? 6 : kSums == 12 ? 4 : 3;
+  static constexpr int kManyTileRows = kTileRows;
+  template <typename T>
+  static Vec load_at(const T* p) {
+    return load(p);
+  }
+  template <typename T>
+  static Vec load_part_at(const T* p, int64_t count) {
+    return load_part(p, count);
+  }
+  static Vec add(Vec row, Vec weight, Vec sum) { return multiply_add(row, weight, sum); }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Product<BFloat16> {
+  static constexpr int kStep = 2 * kLanes, kTileRows = 6;
+  static constexpr int kManyTileRows =
+      4;  // 4 x 6: faster than 6 x 4 or 8 x 3 where weights come from the L1 cache
+  static __m512bh load_at(const BFloat16* p) { return bit_cast<__m512bh>(_mm512_loadu_si512(p)); }
+  static __m512bh load_part_at(const BFloat16* p, int64_t count) {
+    return bit_cast<__m512bh>(_mm512_maskz_loadu_epi16((1u << count) - 1, p));
+  }
+  static Vec add(__m512bh row, __m512bh weight, Vec sum) {
+    return bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), row, weight));
+  }
+};
+#endif
+
+}  // namespace cerberus::CERBERUS_ISA

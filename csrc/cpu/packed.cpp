@@ -1,0 +1,162 @@
+#include "cpu/packed.h"
+
+#include "cpu/kernels.h"
+
+namespace cerberus::CERBERUS_ISA {
+namespace {
+
+constexpr int kPackedRows = kSums / kPackedWeights;
+// Of the weights that follow: far enough for memory, near enough to be in the L2 cache still.
+constexpr int64_t kAheadBytes = 8192;
+
+// Asks for some lines of what follows at each step over k; where several tiles of rows read the same weights,
+// each asks for its share.
+struct Ahead {
+  const char* p;
+  int64_t step;
+
+  void prefetch() {
+    for (int64_t line = 0; line < step; line += 64) __builtin_prefetch(p + line, 0, 2);
+    p += step;
+  }
+};
+
+template <int kRows, typename X, typename W>
+inline void dot_tile(const X* x, int64_t x_stride, const W* w, int64_t size, Ahead ahead,
+                     float (&out)[kRows][kPackedWeights]) {
+  using Product = Product<X>;
+  Vec sums[kRows][kPackedWeights] = {};
+  const auto step = [&](const auto& load_row) {
+    decltype(Product::load_at(w)) weights[kPackedWeights];
+#pragma GCC unroll 4
+    for (int n = 0; n < kPackedWeights; ++n) weights[n] = Product::load_at(w + n * Product::kStep);
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      const auto row = load_row(x + m * x_stride);
+#pragma GCC unroll 4
+      for (int n = 0; n < kPackedWeights; ++n) sums[m][n] = Product::add(row, weights[n], sums[m][n]);
+    }
+    w += kPackedWeights * Product::kStep;
+  };
+  int64_t k = 0;
+  for (; k + Product::kStep <= size; k += Product::kStep) {
+    ahead.prefetch();
+    step([k](const X* p) { return Product::load_at(p + k); });
+  }
+  if (k < size) step([k, size](const X* p) { return Product::load_part_at(p + k, size - k); });
+  sum_each(sums, out);
+}
+
+// A tile of sums, of which the last may have fewer weights.
+template <int kRows, typename W>
+inline void put(const float (&dots)[kRows][kPackedWeights], int64_t m, int64_t n, int64_t end,
+                const Output<W>& output) {
+  if (n + kPackedWeights <= end) return output.put(m, n, dots);
+  for (int i = 0; n + i < end; ++i)
+    for (int row = 0; row < kRows; ++row) {
+      const float one[1][1] = {{dots[row][i]}};
+      output.put(m + row, n + i, one);
+    }
+}
+
+// `tiles` tiles of kMaxRows rows or one less.
+template <int kMaxRows, typename X, typename W>
+void tiles_times_packed(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* packed,
+                        int64_t begin, int64_t end, int64_t size, const Output<W>& output) {
+  constexpr int64_t kStepBytes = kPackedWeights * Product<X>::kStep * static_cast<int64_t>(sizeof(W));
+  const int64_t tile_size = packed_tile<W>(size);
+  for (int64_t n = begin; n < end; n += kPackedWeights) {
+    const W* w = packed + n / kPackedWeights * tile_size;
+    const int64_t share = tile_size * static_cast<int64_t>(sizeof(W)) / tiles;
+    Ahead ahead{reinterpret_cast<const char*>(w) + kAheadBytes, kStepBytes / tiles};
+    const auto tile = [&](int64_t m, auto row_count) {
+      constexpr int kRows = decltype(row_count)::value;
+      float out[kRows][kPackedWeights];
+      dot_tile<kRows>(x + m * x_stride, x_stride, w, size, ahead, out);
+      ahead.p += share;
+      put(out, m, n, end, output);
+    };
+    int64_t m = 0;
+    for (const int64_t full = rows - tiles * (kMaxRows - 1); m < full * kMaxRows; m += kMaxRows)
+      tile(m, Count<kMaxRows>{});
+    if constexpr (kMaxRows > 1)
+      for (; m < rows; m += kMaxRows - 1) tile(m, Count<kMaxRows - 1>{});
+  }
+}
+
+template <typename X, typename W>
+void block_times_packed(const X* x, int64_t x_stride, int64_t rows, const W* packed, int64_t begin,
+                        int64_t end, int64_t size, const Output<W>& output) {
+  const int64_t tiles = (rows + kPackedRows - 1) / kPackedRows, max_rows = (rows + tiles - 1) / tiles;
+  const auto run = [&](auto row_count) {
+    constexpr int kRows = decltype(row_count)::value;
+    if constexpr (kRows <= kPackedRows)
+      if (max_rows == kRows)
+        tiles_times_packed<kRows>(x, x_stride, rows, tiles, packed, begin, end, size, output);
+  };
+  run(Count<1>{});
+  run(Count<2>{});
+  run(Count<3>{});
+  run(Count<4>{});
+  run(Count<5>{});
+  run(Count<6>{});
+  run(Count<7>{});
+  run(Count<8>{});
+}
+
+template <typename T>
+void pack_row(const T* weight, int64_t size, int64_t row, T* packed) {
+  constexpr int kStep = Product<Row<T>>::kStep;
+  T* to = packed + row / kPackedWeights * packed_tile<T>(size) + row % kPackedWeights * kStep;
+  for (int64_t k = 0; k < size; k += kStep, to += kPackedWeights * kStep) {
+    const int64_t count = smaller(kStep, size - k);
+    __builtin_memset(to, 0, kStep * sizeof(T));
+    __builtin_memcpy(to, weight + k, static_cast<size_t>(count) * sizeof(T));
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void rows_times_packed(const Row<T>* x, int64_t x_stride, int64_t rows, const T* packed, int64_t begin,
+                       int64_t end, int64_t size, const Output<T>& output) {
+  const int64_t blocks = row_blocks(rows, size * static_cast<int64_t>(sizeof(*x)));
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
+    block_times_packed(x + first * x_stride, x_stride, count, packed, begin, end, size,
+                       output.from_row(first));
+  }
+}
+
+template void rows_times_packed(const Row<BFloat16>*, int64_t, int64_t, const BFloat16*, int64_t, int64_t,
+                                int64_t, const Output<BFloat16>&);
+#if !defined(CERBERUS_BFLOAT16_ONLY)
+template void rows_times_packed(const float*, int64_t, int64_t, const float*, int64_t, int64_t, int64_t,
+                                const Output<float>&);
+template void rows_times_packed(const float*, int64_t, int64_t, const Float16*, int64_t, int64_t, int64_t,
+                                const Output<Float16>&);
+#endif
+
+int64_t packed_elements(DType dtype, int64_t rows, int64_t size) {
+  int64_t elements = 0;
+  with_type(dtype, [&](auto type) {
+    elements = (rows + kPackedWeights - 1) / kPackedWeights * packed_tile<decltype(type)>(size);
+  });
+  return elements;
+}
+
+void pack_weights(const PackWeightsArgs& a, const Parallel& parallel) {
+  with_type(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    const T* weight = static_cast<const T*>(a.weight);
+    T* packed = static_cast<T*>(a.packed);
+    const int64_t tile = packed_tile<T>(a.size);
+    if (a.first == 0)  // the last tile may have rows that nothing is copied to
+      __builtin_memset(packed + (a.all - 1) / kPackedWeights * tile, 0,
+                       static_cast<size_t>(tile) * sizeof(T));
+    parallel_tasks(parallel, a.rows,
+                   [&](int64_t row) { pack_row(weight + row * a.size, a.size, a.first + row, packed); });
+  });
+}
+
+}  // namespace cerberus::CERBERUS_ISA

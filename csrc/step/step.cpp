@@ -1,0 +1,160 @@
+#include "step/step.h"
+
+#include <chrono>
+#include <cstring>
+
+#include "cpu/cpu.h"
+#include "step/code.h"
+
+namespace cerberus {
+namespace {
+
+int64_t nanoseconds() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
+}
+
+}  // namespace
+
+void Step::time_stages(bool on) {
+  timed_ = on;
+  times_.assign(stages_.size(), 0);
+}
+
+void* Step::plane(const StepCall& call, int64_t index) const {
+  const int64_t bytes = kv_heads_ * call.capacity * head_size_ * element_bytes(false);
+  return static_cast<char*>(call.cache) + index * bytes;
+}
+
+RowOperand Step::resolve(const Operand& o, const StepCall& call) const {
+  using Kind = RowOperand::Kind;
+  using Row = RowOperand::Row;
+  RowOperand to{
+      Kind::kModel, Row::kConstant, 0, nullptr, o.offset, 0, 1, {o.stride[0], o.stride[1], o.stride[2]}};
+  const auto kind = [](bool is_float32) { return is_float32 ? Kind::kFloat32 : Kind::kModel; };
+  switch (o.space) {
+    case kNoSpace:
+      to.kind = Kind::kNone;
+      break;
+    case kNumberSpace: {
+      const uint32_t bits = static_cast<uint32_t>(o.offset);
+      to.kind = Kind::kNumber;
+      std::memcpy(&to.number, &bits, sizeof(bits));
+      break;
+    }
+    case kScratchSpace:
+      to.kind = Kind::kScratch;
+      break;
+    case kBufferSpace: {
+      const Buffer& buffer = buffers_[o.index];
+      to.kind = kind(buffer.is_float32);
+      to.row = Row::kNode;
+      to.data = buffer.data;
+      to.row_stride = buffer.width;
+      break;
+    }
+    case kKeysSpace:
+    case kValuesSpace:
+      to.row = Row::kSlot;
+      to.data = plane(call, 2 * o.index + (o.space == kValuesSpace));
+      to.row_stride = head_size_;
+      to.rows = call.capacity;
+      to.stride[1] = call.capacity * head_size_;
+      break;
+    default: {
+      const StepConstant& constant = constants_[o.index];
+      to.kind = kind(constant.is_float32);
+      to.data = constant.data;
+      if (o.space == kConstantSpace) break;
+      to.row = o.space == kPositionSpace ? Row::kPosition : Row::kToken;
+      to.row_stride = constant.width;
+      to.rows = constant.elements / constant.width;
+    }
+  }
+  return to;
+}
+
+// Room for the nodes, and every address in its place.
+void Step::provide(const StepCall& call) {
+  bool moved = call.cache != cache_ || call.capacity != capacity_ || resolved_.empty();
+  const bool grows = call.nodes > nodes_;
+  const int64_t count = static_cast<int64_t>(buffers_.size());
+  for (int64_t i = 0; i < count; ++i) {
+    Buffer& buffer = buffers_[i];
+    void* data = i == hidden_ ? call.hidden : i == logits_ ? call.logits : buffer.data;
+    if (i != hidden_ && i != logits_ && grows) {
+      constexpr int64_t kLine = 64;
+      buffer.memory.resize(call.nodes * buffer.width * element_bytes(buffer.is_float32) + kLine);
+      const uintptr_t begin = reinterpret_cast<uintptr_t>(buffer.memory.data());
+      data = reinterpret_cast<void*>((begin + kLine - 1) / kLine * kLine);
+    }
+    moved = moved || data != buffer.data;
+    buffer.data = data;
+  }
+  if (grows) nodes_ = call.nodes;
+  if (!moved) return;
+  cache_ = call.cache;
+  capacity_ = call.capacity;
+  resolved_.clear();
+  for (const Instruction& in : instructions_)
+    resolved_.push_back({static_cast<RowOp>(in.op),
+                         in.round == 1,
+                         {in.size[0], in.size[1], in.size[2]},
+                         resolve(in.operands[0], call),
+                         resolve(in.operands[1], call),
+                         resolve(in.operands[2], call)});
+}
+
+void Step::run(const StepCall& call, const Parallel& parallel) {
+  provide(call);
+  for (size_t i = 0; i < stages_.size(); ++i) {
+    const int64_t begin = timed_ ? nanoseconds() : 0;
+    const Stage& stage = stages_[i];
+    if (stage.kind == kProductStage) {
+      const Product& p = stage.product;
+      const LinearArgs args{dtype_,
+                            call.nodes,
+                            p.in_size,
+                            p.out_size,
+                            1,
+                            false,
+                            buffers_[p.input].data,
+                            constants_[p.weight].data,
+                            p.bias < 0 ? nullptr : constants_[p.bias].data,
+                            nullptr,
+                            buffers_[p.output].data};
+      (p.packed ? packed_linear_cpu : linear_cpu)(args, parallel);
+    } else if (stage.kind == kRowsStage) {
+      const Rows& r = stage.rows;
+      rows_cpu({dtype_, call.nodes, r.count, r.scratch, resolved_.data() + r.first, call.positions,
+                call.tokens, *call.length},
+               parallel);
+    } else {
+      const Attention& a = stage.attention;
+      TreeAttentionArgs args{};
+      args.dtype = dtype_;
+      args.rows = 1;
+      args.nodes = call.nodes;
+      args.query_heads = a.query_heads;
+      args.kv_heads = kv_heads_;
+      args.head_size = head_size_;
+      args.capacity = call.capacity;
+      args.words = call.words;
+      args.scale = a.scale;
+      args.softcap = a.softcap;
+      args.window = a.window;
+      args.query = buffers_[a.query].data;
+      args.keys = plane(call, 2 * a.layer);
+      args.values = plane(call, 2 * a.layer + 1);
+      args.length = call.length;
+      args.ancestors = call.ancestors;
+      args.sinks = a.sinks < 0 ? nullptr : constants_[a.sinks].data;
+      args.output = buffers_[a.output].data;
+      args.splits = 1;
+      tree_attention_cpu(args, parallel);
+    }
+    if (timed_) times_[i] += nanoseconds() - begin;
+  }
+}
+
+}  // namespace cerberus

@@ -1,0 +1,129 @@
+// One forward of a model over the nodes of a tree, as a program: traced once, run for any number of nodes.
+//
+// The code is a list of integers; cerberus_ext/runtime/fused/program.py writes it.
+//
+//   header      version (1), dtype (0 float32, 1 bfloat16, 2 float16), layers, key/value heads, head size,
+//               buffers, stages, buffer of the hidden states, buffer of the logits
+//   buffer      width (elements per node), kind (0: of the model's dtype, 1: float32)
+//   stage       its kind, then
+//     product   0: input buffer, output buffer, weight (constant), I, O, bias (constant) or -1, packed (0, 1)
+//     rows      1: scratch (floats per node), instructions, and each of them: op (RowOp), round (0, 1), n2,
+//     n1, n0,
+//                  then destination, a, b: space, index, offset, and the strides along n2, n1, n0
+//     attention 2: layer, query buffer, output buffer, query heads, scale, window, softcap, sinks (constant)
+//     or -1;
+//                  scale and softcap as the bits of a float32
+//   space       0 none, 1 scratch, 2 buffer, 3 constant, 4 constant by position, 5 constant by token, 6 keys
+//   and
+//               7 values of layer `index` in the node's slot, element (head, e) at head * head size + e, 8
+//               the float32 whose bits `offset` is
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "args.h"
+#include "cpu/parallel.h"
+
+namespace cerberus {
+
+// A tensor that a step reads: contiguous, in float32 or in the model's dtype.
+struct StepConstant {
+  void* data;
+  int64_t elements, width;  // width: of the last axis
+  bool is_float32;
+  bool is_packed;  // bytes of packed weights; `elements` counts those of the model's dtype
+};
+
+// What a run reads and writes, see run_step.
+struct StepCall {
+  int64_t nodes, words, planes, capacity;
+  const int64_t* tokens;
+  const int64_t* positions;
+  const int64_t* length;
+  const int64_t* ancestors;
+  void* cache;   // (planes, 1, Hkv, S, E)
+  void* hidden;  // (N, D)
+  void* logits;  // (N, V)
+};
+
+class Step {
+ public:
+  // Throws std::runtime_error where the code is not one of the above, or would have a kernel read or write
+  // outside of what there is.
+  Step(std::vector<StepConstant> constants, const int64_t* code, int64_t size);
+
+  void run(const StepCall& call, const Parallel& parallel);
+
+  DType dtype() const { return dtype_; }
+  int64_t layers() const { return layers_; }
+  int64_t kv_heads() const { return kv_heads_; }
+  int64_t head_size() const { return head_size_; }
+  int64_t hidden_size() const { return buffers_[hidden_].width; }
+  int64_t vocabulary() const { return buffers_[logits_].width; }
+  // Nanoseconds of each stage, summed over the runs since `time_stages(true)`.
+  void time_stages(bool on);
+  const std::vector<int64_t>& stage_times() const { return times_; }
+
+ private:
+  struct Buffer {
+    int64_t width;
+    bool is_float32;
+    std::vector<char> memory;
+    void* data;
+  };
+  // Operands as the code has them; resolve() puts the addresses in.
+  struct Operand {
+    int64_t space, index, offset, stride[3];
+  };
+  struct Instruction {
+    int64_t op, round, size[3];
+    Operand operands[3];
+  };
+  struct Product {
+    int64_t input, output, weight, in_size, out_size, bias;
+    bool packed;
+  };
+  struct Rows {
+    int64_t scratch, first, count;  // of instructions_
+  };
+  struct Attention {
+    int64_t layer, query, output, query_heads, window, sinks;
+    float scale, softcap;
+  };
+  struct Stage {
+    int64_t kind;
+    Product product;
+    Rows rows;
+    Attention attention;
+  };
+  class Reader;
+
+  void read_product(Reader& code, Product& product) const;
+  void read_rows(Reader& code, Rows& rows);
+  void read_instruction(Reader& code, int64_t scratch, Instruction& instruction) const;
+  void read_attention(Reader& code, Attention& attention) const;
+  void check_operand(Reader& code, const Operand& operand, const int64_t (&size)[3], int64_t scratch,
+                     bool is_written) const;
+  int64_t operand_size(Reader& code, const Operand& operand, int64_t scratch) const;
+  void provide(const StepCall& call);
+  RowOperand resolve(const Operand& operand, const StepCall& call) const;
+  void* plane(const StepCall& call, int64_t index) const;
+  int64_t element_bytes(bool is_float32) const { return is_float32 || dtype_ == DType::kFloat32 ? 4 : 2; }
+
+  std::vector<StepConstant> constants_;
+  DType dtype_;
+  int64_t layers_, kv_heads_, head_size_, hidden_, logits_;
+  std::vector<Buffer> buffers_;
+  std::vector<Stage> stages_;
+  std::vector<Instruction> instructions_;
+  std::vector<RowInstruction> resolved_;
+  int64_t nodes_ = 0;  // that the buffers hold
+  void* cache_ = nullptr;
+  int64_t capacity_ = 0;
+  bool timed_ = false;
+  std::vector<int64_t> times_;
+};
+
+}  // namespace cerberus
