@@ -1,0 +1,68 @@
+"""A forward of the target model as one native call. CPU only; csrc/step/step.h describes the code."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .native import native
+
+_PAGE = 2 << 20  # bytes of a large page
+
+
+class NativeStep:
+    """A step made of its code; freed with this object.
+
+    tensors: what the code names by index: contiguous, on the CPU, float32 or of the step's dtype, or packed weights
+        (uint8, one axis). They are kept alive, and read where they lie: their values may change.
+    code: (n,) int64.
+    Raises RuntimeError where the code names what is not there, or would read or write outside of it.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], code: Tensor) -> None:
+        self._number: int = native.make_step(list(tensors), code)
+        weakref.finalize(self, native.free_step, self._number)
+
+    def run(
+        self, tokens: Tensor, positions: Tensor, length: Tensor, ancestors: Tensor, cache: Tensor, hidden: Tensor,
+        logits: Tensor,
+    ) -> None:  # fmt: skip
+        """A forward over N nodes, whose keys and values go to slots length .. length + N.
+
+        tokens, positions: (N,) int64; what lies outside of a table reads its nearest row.
+        length: (1,) int64, committed tokens. ancestors: (N, W) int64, as for `tree_attention`.
+        cache: (C, 1, Hkv, S, E), planes of keys and values in turn.
+        hidden (N, D), logits (N, V): the results, of the cache's dtype.
+        Raises RuntimeError on other shapes or dtypes, on a non-contiguous tensor.
+        """
+        native.run_step(self._number, tokens, positions, length, ancestors, cache, hidden, logits)
+
+    def times(self, on: bool) -> list[int]:
+        """Nanoseconds of each stage since they were last asked for; on: whether to measure from now on."""
+        return list(native.step_times(self._number, on))
+
+
+def packed_bytes(weight: Tensor, rows: int) -> int:
+    """Of so many packed rows like those of weight (O, I); 0: this processor reads such weights as they are."""
+    return int(native.packed_bytes(weight, rows))
+
+
+def pack_weights(weights: Sequence[Tensor], packed: Tensor) -> None:
+    """Copies weights (O_i, I) of one dtype, contiguous, one behind the other, to where a step reads them fastest.
+
+    packed: uint8, at least packed_bytes(weights[0], sum of O_i) elements.
+    Raises RuntimeError on other shapes or dtypes, or where packed_bytes is 0.
+    """
+    native.pack_weights(list(weights), packed)
+
+
+def large_memory(size: int) -> Tensor:
+    """size bytes, uint8, on pages of 2 MiB where the system has them: a step reads all of its weights through them."""
+    memory = torch.empty(size + _PAGE, dtype=torch.uint8)
+    begin = -memory.data_ptr() % _PAGE
+    memory = memory[begin : begin + size]
+    native.prefer_large_pages(memory)
+    return memory

@@ -1,0 +1,169 @@
+"""Which instructions compute what an ATen op does to one row: the rules by which calls are lowered, by op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .program import RowOp, View
+from .trace import Call, NotFused
+
+if TYPE_CHECKING:
+    from .lower import Lowering
+
+_ATEN = torch.ops.aten
+_ACTIVATIONS = {
+    "silu": RowOp.SILU, "gelu": RowOp.GELU, "gelu_tanh": RowOp.GELU_TANH, "tanh": RowOp.TANH,
+    "sigmoid": RowOp.SIGMOID, "exp": RowOp.EXP, "erf": RowOp.ERF, "softplus": RowOp.SOFTPLUS,
+    "cos": RowOp.COS, "sin": RowOp.SIN,
+}  # fmt: skip
+
+Emitter = Callable[["Lowering", Call], View]
+
+
+def _unary(op: RowOp) -> Emitter:
+    def emit(lowering: Lowering, call: Call) -> View:
+        to = lowering.new(call.outputs[0])
+        return lowering.emit(op, to, lowering.operand(call.args[0], to.shape))
+
+    return emit
+
+
+def _binary(op: RowOp, swapped: bool = False) -> Emitter:
+    def emit(lowering: Lowering, call: Call) -> View:
+        if call.kwargs.get("alpha", 1) != 1 or len(call.args) > 2 or set(call.kwargs) - {"alpha"}:
+            raise NotFused(f"{call.op} is called with {call.kwargs or call.args[2:]}")
+        to = lowering.new(call.outputs[0])
+        a, b = (lowering.operand(argument, to.shape) for argument in call.args)
+        if b.base is None and b.number == 1 and op in (RowOp.MUL, RowOp.DIV) and not swapped and _keeps(a, to):
+            return a
+        return lowering.emit(op, to, b, a) if swapped else lowering.emit(op, to, a, b)
+
+    return emit
+
+
+def _keeps(a: View, to: View) -> bool:
+    """Whether a value can stand for one of another dtype: nothing is rounded."""
+    assert to.base is not None
+    return a.base is not None and a.base.dtype in (to.base.dtype,)
+
+
+def _power(lowering: Lowering, call: Call) -> View:
+    to = lowering.new(call.outputs[0])
+    x, power = lowering.operand(call.args[0], to.shape), call.args[1]
+    if power == 2:
+        return lowering.emit(RowOp.MUL, to, x, x)
+    if power == 3:
+        return lowering.emit(RowOp.MUL, to, lowering.emit(RowOp.MUL, lowering.scratch(to.shape), x, x), x)
+    ops = {0.5: RowOp.SQRT, -0.5: RowOp.RSQRT, -1: RowOp.RECIPROCAL}
+    if power not in ops:
+        raise NotFused(f"a power of {power} is not known")
+    return lowering.emit(ops[power], to, x)
+
+
+def _copy(lowering: Lowering, call: Call) -> View:
+    """To another dtype: only what is rounded costs anything."""
+    to = lowering.new(call.outputs[0])
+    a = lowering.operand(call.args[0], to.shape)
+    assert to.base is not None
+    if a.base is not None and (a.base.dtype == to.base.dtype or to.base.dtype == torch.float32):
+        return a
+    return lowering.emit(RowOp.COPY, to, a)
+
+
+def _expand(lowering: Lowering, call: Call) -> View:
+    from .views import broadcast
+
+    return broadcast(lowering.view(call.args[0].number), lowering.trace.shapes[call.outputs[0]])
+
+
+def _cat(lowering: Lowering, call: Call) -> View:
+    to = lowering.new(call.outputs[0])
+    axis = (call.args[1] if len(call.args) > 1 else 0) % len(to.shape)
+    begin = 0
+    for part in call.args[0]:
+        size = lowering.trace.shapes[part.number][axis]
+        shape = (*to.shape[:axis], size, *to.shape[axis + 1 :])
+        place = replace(to, shape=shape, offset=to.offset + begin * to.strides[axis])
+        lowering.emit(RowOp.COPY, place, lowering.operand(part, shape))
+        begin += size
+    return to
+
+
+def _reduce(op: RowOp) -> Emitter:
+    def emit(lowering: Lowering, call: Call) -> View:
+        a = lowering.view(call.args[0].number)
+        axes, keep = call.args[1], len(call.args) > 2 and call.args[2]
+        axes = (axes,) if isinstance(axes, int) else axes
+        if axes is None or [axis % len(a.shape) for axis in axes] != [len(a.shape) - 1] or len(call.args) > 3:
+            raise NotFused(f"{call.op} is not over the last axis alone")
+        if call.kwargs.get("dtype") not in (None, lowering.trace.dtypes[call.outputs[0]]):
+            raise NotFused(f"{call.op} is called with {call.kwargs}")
+        to = lowering.new(call.outputs[0])
+        if keep:
+            return lowering.emit(op, to, a)
+        lowering.emit(op, replace(to, shape=(*to.shape, 1), strides=(*to.strides, 0)), a)
+        return to
+
+    return emit
+
+
+def _activation(lowering: Lowering, call: Call) -> View:
+    return _unary(_ACTIVATIONS[call.args[1]])(lowering, call)
+
+
+def _layer_norm(lowering: Lowering, call: Call) -> View:
+    """In float32, rounded once: centred, divided by the root of the mean square, scaled and moved."""
+    x, shape, weight, bias, epsilon = call.args
+    to = lowering.new(call.outputs[0])
+    if len(shape) != 1:
+        raise NotFused(f"{call.op} is not over the last axis alone")
+    row, one = to.shape, (*to.shape[:-1], 1)
+    emit, new = lowering.emit, lowering.scratch
+    a = lowering.operand(x, row)
+
+    def wide(view: View) -> View:
+        return replace(view, shape=row, strides=(*view.strides[:-1], 0))
+
+    mean = emit(RowOp.MEAN, new(one), a)
+    centred = emit(RowOp.SUB, new(row), a, wide(mean))
+    squares = emit(RowOp.MUL, new(row), centred, centred)
+    variance = emit(RowOp.MEAN, new(one), squares)
+    epsilon_view = View(None, one, (0,) * len(one), 0, epsilon)
+    root = emit(RowOp.RSQRT, new(one), emit(RowOp.ADD, new(one), variance, epsilon_view))
+    scaled = emit(RowOp.MUL, to if weight is None and bias is None else new(row), centred, wide(root))
+    if weight is not None:
+        scaled = emit(RowOp.MUL, to if bias is None else new(row), scaled, lowering.operand(weight, row))
+    return scaled if bias is None else emit(RowOp.ADD, to, scaled, lowering.operand(bias, row))
+
+
+EMITTERS: dict[Any, Emitter] = {
+    _ATEN.add.Tensor: _binary(RowOp.ADD),
+    _ATEN.add_.Tensor: _binary(RowOp.ADD),
+    _ATEN.sub.Tensor: _binary(RowOp.SUB),
+    _ATEN.rsub.Scalar: _binary(RowOp.SUB, swapped=True),
+    _ATEN.mul.Tensor: _binary(RowOp.MUL),
+    _ATEN.mul_.Tensor: _binary(RowOp.MUL),
+    _ATEN.div.Tensor: _binary(RowOp.DIV),
+    _ATEN.maximum.default: _binary(RowOp.MAXIMUM),
+    _ATEN.minimum.default: _binary(RowOp.MINIMUM),
+    _ATEN.pow.Tensor_Scalar: _power,
+    _ATEN.neg.default: _unary(RowOp.NEG),
+    _ATEN.abs.default: _unary(RowOp.ABS),
+    _ATEN.sqrt.default: _unary(RowOp.SQRT),
+    _ATEN.rsqrt.default: _unary(RowOp.RSQRT),
+    _ATEN.reciprocal.default: _unary(RowOp.RECIPROCAL),
+    _ATEN.relu.default: _unary(RowOp.RELU),
+    _ATEN.mean.dim: _reduce(RowOp.MEAN),
+    _ATEN.sum.dim_IntList: _reduce(RowOp.SUM),
+    _ATEN.amax.default: _reduce(RowOp.MAX),
+    _ATEN._to_copy.default: _copy,
+    _ATEN.expand.default: _expand,
+    _ATEN.cat.default: _cat,
+    _ATEN.native_layer_norm.default: _layer_norm,
+    torch.ops.cerberus_ext.activation.default: _activation,
+}
+

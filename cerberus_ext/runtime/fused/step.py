@@ -1,0 +1,132 @@
+"""Steps of one model as one native call each: what is kept between them, and when it is made anew."""
+
+from __future__ import annotations
+
+import time
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...ops.step import NativeStep, large_memory, pack_weights, packed_bytes
+from .lower import lower
+from .program import Product, Program, encode
+from .trace import NotFused, Trace, trace_step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...target.model import TargetModel
+
+_ALIGNMENT = 4096  # bytes, of the packed weights of a product
+_MIN_POSITIONS = 1024  # that the tables know
+_SPARE = 2 << 30  # bytes of memory that packing leaves free
+
+
+class FusedStep:
+    """A step of one model: a StepForward, see target/model.py. seconds: what making it took, in all.
+
+    pack: whether the weights are copied for the processor; None: where there is memory for it.
+    """
+
+    def __init__(self, target: TargetModel, pack: bool | None = None) -> None:
+        """target: after its prompt. Raises NotFused."""
+        begin = time.perf_counter()
+        if len(target.cache.length) != 1 or target.model.device.type != "cpu":
+            raise NotFused("there is one for one text on a CPU")
+        self.versions = weight_versions(target.model)
+        self._dtype = target.model.dtype
+        self._trace: Trace = trace_step(target)
+        self._results: tuple[Tensor, Tensor] | None = None
+        self._weights: list[Tensor] | None = None
+        self._pack = pack
+        self._make(target)
+        self.seconds = time.perf_counter() - begin
+
+    def _make(self, target: TargetModel) -> None:
+        """The program, for as many positions as the cache has room for; its weights stay where they are."""
+        assert target.cache.tensor is not None
+        _, _, heads, _, size = target.cache.tensor.shape
+        positions = max(_MIN_POSITIONS, 1 << (target.cache.capacity - 1).bit_length())
+        self.program: Program = lower(self._trace, self._dtype, heads, size, min(positions, target.max_positions))
+        products = [stage for stage in self.program.stages if isinstance(stage, Product)]
+        if self._weights is None:
+            self._weights = _weights_of(products, self._pack)
+        biases = [_bias_of(product, self._dtype) for product in products]
+        self._native = NativeStep(*encode(self.program, self._weights, biases))
+
+    def prepare(self, target: TargetModel, nodes: int) -> None:
+        """Before a step over so many nodes."""
+        if min(target.cache.capacity, target.max_positions) > self.program.positions:
+            self._make(target)
+
+    def step(self, target: TargetModel, tokens: Tensor, positions: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens, positions (1, N), ancestors (N, W) -> hidden (1, N, D), logits (1, N, V), until the next step."""
+        nodes, cache = tokens.shape[1], target.cache
+        cache.check_room(nodes)
+        self.prepare(target, nodes)
+        assert cache.tensor is not None
+        hidden, logits = self._memory(nodes)
+        self._native.run(
+            tokens[0].contiguous(), positions[0].contiguous(), cache.length, ancestors, cache.tensor, hidden, logits
+        )
+        return hidden[None], logits[None]
+
+    def times(self, on: bool) -> list[float]:
+        """Seconds of each stage of the program since they were last asked for; on: whether to measure from now on."""
+        return [nanoseconds * 1e-9 for nanoseconds in self._native.times(on)]
+
+    def _memory(self, nodes: int) -> tuple[Tensor, Tensor]:
+        if self._results is None or len(self._results[0]) < nodes:
+            widths = (self.program.hidden.width, self.program.logits.width)
+            with torch.inference_mode(False):
+                hidden, logits = (torch.empty((nodes, width), dtype=self._dtype) for width in widths)
+            self._results = hidden, logits
+        return self._results[0][:nodes], self._results[1][:nodes]
+
+
+def weight_versions(model: PreTrainedModel) -> tuple[int, ...]:
+    """Changes when a tensor of the model is written to by torch's ops: packed copies are then of no use any more."""
+    tensors = chain(model.parameters(), model.buffers())
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+def _weights_of(products: list[Product], pack: bool | None) -> list[Tensor]:
+    """For each product its weights, one behind the other: packed, or (O, I) as the model has them."""
+    weights: list[Tensor] = []
+    sizes = [packed_bytes(product.weights[0], product.output.width) for product in products]
+    rounded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+    if pack is False or (pack is None and sum(rounded) + _SPARE > _free_memory()):
+        sizes = [0] * len(sizes)
+    memory = large_memory(sum(rounded)) if any(sizes) else None
+    begin = 0
+    for product, size, room in zip(products, sizes, rounded, strict=True):
+        parts = [weight.contiguous() for weight in product.weights]
+        if size and memory is not None:
+            weights.append(memory[begin : begin + size])
+            pack_weights(parts, weights[-1])
+        else:
+            weights.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+        begin += room
+    return weights
+
+
+def _bias_of(product: Product, dtype: torch.dtype) -> Tensor | None:
+    if all(bias is None for bias in product.biases):
+        return None
+    parts: list[Any] = [
+        torch.zeros(len(weight), dtype=dtype) if bias is None else bias
+        for weight, bias in zip(product.weights, product.biases, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _free_memory() -> int:
+    """Bytes that this machine has left; many where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return 1 << 62

@@ -1,0 +1,187 @@
+"""A step of the target model as a flat list of ATen calls.
+
+The model runs once over NODES nodes, on tensors without data. NODES is a prime that is no dimension of a model, so that
+the axis of the nodes is known by its size wherever it goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ...target.attention import UnsupportedAttention
+from ...target.cache import TreeCache
+from ...target.row_invariant import RowInvariant
+
+if TYPE_CHECKING:
+    from ...target.model import TargetModel
+
+NODES = 251
+
+
+class NotFused(Exception):
+    """The model's step cannot be a program; the message says why."""
+
+
+class Ref(NamedTuple):
+    """A tensor among the arguments of a call, by its number."""
+
+    number: int
+
+
+class Call(NamedTuple):
+    """outputs = op(*args, **kwargs), tensors by their numbers."""
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[int, ...]
+
+
+class Trace(NamedTuple):
+    """calls: in order. shapes, dtypes: of every value, by number. tokens, positions, length, ancestors, hidden, logits:
+    numbers. planes: keys and values of each layer in turn. weights: the model's tensors, by number."""
+
+    calls: list[Call]
+    shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
+    tokens: int
+    positions: int
+    length: int
+    ancestors: int
+    planes: list[int]
+    weights: dict[int, Tensor]
+    hidden: int
+    logits: int
+
+
+class _Recorder(TorchDispatchMode):
+    """While active, notes every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.shapes: list[torch.Size] = []
+        self.dtypes: list[torch.dtype] = []
+        self.weights: dict[int, Tensor] = {}  # what the model computes with, by number
+        self._numbers: dict[int, int] = {}
+        self._kept: list[Tensor] = []  # so that no other tensor gets the identity of one
+        self._views: dict[int, set[int]] = {}  # by storage: the tensors that share it
+
+    def number(self, tensor: Tensor) -> int:
+        """A new one."""
+        number = len(self.shapes)
+        self._numbers[id(tensor)] = number
+        self._kept.append(tensor)
+        self.shapes.append(tensor.shape)
+        self.dtypes.append(tensor.dtype)
+        self._views.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
+        return number
+
+    def of(self, tensor: Tensor) -> int:
+        if id(tensor) not in self._numbers:  # one that the model keeps beside its parameters and buffers
+            self.weights[self.number(tensor)] = tensor
+        return self._numbers[id(tensor)]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        outputs = out if isinstance(out, (tuple, list)) else (out,)
+        given = tuple(map(self._refs, args)), {name: self._refs(value) for name, value in (kwargs or {}).items()}
+        changed = func._schema.is_mutable and func.namespace == "aten"
+        if changed and len(self._views[args[0].untyped_storage()._cdata]) > 1:
+            raise NotFused(f"the model changes a tensor in place that others are views of ({func})")
+        numbers = tuple(self.number(value) for value in outputs if isinstance(value, Tensor))
+        if numbers or func.namespace == "cerberus_ext":
+            self.calls.append(Call(func, *given, numbers))
+        return out
+
+    def _refs(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return Ref(self.of(value))
+        if isinstance(value, (tuple, list)):
+            return tuple(map(self._refs, value))
+        return value
+
+
+def trace_step(target: TargetModel) -> Trace:
+    """target: after its prompt, so that the sizes of its cache are known. Raises NotFused."""
+    try:
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors have no versions, which are asked for
+            return _trace(target)
+    except (NotFused, UnsupportedAttention):
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise NotFused(f"tracing a step failed: {type(error).__name__}: {reason}") from error
+
+
+def _trace(target: TargetModel) -> Trace:
+    model, cache = target.model, target.cache
+    named = chain(model.named_parameters(), model.named_buffers())
+    tensors: dict[str, Tensor] = {name: tensor.detach() for name, tensor in named}
+    assert cache.tensor is not None
+    _, rows, heads, _, size = cache.tensor.shape
+    layers, words = len(cache.layers), -(-NODES // 64)
+    fake, recorder = FakeTensorMode(allow_non_fake_inputs=True), _Recorder()
+    fakes = {name: fake.from_tensor(tensor) for name, tensor in tensors.items()}
+    recorder.weights = {recorder.number(fakes[name]): tensor for name, tensor in tensors.items()}
+    with fake:
+        shapes = ((rows, NODES), (rows, NODES), (rows,), (NODES, words))
+        inputs = [torch.empty(shape, dtype=torch.int64) for shape in shapes]
+        planes = [torch.empty((rows, heads, 2 * NODES, size), dtype=cache.tensor.dtype) for _ in range(2 * layers)]
+    numbers = [recorder.number(tensor) for tensor in inputs]
+    plane_numbers = [recorder.number(tensor) for tensor in planes]
+    traced = TreeCache(layers, 2 * NODES, rows, model.device)
+    traced.length, traced.whole = inputs[2], True
+    traced_layers: Any = traced.layers
+    for layer, keys, values in zip(traced_layers, planes[::2], planes[1::2], strict=True):
+        layer.keys, layer.values, layer.is_initialized = keys, values, True
+
+    def forward(**arguments: Any) -> Any:
+        with RowInvariant():
+            return torch.func.functional_call(model, fakes, (), arguments)
+
+    with fake, recorder:
+        hidden, logits = target.attend(forward, inputs[0], inputs[1], inputs[3], traced)
+    results = recorder.of(hidden), recorder.of(logits)
+    return Trace(recorder.calls, recorder.shapes, recorder.dtypes, *numbers, plane_numbers, recorder.weights, *results)
+
+
+def evaluate(call: Call, values: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
+    """The outputs of the call on real tensors, by number in `values`."""
+
+    def real(value: Any) -> Any:
+        if isinstance(value, Ref):
+            return values[value.number]
+        if isinstance(value, tuple):
+            return list(map(real, value))
+        return value
+
+    op: Callable[..., Any] = call.op
+    out = op(*map(real, call.args), **{name: real(value) for name, value in call.kwargs.items()})
+    outputs = out if isinstance(out, (tuple, list)) else (out,)
+    return tuple(value for value in outputs if isinstance(value, Tensor))
+
+
+def refs(call: Call) -> list[int]:
+    """The numbers of the tensors among its arguments."""
+    found: list[int] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, Ref):
+            found.append(value.number)
+        elif isinstance(value, tuple):
+            for part in value:
+                collect(part)
+
+    collect(call.args)
+    collect(tuple(call.kwargs.values()))
+    return found
