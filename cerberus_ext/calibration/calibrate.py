@@ -26,7 +26,6 @@ from ..engine.calibration_store import FILE, find, heads_fingerprint, key_of, pl
 from ..engine.forked import threads_after_fork
 from ..io.files import check_output_folder, check_writable, read_object, write_json
 from ..io.prompts import Question
-from ..runtime.compiled_step import check_compilable
 from ..target.model import position_limit
 from . import report
 from .choice import PLAIN, choose
@@ -39,7 +38,6 @@ from .validate import Measured, gate_gain, validate
 __all__ = ["Calibration", "CalibrateOptions", "Expected", "calibrate", "find"]
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-COMPILED_SIZES = (1, 4, 8, 16, 24, 32, 48, 64)  # each takes half a minute to compile
 CONTEXTS = (64, 512, 1024)
 REPORT, PICTURE = "calibration-report.json", "calibration.png"
 
@@ -52,12 +50,11 @@ class CalibrateOptions:
     tokens      at most so many tokens are answered in all: fewer questions, evenly spread, where they would be more;
                 by default enough for all of its own, since texts differ much in how often they repeat themselves
     new_tokens  longest answer
-    sizes       nodes of the trees that are tried; 1, plain decoding, always is. None: SIZES or COMPILED_SIZES
+    sizes       nodes of the trees that are tried; 1, plain decoding, always is. None: SIZES
     contexts    tokens of text at which a step is timed; None: those of CONTEXTS that the model has positions for
     rounds      of timing, in each of three passes
     validate    texts that are decoded once more at the end, to check the prediction, and whether a gate is slower than
                 its absence after all; 0: none
-    compile     of compiled steps: what `decode(..., compile=True)` then uses
     output      folder for calibration.png and calibration-report.json; None: only the picture, beside the calibration
     """
 
@@ -68,7 +65,6 @@ class CalibrateOptions:
     contexts: Sequence[int] | None = None
     rounds: int = 2
     validate: int = 8
-    compile: bool = False
     output: Path | None = None
 
     def __post_init__(self) -> None:
@@ -90,13 +86,12 @@ def calibrate(
     model: PreTrainedModel, heads: CerberusHeads, tokenizer: Any, options: CalibrateOptions | None = None
 ) -> Calibration:
     """Measures, chooses and stores what `decode(model, heads, ids)` then uses on this device, dtype and, on a CPU,
-    number of threads, with or without compiled steps.
+    number of threads.
 
     model: a transformers causal LM in evaluation mode; its dtype and device are those that are measured. It is left as
     it was. It takes about as long as decoding twice as many tokens as options.tokens, and a few minutes more.
     Returns what was stored. Raises TypeError on other heads than CerberusHeads, ValueError on options, heads, answers
-    or an existing file that do not fit, and where steps cannot be compiled, and OSError where the result cannot be
-    written.
+    or an existing file that do not fit, and OSError where the result cannot be written.
     """
     threads_after_fork()
     options = options or CalibrateOptions()
@@ -106,15 +101,13 @@ def calibrate(
     heads.bind(model)
     check_places(place(heads), options.output)  # better than after minutes of measuring
     contexts = _contexts(model, heads, options.contexts)
-    if options.compile:
-        check_compilable(model)
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
 
     texts = _texts(model, heads, tokenizer, options)
     traced = [text for _, text in texts]
-    sizes = sorted({1, *(options.sizes or (COMPILED_SIZES if options.compile else SIZES))})
-    costs = measure_costs(model, heads, sizes, contexts, options.rounds, options.compile)
+    sizes = sorted({1, *(options.sizes or SIZES)})
+    costs = measure_costs(model, heads, sizes, contexts, options.rounds)
     choice = choose(traced, costs)
     measured: dict[str, Measured] = {}
     if options.validate:
@@ -126,7 +119,7 @@ def calibrate(
 
     setting, tally = choice.settings[choice.chosen], choice.tallies[choice.chosen]
     paces = {name: one.pace for name, one in measured.items()}
-    device, dtype, threads, _ = key_of(model.device, model.dtype, torch.get_num_threads(), options.compile)
+    device, dtype, threads = key_of(model.device, model.dtype, torch.get_num_threads())
     found = Calibration(
         device=device,
         dtype=dtype,
@@ -143,7 +136,6 @@ def calibrate(
             zero_accept_rate=tally.zero_accept_rate,
         ),
         details=report.details(traced, choice, costs, measured, gain),
-        compiled=options.compile,
     )
     file = save(heads, found)
     if options.output is None:

@@ -83,8 +83,6 @@ def fitted_settings(texts: Sequence[TracedText], costs: StepCosts) -> dict[str, 
         threshold = float(np.quantile(entropies, share))
         found[f"entropy at {share:.0%}"] = Setting("entropy", best, EntropyGate(threshold))
     by_size = costs.by_size(mean_context(texts))
-    if costs.compiled:  # a step of another size would be filled up to the next of these
-        by_size = {size: by_size[size] for size in sorted({*largest.sizes} & set(by_size))}
     rate = max(rates)
     for _ in range(_ROUNDS):  # the one that the gate reaches with it
         rate = walk(texts, largest, ConfidenceGate(by_size, rate=rate), costs).tokens_per_second

@@ -2,7 +2,6 @@
 
 Timed are the steps of `decode` itself, on a cache that is set to the wanted length before each of them. All sizes and
 lengths take turns, in rounds, so that a machine that slows down for a while does so for all of them; medians count.
-Compiled steps are timed of exactly these sizes: what fills a tree up to one of them is for `walk` to know.
 """
 
 from __future__ import annotations
@@ -47,7 +46,6 @@ class StepCosts:
            drafts after having looked
     entropy  of asking an EntropyGate, at every step
     spread   the distance of the quartiles, as a share of the median; the median over all that was measured
-    compiled whether it is of compiled steps; compile_seconds: what was waited for them, in none of the times
     """
 
     sizes: tuple[int, ...]
@@ -56,8 +54,6 @@ class StepCosts:
     looked: tuple[tuple[float, ...], ...]
     entropy: float = 0.0
     spread: float = 0.0
-    compiled: bool = False
-    compile_seconds: float = 0.0
     _lines: dict[int, list[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def seconds(self, size: int, context: int, looked: bool, entropy: bool = False) -> float:
@@ -104,12 +100,8 @@ def measure_costs(
     sizes: Sequence[int],
     contexts: Sequence[int],
     rounds: int,
-    compiled: bool = False,
 ) -> StepCosts:
-    """sizes: of the trees to time, 1 among them, ascending; contexts, ascending. rounds: in each of PASSES passes.
-
-    compiled: of compiled steps. Raises CompileError where there are none.
-    """
+    """sizes: of the trees to time, 1 among them, ascending; contexts, ascending. rounds: in each of PASSES passes."""
     policy, runtime = DynamicPolicy(max(2, *sizes)), runtime_of(model)
     choosing, closed = _Answering({1: 1.0, policy.size: 2.0}, rate=1.0), EntropyGate(float("-inf"))
     vocabulary = input_matrix(model).shape[0]
@@ -120,7 +112,6 @@ def measure_costs(
     plain: dict[int, list[float]] = {context: [] for context in contexts}
     looked: dict[tuple[int, int], list[float]] = {(size, context): [] for size in sizes for context in contexts}
     entropy: list[float] = []
-    compile_seconds = 0.0
     with tqdm(total=2 * PASSES * (rounds + 1), desc="step costs", unit="round") as bar:
         for number in range(2 * PASSES):
             looks, stats = bool(number % 2), DecodeStats()
@@ -128,10 +119,10 @@ def measure_costs(
             cells = [(times, size, context) for (size, context), times in looked.items()] if looks else [
                 (times, 1, context) for context, times in plain.items()
             ]  # fmt: skip
-            steps = runtime.steps(how, Sampling(), stats, max(contexts) + 1 + policy.size, compile=compiled)
+            steps = runtime.steps(how, Sampling(), stats, max(contexts) + 1 + policy.size)
             with torch.inference_mode(), steps as stepper:
                 _fill(stepper)
-                for round in range(rounds + 1):  # the first one warms up, and compiles
+                for round in range(rounds + 1):  # the first one warms up
                     for times, size, context in cells:
                         choosing.answer = size
                         gate = choosing if looks else AlwaysClosed()
@@ -141,7 +132,6 @@ def measure_costs(
                 if not looks:
                     ask = partial(propose, stepper, policy, closed, trees, 1)
                     entropy += [timed(ask, model.device)[1] for _ in range(_ASKED)]
-            compile_seconds += stats.compile_seconds
     typical = {context: median(times) for context, times in plain.items()}
     # Having looked is strictly more: where it seems to take less time, that is the noise of the machine.
     table = [[max(typical[context], median(looked[size, context])) for context in contexts] for size in sizes]
@@ -152,8 +142,6 @@ def measure_costs(
         looked=tuple(map(tuple, table)),
         entropy=median(entropy),
         spread=median(_spread(times) for times in (*plain.values(), *looked.values())),
-        compiled=compiled,
-        compile_seconds=compile_seconds,
     )
 
 

@@ -92,10 +92,7 @@ def details(
         "tokens": sum(map(len, texts)),
         "mean_context": context,
         "agreeing": fmean(text.agreeing for text in texts),
-        "costs": {
-            name: getattr(costs, name)
-            for name in ("contexts", "sizes", "plain", "looked", "entropy", "spread", "compile_seconds")
-        },
+        "costs": {name: getattr(costs, name) for name in ("contexts", "sizes", "plain", "looked", "entropy", "spread")},
         "sizes": [
             {"size": setting.tree.size, "step_seconds": seconds[setting.tree.size], **speeds(choice, name)}
             for name, setting in choice.settings.items()
@@ -124,9 +121,8 @@ def lines(calibration: Calibration) -> Iterator[str]:
     """Tables for a terminal."""
     found, expected = calibration.details, calibration.expected
     threads = f", {calibration.threads} threads" if calibration.threads else ""
-    compiled = f", steps compiled in {found['costs']['compile_seconds']:.0f} s" if calibration.compiled else ""
     texts = f"{found['texts']} texts, {found['tokens']} tokens, mean context {found['mean_context']:.0f}"
-    yield f"{calibration.device}, {calibration.dtype}{threads}{compiled}; {texts}"
+    yield f"{calibration.device}, {calibration.dtype}{threads}; {texts}"
     yield from ("", "nodes  ms a step  tokens a step  tokens/s")
     for row in found["sizes"]:
         step = f"{row['size']:5}  {1000 * row['step_seconds']:9.2f}  {row['tokens_per_step']:13.3f}"

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from ..drafting.heads import CerberusHeads
 from ..engine.decode import decode
-from ..engine.decoder import Decoder
 from ..evaluation.bootstrap import bootstrap_interval, ratio_of_totals
 from ..evaluation.timing import rotated
 from ..runtime.stats import DecodeOutput
@@ -92,13 +91,11 @@ def validate(
     settings: Mapping[str, Setting],
     costs: StepCosts,
 ) -> dict[str, Measured]:
-    """settings: by name, run in turns on every text, each time another one first; compiled where the costs are of
-    compiled steps. Plain decoding, which takes longest and is mostly compared with nothing, has every other text only.
+    """settings: by name, run in turns on every text, each time another one first. Plain decoding,
+    which takes longest and is mostly compared with nothing, has every other text only.
     The first text is decoded once before, to warm up."""
     names = list(settings)
-    options: dict[str, dict[str, Any]] = {
-        name: {"tree": one.tree, "gate": one.gate, "compile": costs.compiled} for name, one in settings.items()
-    }
+    options: dict[str, dict[str, Any]] = {name: {"tree": one.tree, "gate": one.gate} for name, one in settings.items()}
     rounds = [(name, number) for number in range(len(texts)) for name in rotated(names, number)
               if name != PLAIN or number % 2 == 0]  # fmt: skip
     found = {name: Measured() for name in names}
@@ -109,15 +106,13 @@ def validate(
 
     with tqdm(total=len(names) + len(rounds), desc="validation", unit="text") as bar:
         for name in names:
-            if costs.compiled:
-                Decoder(model, heads, **options[name]).warm_up()
             decoded(name, texts[0][0], min(texts[0][0].most, _WARM_UP))
             bar.update()
         for name, number in rounds:
             (answer, text), setting, measured = others.get(number, texts[number]), settings[name], found[name]
             out = decoded(name, answer, answer.most)
             if out.stats.new_tokens > 1 and not out.sequences.equal(answer.ids):
-                # Compiled steps and those on a GPU round differently: what is predicted is to be of the same text.
+                # On a GPU, steps of other sizes round differently: what is predicted is to be of the same text.
                 other = replace(answer, ids=out.sequences)
                 others[number] = other, trace(model, heads, other)
                 text = others[number][1]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..drafting.gate import Gate
 from ..drafting.proposers import ProposerFactory, make_proposer
 from ..drafting.simulate import steps_through
-from ..drafting.tree import Tree, TreePolicy, Trees, filled_size
+from ..drafting.tree import Tree, TreePolicy, Trees
 from ..engine.loop import propose
 from ..runtime.stats import StepCounts
 from .cost import StepCosts
@@ -89,16 +89,14 @@ def walk(
     """The steps of `decode(..., tree=policy, gate=gate, proposers=proposers)` through the texts.
 
     policy: one that looks at the drafts, or without any. The gate itself is asked, at every step, and the proposers
-    draft from the text as far as it is known by then. Where the costs are of compiled steps, a step costs what the
-    compiled one does that its tree is filled up to.
+    draft from the text as far as it is known by then.
     """
     tally, makers = Tally(), policy.default_proposers() if proposers is None else proposers
-    sizes = policy.sizes if costs.compiled else ()
     for text in texts:
         known = text.prompt + 1  # the prompt's forward has brought the first token
         asked = [make_proposer(maker, number, text.tokens[:known]) for number, maker in enumerate(makers)]
         trees = policy.begin(asked, text.vocabulary)
-        step = partial(_step, tally, text, policy, gate, trees, costs, sizes)
+        step = partial(_step, tally, text, policy, gate, trees, costs)
         tally.accepted.update(steps_through(len(text), step))
         tally.tokens += len(text)
     return tally
@@ -106,13 +104,13 @@ def walk(
 
 def _step(
     tally: Tally, text: TracedText, policy: TreePolicy, gate: Gate, trees: Trees, costs: StepCosts,
-    sizes: Sequence[int], index: int,
+    index: int,
 ) -> int:  # fmt: skip
-    """Adds the step at a place; returns how many drafts it accepts. sizes: of compiled steps."""
+    """Adds the step at a place; returns how many drafts it accepts."""
     place, context, max_depth = Place(text, index, policy.useful_drafts), text.prompt + index, text.deepest[index]
     tree = propose(place, policy, gate, trees, max_depth)
     accepted = accepted_by(tree, text.tokens[context + 1 : context + 1 + max_depth])
-    tally.seconds += costs.seconds(filled_size(tree.size, sizes), context, place.looked, place.asked_entropy)
+    tally.seconds += costs.seconds(tree.size, context, place.looked, place.asked_entropy)
     tally.steps += 1
     tally.nodes += tree.size
     if tree.size > 1:

@@ -35,7 +35,6 @@ def bench(
     entropy_threshold: Annotated[
         float | None, typer.Option(help="Of the entropy gate. Default: calibrated, or the median of the first answers.")
     ] = None,
-    compile: Annotated[bool, typer.Option(help="On a CPU: also the ways with compiled steps.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap intervals.")] = 0,
     dtype: DTypeName = None,
     device: Device = None,
@@ -63,7 +62,7 @@ def bench(
     options = BenchOptions(
         turns=TURNS[turns], new_tokens=new_tokens, rounds=rounds, way_files=tuple(way or ()), tree_size=tree_size,
         ways=None if ways is None else tuple(name.strip() for name in ways.split(",")),
-        entropy_threshold=entropy_threshold, seed=seed, compile=compile,
+        entropy_threshold=entropy_threshold, seed=seed,
     )  # fmt: skip
     begin_folder(out)
     target, tokenizer, trained = load(model, heads, dtype, device, threads)

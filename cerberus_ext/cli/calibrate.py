@@ -30,10 +30,6 @@ def calibrate(
     ] = None,
     rounds: Annotated[int, typer.Option(help="Rounds of timing, in each of three passes.")] = 2,
     validate: Annotated[int, typer.Option(help="Texts that check the prediction at the end; 0: none.")] = 8,
-    compile: Annotated[
-        bool,
-        typer.Option(help="On a CPU: of compiled steps, each size of which takes half a minute to compile at first."),
-    ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for calibration.png and calibration-report.json.")] = None,
     dtype: DTypeName = None,
     device: Device = None,
@@ -42,7 +38,7 @@ def calibrate(
     """Finds the draft tree and the gate that are fastest on this machine, and stores them with the heads.
 
     About eight minutes for the default model on two cores. `cerberus generate` and `decode` use the result for the same
-    device, dtype and number of threads; with --compile where steps are compiled, too.
+    device, dtype and number of threads.
     """
     lists = {"sizes": _integers("--sizes", sizes), "contexts": _integers("--contexts", contexts)}
     changes: dict[str, Any] = {name: value for name, value in lists.items() if value is not None}
@@ -56,7 +52,7 @@ def calibrate(
         with option("--prompts"):
             changes["questions"] = read_questions(prompts)
     options = calibration.CalibrateOptions(
-        tokens=tokens, new_tokens=new_tokens, rounds=rounds, validate=validate, compile=compile, output=output,
+        tokens=tokens, new_tokens=new_tokens, rounds=rounds, validate=validate, output=output,
         **changes,
     )  # fmt: skip
     if output is not None:

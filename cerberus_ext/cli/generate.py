@@ -37,10 +37,6 @@ def generate(
     ] = None,
     suffix: Annotated[bool, typer.Option(help="Draft from the text's own past, too, not from the heads alone.")] = True,
     compare: Annotated[bool, typer.Option(help="Measure plain decoding, too, and print the speed-up.")] = False,
-    compile: Annotated[
-        bool,
-        typer.Option(help="On a CPU: compile the target model's steps, which takes a while, less the second time."),
-    ] = False,
     raw: Annotated[bool, typer.Option(help="Give the prompt as it is, without the chat template.")] = False,
     dtype: DTypeName = None,
     device: Device = None,
@@ -53,7 +49,6 @@ def generate(
     from ..drafting.gate import AlwaysClosed
     from ..engine.decode import decode
     from ..io.prompts import encode_chat
-    from ..runtime.compiled_step import CompileError
 
     trained: CerberusHeads | None = None
     if heads == NO_HEADS:
@@ -61,13 +56,10 @@ def generate(
     else:
         target, tokenizer, trained = load(model, heads, dtype, device, threads)
     ids = (tokenizer(text, return_tensors="pt").input_ids if raw else encode_chat(tokenizer, [text])).to(target.device)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tree": tree_size, "compile": compile}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tree": tree_size}
     options["proposers"] = None if suffix else []
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    try:
-        output = decode(target, trained, ids, streamer=streamer, **options)
-    except CompileError as error:
-        fail(f"--compile: {error}", cause=error)
+    output = decode(target, trained, ids, streamer=streamer, **options)
     plain = {**options, "tree": None, "gate": AlwaysClosed()}  # the same loop, which never drafts; in turns with ours
     rounds = [
         [decode(target, trained, ids, **each) for each in (plain, options)] for _ in range(ROUNDS if compare else 0)
@@ -78,8 +70,7 @@ def generate(
 def summary(output: DecodeOutput, rounds: Sequence[Sequence[DecodeOutput]]) -> str:
     """One line: tokens/s, tokens per step and, where it was measured, the speed-up over plain decoding.
 
-    rounds: plain decoding and ours; medians count. What the first answer waited for a compiler is said, too; it is in
-    none of the speeds.
+    rounds: plain decoding and ours; medians count.
     """
     stats = output.stats
     speeds = [median(out.stats.tokens_per_second for out in outs) for outs in zip(*rounds, strict=True)]
@@ -89,8 +80,6 @@ def summary(output: DecodeOutput, rounds: Sequence[Sequence[DecodeOutput]]) -> s
         same = all(plain.sequences.equal(ours.sequences) for plain, ours in rounds)
         line += f"; plain decoding {speeds[0]:.1f} tokens/s: speed-up {speed / speeds[0]:.2f}x"
         line += f", {'same output' if same else 'OUTPUT DIFFERS'}"
-    if stats.compilations:
-        line += f"; compiled in {stats.compile_seconds:.1f} s"
     return line + "]"
 
 

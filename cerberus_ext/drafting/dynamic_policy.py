@@ -26,7 +26,7 @@ from .suffix import SuffixProposer
 from .tree import Tree, TreePolicy
 
 MAX_DRAFTS = 32  # that `ops.draft_topk` gives
-# Of steps with fewer nodes than the largest tree. Each takes seconds to compile, so powers of two, without 2.
+# Of steps with fewer nodes than the largest tree. Each takes a while to record, so powers of two, without 2.
 _MIN_FILLED = 4
 
 

@@ -101,7 +101,7 @@ class TreePolicy(ABC):
     size           nodes of the largest tree
     useful_drafts  P: how many drafts of each head any tree looks at
     looks          whether the host has to see the heads' drafts before there is a tree
-    sizes          numbers of nodes that steps are compiled or recorded for; others are filled up to the next of them
+    sizes          numbers of nodes that steps are recorded for; others are filled up to the next of them
     """
 
     size: int
@@ -133,6 +133,6 @@ class TreePolicy(ABC):
 
 
 def filled_size(nodes: int, sizes: Collection[int]) -> int:
-    """The number of nodes of the compiled or recorded step that serves a tree of so many: the next of `sizes`; its own,
+    """The number of nodes of the recorded step that serves a tree of so many: the next of `sizes`; its own,
     where there is none."""
     return min((size for size in sizes if size >= nodes), default=nodes)

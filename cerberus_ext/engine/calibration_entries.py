@@ -14,7 +14,7 @@ from ..io.checks import check_integer
 
 MAX_NODES = 1024  # of a tree: far beyond what is ever fastest
 
-Key = tuple[str, str, int, bool]  # device, dtype, threads, compiled: what an entry belongs to
+Key = tuple[str, str, int]  # device, dtype, threads: what an entry belongs to
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class Calibration:
     heads, model: fingerprints, see `heads.fingerprint`; the model's is that of its LM head
     tree: a DynamicPolicy, or StaticPolicy.root() where nothing is faster than plain decoding
     details: everything that was measured, as plain numbers
-    compiled: whether it is of compiled steps, see `decode`'s `compile`
     """
 
     device: str
@@ -56,11 +55,10 @@ class Calibration:
     gate: Gate
     expected: Expected
     details: dict[str, Any] = field(default_factory=dict)
-    compiled: bool = False
 
     @property
     def key(self) -> Key:
-        return self.device, self.dtype, self.threads, self.compiled
+        return self.device, self.dtype, self.threads
 
     def to_json(self) -> dict[str, Any]:
         inner = {"tree": self.tree.to_json(), "gate": gate_to_json(self.gate), "expected": asdict(self.expected)}

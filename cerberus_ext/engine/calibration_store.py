@@ -4,7 +4,7 @@
     cache folder        calibration/<fingerprint of the heads>.json, for heads of this package and of the Hub, and for
                         folders that cannot be written
 
-An entry belongs to a device, a dtype, on a CPU a number of threads, and to steps that are compiled or not. Heads that
+An entry belongs to a device, a dtype and, on a CPU, a number of threads. Heads that
 were trained on have another fingerprint: what was measured with the old ones is not used for them.
 """
 
@@ -28,7 +28,7 @@ from ..io.machine import device_name
 from .calibration_entries import Calibration, Expected, Key
 
 FILE = "calibration.json"
-FORMAT_VERSION = 2  # 1: static trees, and gates with trees of their own
+FORMAT_VERSION = 3  # 1: static trees, and gates with trees of their own; 2: steps that were not fused
 
 __all__ = ["Calibration", "Expected", "find", "save"]
 
@@ -37,13 +37,13 @@ def heads_fingerprint(heads: CerberusHeads) -> str:
     return fingerprint([parameter.flatten() for _, parameter in sorted(heads.named_parameters())], rows=1 << 20)
 
 
-def key_of(device: torch.device, dtype: torch.dtype, threads: int, compiled: bool = False) -> Key:
+def key_of(device: torch.device, dtype: torch.dtype, threads: int) -> Key:
     """What an entry belongs to. Threads count on a CPU only."""
-    return _device_name(device), str(dtype).removeprefix("torch."), threads if device.type == "cpu" else 0, compiled
+    return _device_name(device), str(dtype).removeprefix("torch."), threads if device.type == "cpu" else 0
 
 
 def _key_of_entry(entry: dict[str, Any]) -> Key:
-    return entry["device"], entry["dtype"], entry["threads"], entry["compiled"]
+    return entry["device"], entry["dtype"], entry["threads"]
 
 
 _device_name = cache(device_name)  # asked at every decode, and reads a file
@@ -158,13 +158,11 @@ def find(
     device: torch.device,
     dtype: torch.dtype,
     threads: int,
-    compiled: bool = False,
     kept: MutableMapping[Any, Any] | None = None,
 ) -> Calibration | None:
     """What was calibrated for the heads, or None.
 
-    compiled: preferably of compiled steps; where there is no such calibration, that of the others serves, too. kept:
-    what was found before, by heads.
+    kept: what was found before, by heads.
 
     Other heads than CerberusHeads have none. What is damaged, or was made with other heads, is warned of and not used.
     """
@@ -175,10 +173,7 @@ def find(
         found = Found(heads)
         if kept is not None:
             kept[heads] = found
-    calibration = found.get(heads, key_of(device, dtype, threads, compiled))
-    if calibration is None and compiled:
-        calibration = found.get(heads, key_of(device, dtype, threads))
-    return calibration
+    return found.get(heads, key_of(device, dtype, threads))
 
 
 def _checked(calibration: Calibration, heads: CerberusHeads) -> Calibration:

@@ -248,13 +248,7 @@ def check_streamer(streamer: Any) -> None:
         raise TypeError(f"decode: streamer must have put and end, as transformers' have, got {type(streamer).__name__}")
 
 
-def check_graphs(graphs: Any) -> None:
-    if graphs is not None and not isinstance(graphs, bool):
-        raise TypeError(f"decode: graphs must be None, True or False, got {graphs!r}")
-
-
-def check_compile(compile: Any, graphs: Any) -> None:
-    if not isinstance(compile, bool):
-        raise TypeError(f"decode: compile must be True or False, got {compile!r}")
-    if compile and graphs:
-        raise ValueError("decode: graphs must be None or False where compile is True, got True")
+def check_choice(name: str, value: Any) -> None:
+    """Of graphs, fuse and pack."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"decode: {name} must be None, True or False, got {value!r}")

@@ -38,7 +38,8 @@ def decode(
     stopping_criteria: list[Any] | None = None,
     streamer: Any = None,
     graphs: bool | None = None,
-    compile: bool = False,
+    fuse: bool | None = None,
+    pack: bool | None = None,
 ) -> DecodeOutput:
     """Generates what `model` alone would, in fewer forwards.
 
@@ -52,8 +53,8 @@ def decode(
         positions in a table has no more of them.
     tree: which drafts a step checks: a DynamicPolicy, or its number of nodes, those that are most likely right at this
         step, a StaticPolicy always the same of the heads' alone. None: the one that `calibrate` found for these heads
-        on this device, with this dtype and, on a CPU, torch.get_num_threads(), with `compile` of compiled steps, if
-        that was calibrated; where there is none, a DynamicPolicy.
+        on this device, with this dtype and, on a CPU, torch.get_num_threads(), if that was calibrated; where there is
+        none, a DynamicPolicy.
     gate: whether to draft at a step, and with how many nodes, see gate.py. None: the calibrated one where the tree is,
         too; otherwise at every step.
     proposers: who drafts besides the heads, see proposers.py; None: the text's own past, `[SuffixProposer()]`, with
@@ -67,15 +68,17 @@ def decode(
         output_scores. The streamer gets the prompt when nothing more is refused; its `end` is called once, also where
         this raises or is interrupted.
     graphs: steps as CUDA graphs, see recordings.py. None: where possible; True: or an error; False: not.
-    compile: on a CPU, the target model's steps go through torch.compile, see compiled_step.py. The first decode of a
-        process waits until they are compiled.
+    fuse: on a CPU, the target model's step as one native program, see runtime/fused. The first decode with a model
+        traces it, in less than a second. None: where possible; True: or an error; False: op by op.
+    pack: whether a fused step copies the weights for the processor, which reads them faster then; None: where there is
+        memory for it; False: it reads the model's own.
 
     Returns sequences (1, S + new) int64 and stats; `stats.exact` tells whether drafts can never change a token, see
     capability.py. Raises TypeError or ValueError, naming the argument, where one is wrong or model.generation_config
     asks for what there is not (beams, ...), and RuntimeError while the same model is already decoding.
     Source: arXiv 2410.13344.
     """
-    decoder = Decoder(model, heads, tree=tree, gate=gate, proposers=proposers, graphs=graphs, compile=compile)
+    decoder = Decoder(model, heads, tree=tree, gate=gate, proposers=proposers, graphs=graphs, fuse=fuse, pack=pack)
     return decoder.run(
         ids, streamer=streamer, attention_mask=attention_mask, max_new_tokens=max_new_tokens, temperature=temperature,
         top_k=top_k, top_p=top_p, seed=seed, eos_token_id=eos_token_id, stopping_criteria=stopping_criteria,

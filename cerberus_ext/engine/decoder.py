@@ -59,9 +59,9 @@ class _Request:
 class Decoder:
     """Decodes with one model and one way of drafting.
 
-    model, heads, tree, gate, proposers, graphs, compile: as in `decode`. What lives longer than a text (the model's
-    capability, its cache, recorded and compiled steps) is the model's, in `runtime.runtime_of(model)`: decoders of one
-    model share it, and `decode` finds it again.
+    model, heads, tree, gate, proposers, graphs, fuse, pack: as in `decode`. What lives longer than a text (the
+    model's capability, its cache, recorded steps, the fused step) is the model's, in
+    `runtime.runtime_of(model)`: decoders of one model share it, and `decode` finds it again.
 
     Raises TypeError or ValueError, naming the argument, where one is wrong. A context manager: `close` at the end.
     """
@@ -75,21 +75,21 @@ class Decoder:
         gate: Gate | None = None,
         proposers: Sequence[ProposerFactory] | None = None,
         graphs: bool | None = None,
-        compile: bool = False,
+        fuse: bool | None = None,
+        pack: bool | None = None,
     ) -> None:
         # Here, and not above: they import transformers, which takes seconds and is not needed to look at a tree.
         from . import checks
 
         threads_after_fork()
         checks.check_model(model)
-        checks.check_graphs(graphs)
-        checks.check_compile(compile, graphs)
+        for name, value in (("graphs", graphs), ("fuse", fuse), ("pack", pack)):
+            checks.check_choice(name, value)
         self.model = model
         self.heads = heads
         self.stats: DecodeStats | None = None  # of the latest text, also while it is generated
         self._drafting = (tree, gate, proposers)
-        self._graphs = graphs
-        self._compile = compile
+        self._running = (graphs, fuse, pack)
         self._make_plan()
 
     @ends_streamer
@@ -115,11 +115,10 @@ class Decoder:
         return self._generate(self._request(ids, None, **options), 2)
 
     def warm_up(self) -> DecodeStats:
-        """Compiles, or records, a step of each number of nodes, so that no later text waits for one.
+        """Makes the fused step, or records a step of each number of nodes, so that no later text waits for one.
 
-        Returns statistics of which `compilations`, `compile_seconds`, `row_invariant`, `captures`, `capture_seconds`
-        and `fallback` are set. Raises CompileError where steps cannot be compiled, and as `decode` for a model that it
-        refuses.
+        Returns statistics of which `fused`, `not_fused_because`, `fuse_seconds`, `captures`, `capture_seconds` and
+        `fallback` are set. Raises as `decode` for a model that it refuses.
         """
         from ..runtime.runtime import runtime_of
         from ..runtime.sampling import Sampling
@@ -132,15 +131,14 @@ class Decoder:
         if runtime.capability().no_drafts_because:
             plan = plan.without_drafts()
         capacity = 1 + plan.policy.size
-        options = (self._graphs, self._compile)
-        with runtime.steps(plan.drafts, Sampling(), stats, capacity, *options) as stepper, torch.inference_mode():
+        with runtime.steps(plan.drafts, Sampling(), stats, capacity, *self._running) as stepper, torch.inference_mode():
             stepper.prefill(torch.zeros((1, 1), dtype=torch.int64, device=self.model.device))
             for size in plan.policy.sizes:
                 stepper.prepare(size)
         return stats
 
     def close(self) -> None:
-        """Frees what is kept for the model: its cache, recorded and compiled steps; the next text makes new ones.
+        """Frees what is kept for the model: its cache, recorded steps, fused step; the next text makes new ones.
 
         They are freed with the model, too. After this, a model of which a step could not be recorded is tried again.
         """
@@ -158,7 +156,7 @@ class Decoder:
         """Anew where what a calibration belongs to has changed."""
         from .plan import make_plan
 
-        return make_plan(self.model, self.heads, *self._drafting, self._compile)
+        return make_plan(self.model, self.heads, *self._drafting)
 
     def _request(
         self,
@@ -195,7 +193,7 @@ class Decoder:
         if capability.no_drafts_because:
             plan = plan.without_drafts()
         text = GeneratedText(ids, limit, eos, stopping, put_to)
-        self.stats = capability.stats(self._compile)
+        self.stats = capability.stats()
         capacity = ids.shape[1] + limit + plan.policy.size
         return _Request(plan, text, chooser, self.stats, capacity, limit, max_new_tokens)
 
@@ -208,9 +206,9 @@ class Decoder:
         if text.ended:  # not a token is asked for
             text.begin()
             return
-        runtime, options = runtime_of(self.model), (self._graphs, self._compile)
+        runtime = runtime_of(self.model)
         try:
-            with runtime.steps(plan.drafts, request.chooser, stats, request.capacity, *options) as stepper:
+            with runtime.steps(plan.drafts, request.chooser, stats, request.capacity, *self._running) as stepper:
                 yield from generate(stepper, plan, text)
         finally:
             stats.new_tokens = len(text.tokens)

@@ -77,9 +77,8 @@ def make_plan(
     tree: int | TreePolicy | None = None,
     gate: Gate | None = None,
     proposers: Sequence[ProposerFactory] | None = None,
-    compiled: bool = False,
 ) -> Plan:
-    """The arguments of `decode`, checked and completed as described there. compiled: its `compile`."""
+    """The arguments of `decode`, checked and completed as described there."""
     heads = NoHeads() if heads is None else heads
     checks.check_heads(heads)
     policy = None if tree is None else checks.check_tree(tree)
@@ -88,7 +87,7 @@ def make_plan(
         checks.check_gate(gate)
     if policy is None:
         kept = runtime_of(model).looked_up
-        calibrated = find(heads, model.device, model.dtype, torch.get_num_threads(), compiled, kept)
+        calibrated = find(heads, model.device, model.dtype, torch.get_num_threads(), kept)
         if calibrated and (proposers is None or calibrated.tree.looks):
             policy, gate = calibrated.tree, calibrated.gate if gate is None else gate
         else:

@@ -22,7 +22,6 @@ from ..engine.calibration_entries import gate_to_json
 from ..io.files import check_output_folder, write_bytes, write_text
 from ..io.machine import commit, describe_machine, describe_versions
 from ..io.prompts import Question
-from ..runtime.compiled_step import check_compilable
 from .measuring import Measuring, make_tasks, median_entropy
 from .numbers import summarize
 from .page import html
@@ -50,7 +49,6 @@ class BenchOptions:
     entropy_threshold  of the entropy gate, in nats; None: the one that calibration stored, where it chose that gate;
                        else the median over the first answers to these questions
     seed               of the bootstrap intervals
-    compile            on a CPU, the ways with compiled steps, too
     """
 
     turns: tuple[int, ...] = (1, 2)
@@ -61,7 +59,6 @@ class BenchOptions:
     tree_size: int | None = None
     entropy_threshold: float | None = None
     seed: int = 0
-    compile: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("new_tokens", 1), ("rounds", 1), ("seed", 0), ("tree_size", 2)):
@@ -102,13 +99,11 @@ def evaluate(
         if medusa.config.chained:
             raise ValueError("bench: medusa must be heads with chained=False, got chained ones")
         medusa.bind(model)  # raises where they do not fit
-    if options.compile:
-        check_compilable(model)
     results = begin_folder(out)
     threshold = options.entropy_threshold
     if threshold is None and (options.ways is None or ENTROPY in options.ways):
         threshold = find_threshold(context, questions, results)
-    ways, missing = built_in_ways(context, medusa, draft, threshold, options.compile)
+    ways, missing = built_in_ways(context, medusa, draft, threshold)
     for file in options.way_files:
         ways += ways_of_file(file, context)
     ways = select(ways, missing, options.ways)
@@ -132,8 +127,6 @@ def identity_of(
     """What must be the same for a run to go on. others: the models and heads by name, None where there are none."""
     model = context.model
     stored = {"heads": context.calibration()}
-    if options.compile:
-        stored["compiled"] = context.calibration(compiled=True)
     rows = {"model": 16, "draft": 16}  # of each tensor: models have many
     return {
         **{name: names.get(name) for name in ("questions", "heads", "medusa", "draft")},
@@ -195,7 +188,7 @@ def command_of(names: dict[str, str], options: BenchOptions, model: PreTrainedMo
     }
     words = [f"--{flag.replace('_', '-')} {value}" for flag, value in flags.items() if value is not None]
     words += ["--way " + ":".join(Path(part).name for part in file.split(":")) for file in options.way_files]
-    return " ".join(["cerberus bench", *words, *(["--compile"] if options.compile else [])])
+    return " ".join(["cerberus bench", *words])
 
 
 def report(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from .results import Results
 from .texts import difference
 from .timing import rotated, timed
 from .tokens import pieces_of
-from .ways import AUTOREGRESSIVE, AUTOREGRESSIVE_COMPILED, Context, DecodeWay, Way, is_compiled
+from .ways import AUTOREGRESSIVE, Context, DecodeWay, Way
 
 WARM_UP_TOKENS = 16
 ENTROPY_QUESTIONS, ENTROPY_TOKENS = 4, 64
@@ -89,15 +89,11 @@ class Measuring:
                 self.compare(task, round, ids)
 
     def warm_up(self, tasks: Sequence[Task]) -> None:
-        """The first call of a way sets up kernels, and CUDA graphs for texts of this length, and before it everything
-        is compiled that the way may need: nobody times it. The results keep how long compiling took at first."""
+        """The first call of a way sets up kernels, the fused step, and CUDA graphs for texts of this length: nobody
+        times it."""
         longest = max((self.encode(task.question.turns[:1]) for task in tasks), key=torch.numel)
         new_tokens = min(self.new_tokens, WARM_UP_TOKENS) if longest.device.type == "cpu" else self.new_tokens
         for way in tqdm(self.ways, desc="warm-up", unit="way", leave=False):
-            stats = way.warm_up() if hasattr(way, "warm_up") else None
-            key = f"compiled/{way.name}"
-            if stats is not None and key not in self.results:
-                self.results.add(key, compilations=stats.compilations, compile_seconds=stats.compile_seconds)
             way.run(longest, new_tokens)
 
     def encode(self, said: Sequence[str]) -> Tensor:
@@ -134,11 +130,7 @@ class Measuring:
         )
 
     def compare(self, task: Task, round: int, ids: Tensor) -> None:
-        """Where the ways' texts part from the autoregressive one; and the pieces of those that are shown.
-
-        Ways with compiled steps, which round differently, are compared with the autoregressive way with such steps,
-        and only that one with the other.
-        """
+        """Where the ways' texts part from the autoregressive one; and the pieces of those that are shown."""
         key = task.key(task.turn, round)
         if key in self.results:
             return
@@ -146,17 +138,10 @@ class Measuring:
         texts = {name: torch.cat([ids, ids.new_tensor([row["tokens"]])], 1) for name, row in rows.items()}
         parts: dict[str, Any] = {}
         for way in self.ways:
-            other = self.compared_with(way)
+            other = self.by_name[AUTOREGRESSIVE]
             found = difference(self.context.model, texts[way.name], texts[other.name], ids.shape[1])
             if found is not None:
-                # On a CPU, `decode` gives every node the same bits, unless compiled steps were found not to.
-                stats = rows[way.name]["stats"]
-                exact = (
-                    ids.device.type == "cpu"
-                    and stats is not None
-                    and stats["row_invariant"] is not False
-                    and is_compiled(way) == is_compiled(other)
-                )
+                exact = rows[way.name]["stats"] is not None and ids.device.type == "cpu"  # every node has the same bits
                 parts[way.name] = {**found, "other": other.name, "exact": exact}
         asked = pieces = None
         if task.view and round == 0:
@@ -166,13 +151,6 @@ class Measuring:
                 for name, row in rows.items()
             }
         self.results.add(key, parts=parts, asked=asked, pieces=pieces)
-
-    def compared_with(self, way: Way) -> Way:
-        """The way whose text `way` has to have."""
-        plain = self.by_name[AUTOREGRESSIVE]
-        if not is_compiled(way) or way.name == AUTOREGRESSIVE_COMPILED:
-            return plain
-        return self.by_name.get(AUTOREGRESSIVE_COMPILED, plain)
 
 
 def row_of(stats: DecodeStats) -> dict[str, Any]:

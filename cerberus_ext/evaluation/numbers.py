@@ -12,10 +12,10 @@ import torch
 from .bootstrap import Statistic, bootstrap_interval, median_of_ratios, ratio_of_totals
 from .results import Results
 from .texts import NEAR_TIE_UNITS, is_near_tie
-from .ways import AUTOREGRESSIVE, AUTOREGRESSIVE_COMPILED, BOTH, GENERATE, MEDUSA, STATIC
+from .ways import AUTOREGRESSIVE, BOTH, GENERATE, MEDUSA, STATIC
 
 ALL = "all"
-BASELINES = (AUTOREGRESSIVE, AUTOREGRESSIVE_COMPILED, GENERATE)  # what does not draft
+BASELINES = (AUTOREGRESSIVE, GENERATE)  # what does not draft
 REFERENCES = (*BASELINES, STATIC, BOTH)  # what speed-ups are over
 Row = dict[str, Any]
 Terms = Callable[[Row], tuple[float, float]]
@@ -74,7 +74,6 @@ def summarize(results: Results) -> dict[str, Any]:
             for name in beside_medusa
         },
         "expected": expected(ways, about["expected"]),
-        "compiled": compiled(results, ways),
         "equality": equality(results, keys, names),
     }
 
@@ -119,7 +118,6 @@ def decode_numbers(stats: Sequence[Row], tokens: int, seconds: float) -> dict[st
         "gate_open_rate": ratio(total("open_steps"), steps),
         "tokens_per_second": ratio(tokens - len(stats), after_prompt),  # a text's first token comes with its prompt
         "seconds": {**phases, "rest": seconds - sum(phases.values())},
-        "compile_seconds": total("compile_seconds"),
     }
 
 
@@ -162,25 +160,11 @@ def expected(ways: dict[str, Any], foreseen: dict[str, float]) -> dict[str, Any]
     return found
 
 
-def compiled(results: Results, ways: dict[str, Any]) -> dict[str, Any]:
-    """What was compiled before anything was timed, by way, and the seconds of compiling in timed texts. What a way
-    needs and an earlier one has compiled is counted there."""
-    return {
-        name: {
-            "compilations": row["compilations"],
-            "compile_seconds": row["compile_seconds"],
-            "timed_compile_seconds": ways[name][ALL]["decode"]["compile_seconds"],
-        }
-        for name in ways
-        if (row := results.get(f"compiled/{name}")) is not None and "decode" in ways[name][ALL]
-    }
-
-
 def equality(results: Results, keys: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
     """Which texts part from the autoregressive way's, and which of them should not.
 
     A violation is: in float32, any difference; else, one of a way that ran in `decode` on a CPU, where not a bit may
-    differ, and one that rounding does not explain. Ways with compiled steps: see `Measuring.compare`.
+    differ, and one that rounding does not explain.
     """
     assert results.identity is not None
     dtype = getattr(torch, results.identity["dtype"])

@@ -2,7 +2,6 @@
 
     {"identity": {...}, "about": {...}}    the first line: what must be the same for a run to go on; more about it
     {"key": "81/1/0/generate", ...}        a measurement each
-    {"key": "compiled/cerberus-compiled"}  what was compiled for a way before anything was timed
 
 A key is question/turn/round/way, or question/turn/round for what a comparison of the ways' texts found.
 """

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .numbers import ALL, BASELINES, REFERENCES
-from .ways import AUTOREGRESSIVE, AUTOREGRESSIVE_COMPILED, BOTH, STATIC
+from .ways import AUTOREGRESSIVE, BOTH, STATIC
 
 NOTHING = "–"
 GAINS = {
@@ -69,9 +69,6 @@ def tables(summary: dict[str, Any]) -> list[Table]:
     )
     if over_medusa := summary["over_medusa"]:
         found.append(Table("Tokens a step over Medusa's heads", "", by_category(times, over_medusa)))
-    if summary["compiled"]:
-        note = "Before anything was timed; what an earlier way in the table needs, too, is counted there."
-        found.append(Table("Compiling", note, compiled_rows(summary)))
     if summary["expected"]:
         found.append(Table("Foreseen by calibration", "Tokens a second behind the prompt.", expected_rows(summary)))
     return found
@@ -118,12 +115,6 @@ def expected_rows(summary: dict[str, Any]) -> list[list[str]]:
     return grid({title: of(*form) for title, form in forms.items()}, summary["expected"])
 
 
-def compiled_rows(summary: dict[str, Any]) -> list[list[str]]:
-    forms = {"sizes of steps": ("compilations", "{}"), "seconds": ("compile_seconds", "{:.1f}"),
-             "seconds in timed texts": ("timed_compile_seconds", "{:.1f}")}  # fmt: skip
-    return grid({title: of(*form) for title, form in forms.items()}, summary["compiled"])
-
-
 def facts(summary: dict[str, Any]) -> dict[str, str]:
     """Label -> value: what was measured, on what, when, how."""
     settings, about = summary["settings"], summary["about"]
@@ -142,8 +133,6 @@ def facts(summary: dict[str, Any]) -> dict[str, str]:
 def equality_lines(equality: dict[str, Any]) -> Iterator[str]:
     different = {name: count for name, count in equality["different"].items() if count}
     yield f"{equality['texts']} texts of each way were compared with the autoregressive way's, token for token."
-    if AUTOREGRESSIVE_COMPILED in equality["different"]:
-        yield f"Those of ways with compiled steps with those of {AUTOREGRESSIVE_COMPILED}."
     if not different:
         yield "All are the same."
     for name, count in different.items():
@@ -214,5 +203,3 @@ def lines_of(summary: dict[str, Any]) -> Iterable[str]:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     for name, foreseen, measured, deviation in expected_rows(summary)[1:]:
         yield f"{name}: calibration foresaw {foreseen} tokens/s behind the prompt, measured {measured} ({deviation})"
-    for name, sizes, seconds, timed in compiled_rows(summary)[1:]:
-        yield f"{name}: compiled {sizes} sizes of steps in {seconds} s beforehand, {timed} s in timed texts"

@@ -5,9 +5,7 @@ A way is anything with a `name` and a `run`. To add some, write a file with a fu
     def ways(context: Context) -> list[Way]
 
 and give it to `cerberus bench --way FILE.py`, or `--way FILE.py:ARGUMENT`, which `context.argument` then is. Next to
-`name` a way may have `description`, one line for the report, `expected`, tokens a second that somebody expects,
-`compiled`, whether its steps are compiled and so round differently, and `warm_up()`, which is called before
-anything is timed and returns a DecodeStats that tells what was compiled.
+`name` a way may have `description`, one line for the report, and `expected`, tokens a second that somebody expects.
 
 Those that are built in, and what each of them is, are in `built_in_ways`.
 """
@@ -32,12 +30,10 @@ from ..drafting.static_policy import StaticPolicy, default_tree
 from ..drafting.tree import TreePolicy
 from ..engine.calibration_store import Calibration, find
 from ..engine.decode import decode
-from ..engine.decoder import Decoder
 from ..engine.plan import default_policy
 from ..runtime.stats import DecodeStats
 
 AUTOREGRESSIVE = "autoregressive"  # what every other way has to be faster than, and must have the same text as
-AUTOREGRESSIVE_COMPILED = "autoregressive-compiled"  # the same for the ways with compiled steps
 GENERATE = "generate"
 LOOKUP = "prompt-lookup"
 ASSISTED = "assisted"
@@ -47,10 +43,7 @@ STATIC = "cerberus-static"
 DYNAMIC = "cerberus-dynamic"
 BOTH = "cerberus"
 ENTROPY = "cerberus-entropy"
-BOTH_COMPILED = "cerberus-compiled"
 CALIBRATED = "cerberus-calibrated"
-CALIBRATED_COMPILED = "cerberus-calibrated-compiled"
-COMPILED = (AUTOREGRESSIVE_COMPILED, BOTH_COMPILED, CALIBRATED_COMPILED)
 NO_CALIBRATION = "no calibration is stored for this machine, see cerberus calibrate"
 
 
@@ -77,9 +70,9 @@ class Context:
     tree_size: int | None = None
     argument: str | None = None  # what followed FILE.py: in --way
 
-    def dynamic_tree(self, compiled: bool = False) -> DynamicPolicy:
+    def dynamic_tree(self) -> DynamicPolicy:
         """A tree of its own for every step: as calibration stored, else the default; of the user's size."""
-        stored = self.calibration(compiled)
+        stored = self.calibration()
         tree = None if stored is None else stored.tree
         tree = tree if isinstance(tree, DynamicPolicy) else default_policy(self.model.device)
         return tree if self.tree_size is None else replace(tree, size=self.tree_size)
@@ -88,12 +81,9 @@ class Context:
         """The same without heads, and so without what is known of theirs."""
         return replace(self.dynamic_tree(), platt=None)
 
-    def calibration(self, compiled: bool = False) -> Calibration | None:
-        """What `cerberus calibrate` stored with the heads for this device, dtype and number of threads.
-
-        compiled: preferably of compiled steps.
-        """
-        return find(self.heads, self.model.device, self.model.dtype, torch.get_num_threads(), compiled)
+    def calibration(self) -> Calibration | None:
+        """What `cerberus calibrate` stored with the heads for this device, dtype and number of threads."""
+        return find(self.heads, self.model.device, self.model.dtype, torch.get_num_threads())
 
 
 @dataclass
@@ -105,14 +95,10 @@ class DecodeWay:
     heads: HeadsLike | None
     description: str = ""
     options: dict[str, Any] = field(default_factory=dict)
-    compiled: bool = False
     expected: float | None = None
 
-    def warm_up(self) -> DecodeStats | None:
-        return Decoder(self.model, self.heads, compile=True, **self.options).warm_up() if self.compiled else None
-
     def run(self, ids: Tensor, new_tokens: int) -> tuple[list[int], DecodeStats | None]:
-        out = decode(self.model, self.heads, ids, max_new_tokens=new_tokens, compile=self.compiled, **self.options)
+        out = decode(self.model, self.heads, ids, max_new_tokens=new_tokens, **self.options)
         return out.sequences[0, ids.shape[1] :].tolist(), out.stats
 
 
@@ -143,12 +129,10 @@ def built_in_ways(
     medusa: CerberusHeads | None = None,
     draft: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
     entropy_threshold: float | None = None,
-    compile: bool = False,
 ) -> tuple[list[Way], dict[str, str]]:
     """Those that there is everything for, and the others: name -> what is missing.
 
-    What is static has one tree for all steps, what is not a tree of its own for every step. With `compile` come the
-    autoregressive way, `cerberus` and the calibrated one with the target model's steps through torch.compile.
+    What is static has one tree for all steps, what is not a tree of its own for every step.
     entropy_threshold: of the entropy gate, in nats; None: there is none.
     """
     model, heads = context.model, context.heads
@@ -166,7 +150,6 @@ def built_in_ways(
         BOTH: open_way(BOTH, "heads and the text's own past", context, heads, dynamic),
         ENTROPY: "there is no threshold",
         CALIBRATED: NO_CALIBRATION,
-        **dict.fromkeys(COMPILED, "compiled steps were not asked for"),
     }
     if draft is not None:
         about = f"generate, assisted by {model_name(draft[0])}"
@@ -180,26 +163,8 @@ def built_in_ways(
         found[ENTROPY] = DecodeWay(ENTROPY, model, heads, about, options)
     if stored is not None:
         found[CALIBRATED] = calibrated_way(CALIBRATED, context, stored)
-    if compile:
-        found |= compiled_ways(context)
     missing = {name: one for name, one in found.items() if isinstance(one, str)}
     return [one for one in found.values() if not isinstance(one, str)], missing
-
-
-def compiled_ways(context: Context) -> dict[str, Way | str]:
-    """A calibration of steps that are not compiled expects nothing of those that are."""
-    stored, tree = context.calibration(compiled=True), context.dynamic_tree(compiled=True)
-    of_these = stored if stored is not None and stored.compiled else None
-    plain = plain_way(AUTOREGRESSIVE_COMPILED, "this loop", context, of_these)
-    both = open_way(BOTH_COMPILED, "heads and the text's own past", context, context.heads, tree)
-    ways = [plain, both]
-    if stored is not None:
-        ways.append(calibrated_way(CALIBRATED_COMPILED, context, stored))
-    for way in ways:
-        way.description, way.compiled = f"{way.description}, compiled", True
-    if stored is not None and of_these is None:
-        ways[-1].description, ways[-1].expected = f"{ways[-1].description} (calibrated for steps that are not)", None
-    return {CALIBRATED_COMPILED: NO_CALIBRATION, **{way.name: way for way in ways}}
 
 
 def plain_way(name: str, about: str, context: Context, calibration: Calibration | None) -> DecodeWay:
@@ -259,8 +224,6 @@ def ways_of_file(argument: str, context: Context) -> list[Way]:
 def select(ways: Sequence[Way], missing: dict[str, str], names: Sequence[str] | None) -> list[Way]:
     """The ways of these names, in their own order, and always the autoregressive one; None: all.
 
-    With one whose steps are compiled comes the autoregressive one with such steps, where it is there.
-
     Raises ValueError on a name twice, and on one that is not there, with the reason.
     """
     known = [way.name for way in ways]
@@ -274,10 +237,4 @@ def select(ways: Sequence[Way], missing: dict[str, str], names: Sequence[str] | 
     if names is None:
         return list(ways)
     wanted = {*names, AUTOREGRESSIVE}
-    if any(way.name in wanted and is_compiled(way) for way in ways):
-        wanted.add(AUTOREGRESSIVE_COMPILED)
     return [way for way in ways if way.name in wanted]
-
-
-def is_compiled(way: Way) -> bool:
-    return getattr(way, "compiled", False)

@@ -1,1 +1,1 @@
-"""How a step runs: op by op, compiled, or recorded and replayed."""
+"""How a step runs: op by op, fused into one native program, or recorded and replayed."""

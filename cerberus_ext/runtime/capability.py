@@ -52,13 +52,9 @@ class Capability:
     inexact_because: str | None = None
     no_drafts_because: str | None = None
 
-    def stats(self, compiled: bool = False) -> DecodeStats:
-        """Those of a decode that begins. compiled: whether its steps are."""
-        because = self.inexact_because
-        if compiled and because is None:
-            because = "compiled steps are summed in an order that the compiler chooses"
-        if self.no_drafts_because:
-            because = None
+    def stats(self) -> DecodeStats:
+        """Those of a decode that begins."""
+        because = None if self.no_drafts_because else self.inexact_because
         return DecodeStats(exact=because is None, inexact_because=because, no_drafts_because=self.no_drafts_because)
 
 

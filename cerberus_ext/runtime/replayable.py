@@ -1,4 +1,4 @@
-"""What has to hold for a step, recorded or compiled, that repeats what the model did once, without its Python."""
+"""What has to hold for a step, recorded or fused, that repeats what the model did once, without its Python."""
 
 from __future__ import annotations
 

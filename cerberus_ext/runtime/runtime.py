@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from ..drafting.drafter import NO_DRAFTER, Drafter
 from ..target.model import TargetModel
 from .capability import Capability, examine
-from .compiled_step import CompiledSteps, ModelPrograms, check_compilable
+from .fused.proof import check_fused
+from .fused.step import FusedStep, weight_versions
+from .fused.trace import NotFused
 from .recorder import RECORDERS, Unrecordable, expected_on
 from .recordings import Recordings
 from .replayable import memory_of, obstacle
@@ -34,7 +36,9 @@ class Runtime:
         self._model = weakref.ref(model)
         self._lock = threading.Lock()
         self._capability: tuple[Any, Capability] | None = None
-        self._programs: ModelPrograms | None = None
+        self._memory: Any = None  # memory_of the model when its capability was last asked for
+        self._fused: tuple[Any, FusedStep] | None = None
+        self._not_fused: tuple[Any, str] | None = None  # why there is none; it is not tried again
         self._recordings: Recordings | None = None
         self._failure: tuple[Any, str] | None = None  # why a step could not be recorded; it is not tried again
         self._said: set[str] = set()
@@ -53,7 +57,8 @@ class Runtime:
         """
         model = self.model
         hooks = tuple((*part._forward_hooks, *part._forward_pre_hooks) for part in model.modules())  # their numbers
-        key = (memory_of(model), hooks, torch.get_num_threads(), model.dtype)
+        self._memory = memory_of(model)
+        key = (self._memory, hooks, torch.get_num_threads(), model.dtype)
         if self._capability is None or self._capability[0] != key:
             self._capability = (key, examine(model))
         return self._capability[1]
@@ -78,12 +83,12 @@ class Runtime:
     @contextmanager
     def steps(
         self, drafts: Drafts, chooser: Chooser, stats: DecodeStats, capacity: int,
-        graphs: bool | None = None, compile: bool = False,
+        graphs: bool | None = None, fuse: bool | None = None, pack: bool | None = None,
     ) -> Iterator[Stepper]:  # fmt: skip
         """Steps of one decode, with the model prepared for them while inside.
 
-        capacity: tokens that the cache has to hold. graphs, compile: as in `decode`. Raises CompileError, and
-        ValueError where graphs is True and there are none.
+        capacity: tokens that the cache has to hold. graphs, fuse, pack: as in `decode`. Raises ValueError where one of
+        them is True and cannot be had.
         """
 
         def fall_back(error: Unrecordable) -> None:
@@ -97,21 +102,28 @@ class Runtime:
             self._recordings, self._failure = None, (memory_of(self.model), str(error))
             fall_back(error)
 
-        compiled = self.compiled(drafts.sizes, stats) if compile else None
+        def put_fused(target: TargetModel) -> None:
+            try:
+                target.fused = None if fuse is False else self._fused_for(target, pack, stats)
+            except NotFused as error:
+                if fuse:
+                    raise ValueError(f"decode: fuse must be None or False here, got True: {error}") from error
+                stats.not_fused_because = str(error)
+
         with self.sole():
             with torch.inference_mode():  # what is kept is made and written in it, whatever the caller's mode is
                 drafter = self._bind(drafts)
                 recordings = None
-                if graphs is not False and compiled is None:
+                if graphs is not False:
                     try:
                         recordings = self._recorded(chooser, capacity, drafter.has_context)
                         drafter = recordings.keep(drafts.heads, drafter)
                     except Unrecordable as error:
                         fall_back(error)
                 cache = None if recordings is None else recordings.memory.cache
-                target = self.target(capacity, cache=cache, compiled=compiled, context=drafter.has_context)
+                target = self.target(capacity, cache=cache, context=drafter.has_context)
             with target:
-                yield Stepper(target, drafts, drafter, chooser, stats, recordings, give_up)
+                yield Stepper(target, drafts, drafter, chooser, stats, recordings, give_up, put_fused)
 
     def _bind(self, drafts: Drafts) -> Drafter:
         drafter = drafts.heads.bind(self.model)  # also where they are not asked: they have to fit
@@ -119,15 +131,28 @@ class Runtime:
             raise TypeError(f"decode: heads.bind must return a Drafter, got {type(drafter).__name__}")
         return drafter if drafts.drafts else NO_DRAFTER
 
-    def compiled(self, sizes: Collection[int], stats: DecodeStats) -> CompiledSteps:
-        """The compiled steps of one decode with trees of these sizes; what an earlier one has compiled serves again.
-
-        Raises CompileError.
-        """
-        check_compilable(self.model)
-        if self._programs is None or self._programs.memory != memory_of(self.model):
-            self._programs = ModelPrograms(self.model)
-        return CompiledSteps(self._programs, sizes, stats)
+    def _fused_for(self, target: TargetModel, pack: bool | None, stats: DecodeStats) -> FusedStep:
+        """What an earlier decode has made, or a new one. target: after its prompt. Raises NotFused."""
+        model = self.model
+        key = (self._memory, weight_versions(model), model.dtype, pack)
+        if self._fused is None or self._fused[0] != key:
+            self._fused = None  # first, so that there is memory for the new one
+            if self._not_fused is not None and self._not_fused[0] == key:
+                raise NotFused(self._not_fused[1])
+            try:
+                if reason := obstacle(model, "a fused step"):
+                    raise NotFused(reason)
+                fused = FusedStep(target, pack)
+                check_fused(target, fused)
+            except NotFused as error:
+                self._not_fused = (key, str(error))
+                raise
+            self._fused = (key, fused)
+            stats.fuse_seconds = fused.seconds
+        stats.fused = True
+        if stats.no_drafts_because is None:
+            stats.exact, stats.inexact_because = True, None
+        return self._fused[1]
 
     def _recorded(self, chooser: Chooser, capacity: int, context: bool) -> Recordings:
         """Those that are kept, or new ones. Raises Unrecordable."""
@@ -152,11 +177,11 @@ class Runtime:
             warnings.warn(message, stacklevel=2)
 
     def release(self) -> None:
-        """Frees the cache, the static tensors, the recorded and the compiled steps; the next decode makes new ones.
+        """Frees the cache, the static tensors, the recorded steps, the fused step; the next decode makes new ones.
 
-        After this, a model of which a step could not be recorded is tried again.
+        After this, a model of which a step could not be recorded or fused is tried again.
         """
-        self._recordings = self._failure = self._programs = None
+        self._recordings = self._failure = self._fused = self._not_fused = None
 
 
 _runtimes: weakref.WeakKeyDictionary[PreTrainedModel, Runtime] = weakref.WeakKeyDictionary()

@@ -53,10 +53,10 @@ class DecodeStats(StepCounts):
     graphed_steps      steps that were replayed from CUDA graphs
     captures           graphs that had to be recorded; none where an earlier decode left those that are needed
     capture_seconds    what recording them took; not part of `seconds`
-    compilations       numbers of nodes for which a step had to be compiled
-    compile_seconds    what that took; not part of `seconds`
-    row_invariant      whether compiled steps were found to give a node the same bits whatever their number of nodes is;
-                       None: steps of one size only were compiled, or none
+    fused              whether steps ran as one native program each
+    not_fused_because  why not; None: they did, or they were recorded, or `fuse` was False
+    fuse_seconds       what tracing the model, planning its program and packing its weights took, once for a model; part
+                       of the prefill's `seconds`
     exact              whether the text is, by construction, the same bit for bit with and without drafts
     inexact_because    why not, naming what of the model could depend on the number of tokens in a step
     no_drafts_because  why no step had drafts though they were asked for; None: nothing was in their way
@@ -72,9 +72,9 @@ class DecodeStats(StepCounts):
     graphed_steps: int = 0
     captures: int = 0
     capture_seconds: float = 0.0
-    compilations: int = 0
-    compile_seconds: float = 0.0
-    row_invariant: bool | None = None
+    fused: bool = False
+    not_fused_because: str | None = None
+    fuse_seconds: float = 0.0
     exact: bool = True
     inexact_because: str | None = None
     no_drafts_because: str | None = None

@@ -30,7 +30,7 @@ class Drafts:
 
     drafts  P: how many of each head any tree looks at; 0: the heads are not asked
     looks   whether the host wants to see the drafts before it has a tree
-    sizes   numbers of nodes that steps are compiled or recorded for
+    sizes   numbers of nodes that steps are recorded for
     """
 
     heads: HeadsLike
@@ -63,12 +63,14 @@ class Stepper:
     """`prefill` once, then `step` as often as needed.
 
     recordings: steps are recorded and replayed; None: they run op by op. give_up: called where a step cannot be
-    recorded; from there on they run op by op. It may raise.
+    recorded; from there on they run op by op. It may raise. fuse: called after the prompt,
+    where steps are not recorded.
     """
 
     def __init__(
         self, target: TargetModel, drafts: Drafts, drafter: Drafter, chooser: Chooser, stats: DecodeStats,
         recordings: Recordings | None, give_up: Callable[[Unrecordable], None],
+        fuse: Callable[[TargetModel], None],
     ) -> None:  # fmt: skip
         self.target = target
         self.stats = stats
@@ -78,6 +80,7 @@ class Stepper:
         self._chooser = chooser
         self._recordings = recordings
         self._give_up = give_up
+        self._fuse = fuse
         self._memory = StepMemory(target.cache) if recordings is None else recordings.memory
         self._shape = (drafts.heads.config.num_heads, drafts.drafts) if drafts.drafts else None
         self._results: dict[int, StaticResult] = {}
@@ -94,6 +97,8 @@ class Stepper:
     def prefill(self, ids: Tensor) -> list[int]:
         """ids (1, S): the prompt -> the first new token."""
         hidden, logits = prefill(self.target, self._drafter, ids)  # (B, D), (B, V)
+        if self._recordings is None:
+            self._fuse(self.target)
         pending = self._chooser.first(logits, self.target.cache.length)  # (B,); the cache's length is its position
         self._memory.begin(hidden, pending)
         first = pending.tolist()
@@ -136,10 +141,8 @@ class Stepper:
         return Chunk(tokens, [*proposers, None])
 
     def prepare(self, nodes: int) -> None:
-        """Compiles or records the step of so many nodes, where that has not been done. After `prefill`."""
-        if self._recordings is None:
-            self.target.prepare(nodes)
-        else:
+        """Records the step of so many nodes, where steps are recorded and that has not been done. After `prefill`."""
+        if self._recordings is not None:
             names_drafts = nodes > 1 and not self._drafts.looks
             star = tree_of_ranks([-1, *[0] * (nodes - 1)], [0] * nodes)
             self._memory.nodes(nodes).put(star if names_drafts else replace(star, ranks=None), self.max_drafts)
@@ -178,7 +181,6 @@ class Stepper:
         with self.stats.phase("draft"):
             self._memory.nodes(kind.nodes).put(tree, self.max_drafts)
         if self._recordings is None:
-            self.target.prepare(kind.nodes)
             if kind.nodes not in self._results:
                 self._results[kind.nodes] = self._memory.result(kind)
             result = self._results[kind.nodes]

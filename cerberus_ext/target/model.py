@@ -47,10 +47,7 @@ class StepWay:
 
 
 class StepForward(Protocol):
-    """Does the steps of a TargetModel in the model's place: compiled ones."""
-
-    def prepare(self, target: TargetModel, nodes: int) -> Any:
-        """Before a step over so many nodes."""
+    """Does the steps of a TargetModel in the model's place."""
 
     def step(self, target: TargetModel, tokens: Tensor, positions: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
         """tokens, positions (B, N), ancestors (N, W) -> hidden (B, N, D), logits (B, N, V)."""
@@ -70,13 +67,12 @@ class TargetModel:
         capacity: int,
         *,
         cache: TreeCache | None = None,
-        compiled: StepForward | None = None,
         context: bool = False,
         mode: Callable[[], TorchFunctionMode] = RowInvariant,
     ) -> None:
         """capacity: tokens that the cache has to hold, nodes of the last step included. cache: one to use again.
 
-        compiled: does the steps in the model's place. context: whether the cache needs room for a context layer.
+        context: whether the cache needs room for a context layer.
         mode: what sees every call of a step, where the way says so.
         """
         self.model = model
@@ -92,7 +88,7 @@ class TargetModel:
         self.max_positions = position_limit(model)
         self._step_forward = step_forward(model, mode if way.sees_all else None)
         self._prompt_forward = prompt_forward(model, self._step_forward)
-        self._compiled = compiled
+        self.fused: StepForward | None = None  # does the steps, once it is there
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._switches = [attention_switch(model)] if way.names_attention else []
         if (experts := experts_switch(model)) is not None:
@@ -146,16 +142,11 @@ class TargetModel:
         self.cache.whole = True
         return hidden, logits[:, -1]
 
-    def prepare(self, nodes: int) -> None:
-        """Before a step over so many nodes: what it needs is compiled, where that has not been done."""
-        if self._compiled is not None:
-            self._compiled.prepare(self, nodes)
-
     def step(self, tokens: Tensor, tree: Topology) -> tuple[Tensor, Tensor]:
         """tokens (B, N) of the tree's nodes -> hidden (B, N, D), logits (B, N, V). Nothing is committed."""
         positions = self.cache.length[:, None] + tree.depths  # (B, N)
-        if self._compiled is not None:
-            return self._compiled.step(self, tokens, positions, tree.ancestors)
+        if self.fused is not None:
+            return self.fused.step(self, tokens, positions, tree.ancestors)
         nodes = tokens.shape[1]
         size = nodes
         if self.way.widths:

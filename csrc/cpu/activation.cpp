@@ -7,6 +7,7 @@
 
 #include "cpu/activate.h"
 #include "cpu/kernels.h"
+#include "cpu/tanh.h"
 #include "cpu/vec.h"
 
 namespace cerberus::CERBERUS_ISA {
@@ -123,14 +124,42 @@ void apply(Activation kind, float* x, int count) {
   }
 }
 
+// The functions whose float32 arithmetic loses nothing that 16 bits could show: to some 1e-6 of the result.
+// x sigmoid(u)
+Vec with_sigmoid(Vec x, Vec u) {
+  const Vec usual = x / (1.0f + CERBERUS_ISA::exp(-u));
+  const IntVec tiny = u < -80.0f;  // e^-u would be infinite, but the result is none that float32 cannot hold
+  if (!any(tiny)) return usual;
+  const Vec root = CERBERUS_ISA::exp(0.5f * u);
+  return CERBERUS_ISA::select(tiny, x * root * root, usual);
+}
+Vec narrow_gelu_tanh(Vec x) { return with_sigmoid(x, x * (1.5957691216f + 0.07135481283f * x * x)); }
+
+template <typename Function>
+void narrow_vectors(float* x, const Function& function) {
+  for (int i = 0; i < kBuffer; i += kLanes) store(function(load(x + i)), x + i);
+}
+
+// apply for a dtype: 16 bits are half as many instructions for twice as many lanes.
+void apply(Activation kind, DType dtype, float* x, int count) {
+  if (dtype != DType::kFloat32) {
+    if (kind == Activation::kSilu) return narrow_vectors(x, [](Vec v) { return with_sigmoid(v, v); });
+    if (kind == Activation::kSigmoid)
+      return narrow_vectors(x, [](Vec v) { return with_sigmoid(CERBERUS_ISA::broadcast(1.0f), v); });
+    if (kind == Activation::kGeluTanh) return narrow_vectors(x, narrow_gelu_tanh);
+    if (kind == Activation::kTanh) return narrow_vectors(x, static_cast<Vec (*)(Vec)>(CERBERUS_ISA::tanh));
+  }
+  apply(kind, x, count);
+}
+
 }  // namespace
 
-void activate(Activation kind, DType, const float* in, int64_t count, float* out) {
+void activate(Activation kind, DType dtype, const float* in, int64_t count, float* out) {
   for (int64_t begin = 0; begin < count; begin += kBuffer) {
     float x[kBuffer] = {};
     const int some = static_cast<int>(smaller(kBuffer, count - begin));
     __builtin_memcpy(x, in + begin, sizeof(float) * some);
-    apply(kind, x, some);
+    apply(kind, dtype, x, some);
     __builtin_memcpy(out + begin, x, sizeof(float) * some);
   }
 }
@@ -146,7 +175,7 @@ void activation(const ActivationArgs& a, const Parallel& parallel) {
         float x[kBuffer];
         __builtin_memcpy(narrow, static_cast<const T*>(a.input) + begin, sizeof(T) * count);
         for (int i = 0; i < kBuffer; i += kLanes) store(load(narrow + i), x + i);
-        apply(a.kind, x, count);
+        apply(a.kind, a.dtype, x, count);
         for (int i = 0; i < kBuffer; i += kLanes) from_floats<kLanes>(x + i, narrow + i);
         __builtin_memcpy(static_cast<T*>(a.output) + begin, narrow, sizeof(T) * count);
       }

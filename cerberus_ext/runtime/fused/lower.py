@@ -75,9 +75,8 @@ class Lowering:
             if not value.equal(first.expand_as(value)):
                 raise NotFused(f"the model computes with numbers that differ between the tokens of a step, {shape}")
             value = first
-        if value.numel() == 1 and value.dim() == 0:
-            if value.is_floating_point() or value.dtype in (torch.int64, torch.int32):
-                return View(None, (), (), 0, float(value))
+        if value.dim() == 0 and (value.is_floating_point() or value.dtype in (torch.int64, torch.int32)):
+            return View(None, (), (), 0, float(value))
         self._check_dtype(value.dtype)
         if number not in self._constants:
             self._constants[number] = Base(size_of(shape), value.dtype, Space.CONSTANT, self.keep(value), fixed=True)
@@ -233,13 +232,13 @@ def lower(trace: Trace, dtype: torch.dtype, heads: int, head_size: int, position
             _run_stage(lowering, order)
     if order.missing:
         raise NotFused(f"{trace.calls[min(order.missing)].op} waits for something that is never computed")
-    results = [lowering.whole(lowering.view(number)) for number in (trace.hidden, trace.logits)]
+    hidden, logits = (lowering.whole(lowering.view(number)) for number in (trace.hidden, trace.logits))
     lowering.close_rows()
     _place_tables(lowering, positions)
-    buffers = place(lowering.stages, dtype, results)
+    buffers = place(lowering.stages, dtype, (hidden, logits))
     layers = len(trace.planes) // 2
     return Program(
-        dtype, layers, heads, head_size, lowering.constants, lowering.stages, *results, buffers, positions
+        dtype, layers, heads, head_size, lowering.constants, lowering.stages, hidden, logits, buffers, positions
     )
 
 
@@ -308,5 +307,3 @@ def _place_tables(lowering: Lowering, positions: int) -> None:
     tables = lowering.values.tables(lowering.tables, positions)
     for number, base in lowering.tables.items():
         base.place = lowering.keep(tables[number].reshape(positions, -1))
-
-

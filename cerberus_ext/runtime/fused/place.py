@@ -46,9 +46,7 @@ def _spans(stages: Sequence[Stage]) -> dict[Base, tuple[int, int]]:
     return spans
 
 
-def _place_buffers(
-    spans: dict[Base, tuple[int, int]], shared: set[Base], results: Sequence[Base]
-) -> list[Base]:
+def _place_buffers(spans: dict[Base, tuple[int, int]], shared: set[Base], results: Sequence[Base]) -> list[Base]:
     buffers: list[Base] = []
     free_from: list[int] = []  # by buffer: the stage from which on it is free
     for base in sorted(shared, key=lambda base: spans[base]):
@@ -71,19 +69,19 @@ def _place_buffers(
 def _place_scratch(rows: Rows) -> None:
     last_use: dict[Base, int] = {}
     for index, instruction in enumerate(rows.instructions):
-        for base in instruction.bases():
-            if base.space is Space.SCRATCH:
-                last_use[base] = index
+        for used in instruction.bases():
+            if used.space is Space.SCRATCH:
+                last_use[used] = index
     live: list[Base] = []
     placed: set[Base] = set()
     for index, instruction in enumerate(rows.instructions):
-        base = instruction.to.base
-        assert base is not None
-        if base.space is Space.SCRATCH and base not in placed:
-            placed.add(base)
-            base.place = _gap(live, base.width)
-            live.append(base)
-            rows.scratch = max(rows.scratch, base.place + base.width)
+        made = instruction.to.base
+        if made in last_use and made not in placed:
+            assert made is not None
+            placed.add(made)
+            made.place = _gap(live, made.width)
+            live.append(made)
+            rows.scratch = max(rows.scratch, made.place + made.width)
         live = [base for base in live if last_use[base] > index]
 
 
@@ -120,18 +118,17 @@ def _redirect(maker: Instruction, copy: Instruction) -> bool:
     """Lets the maker write to where the copy does, if it writes the same elements under the same shape."""
     target, made, read = copy.to, maker.to, copy.a
     # Both list all elements of the base: which axis of the copy is which of the maker is told by the strides.
-    axes = [(size, stride) for size, stride in zip(made.shape, made.strides, strict=True) if stride]
-    other = [(size, stride, to) for size, stride, to in zip(read.shape, read.strides, target.strides, strict=True) if stride]
-    if read.offset or made.offset or sorted(axes) != sorted((size, stride) for size, stride, _ in other):
+    axes = {(size, stride) for size, stride in zip(made.shape, made.strides, strict=True) if stride}
+    copied = zip(read.shape, read.strides, target.strides, strict=True)
+    new = {(size, stride): to for size, stride, to in copied if stride}
+    if read.offset or made.offset or axes != set(new):
         return False
     if target.base is not None and target.base.space in (Space.KEYS, Space.VALUES) and maker.op in _REDUCING:
         return False
-    new = {stride: to for _, stride, to in other}
-    strides = tuple(new.get(stride, 0) for stride in made.strides)
+    strides = tuple(new.get(axis, 0) for axis in zip(made.shape, made.strides, strict=True))
     maker.to = View(target.base, made.shape, strides, target.offset)
     maker.round = maker.round or copy.round
     return True
 
 
 _REDUCING = (RowOp.MEAN, RowOp.SUM, RowOp.MAX)
-

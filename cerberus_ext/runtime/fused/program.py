@@ -207,8 +207,8 @@ def _lines(instruction: Instruction) -> Iterator[list[int]]:
     reduces = instruction.op in REDUCTIONS
     shape = list(instruction.a.shape if reduces else instruction.to.shape)
     in_cache = instruction.to.base is not None and instruction.to.base.space in (Space.KEYS, Space.VALUES)
-    # Per axis its size, and the stride of every operand; the last ones stay as they are: the axis that is reduced; heads
-    # and their elements, which do not lie side by side in the cache.
+    # Per axis its size, and the stride of every operand; the last ones stay as they are: the axis that is
+    # reduced; heads and their elements, which do not lie side by side in the cache.
     kept = 1 if reduces else 2 if in_cache else 0
     axes = [(size, [view.strides[i] for view in views]) for i, size in enumerate(shape) if size != NODES]
     axes = [axis for i, axis in enumerate(axes) if axis[0] > 1 or i >= len(axes) - kept]

@@ -166,4 +166,3 @@ EMITTERS: dict[Any, Emitter] = {
     _ATEN.native_layer_norm.default: _layer_norm,
     torch.ops.cerberus_ext.activation.default: _activation,
 }
-

@@ -131,13 +131,13 @@ def _trace(target: TargetModel) -> Trace:
     _, rows, heads, _, size = cache.tensor.shape
     layers, words = len(cache.layers), -(-NODES // 64)
     fake, recorder = FakeTensorMode(allow_non_fake_inputs=True), _Recorder()
-    fakes = {name: fake.from_tensor(tensor) for name, tensor in tensors.items()}
+    fakes: dict[str, Tensor] = {name: fake.from_tensor(tensor) for name, tensor in tensors.items()}
     recorder.weights = {recorder.number(fakes[name]): tensor for name, tensor in tensors.items()}
     with fake:
         shapes = ((rows, NODES), (rows, NODES), (rows,), (NODES, words))
         inputs = [torch.empty(shape, dtype=torch.int64) for shape in shapes]
         planes = [torch.empty((rows, heads, 2 * NODES, size), dtype=cache.tensor.dtype) for _ in range(2 * layers)]
-    numbers = [recorder.number(tensor) for tensor in inputs]
+    tokens, positions, length, ancestors = (recorder.number(tensor) for tensor in inputs)
     plane_numbers = [recorder.number(tensor) for tensor in planes]
     traced = TreeCache(layers, 2 * NODES, rows, model.device)
     traced.length, traced.whole = inputs[2], True
@@ -151,8 +151,10 @@ def _trace(target: TargetModel) -> Trace:
 
     with fake, recorder:
         hidden, logits = target.attend(forward, inputs[0], inputs[1], inputs[3], traced)
-    results = recorder.of(hidden), recorder.of(logits)
-    return Trace(recorder.calls, recorder.shapes, recorder.dtypes, *numbers, plane_numbers, recorder.weights, *results)
+    return Trace(
+        recorder.calls, recorder.shapes, recorder.dtypes, tokens, positions, length, ancestors, plane_numbers,
+        recorder.weights, recorder.of(hidden), recorder.of(logits),
+    )  # fmt: skip
 
 
 def evaluate(call: Call, values: Mapping[int, Tensor]) -> tuple[Tensor, ...]:

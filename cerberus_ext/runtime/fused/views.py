@@ -66,9 +66,7 @@ def broadcast(view: View, shape: Sequence[int]) -> View:
 
 
 def _permuted(view: View, order: Sequence[int]) -> View:
-    return replace(
-        view, shape=tuple(view.shape[i] for i in order), strides=tuple(view.strides[i] for i in order)
-    )
+    return replace(view, shape=tuple(view.shape[i] for i in order), strides=tuple(view.strides[i] for i in order))
 
 
 def _transpose(view: View, first: int, second: int) -> View:
