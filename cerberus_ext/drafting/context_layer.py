@@ -83,7 +83,9 @@ class BoundContext:
 
         before (B, D): what the pending token was chosen from; hidden (B, N, D): what the nodes' tokens (B, N) led to.
         """
-        led = torch.cat([before[:, None], hidden[:, tree.parents[1:]]], 1) if tokens.shape[1] > 1 else before[:, None]
+        # Not hidden[:, parents]: torch wakes threads for a few rows, which then spin on a core that others need.
+        parents = hidden.index_select(1, tree.parents[1:])
+        led = torch.cat([before[:, None], parents], 1)
         self._keep(self.key_value, cache, cache.length, cache.length[:, None] + tree.depths, led, tokens)
 
     def read(
@@ -110,7 +112,7 @@ class BoundContext:
         begin (B,), positions (B, N), before (B, N, D), tokens (B, N).
         """
         _, kv_heads, size = self.sizes
-        anchor = self.embeddings[tokens].to(weight.dtype) * self.anchor_scale
+        anchor = F.embedding(tokens, self.embeddings).to(weight.dtype) * self.anchor_scale
         found = product(torch.cat([before.to(weight.dtype), anchor], -1), weight).unflatten(-1, (-1, size))
         turned = rotate(found[:, :, :-kv_heads], positions)
         q, new_keys = turned.split([turned.shape[2] - kv_heads, kv_heads], 2)

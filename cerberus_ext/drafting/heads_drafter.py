@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import ops
 from .context_layer import BoundContext
@@ -76,7 +77,7 @@ class HeadsDrafter(Drafter):
         hidden = hidden.to(self.dtype).contiguous()
         anchor = hidden
         if self.anchor_scale is not None:
-            anchor = self.embeddings[pending].to(self.dtype) * self.anchor_scale
+            anchor = F.embedding(pending, self.embeddings).to(self.dtype) * self.anchor_scale
         return ops.head_stack(hidden, anchor, self.weight, self.bias)
 
     def draft(self, hidden: Tensor, pending: Tensor, drafts: int) -> tuple[Tensor, Tensor]:

@@ -102,9 +102,15 @@ class Runtime:
             self._recordings, self._failure = None, (memory_of(self.model), str(error))
             fall_back(error)
 
+        in_the_way = obstacle(self.model, "a fused step")  # before a hook of ours is there
+
         def put_fused(target: TargetModel) -> None:
+            if fuse is False:
+                return
             try:
-                target.fused = None if fuse is False else self._fused_for(target, pack, stats)
+                if in_the_way:
+                    raise NotFused(in_the_way)
+                target.fused = self._fused_for(target, pack, stats)
             except NotFused as error:
                 if fuse:
                     raise ValueError(f"decode: fuse must be None or False here, got True: {error}") from error
@@ -140,8 +146,6 @@ class Runtime:
             if self._not_fused is not None and self._not_fused[0] == key:
                 raise NotFused(self._not_fused[1])
             try:
-                if reason := obstacle(model, "a fused step"):
-                    raise NotFused(reason)
                 fused = FusedStep(target, pack)
                 check_fused(target, fused)
             except NotFused as error:
