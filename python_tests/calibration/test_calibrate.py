@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections import Counter
@@ -21,7 +20,7 @@ from typer.testing import CliRunner
 
 from cerberus_ext import CerberusHeads, decode
 from cerberus_ext.calibration import calibrate as calibrate_module
-from cerberus_ext.calibration import cost, questions, report
+from cerberus_ext.calibration import questions, report
 from cerberus_ext.calibration import trace as trace_module
 from cerberus_ext.calibration.calibrate import CalibrateOptions, by_turn, calibrate, find, spread
 from cerberus_ext.calibration.choice import KINDS, PLAIN, Choice, choose
@@ -31,10 +30,7 @@ from cerberus_ext.cli.main import app
 from cerberus_ext.drafting.gate import ConfidenceGate
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.calibration_store import place, read_entries
-from cerberus_ext.engine.loop import propose
 from cerberus_ext.io.prompts import Question
-from cerberus_ext.runtime import compiled_step
-from cerberus_ext.runtime.compiled_step import CompileError
 
 WORDS = [f"w{i}" for i in range(VOCAB)]
 QUESTIONS = [
@@ -116,44 +112,6 @@ def test_command(folders: tuple[str, str, str], tmp_path: Path) -> None:
     )
     assert again.exit_code == 0, again.output
     file.unlink()
-
-
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of compiled steps are run op by op: what inductor makes of them takes seconds, and is not the matter."""
-    monkeypatch.setattr(compiled_step, "_compile_piece", lambda piece, examples, nodes: piece)
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_compiled_steps(folders: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is timed, chosen and decoded is compiled; it is stored beside the other calibration."""
-    file = Path(folders[1]) / "calibration.json"
-    assert command(folders, "--dtype", "float32").exit_code == 0
-    timed = []
-
-    def watch(stepper: Any, *rest: Any) -> Any:
-        timed.append(stepper.target._compiled is not None)
-        return propose(stepper, *rest)
-
-    monkeypatch.setattr(cost, "propose", watch)
-    result = command(folders, "--dtype", "float32", "--compile")
-    assert result.exit_code == 0, result.output
-    assert timed and all(timed) and "steps compiled in" in result.stdout
-    plain, compiled = json.loads(file.read_text())["entries"]
-    assert (plain["compiled"], compiled["compiled"]) == (False, True)
-    assert plain["details"]["costs"]["compile_seconds"] == 0 < compiled["details"]["costs"]["compile_seconds"]
-    for row in compiled["details"]["validation"].values():
-        assert row["steps"] == row["predicted_steps"] and row["same_texts"]
-    file.unlink()
-
-
-def test_steps_that_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is found before anything is measured."""
-    monkeypatch.setattr(trace_module, "decode", None)
-    model = copy.deepcopy(tiny_model("llama"))
-    model.model.layers[0].register_forward_hook(lambda *_: None)
-    with pytest.raises(CompileError, match="the model has hooks"):
-        calibrate(model, untrained(model), make_tokenizer(), CalibrateOptions(compile=True, **QUICK))
 
 
 def test_picture_beside_the_calibration() -> None:

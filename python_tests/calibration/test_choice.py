@@ -9,7 +9,7 @@ import pytest
 import torch
 from memorized import hand_made
 
-from cerberus_ext.calibration.choice import GATE_GAIN, PLAIN, choose, fitted_settings, halves
+from cerberus_ext.calibration.choice import GATE_GAIN, PLAIN, choose, halves
 from cerberus_ext.calibration.cost import StepCosts
 from cerberus_ext.calibration.trace import TracedText
 from cerberus_ext.drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate
@@ -90,15 +90,6 @@ def test_no_gate_for_a_small_gain() -> None:
     found = choose(texts, costs(1.0, 1.97, 3.0, 4.0))
     best = found.tallies[found.best("confidence") or ""].tokens_per_second
     assert found.chosen == PLAIN and 1 < best / found.tallies[PLAIN].tokens_per_second < 1 + GATE_GAIN
-
-
-def test_a_gate_of_compiled_steps_chooses_among_compiled_sizes() -> None:
-    sizes, seconds = (1, 2, 4, 6, 8, 12), tuple((float(nodes),) for nodes in range(6, 12))
-    table = StepCosts(sizes, (10,), seconds[0], seconds)
-    for compiled, among in ((False, sizes), (True, (1, 4, 8, 12))):
-        found = fitted_settings(chains(), replace(table, compiled=compiled))
-        gates = [setting for setting in found.values() if setting.kind == "confidence"]
-        assert gates and all(tuple(one.gate.costs) == among and one.tree.size == 12 for one in gates)
 
 
 def test_settings_are_judged_on_texts_that_they_were_not_fitted_on() -> None:

@@ -176,20 +176,6 @@ def test_seconds_of_steps_that_have_looked() -> None:
     assert looked.seconds == pytest.approx(sum(3 + place / 10 for place in range(7)) + 1.7) and looked.open_steps == 0
 
 
-def test_compiled_steps_are_filled_up() -> None:
-    """A tree is as expensive as that of the next size that is compiled: 4 and 6 nodes, not 3."""
-    text = hand_made([[0, 0]] * 8, logprobs=torch.tensor([0.9, 0.02, 0.02, 0.02]).log().expand(8, 2, 4))
-    text = replace(text, deepest=[7 - place for place in range(8)])
-    by_size = tuple((float(nodes),) for nodes in (1, 2, 4, 6))
-    costs = StepCosts((1, 2, 4, 6), (10,), (1.0,), by_size)
-    # With one draft of each of two heads trees have 3 nodes, where only one draft is of use 2.
-    tree = DynamicPolicy(6, drafts=1)
-    steps = walk([text], tree, AlwaysOpen(), costs, [])
-    filled = walk([text], tree, AlwaysOpen(), replace(costs, compiled=True), [])
-    assert steps.steps == filled.steps == 3 and steps.nodes == filled.nodes == 3 + 3 + 2
-    assert steps.seconds == pytest.approx(3 + 3 + 2) and filled.seconds == pytest.approx(4 + 4 + 4)
-
-
 class Recorded:
     """A proposer that writes down what it is told."""
 

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.cli.main import app
-from cerberus_ext.runtime import compiled_step
 from cerberus_ext.training.options import TrainOptions
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(61))]
@@ -66,24 +65,6 @@ def test_generate_reads_standard_input(folders: tuple[str, str]) -> None:
     piped, given = generate(folders, stdin="w3 w4 w5"), generate(folders, "w3 w4 w5")
     assert piped.exit_code == 0, piped.output
     assert piped.stdout.splitlines()[0] == given.stdout.splitlines()[0]
-
-
-def test_generate_compile(folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With pieces that are run op by op: no test of the command line has to wait for a compiler."""
-    monkeypatch.setattr(compiled_step, "_compile_piece", lambda piece, examples, nodes: piece)
-    plain, compiled = generate(folders, "w3 w4 w5"), generate(folders, "--compile", "w3 w4 w5")
-    assert compiled.exit_code == 0, compiled.output
-    assert re.search(r"tokens per step; compiled in [\d.]+ s\]\n$", compiled.stdout)
-    assert compiled.stdout.splitlines()[0] == plain.stdout.splitlines()[0]
-
-
-def test_generate_compile_fails(folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise OSError("there is no compiler")
-
-    monkeypatch.setattr(compiled_step, "_compile_piece", fail)
-    result = generate(folders, "--compile", "w3 w4 w5")
-    assert result.exit_code == 2 and "--compile: " in result.output and "OSError: there is no compiler" in result.output
 
 
 def test_generate_without_heads(folders: tuple[str, str]) -> None:

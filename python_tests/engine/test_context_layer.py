@@ -1,7 +1,7 @@
 """Heads with a context layer: the text is the model's, and what the heads read depends on the text alone.
 
 Neither on how the tokens came into it: one by one, as accepted drafts, with drafts beside them that were wrong, in
-steps run op by op, replayed or compiled, or in one pass over the finished text.
+steps run op by op, replayed or fused, or in one pass over the finished text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate,
 from cerberus_ext.drafting.heads_drafter import HeadsDrafter
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
-from cerberus_ext.runtime import compiled_step
 from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.runtime.stats import DecodeOutput
 from cerberus_ext.target.model import TargetModel
@@ -154,21 +153,6 @@ def test_pairs_are_the_same_read_or_only_kept(dtype: torch.dtype) -> None:
                 context.keep_nodes(base.cache, states[:, 0], states, tokens, tree)
             kept.append(torch.stack(base.cache.context_planes()))
     assert torch.equal(*kept) and kept[0].any()
-
-
-def test_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_step, "_compile_piece", lambda piece, examples, nodes: piece)
-    model = copy.deepcopy(tiny_model("llama"))
-    text, heads = generated("llama", "cpu", NEW), heads_for(model)
-    outs = [
-        decode(
-            model, heads, prompt(), max_new_tokens=NEW, tree=DynamicPolicy(8, 4), proposers=accepting(text), **options
-        )
-        for options in ({"compile": True}, {})
-    ]
-    assert outs[0].sequences.tolist() == outs[1].sequences.tolist() == text.tolist()
-    assert outs[0].stats.compilations > 0
-    assert outs[0].stats.accepted_histogram == outs[1].stats.accepted_histogram
 
 
 @pytest.mark.parametrize("length", [1, 2, 9])

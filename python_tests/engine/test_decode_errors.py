@@ -169,9 +169,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"stopping_criteria": [3]}, TypeError, "stopping_criteria must be None or a StoppingCriteriaList, got list"),
     ({"graphs": "yes"}, TypeError, "graphs must be None, True or False, got 'yes'"),
     ({"graphs": 1}, TypeError, "graphs must be None, True or False, got 1"),
-    ({"compile": None}, TypeError, "compile must be True or False, got None"),
-    ({"compile": 1}, TypeError, "compile must be True or False, got 1"),
-    ({"compile": True, "graphs": True}, ValueError, "graphs must be None or False where compile is True, got True"),
+    ({"fuse": 1}, TypeError, "fuse must be None, True or False, got 1"),
+    ({"pack": "no"}, TypeError, "pack must be None, True or False, got 'no'"),
     ({"streamer": print}, TypeError, "streamer must have put and end, as transformers' have, got builtin_function"),
 ]
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from cerberus_ext import AlwaysClosed, CerberusConfig, CerberusHeads, Decoder, StaticPolicy, SuffixProposer, decode
 from cerberus_ext.drafting.gate import Gate, Signals
-from cerberus_ext.runtime import compiled_step, runtime
+from cerberus_ext.runtime import runtime
 from cerberus_ext.runtime.recorder import RECORDERS
 from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.runtime.stepper import Chunk
@@ -136,17 +136,15 @@ def test_the_model_is_checked_at_every_text(llama: PreTrainedModel) -> None:
     assert decoder.decode(prompt(), max_new_tokens=NEW).sequences.equal(generated("llama", "cpu", NEW))
 
 
-@pytest.mark.parametrize("tree", [StaticPolicy.from_widths([2, 1]), 9])
-def test_warm_up_compiles_all_sizes(tree: Any, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_step, "_compile_piece", lambda piece, examples, nodes: piece)
-    decoder = Decoder(llama, heads(), tree=tree, compile=True)
-    sizes = 2 if isinstance(tree, StaticPolicy) else 4  # 1, 5; 1, 4, 8, 9
-    assert decoder.warm_up().compilations == sizes
-    assert decoder.warm_up().compilations == 0
+def test_warm_up_makes_the_fused_step(llama: PreTrainedModel) -> None:
+    decoder = Decoder(llama, heads(), tree=9)
+    stats = decoder.warm_up()
+    assert stats.fused and stats.fuse_seconds > 0
     out = decoder.decode(prompt(), max_new_tokens=NEW)
-    assert out.stats.compilations == 0 and out.sequences.equal(generated("llama", "cpu", NEW))
+    assert out.stats.fused and out.stats.fuse_seconds == 0, "it is there"
+    assert out.sequences.equal(generated("llama", "cpu", NEW))
     decoder.close()
-    assert decoder.warm_up().compilations == sizes
+    assert decoder.warm_up().fuse_seconds > 0
 
 
 @pytest.mark.parametrize("tree", [StaticPolicy.from_widths([2, 1]), 9])
@@ -165,7 +163,7 @@ def test_warm_up_records_all_sizes(tree: Any, llama: PreTrainedModel, monkeypatc
 
 def test_warm_up_without_anything_to_prepare(llama: PreTrainedModel) -> None:
     stats = Decoder(llama, heads()).warm_up()
-    assert (stats.compilations, stats.captures) == (0, 0) and stats.fallback is not None
+    assert stats.captures == 0 and stats.fallback is not None
     is_as_it_was(llama)
 
 
@@ -180,15 +178,13 @@ def test_warm_up_refuses_what_decode_refuses(llama: PreTrainedModel) -> None:
     is_as_it_was(llama)
 
 
-def test_warm_up_of_a_model_that_decodes_without_drafts(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compiled_step, "_compile_piece", lambda piece, examples, nodes: piece)
+def test_a_model_that_decodes_without_drafts(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     none = dataclasses.replace(runtime_of(llama).capability(), no_drafts_because="it mixes tokens")
     monkeypatch.setattr(runtime.Runtime, "capability", lambda self: none)
-    decoder = Decoder(llama, heads(), tree=9, compile=True)
-    assert decoder.warm_up().compilations == 1, "the plain step's"
-    assert decoder.decode(prompt(), max_new_tokens=NEW).stats.compilations == 0
+    decoder = Decoder(llama, heads(), tree=9)
+    assert decoder.warm_up().no_drafts_because is None, "nothing is drafted while it warms up"
+    stats = decoder.decode(prompt(), max_new_tokens=NEW).stats
+    assert stats.open_steps == 0 and stats.no_drafts_because == "it mixes tokens"
 
 
 def test_decoders_of_a_model_share_what_is_kept(llama: PreTrainedModel) -> None:

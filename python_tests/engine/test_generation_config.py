@@ -224,15 +224,6 @@ def test_draws_from_processed_logits(llama: PreTrainedModel, monkeypatch: pytest
         assert out.sequences.tolist() == text.tolist() and out.stats.tokens_per_step > 2
 
 
-def test_compiled_steps(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, llama, repetition_penalty=1.3)
-    ids = beginning(18)
-    want = generate(llama, ids, max_new_tokens=12)
-    heads = OracleHeads(want, 1, VOCAB)
-    out = decode(llama, heads, ids, max_new_tokens=12, tree=StaticPolicy.chain(1), streamer=heads, compile=True)
-    assert out.sequences.tolist() == want.tolist() and out.stats.tokens_per_step > 1.5
-
-
 def test_steps_are_not_recorded(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, llama, repetition_penalty=1.3, suppress_tokens=[1])
     reason = r"processed as model.generation_config says \(repetition_penalty, suppress_tokens\)"

@@ -84,18 +84,6 @@ def test_only_what_is_a_draft_is_accepted(tree: str, llama: PreTrainedModel) -> 
     assert out.stats.open_steps == 11
 
 
-def test_compiled_steps(llama: PreTrainedModel) -> None:
-    """A tree of which one node is a draft, and one is none."""
-
-    def best_only(ids: Tensor, logprobs: Tensor) -> None:
-        ids[:, 1] = VOCAB
-
-    heads = SpoiledHeads(best_only)
-    tree = StaticPolicy.from_widths([2])
-    out = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=tree, streamer=heads, compile=True)
-    assert out.sequences.equal(generated("llama", "cpu", NEW)) and out.stats.accepted_histogram == [1, 11]
-
-
 @pytest.mark.parametrize("gate", [None, ConfidenceGate({1: 1.0, 16: 1.01})])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_heads_with_weights_that_are_no_numbers(dtype: torch.dtype, gate: Any) -> None:

@@ -55,11 +55,10 @@ def entry(
     threads: int = 2,
     gate: Gate = GATES["open"],
     tree: TreePolicy = TREE,
-    compiled: bool = False,
 ) -> Calibration:
-    device, dtype, count, _ = key_of(CPU, torch.float32, threads)
+    device, dtype, count = key_of(CPU, torch.float32, threads)
     expected, own = Expected(50.0, 25.0, 1.9, 1.0, 0.25), heads_fingerprint(heads)
-    return Calibration(device, dtype, count, own, "model", tree, gate, expected, {"texts": 3}, compiled)
+    return Calibration(device, dtype, count, own, "model", tree, gate, expected, {"texts": 3})
 
 
 def found(heads: CerberusHeads, threads: int = 2, dtype: torch.dtype = torch.float32) -> Calibration | None:
@@ -112,24 +111,6 @@ def test_found_for_its_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found(heads, threads=1) is None and found(heads, dtype=torch.bfloat16) is None
     monkeypatch.setattr(store, "_device_name", lambda device: "another processor")
     assert found(heads, threads=2) is None
-
-
-def test_compiled_steps_have_their_own(tmp_path: Path) -> None:
-    """Where there is none, that of the others serves them, but never the other way round."""
-    heads = saved_heads(tmp_path)
-    save(heads, entry(heads, compiled=True, gate=GATES["confidence"]))
-    assert found(heads) is None and find(heads, CPU, torch.float32, 1, compiled=True) is None
-    compiled = find(heads, CPU, torch.float32, 2, compiled=True)
-    assert compiled is not None and compiled.compiled and isinstance(compiled.gate, ConfidenceGate)
-    save(heads, entry(heads, gate=GATES["entropy"]))
-    save(heads, entry(heads, compiled=True))
-    assert len(store.read_entries(tmp_path / "calibration.json")) == 2
-    for anew in (heads, CerberusHeads.from_pretrained(tmp_path)):
-        assert isinstance(found(anew).gate, EntropyGate) and not found(anew).compiled
-        assert isinstance(find(anew, CPU, torch.float32, 2, compiled=True).gate, AlwaysOpen)
-    other = saved_heads(tmp_path / "other")
-    save(other, entry(other))
-    assert find(other, CPU, torch.float32, 2, compiled=True) is not None and not found(other).compiled
 
 
 def test_files_of_the_first_format_are_refused(tmp_path: Path) -> None:
@@ -384,11 +365,9 @@ def test_decode_uses_it(given: dict, nodes: set[int], tmp_path: Path) -> None:
     assert used == nodes != default
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_which_of_them_decode_uses(compiled: bool, tmp_path: Path) -> None:
+def test_which_of_them_decode_uses(tmp_path: Path) -> None:
     model, heads = tiny_model("llama"), saved_heads(tmp_path)
     save(heads, entry(heads, torch.get_num_threads()))
-    save(heads, entry(heads, torch.get_num_threads(), tree=DynamicPolicy(9), compiled=True))
-    plan = make_plan(model, heads, None, None, None, compiled)
-    assert plan.policy == (DynamicPolicy(9) if compiled else TREE)
-    assert plan.policy.sizes == ((1, 4, 8, 9) if compiled else (1, 4, 5)), "a calibrated size is compiled itself"
+    save(heads, entry(heads, torch.get_num_threads() + 1, tree=DynamicPolicy(9)))
+    plan = make_plan(model, heads)
+    assert plan.policy == TREE and plan.policy.sizes == (1, 4, 5), "a calibrated size is recorded itself"

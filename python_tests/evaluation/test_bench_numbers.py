@@ -30,7 +30,6 @@ def stats(histogram: list[int], open_steps: int, prefill: float = 0.25) -> dict[
         "accepted_histogram": histogram,
         "trace": [[8 if step < open_steps else 1, []] for step in range(steps)],
         "seconds": {"prefill": prefill, "draft": 0.125, "verify": 0.5, "commit": 0.125},
-        "compile_seconds": 0.0,
     }
 
 
@@ -195,7 +194,7 @@ def test_violations(dtype: str, way: str, exact: bool, gap: float, violations: i
 
 
 @pytest.mark.parametrize(("exact", "violations"), [(True, 2), (False, 0)])
-def test_near_ties_of_compiled_steps(exact: bool, violations: int, tmp_path: Path) -> None:
+def test_near_ties_of_rounding(exact: bool, violations: int, tmp_path: Path) -> None:
     """They are right where a way has not to be the same to the bit."""
     parted = {"cerberus": part(0.4, exact)}
     found = summarize(results(tmp_path / "r", "bfloat16", parted))["equality"]

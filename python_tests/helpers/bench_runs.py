@@ -51,17 +51,15 @@ def ways(context):
     return file
 
 
-def calibrated(
-    folder: Path, target: Path, gate: Any, tree: DynamicPolicy | None = None, compiled: bool = False
-) -> Path:
+def calibrated(folder: Path, target: Path, gate: Any, tree: DynamicPolicy | None = None) -> Path:
     """A copy of the heads, with a calibration for this machine. tree: None: of 5 nodes."""
     shutil.copytree(folder / "heads", target, dirs_exist_ok=True)
     heads = CerberusHeads.from_pretrained(target)
-    device, dtype, threads, _ = key_of(torch.device("cpu"), torch.float32, torch.get_num_threads())
+    device, dtype, threads = key_of(torch.device("cpu"), torch.float32, torch.get_num_threads())
     expected = Expected(50.0, 25.0, 2.0, 1.0, 0.1)
     own = heads_fingerprint(heads)
     save(
         heads,
-        Calibration(device, dtype, threads, own, "model", tree or DynamicPolicy(5), gate, expected, compiled=compiled),
+        Calibration(device, dtype, threads, own, "model", tree or DynamicPolicy(5), gate, expected),
     )
     return target

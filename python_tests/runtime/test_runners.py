@@ -1,11 +1,10 @@
-"""Where a text ends, however its steps run: op by op, compiled, or recorded and replayed, with drafts of every kind.
+"""Where a text ends, however its steps run: op by op, fused, or recorded and replayed, with drafts of every kind.
 
 The text is the model's own, cut where it has to end, and the counts are those of steps that run op by op.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,6 @@ from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import AlwaysClosed, ConfidenceGate
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
-from cerberus_ext.runtime import compiled_step
 from cerberus_ext.runtime.stats import DecodeOutput
 
 NEW = 24
@@ -52,16 +50,14 @@ DRAFTS: dict[str, Callable[[Any, Tensor], tuple[Any, dict[str, Any]]]] = {
 every_kind = pytest.mark.parametrize("drafts", DRAFTS)
 
 
-@pytest.fixture(params=["op by op", "compiled", "recorded"])
-def runner(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DecodeOutput]:
+@pytest.fixture(params=["op by op", "fused", "recorded"])
+def runner(request: pytest.FixtureRequest, device: str) -> Callable[..., DecodeOutput]:
     """runner(model, heads, ids, **options): `decode` with steps of one kind."""
-    options: dict[str, Any] = {"graphs": False}
-    if request.param == "compiled":
-        if device != "cpu" or shutil.which("g++") is None:
-            pytest.skip("steps are compiled on a CPU, where there is a C++ compiler")
-        # Compiling takes seconds, and changes nothing here: what is compiled is run op by op.
-        monkeypatch.setattr(compiled_step, "_compile_piece", lambda piece, examples, nodes: piece)
-        options = {"compile": True}
+    options: dict[str, Any] = {"graphs": False, "fuse": False}
+    if request.param == "fused":
+        if device != "cpu":
+            pytest.skip("steps are fused on a CPU")
+        options = {"fuse": True}
     elif request.param == "recorded":
         request.getfixturevalue("recorders")
         options = {"graphs": True}
@@ -69,6 +65,7 @@ def runner(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.Monk
     def run(model: Any, heads: Any, ids: Tensor, **more: Any) -> DecodeOutput:
         out = decode(model, heads, ids, streamer=heads if hasattr(heads, "put") else None, **options, **more)
         assert out.stats.graphed_steps == (out.stats.steps if request.param == "recorded" else 0)
+        assert out.stats.fused == (request.param == "fused")
         return out
 
     return run

@@ -16,8 +16,8 @@ from torch import Tensor
 from .place import place
 from .program import Attention, Base, Instruction, Product, Program, RowOp, Rows, Space, View, dense_strides, size_of
 from .rules import EMITTERS
-from .trace import NODES, Call, NotFused, Ref, Trace, refs
-from .values import Kind, Values, node_axis
+from .trace import NODES, Call, NotFused, Ref, Trace, node_axis, refs
+from .values import Kind, Values
 from .views import ARRANGING, RESHAPING, broadcast, reshaped
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ class Lowering:
         for call in calls:
             weight = self.values.constant(call.args[1].number)
             transposed = len(call.args) > 3 and call.args[3]
-            weights.append(weight.t() if transposed else weight)
+            weights.append(weight.t().contiguous() if transposed else weight)
             biases.append(None if call.args[2] is None else self.values.constant(call.args[2].number))
         output = Base(sum(len(weight) for weight in weights), self.dtype)
         names = [str(call.args[1].number) for call in calls]

@@ -112,6 +112,9 @@ def _drop_copies(rows: Rows, elsewhere: set[Base], results: Sequence[Base]) -> N
         made = makers.get(base, [])
         if len(made) == 1 and _redirect(made[0], copy):
             rows.instructions.remove(copy)
+            assert copy.to.base is not None
+            others = makers[copy.to.base]
+            others[others.index(copy)] = made[0]
 
 
 def _redirect(maker: Instruction, copy: Instruction) -> bool:

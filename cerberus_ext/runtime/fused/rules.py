@@ -86,10 +86,23 @@ def _cat(lowering: Lowering, call: Call) -> View:
     begin = 0
     for part in call.args[0]:
         size = lowering.trace.shapes[part.number][axis]
+        if size == 0:
+            continue
         shape = (*to.shape[:axis], size, *to.shape[axis + 1 :])
         place = replace(to, shape=shape, offset=to.offset + begin * to.strides[axis])
         lowering.emit(RowOp.COPY, place, lowering.operand(part, shape))
         begin += size
+    return to
+
+
+def _stack(lowering: Lowering, call: Call) -> View:
+    to = lowering.new(call.outputs[0])
+    axis = (call.args[1] if len(call.args) > 1 else 0) % len(to.shape)
+    rest = [i for i in range(len(to.shape)) if i != axis]
+    for number, part in enumerate(call.args[0]):
+        shape, strides = (tuple(of[i] for i in rest) for of in (to.shape, to.strides))
+        place = View(to.base, shape, strides, to.offset + number * to.strides[axis])
+        lowering.emit(RowOp.COPY, place, lowering.operand(part, shape))
     return to
 
 
@@ -163,6 +176,7 @@ EMITTERS: dict[Any, Emitter] = {
     _ATEN._to_copy.default: _copy,
     _ATEN.expand.default: _expand,
     _ATEN.cat.default: _cat,
+    _ATEN.stack.default: _stack,
     _ATEN.native_layer_norm.default: _layer_norm,
     torch.ops.cerberus_ext.activation.default: _activation,
 }

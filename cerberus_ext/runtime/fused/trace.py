@@ -187,3 +187,11 @@ def refs(call: Call) -> list[int]:
     collect(call.args)
     collect(tuple(call.kwargs.values()))
     return found
+
+
+def node_axis(shape: Iterable[int], what: Any = "a value") -> int:
+    """Where the axis of the nodes is. Raises NotFused where there is none, or where it is merged with another."""
+    axes = [axis for axis, size in enumerate(shape) if size == NODES]
+    if len(axes) != 1:
+        raise NotFused(f"{what} of shape {tuple(shape)} is not one row for each node (N = {NODES})")
+    return axes[0]

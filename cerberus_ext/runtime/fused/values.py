@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import Enum
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .trace import NODES, Call, NotFused, Trace, evaluate, refs
+from .trace import NODES, Call, Trace, evaluate, node_axis, refs
+from .views import ARRANGING, RESHAPING
 
 
 class Kind(Enum):
@@ -44,6 +44,8 @@ class Values:
         kinds = {self.kinds[number] for number in refs(call)}
         if not kinds - {Kind.CONSTANT}:
             return Kind.CONSTANT
+        if kinds == {Kind.TOKENS} and (call.op in RESHAPING or call.op in ARRANGING):
+            return Kind.TOKENS
         return Kind.POSITIONAL if not kinds - {Kind.CONSTANT, Kind.POSITIONAL} else Kind.ROW
 
     def constant(self, number: int) -> Tensor:
@@ -66,7 +68,7 @@ class Values:
         parts: dict[int, list[Tensor]] = {number: [] for number in numbers}
         for begin in range(0, positions, NODES):
             found = dict(self._constants)
-            found[self.trace.positions] = torch.arange(begin, begin + NODES)[None]
+            found[self.trace.positions] = torch.arange(begin, begin + NODES).clamp(max=positions - 1)[None]
             for call in calls:
                 found |= zip(call.outputs, evaluate(call, found), strict=True)
             for number in numbers:
@@ -82,11 +84,3 @@ class Values:
                 calls.append(call)
                 needed.update(refs(call))
         return calls[::-1]
-
-
-def node_axis(shape: Iterable[int], what: Any = "a value") -> int:
-    """Where the axis of the nodes is. Raises NotFused where there is none, or where it is merged with another."""
-    axes = [axis for axis, size in enumerate(shape) if size == NODES]
-    if len(axes) != 1:
-        raise NotFused(f"{what} of shape {tuple(shape)} is not one row for each node (N = {NODES})")
-    return axes[0]

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from .program import View, size_of
-from .trace import NODES, NotFused
-from .values import node_axis
+from .trace import NODES, NotFused, node_axis
 
 aten = torch.ops.aten
 
