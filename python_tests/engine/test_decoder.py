@@ -125,7 +125,7 @@ def test_arguments_are_checked_where_they_are_given(llama: PreTrainedModel) -> N
         decoder.decode(prompt(), tree=8)
     with pytest.raises(ValueError, match="decode: max_new_tokens must be >= 0, got -1"):
         decoder.stream(prompt(), max_new_tokens=-1)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'streamer'"):
+    with pytest.raises(TypeError, match="decode: got an unexpected option 'streamer'"):
         decoder.stream(prompt(), streamer=None)
     is_as_it_was(llama)
 
