@@ -20,8 +20,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from ..drafting.heads import CerberusHeads, fingerprint, output_matrix
+from ..drafting.tree import MAX_NODES
 from ..engine import checks
-from ..engine.calibration_entries import MAX_NODES, Calibration, Expected
+from ..engine.calibration_entries import Calibration, Expected
 from ..engine.calibration_store import FILE, find, heads_fingerprint, key_of, place, read_entries, save
 from ..engine.forked import threads_after_fork
 from ..io.files import check_output_folder, check_writable, read_object, write_json

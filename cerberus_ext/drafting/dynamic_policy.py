@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from .. import _host
-from ..io.checks import check_integer
+from ..io.checks import call, check_integer
 from .proposers import (
     HeadsProposer,
     HeadsSignals,
@@ -23,7 +23,7 @@ from .proposers import (
     join_tables,
 )
 from .suffix import SuffixProposer
-from .tree import Tree, TreePolicy
+from .tree import MAX_NODES, Tree, TreePolicy
 
 MAX_DRAFTS = 32  # that `ops.draft_topk` gives
 # Of steps with fewer nodes than the largest tree. Each takes a while to record, so powers of two, without 2.
@@ -34,7 +34,7 @@ _MIN_FILLED = 4
 class DynamicPolicy(TreePolicy):
     """Every step verifies the `size` most likely nodes, the pending token included, of what the proposers draft.
 
-    size: >= 2. drafts: of each head that compete, 1..32; of more than size - 1 none could win.
+    size: 2..1024. drafts: of each head that compete, 1..32; of more than size - 1 none could win.
     platt: (slope, shift) of every head, where its probabilities p are to be read as
         sigmoid(slope * logit(p) + shift); None: as they are.
     """
@@ -45,7 +45,7 @@ class DynamicPolicy(TreePolicy):
     looks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_integer("DynamicPolicy: size", self.size, 2)
+        check_integer("DynamicPolicy: size", self.size, 2, MAX_NODES)
         check_integer("DynamicPolicy: drafts", self.drafts, 1, MAX_DRAFTS)
         if self.platt is not None:
             message = f"DynamicPolicy: platt must be (slope, shift) of every head, got {self.platt!r}"
@@ -93,7 +93,7 @@ class DynamicTrees:
 
     def extend(self, tokens: list[int]) -> None:
         for proposer in self._proposers:
-            proposer.extend(tokens)
+            call(f"decode: proposers: {type(proposer).__name__}.extend", proposer.extend, tokens)
 
     def grow(self, heads: HeadsSignals, max_depth: int, weighed: bool) -> Tree:
         depth = min(max_depth, self._policy.size - 1)

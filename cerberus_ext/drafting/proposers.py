@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..io.checks import call
 from .platt import PlattScaling, reading
 
 
@@ -84,19 +85,26 @@ class DraftTable(NamedTuple):
 
 def make_proposer(maker: ProposerFactory, number: int, text: list[int]) -> Proposer:
     """A proposer for `text`. number: the maker's place in decode's `proposers`. Raises TypeError where it is none."""
-    proposer: Any = maker(text)
-    if not all(callable(getattr(proposer, name, None)) for name in ("extend", "propose")):
+    proposer: Any = maker
+    # A class makes what has its methods. One that has not, SuffixProposer say, would take the text for its settings.
+    if not isinstance(maker, type) or _proposes(maker):
+        proposer = call(f"decode: proposers[{number}]", maker, text)
+    if not _proposes(proposer):
         raise TypeError(
             f"decode: proposers[{number}] must make what has extend and propose, see Proposer,"
-            f" got {type(proposer).__name__}"
+            f" got {maker.__name__ if isinstance(maker, type) else type(proposer).__name__}"
         )
     return proposer
+
+
+def _proposes(proposer: Any) -> bool:
+    return all(callable(getattr(proposer, name, None)) for name in ("extend", "propose"))
 
 
 def ask_proposer(proposer: Proposer, max_depth: int) -> Drafts:
     """Its drafts, checked for their form; `check_values` is for where they turn out wrong. Raises ValueError."""
     name = type(proposer).__name__
-    answer: Any = proposer.propose(max_depth)
+    answer: Any = call(f"decode: proposers: {name}.propose", proposer.propose, max_depth)
     if not isinstance(answer, tuple) or len(answer) != 2:
         raise ValueError(
             f"decode: proposers: {name}.propose must return (tokens, probabilities), got {type(answer).__name__}"

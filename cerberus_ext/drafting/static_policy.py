@@ -165,6 +165,7 @@ class StaticPolicy(TreePolicy):
     @staticmethod
     def from_widths(widths: Sequence[int]) -> StaticPolicy:
         """Every node at depth d - 1 is followed by head d's widths[d - 1] best drafts: [3, 2] has 1 + 3 + 6 nodes."""
+        widths = _integers("StaticPolicy.from_widths: widths", widths)
         paths: list[Path] = []
         level: list[Path] = [()]
         for index, width in enumerate(widths):
@@ -179,6 +180,8 @@ class StaticPolicy(TreePolicy):
 
         The beginnings of a path come with it, in front of it where they are not there yet.
         """
+        if isinstance(paths, str | bytes) or not isinstance(paths, Iterable):
+            raise TypeError(f"StaticPolicy.from_paths: paths must be a sequence of paths, got {paths!r}")
         node: dict[Path, int] = {(): 0}
         for index, ranks in enumerate(paths):
             path = _integers(f"StaticPolicy.from_paths: paths[{index}]", ranks)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _host
+from ..io.checks import check_integer
 
 # Probability that the token after a match of 0, 1, 2 ... tokens is the drafted one, in 1898 answers (382,584 tokens; a
 # quarter greedy, a quarter at temperature 0.3, the others at 0.7) of SmolLM2-135M-Instruct to questions of
@@ -23,6 +24,7 @@ _USUAL = np.array(
 )  # fmt: skip
 _WEIGHT = 10  # tries of a text that count as much as what is usual
 _MOST = 0.995  # no draft is certain
+_LONGEST_MATCH, _MOST_TOKENS = 1024, 1 << 30  # csrc/search/suffix_index.h
 
 
 def probabilities_by_match(record: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -36,11 +38,15 @@ def probabilities_by_match(record: NDArray[np.int64]) -> NDArray[np.float64]:
 class SuffixProposer:
     """For `decode(proposers=...)`: the longest match of the text's end with its own past, and what followed it.
 
-    max_match: tokens that a match is followed back, >= 1. max_tokens: of a text that are remembered, about.
+    max_match: tokens that a match is followed back, 1..1024. max_tokens: of a text that are remembered, about, from 2.
     """
 
     max_match: int = 24
     max_tokens: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        check_integer("SuffixProposer: max_match", self.max_match, 1, _LONGEST_MATCH)
+        check_integer("SuffixProposer: max_tokens", self.max_tokens, 2, _MOST_TOKENS)
 
     def __call__(self, prompt: list[int]) -> SuffixDrafts:
         index = _host.SuffixIndex(self.max_match, self.max_tokens)
@@ -66,10 +72,14 @@ class DocumentProposer:
     """For `decode(proposers=...)`: as SuffixProposer, but matches are looked for in documents that were read before.
 
     documents: token ids of each, as the model's tokenizer gives them. They are indexed here, once; texts share the
-    index. max_match: tokens that a match is followed back, >= 1. Raises ValueError for what are no token ids.
+    index. max_match: tokens that a match is followed back, 1..1024. Raises TypeError where an argument is something
+    else, and ValueError for what are no token ids.
     """
 
     def __init__(self, documents: Iterable[Sequence[int]], max_match: int = 24) -> None:
+        if isinstance(documents, str | bytes) or not isinstance(documents, Iterable):
+            raise TypeError(f"DocumentProposer: documents must be a sequence of token ids' lists, got {documents!r}")
+        check_integer("DocumentProposer: max_match", max_match, 1, _LONGEST_MATCH)
         documents = list(documents)
         tokens = sum(len(document) for document in documents if isinstance(document, Sized))
         self._index = _host.SuffixIndex(max_match, max(2, 2 * tokens))  # nothing is forgotten

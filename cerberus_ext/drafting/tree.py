@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import _host
 from .proposers import HeadsSignals, Proposer, ProposerFactory
 
+MAX_NODES = 1024  # of a tree that policies make: far beyond what is ever fastest
 HEADS = 0  # the heads' number among the proposers; decode's `proposers` follow
 
 

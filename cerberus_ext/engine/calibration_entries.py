@@ -9,10 +9,8 @@ from typing import Any
 from ..drafting.dynamic_policy import DynamicPolicy
 from ..drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from ..drafting.static_policy import StaticPolicy
-from ..drafting.tree import TreePolicy
+from ..drafting.tree import MAX_NODES, TreePolicy
 from ..io.checks import check_integer
-
-MAX_NODES = 1024  # of a tree: far beyond what is ever fastest
 
 Key = tuple[str, str, int]  # device, dtype, threads: what an entry belongs to
 

@@ -14,7 +14,7 @@ from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList
 
 from ..drafting.dynamic_policy import DynamicPolicy
 from ..drafting.gate import SIGNALS
-from ..drafting.tree import TreePolicy
+from ..drafting.tree import MAX_NODES, TreePolicy
 from ..io.checks import as_number, check_integer, check_number
 from ..runtime.sampling import Sampling
 
@@ -133,7 +133,7 @@ def _check_attention_mask(attention_mask: Any, ids: Tensor) -> None:
 def check_tree(tree: Any) -> TreePolicy:
     """A number of nodes is the DynamicPolicy with so many."""
     if (nodes := as_number(tree, int)) is not None:
-        return DynamicPolicy(check_integer("decode: tree", nodes, 2))
+        return DynamicPolicy(check_integer("decode: tree", nodes, 2, MAX_NODES))
     if not isinstance(tree, TreePolicy):
         raise TypeError(
             "decode: tree must be a number of nodes, a StaticPolicy, a DynamicPolicy or None, got"

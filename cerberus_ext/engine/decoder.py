@@ -43,6 +43,15 @@ class Options(TypedDict, total=False):
     stopping_criteria: list[Any] | None
 
 
+def _known(options: Options) -> Options:
+    """Raises TypeError where one is no option of a text."""
+    known = Options.__annotations__
+    for name in options:
+        if name not in known:
+            raise TypeError(f"decode: got an unexpected option {name!r}, those of a text are {', '.join(known)}")
+    return options
+
+
 @dataclass
 class _Request:
     """One text that is to be generated, checked."""
@@ -101,7 +110,7 @@ class Decoder:
 
     def run(self, ids: Any, *, streamer: Any = None, **options: Unpack[Options]) -> DecodeOutput:
         """As `decode`, but `streamer.end` is the caller's to call."""
-        request = self._request(ids, streamer, **options)
+        request = self._request(ids, streamer, **_known(options))
         for _ in self._generate(request, 5):
             pass
         return DecodeOutput(request.text.sequences(), request.stats)
@@ -112,7 +121,7 @@ class Decoder:
         `stats` are those of this text. From the first chunk on, until the stream ends or is closed, the model is
         decoding: no other text can begin. Arguments are checked at once.
         """
-        return self._generate(self._request(ids, None, **options), 2)
+        return self._generate(self._request(ids, None, **_known(options)), 2)
 
     def warm_up(self) -> DecodeStats:
         """Makes the fused step, or records a step of each number of nodes, so that no later text waits for one.

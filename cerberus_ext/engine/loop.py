@@ -11,7 +11,7 @@ from torch import Tensor
 from ..drafting.gate import Gate, Signals
 from ..drafting.proposers import HeadsSignals
 from ..drafting.tree import ALONE, Tree, TreePolicy, Trees
-from ..io.checks import check_integer
+from ..io.checks import call, check_integer
 from ..runtime.stepper import Chunk, Stepper
 from .plan import Plan
 from .text import GeneratedText
@@ -41,7 +41,8 @@ def propose(step: StepSignals, policy: TreePolicy, gate: Gate, trees: Trees, max
         step.entropy() if "entropy" in gate.needs else None,
         None if tree is None else tree.expected_tokens,
     )
-    nodes = check_integer(f"decode: gate: what {type(gate).__name__}.decide returns", gate.decide(signals))
+    decide = f"{type(gate).__name__}.decide"
+    nodes = check_integer(f"decode: gate: what {decide} returns", call(f"decode: gate: {decide}", gate.decide, signals))
     if nodes < 2:
         return ALONE
     return (tree or trees.grow(step, max_depth, False)).first(nodes)

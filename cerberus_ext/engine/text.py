@@ -10,6 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from ..io.checks import call
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -68,7 +70,7 @@ class GeneratedText:
     def begin(self) -> None:
         """Hands out the prompt: once everything that may be refused has been looked at."""
         if self._streamer is not None:
-            self._streamer.put(self.prompt.cpu())
+            call("decode: streamer.put", self._streamer.put, self.prompt.cpu())
 
     def add(self, tokens: list[int]) -> list[int]:
         """Takes the next tokens -> those it has taken; the ones after the end are dropped."""
@@ -78,7 +80,7 @@ class GeneratedText:
             self.tokens.append(token)
             self.remaining -= 1
             if self._streamer is not None:
-                self._streamer.put(torch.tensor([token]))
+                call("decode: streamer.put", self._streamer.put, torch.tensor([token]))
             self.stopped = token in self._eos_token_ids or self._meets_criterion()
         return tokens
 
@@ -89,4 +91,4 @@ class GeneratedText:
     def _meets_criterion(self) -> bool:
         if self._stopping_criteria is None:
             return False
-        return bool(self._stopping_criteria(self.sequences(), None).any())
+        return bool(call("decode: stopping_criteria", self._stopping_criteria, self.sequences(), None).any())

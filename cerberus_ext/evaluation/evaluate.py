@@ -8,8 +8,8 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class BenchOptions:
     tree_size: int | None = None
     entropy_threshold: float | None = None
     seed: int = 0
+    more_ways: tuple[Callable[[Context], list[Way]], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, least in (("new_tokens", 1), ("rounds", 1), ("seed", 0), ("tree_size", 2)):
@@ -70,6 +71,7 @@ class BenchOptions:
             raise ValueError("bench: entropy_threshold must be a number, got nan")
         if not self.turns or min(self.turns) < 1 or sorted(set(self.turns)) != list(self.turns):
             raise ValueError(f"bench: turns must be ascending numbers >= 1, got {self.turns}")
+        object.__setattr__(self, "more_ways", tuple(map(ways_of_file, self.way_files)))
 
 
 def evaluate(
@@ -104,8 +106,8 @@ def evaluate(
     if threshold is None and (options.ways is None or ENTROPY in options.ways):
         threshold = find_threshold(context, questions, results)
     ways, missing = built_in_ways(context, medusa, draft, threshold)
-    for file in options.way_files:
-        ways += ways_of_file(file, context)
+    for more in options.more_ways:
+        ways += more(context)
     ways = select(ways, missing, options.ways)
     about = {
         "date": datetime.date.today().isoformat(),
@@ -150,14 +152,14 @@ def identity_of(
 def begin_folder(out: Path) -> Results:
     """The results in the folder of a run, none where it is new; makes nothing.
 
-    Raises ValueError where it holds files that a run would write over and that none has made, OSError where it cannot
-    be written to.
+    Raises ValueError where it holds a model or heads, or files that a run would write over and that none has made,
+    OSError where it cannot be written to.
     """
     try:
         results = Results(out / RESULTS_FILE)
     except ValueError as error:
         raise ValueError(f"bench: out: {error}") from None
-    foreign = () if results.identity is not None else REPORT_FILES
+    foreign = ("config.json", *(() if results.identity is not None else REPORT_FILES))
     check_output_folder("bench: out", out, (out / name for name in foreign), "cerberus bench")
     return results
 

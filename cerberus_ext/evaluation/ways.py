@@ -13,7 +13,7 @@ Those that are built in, and what each of them is, are in `built_in_ways`.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -188,7 +188,7 @@ def calibrated_way(name: str, context: Context, calibration: Calibration) -> Dec
 
 
 def describe(tree: TreePolicy) -> str:
-    return f"{'dynamic ' if isinstance(tree, DynamicPolicy) else ''}tree of {tree.size} nodes"
+    return f"{'dynamic ' if tree.looks else ''}tree of {tree.size} nodes"
 
 
 def model_name(model: PreTrainedModel) -> str:
@@ -203,8 +203,8 @@ def assistant(context: Context, model: PreTrainedModel, tokenizer: PreTrainedTok
     return {"assistant_model": model, "tokenizer": context.tokenizer, "assistant_tokenizer": tokenizer}
 
 
-def ways_of_file(argument: str, context: Context) -> list[Way]:
-    """argument: FILE.py or FILE.py:ARGUMENT -> what the file's `ways` makes.
+def ways_of_file(argument: str) -> Callable[[Context], list[Way]]:
+    """argument: FILE.py or FILE.py:ARGUMENT -> what calls the file's `ways`. The file is run here.
 
     Raises ValueError where there is no such file or it has no such function.
     """
@@ -218,7 +218,7 @@ def ways_of_file(argument: str, context: Context) -> list[Way]:
     spec.loader.exec_module(module)
     if not callable(getattr(module, "ways", None)):
         raise ValueError(f"bench: way must name a file with a function ways(context), {file.name} has none")
-    return list(module.ways(replace(context, argument=rest or None)))
+    return lambda context: list(module.ways(replace(context, argument=rest or None)))
 
 
 def select(ways: Sequence[Way], missing: dict[str, str], names: Sequence[str] | None) -> list[Way]:

@@ -1,13 +1,26 @@
-"""Checks of numbers that a user gives: every message names the argument, what it must be and what it is."""
+"""Checks of what a user gives: every message names the argument, what it must be and what it is."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
+
+R = TypeVar("R")
+
+
+def call(what: str, function: Callable[..., R], *arguments: Any) -> R:
+    """The answer of a function of the user's. Raises RuntimeError, naming it, where it raises StopIteration.
+
+    That would end a generator that it comes through, or arrive as an error of the generator's.
+    """
+    try:
+        return function(*arguments)
+    except StopIteration as error:
+        raise RuntimeError(f"{what} must not raise StopIteration") from error
 
 
 def as_number(value: Any, kind: type) -> Any:

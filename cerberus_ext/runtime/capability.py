@@ -44,6 +44,10 @@ _STRIDE = 7919  # between the token ids of the proof; any, as long as they diffe
 _LARGEST_DIFFERENCE = {torch.float32: 0.02, torch.float16: 0.3, torch.bfloat16: 0.3}
 
 
+# What a model that cannot run may raise.
+_MODEL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
+
+
 @dataclass(frozen=True)
 class Capability:
     """way: how steps run. inexact_because, no_drafts_because: as in DecodeStats."""
@@ -75,13 +79,31 @@ def examine(model: PreTrainedModel) -> Capability:
         raise ValueError(
             f"decode: model must have keys and values of one shape in all layers, {name} has not: {reason}"
         ) from error
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
+    except _MODEL_ERRORS as error:
         if str(error).startswith("decode:"):
             raise
+        if interruption := _interruption(error):
+            raise interruption from None
         reason = next(iter(str(error).splitlines()), "") or "no reason given"
         raise ValueError(
             f"decode: model must run over a tree of drafts, {name} does not: {type(error).__name__}: {reason}"
         ) from error
+
+
+def _interruption(error: BaseException) -> BaseException | None:
+    """What came from outside, a signal handler say, and led to the error; None: there is no such thing.
+
+    torch's stack of modes is not safe against it: interrupted between two of its own lines, it raises an error of its
+    own on the way out. An ImportError is what models raise theirs for that miss a package.
+    """
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        if not isinstance(link, (*_MODEL_ERRORS, ImportError)):
+            return link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return None
 
 
 def _read(model: PreTrainedModel) -> Capability:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from training_runs import CLI, WORDS, model_folder, start
+from training_runs import WORDS, model_folder, start
 from typer.testing import CliRunner
+from warm_process import CLOSED, WarmProcess
 
 from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.cli import generate as generate_command
@@ -201,27 +198,16 @@ def test_mistakes_of_ours_are_a_line_too(root: Path, monkeypatch: pytest.MonkeyP
     assert result.exit_code == 2 and "Traceback" in result.stderr and "in mistake" in result.stderr
 
 
-def run(*arguments: str | Path, stdout: int) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(
-        [sys.executable, *CLI, *map(str, arguments)],
-        cwd=tempfile.gettempdir(), env=environment, stdout=stdout, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def test_nobody_reads_standard_output_or_it_is_full(root: Path) -> None:
-    """Two processes at once: most of their time is imports."""
+@pytest.mark.parametrize(
+    ("stdout", "status", "message"), [(CLOSED, 141, ""), ("/dev/full", 2, "standard output: No space left on device")]
+)
+def test_nobody_reads_standard_output_or_it_is_full(root: Path, stdout: str, status: int, message: str) -> None:
     command = ["generate", "--model", root / "model", "--heads", root / "heads", "--max-new-tokens", "240", "w3 w4"]
-    piped = run(*command, stdout=subprocess.PIPE)
-    assert piped.stdout is not None
-    piped.stdout.close()
-    with open("/dev/full", "wb") as full:
-        no_room = run(*command, stdout=full.fileno())
-        errors = [one.communicate(timeout=100)[1].decode() if one is no_room else one.stderr.read().decode()  # type: ignore[union-attr]
-                  for one in (piped, no_room)]  # fmt: skip
-    assert piped.wait(timeout=100) == 141 and no_room.returncode == 2
-    assert not any("Traceback" in text or "Exception" in text for text in errors)
-    assert "cerberus: standard output: No space left on device" in errors[1]
+    process = WarmProcess(*command, stdout=stdout)
+    error, _ = process.communicate(timeout=100)
+    assert process.returncode == status, error
+    assert "Traceback" not in error and "Exception" not in error
+    assert f"cerberus: {message}" in error if message else not error
 
 
 def test_an_interrupt_is_one_line(root: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -87,8 +88,29 @@ def test_suffix_proposer_settings() -> None:
     assert pairs(SuffixProposer()([1, 2, 3, 4, 2, 5, 1, 2]).propose(1))[0][0] == 3
     forgetful = SuffixProposer(max_tokens=4)([1, 2, 3, 4, 5, 6, 7, 8, 1])
     assert pairs(forgetful.propose(1)) == []
-    with pytest.raises(ValueError, match="max_match must be in 1 .. 1024, got 0"):
-        SuffixProposer(max_match=0)([1])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: SuffixProposer("x"), TypeError, "SuffixProposer: max_match must be an integer, got 'x'"),
+        (lambda: SuffixProposer(0), ValueError, "SuffixProposer: max_match must be in 1..1024, got 0"),
+        (lambda: SuffixProposer(1025), ValueError, "SuffixProposer: max_match must be in 1..1024, got 1025"),
+        (lambda: SuffixProposer(8, 1), ValueError, "SuffixProposer: max_tokens must be in 2..1073741824, got 1"),
+        (lambda: DocumentProposer(3), TypeError, "DocumentProposer: documents must be a sequence of .*, got 3"),
+        (lambda: DocumentProposer("abc"), TypeError, "DocumentProposer: documents must be a sequence of .*, got 'abc'"),
+        (lambda: DocumentProposer([[1]], 2.0), TypeError, "DocumentProposer: max_match must be an integer, got 2.0"),
+        (lambda: DocumentProposer([[1]], 0), ValueError, "DocumentProposer: max_match must be in 1..1024, got 0"),
+    ],
+)
+def test_wrong_settings(make: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}$"):
+        make()
+
+
+def test_the_limits_are_those_of_the_index() -> None:
+    for settings in ((1024, 2), (1, 1 << 30)):
+        assert pairs(SuffixProposer(*settings)([1]).propose(1)) == []
 
 
 def test_texts_do_not_share_a_past() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -113,16 +114,18 @@ def test_no_tokens(llama: PreTrainedModel) -> None:
 
 
 def test_arguments_are_checked_where_they_are_given(llama: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match="decode: tree must be >= 2, got 1"):
+    with pytest.raises(ValueError, match="decode: tree must be in 2..1024, got 1"):
         Decoder(llama, heads(), tree=1)
     decoder = Decoder(llama, heads())
     with pytest.raises(ValueError, match="decode: max_new_tokens must be >= 0, got -1"):
         decoder.decode(prompt(), max_new_tokens=-1)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'tree'"):
+    with pytest.raises(
+        TypeError, match="decode: got an unexpected option 'tree', those of a text are attention_mask, "
+    ):
         decoder.decode(prompt(), tree=8)
     with pytest.raises(ValueError, match="decode: max_new_tokens must be >= 0, got -1"):
         decoder.stream(prompt(), max_new_tokens=-1)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'streamer'"):
+    with pytest.raises(TypeError, match="decode: got an unexpected option 'streamer'"):
         decoder.stream(prompt(), streamer=None)
     is_as_it_was(llama)
 
@@ -246,6 +249,43 @@ def test_gates_that_answer_numbers(nodes: Any, llama: PreTrainedModel) -> None:
     out = decode(llama, heads(), prompt(), max_new_tokens=NEW, tree=8, gate=Fixed(), proposers=[])  # type: ignore[arg-type]
     assert out.sequences.equal(generated("llama", "cpu", NEW))
     assert max(size for size, _ in out.stats.trace) == min(max(int(nodes), 1), 8)
+
+
+@pytest.mark.parametrize("call", ["decode", "stream"])
+def test_unknown_options(call: str, llama: PreTrainedModel) -> None:
+    with pytest.raises(
+        TypeError, match="^decode: got an unexpected option 'temprature', those of a text are attention_"
+    ):
+        getattr(Decoder(llama), call)(prompt(), temprature=1.0)
+    with pytest.raises(TypeError, match="'plan'"):  # a name of the inside, not of the surface
+        getattr(Decoder(llama), call)(prompt(), plan=3)
+
+
+def stops(*_: Any) -> Any:
+    raise StopIteration("inside")
+
+
+CALLBACKS: list[tuple[str, dict[str, Any]]] = [
+    ("streamer.put", {"streamer": SimpleNamespace(put=stops, end=lambda: None)}),
+    ("stopping_criteria", {"stopping_criteria": [stops]}),
+    ("gate: SimpleNamespace.decide", {"gate": SimpleNamespace(needs=(), decide=stops)}),
+    ("proposers[0]", {"proposers": [stops]}),
+    ("proposers: SimpleNamespace.propose", {"proposers": [lambda _: SimpleNamespace(propose=stops, extend=len)]}),
+    (
+        "proposers: SimpleNamespace.extend",
+        {"proposers": [lambda _: SimpleNamespace(propose=lambda _: ([], []), extend=stops)]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CALLBACKS, ids=[name for name, _ in CALLBACKS])
+def test_callbacks_that_raise_stop_iteration(name: str, options: dict[str, Any], llama: PreTrainedModel) -> None:
+    """It would end the loop's generator, or be an error of the generator's."""
+    with pytest.raises(RuntimeError) as error:
+        decode(llama, None, prompt(), max_new_tokens=6, **options)
+    assert str(error.value) == f"decode: {name} must not raise StopIteration"
+    assert isinstance(error.value.__cause__, StopIteration)
+    is_as_it_was(llama)
 
 
 def test_a_static_policy_names_drafts_that_have_to_be_there(llama: PreTrainedModel) -> None:

@@ -51,7 +51,8 @@ def test_step_tree() -> None:
 
 
 WRONG_TREES: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"size": 1}, ValueError, "size must be >= 2, got 1"),
+    ({"size": 1}, ValueError, "size must be in 2..1024, got 1"),
+    ({"size": 1025}, ValueError, "size must be in 2..1024, got 1025"),
     ({"size": 4.0}, TypeError, "size must be an integer, got 4.0"),
     ({"size": True}, TypeError, "size must be an integer, got True"),
     ({"size": 4, "drafts": 0}, ValueError, "drafts must be in 1..32, got 0"),

@@ -326,12 +326,28 @@ def test_no_report_without_results(content: bytes | None, message: str, tmp_path
         (["--seed", "-1"], "seed"),
     ],
 )
-def test_bad_options(arguments: list[str], message: str, folder: Path, tmp_path: Path) -> None:
+def test_bad_options(
+    arguments: list[str], message: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if arguments[0] == "--way":  # refused before a model is loaded
+        monkeypatch.setattr("cerberus_ext.cli.bench.load", None)
     arguments = [str(folder / "heads") if argument == "HEADS" else argument for argument in arguments]
     done = bench(folder, tmp_path / "out", *arguments)
     assert done.exit_code == 2, done.output
     assert message in " ".join(re.sub(r"[│╭╮╰╯─]", " ", done.output).split()), done.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model", "heads"])
+def test_a_folder_with_a_model_is_no_place_for_results(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cerberus_ext.cli.bench.load", None)
+    before = sorted((folder / name).iterdir())
+    done = bench(folder, folder / name, *SMALL)
+    there = f"{folder / name / 'config.json'} is there already, and was not made by cerberus bench; choose another"
+    assert done.exit_code == 2 and f"cerberus: --out: {there} folder" in done.output, done.output
+    assert sorted((folder / name).iterdir()) == before
 
 
 def test_questions_and_folder_are_needed(tmp_path: Path) -> None:

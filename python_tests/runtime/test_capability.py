@@ -233,6 +233,43 @@ def test_a_model_that_fails(
     assert str(refused.value) == f"decode: model must run over a tree of drafts, LlamaForCausalLM does not: {reason}"
 
 
+class Alarm(Exception):
+    """As the handler of a signal may raise it."""
+
+
+@pytest.mark.parametrize("interruption", [Alarm, KeyboardInterrupt, TimeoutError])
+def test_an_interruption_is_no_fault_of_the_model(
+    interruption: type[BaseException], llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it comes while torch has taken a mode from its stack, torch fails on the way out."""
+
+    own = llama.model.layers[1].mlp.forward
+
+    def interrupted(hidden: Tensor) -> Tensor:
+        if torch._C._len_torch_function_stack() == 0:
+            return own(hidden)
+        torch.overrides._pop_mode()
+        raise interruption("now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llama.model.layers[1].mlp, "forward", interrupted)
+        with pytest.raises(interruption, match="^now$"):
+            decode(llama, None, prompt(), max_new_tokens=NEW)
+    assert decode(llama, None, prompt(), max_new_tokens=NEW).stats.exact is True
+
+
+def test_a_package_that_a_model_misses(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def misses(*_: Any, **__: Any) -> None:
+        try:
+            import a_package_that_nobody_has  # noqa: F401
+        except ImportError:
+            raise RuntimeError("install a package")  # noqa: B904
+
+    monkeypatch.setattr(llama.model.layers[1].mlp, "forward", misses)
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not: RuntimeError: install a package$"):
+        decode(llama, None, prompt(), max_new_tokens=NEW)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_no_numbers(value: float, llama: PreTrainedModel) -> None:
     """Of a token that can never, or must always, be chosen: the same alone and in a tree."""

@@ -7,15 +7,16 @@ import random
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import training_worker
 from safetensors.torch import load_file
-from training_runs import CLI, model_folder, start
+from training_runs import model_folder, start
 from typer.testing import CliRunner
+from warm_process import WarmProcess
 
 from cerberus_ext import CerberusHeads
 from cerberus_ext.cli.main import app
@@ -34,12 +35,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_folder(tmp_path_factory.mktemp("train") / "model")
 
 
-def train(folder: Path, output: Path, *more: str, launcher: Sequence[str] = CLI) -> str:
-    """To its end; what it printed."""
-    process = start("train", "--model", folder, "--output", output, *ARGUMENTS, *more, launcher=launcher)
+def launched(arguments: Sequence[str | Path], port: int) -> str:
+    """Two processes, as users start them; what they printed."""
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
+    process = start(*arguments, launcher=[*launcher, training_worker.__file__])
     printed, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, printed
     return printed
+
+
+def with_a_launchers_environment(arguments: Sequence[str | Path], port: int) -> str:
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        WarmProcess(*arguments, script=training_worker.__file__, environment={**shared, "RANK": str(rank)})
+        for rank in range(2)
+    ]
+    printed = [process.communicate(timeout=TIMEOUT)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    return "".join(printed)
 
 
 def in_this_process(folder: Path, output: Path, *more: str) -> str:
@@ -86,17 +100,17 @@ def test_killed_at_random_and_started_again_it_ends_the_same(folder: Path, unint
     shards = len(data(uninterrupted)) - 1
     shard = output / "data" / f"answers-{moment.randrange(shards - 1):05d}.jsonl"
     for sign in (shard, output / "checkpoint.safetensors"):
-        process = start("train", "--model", folder, "--output", output, *ARGUMENTS)
+        process = WarmProcess("train", "--model", folder, "--output", output, *ARGUMENTS)
         end = time.monotonic() + TIMEOUT
         while not sign.exists() and time.monotonic() < end:
-            assert process.poll() is None, process.communicate()[0]
+            assert process.poll() is None, process.communicate(TIMEOUT)[0]
             time.sleep(0.005)
         time.sleep(moment.uniform(0, 0.25))
         process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL and sign.exists()
+        process.communicate(timeout=TIMEOUT)
+        assert process.returncode == -signal.SIGKILL and sign.exists(), process.returncode
         assert not (output / "curves.png").exists()  # it was not done
-    printed = train(folder, output)
+    printed = in_this_process(folder, output)
     assert "resuming at step" in printed
     assert data(output) == data(uninterrupted)
     for name in ("model.safetensors", "config.json"):
@@ -105,8 +119,13 @@ def test_killed_at_random_and_started_again_it_ends_the_same(folder: Path, unint
     assert [{**point, "seconds": 0} for point in curves[0]] == [{**point, "seconds": 0} for point in curves[1]]
 
 
+@pytest.mark.parametrize("start_two", [with_a_launchers_environment, pytest.param(launched, marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(
-    folder: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start_two: Callable[[Sequence[str | Path], int], str],
+    folder: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sums over processes are rounded in another order; apart from that all losses are the same, and so is the data.
 
@@ -118,10 +137,9 @@ def test_two_processes_train_as_one(
     in_this_process(folder, one, *more, "--cache", str(one / "states"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
-    printed = train(folder, two, *more, "--cache", str(two / "states"), launcher=[*launcher, training_worker.__file__])
+        port = free.getsockname()[1]
+    options = ["--model", folder, "--output", two, *ARGUMENTS, *more, "--cache", two / "states"]
+    printed = start_two(["train", *options], port)
     assert printed.count("training: 60 steps") == 1  # one of them tells
 
     assert data(one) == data(two) == data(uninterrupted)
