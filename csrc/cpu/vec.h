@@ -306,9 +306,7 @@ static inline __attribute__((always_inline)) void sum_each(const Vec (&v)[kRows]
   for (int i = kFours; i < kAll; ++i) each[i] = sum(all[i]);
 }
 
-static inline Vec select(IntVec condition, Vec yes, Vec no) {
-  return bit_cast<Vec>((condition & bit_cast<IntVec>(yes)) | (~condition & bit_cast<IntVec>(no)));
-}
+static inline Vec select(IntVec condition, Vec yes, Vec no) { return condition ? yes : no; }
 
 // Is the condition true in any lane?
 static inline bool any(IntVec condition) {
