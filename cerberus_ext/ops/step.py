@@ -11,6 +11,7 @@ from torch import Tensor
 from .native import native
 
 _PAGE = 2 << 20  # bytes of a large page
+_ALIGNMENT = 64  # bytes
 
 
 class NativeStep:
@@ -57,6 +58,16 @@ def pack_weights(weights: Sequence[Tensor], packed: Tensor) -> None:
     Raises RuntimeError on other shapes or dtypes, or where packed_bytes is 0.
     """
     native.pack_weights(list(weights), packed)
+
+
+def on_large_pages(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of tensors on a CPU, contiguous, in one large_memory."""
+    room = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
+    memory, copies, begin = large_memory(sum(room)), [], 0
+    for tensor, size in zip(tensors, room, strict=True):
+        copies.append(memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor))
+        begin += size
+    return copies
 
 
 def large_memory(size: int) -> Tensor:

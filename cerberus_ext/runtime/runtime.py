@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..drafting.drafter import NO_DRAFTER, Drafter
 from ..target.model import TargetModel
 from .capability import Capability, examine
 from .fused.proof import check_fused
-from .fused.step import FusedStep, weight_versions
+from .fused.step import FusedStep, versions
 from .fused.trace import NotFused
 from .recorder import RECORDERS, Unrecordable, expected_on
 from .recordings import Recordings
@@ -41,6 +42,7 @@ class Runtime:
         self._not_fused: tuple[Any, str] | None = None  # why there is none; it is not tried again
         self._recordings: Recordings | None = None
         self._failure: tuple[Any, str] | None = None  # why a step could not be recorded; it is not tried again
+        self._bound: tuple[weakref.ref[Any], Any, Drafter] | None = None  # the latest heads, bound to the model
         self._said: set[str] = set()
         self.looked_up: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
@@ -132,7 +134,14 @@ class Runtime:
                 yield Stepper(target, drafts, drafter, chooser, stats, recordings, give_up, put_fused)
 
     def _bind(self, drafts: Drafts) -> Drafter:
-        drafter = drafts.heads.bind(self.model)  # also where they are not asked: they have to fit
+        heads, model = drafts.heads, self.model
+        tensors = [*heads.parameters(), *heads.buffers()] if isinstance(heads, torch.nn.Module) else []
+        key = None if not tensors else (versions(tensors), versions(model.parameters()), model.dtype)
+        if key is not None and self._bound is not None and self._bound[0]() is heads and self._bound[1] == key:
+            drafter = self._bound[2]
+        else:
+            drafter = heads.bind(model)  # also where they are not asked: they have to fit
+            self._bound = None if key is None else (weakref.ref(heads), key, drafter)
         if not isinstance(drafter, Drafter):
             raise TypeError(f"decode: heads.bind must return a Drafter, got {type(drafter).__name__}")
         return drafter if drafts.drafts else NO_DRAFTER
@@ -140,7 +149,7 @@ class Runtime:
     def _fused_for(self, target: TargetModel, pack: bool | None, stats: DecodeStats) -> FusedStep:
         """What an earlier decode has made, or a new one. target: after its prompt. Raises NotFused."""
         model = self.model
-        key = (self._memory, weight_versions(model), model.dtype, pack)
+        key = (self._memory, versions(chain(model.parameters(), model.buffers())), model.dtype, pack)
         if self._fused is None or self._fused[0] != key:
             self._fused = None  # first, so that there is memory for the new one
             if self._not_fused is not None and self._not_fused[0] == key:
@@ -185,7 +194,7 @@ class Runtime:
 
         After this, a model of which a step could not be recorded or fused is tried again.
         """
-        self._recordings = self._failure = self._fused = self._not_fused = None
+        self._recordings = self._failure = self._fused = self._not_fused = self._bound = None
 
 
 _runtimes: weakref.WeakKeyDictionary[PreTrainedModel, Runtime] = weakref.WeakKeyDictionary()

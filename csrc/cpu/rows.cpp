@@ -40,6 +40,26 @@ inline Vec read(const Run& run, int64_t i, int64_t count) {
   return count == kLanes ? load(p) : load_part(p, count);
 }
 
+// Vectors at a time, so that what kind of memory it is is asked less often.
+constexpr int kTogether = 4;
+
+template <typename T>
+inline void read_together(const Run& run, int64_t i, Vec (&v)[kTogether]) {
+  const auto each = [&](const auto& at) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kTogether; ++j) v[j] = at(i + j * kLanes);
+  };
+  if (run.kind == Kind::kNumber) {
+    each([&](int64_t) { return broadcast(run.number); });
+  } else if (run.stride != 1) {
+    each([&](int64_t k) { return read<T>(run, k, kLanes); });
+  } else if (run.kind == Kind::kModel) {
+    each([&](int64_t k) { return load(reinterpret_cast<const T*>(run.data) + k); });
+  } else {
+    each([&](int64_t k) { return load(reinterpret_cast<const float*>(run.data) + k); });
+  }
+}
+
 // v rounded to T, as float.
 inline Vec rounded(Vec v, float) { return v; }
 inline Vec rounded(Vec v, BFloat16) {
@@ -73,6 +93,33 @@ inline void write(Vec v, const Run& run, int64_t i, int64_t count) {
   if (run.stride == 1 && count == kLanes) return store(v, p);
   store(v, lanes);
   scatter(lanes, p, run.stride, count);
+}
+
+// v, which T holds, or what is nearest.
+inline void narrow(Vec v, float* p) { store(v, p); }
+inline void narrow(Vec v, BFloat16* p) {
+  const HalfVec halves = __builtin_convertvector(bit_cast<UIntVec>(rounded(v, BFloat16{})) >> 16, HalfVec);
+  __builtin_memcpy(p, &halves, sizeof(halves));
+}
+inline void narrow(Vec v, Float16* p) {
+  float lanes[kLanes];
+  store(v, lanes);
+  from_floats<kLanes>(lanes, p);
+}
+
+template <typename T>
+inline void write_together(const Vec (&v)[kTogether], const Run& run, int64_t i) {
+  const auto each = [&](const auto& to) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kTogether; ++j) to(v[j], i + j * kLanes);
+  };
+  if (run.stride != 1) {
+    each([&](Vec x, int64_t k) { write<T>(x, run, k, kLanes); });
+  } else if (run.kind == Kind::kModel) {
+    each([&](Vec x, int64_t k) { narrow(x, reinterpret_cast<T*>(const_cast<char*>(run.data)) + k); });
+  } else {
+    each([&](Vec x, int64_t k) { store(x, reinterpret_cast<float*>(const_cast<char*>(run.data)) + k); });
+  }
 }
 
 // --- where an operand lies for a node ---
@@ -148,6 +195,18 @@ void elementwise(const RowInstruction& in, const Place& to, const Place& a, cons
       write<T>(v, out, i, count);
     };
     int64_t i = 0;
+    for (; i + kTogether * kLanes <= size; i += kTogether * kLanes) {
+      Vec v[kTogether], w[kTogether];
+      read_together<T>(x, i, v);
+      read_together<T>(y, i, w);
+#pragma GCC unroll 4
+      for (int j = 0; j < kTogether; ++j) v[j] = f(v[j], w[j]);
+      if (in.round && out.kind == Kind::kFloat32) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kTogether; ++j) v[j] = rounded(v[j], T{});
+      }
+      write_together<T>(v, out, i);
+    }
     for (; i + kLanes <= size; i += kLanes) some(i, kLanes);
     if (i < size) some(i, size - i);
   });

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from itertools import chain
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,6 @@ from .program import Product, Program, encode
 from .trace import NotFused, Trace, trace_step
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ...target.model import TargetModel
 
 _ALIGNMENT = 4096  # bytes, of the packed weights of a product
@@ -36,7 +34,6 @@ class FusedStep:
         begin = time.perf_counter()
         if len(target.cache.length) != 1 or target.model.device.type != "cpu":
             raise NotFused("there is one for one text on a CPU")
-        self.versions = weight_versions(target.model)
         self._dtype = target.model.dtype
         self._trace: Trace = trace_step(target)
         self._results: tuple[Tensor, Tensor] | None = None
@@ -87,10 +84,9 @@ class FusedStep:
         return self._results[0][:nodes], self._results[1][:nodes]
 
 
-def weight_versions(model: PreTrainedModel) -> tuple[int, ...]:
-    """Changes when a tensor of the model is written to by torch's ops: packed copies are then of no use any more."""
-    tensors = chain(model.parameters(), model.buffers())
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Changes when a tensor is written to by torch's ops, or lies elsewhere: copies are then of no use any more."""
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
 
 def _weights_of(products: list[Product], pack: bool | None) -> list[Tensor]:
