@@ -13,7 +13,7 @@ from torch import Tensor
 from ..drafting.drafter import HeadsLike
 from ..drafting.gate import Gate
 from ..drafting.proposers import ProposerFactory
-from ..drafting.tree import TreePolicy
+from ..drafting.tree import MAX_NODES, TreePolicy
 from ..runtime.stats import DecodeOutput, DecodeStats
 from .forked import threads_after_fork
 from .text import GeneratedText, ends_streamer
@@ -145,6 +145,28 @@ class Decoder:
             for size in plan.policy.sizes:
                 stepper.prepare(size)
         return stats
+
+    def explain(self, nodes: int = 1) -> str:
+        """The program of a step of the model, a line for each stage with the time that it takes over so many nodes.
+
+        Raises ValueError, naming the reason, for a model without one.
+        """
+        from ..drafting.static_policy import StaticPolicy
+        from ..runtime.fused.measure import explained
+        from ..runtime.runtime import runtime_of
+        from ..runtime.sampling import Sampling
+        from . import checks
+
+        nodes = checks.check_integer("decode: nodes", nodes, 1, MAX_NODES)
+        threads_after_fork()
+        checks.check_model(self.model)
+        plan, stats, running = self._make_plan(), DecodeStats(), (False, True, self._running[2])
+        with (
+            runtime_of(self.model).steps(plan.drafts, Sampling(), stats, 1 + nodes, *running) as stepper,
+            torch.inference_mode(),
+        ):
+            stepper.prefill(torch.zeros((1, 1), dtype=torch.int64))
+            return explained(stepper.target, StaticPolicy.from_widths([nodes - 1] if nodes > 1 else []).tree)
 
     def close(self) -> None:
         """Frees what is kept for the model: its cache, recorded steps, fused step; the next text makes new ones.

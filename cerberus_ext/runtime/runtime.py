@@ -158,7 +158,8 @@ class Runtime:
                 fused = FusedStep(target, pack)
                 check_fused(target, fused)
             except NotFused as error:
-                self._not_fused = (key, str(error))
+                if target.cache.committed < target.max_positions:  # else it may be this text alone
+                    self._not_fused = (key, str(error))
                 raise
             self._fused = (key, fused)
             stats.fuse_seconds = fused.seconds

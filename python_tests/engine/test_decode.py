@@ -208,6 +208,7 @@ def test_interrupted_it_leaves_the_model_as_it_was(where: str, error, llama: Pre
         options["gate"] = RandomGate()
         options["gate"].decide = lambda signals: fail() and signals.max_nodes
     elif where == "op":
+        options["fuse"] = False
         monkeypatch.setattr("cerberus_ext.target.cache.ops.write_cache", fail)
     else:
         real = heads.put

@@ -122,7 +122,7 @@ def test_files_of_the_first_format_are_refused(tmp_path: Path) -> None:
         "gate": {"kind": "confidence", "costs": {"1": 1.0, "8": 1.5}, "trees": ["0", "0 1"], "margin": 0.1,
                  "rate": None, "platt": None},
     }]}))  # fmt: skip
-    reason = "format_version must be 2, got 1"
+    reason = "format_version must be 3, got 1"
     with pytest.warns(UserWarning, match=rf"defaults are used: .*{reason}\); remove it and calibrate again$") as said:
         assert find(heads, CPU, torch.float32, 2) is None
     assert len(said) == 1
@@ -233,9 +233,9 @@ DAMAGE = {
     "cut": lambda text: text[:100],
     "empty": lambda text: "",
     "no object": lambda text: "[1, 2]",
-    "no entries": lambda text: '{"format_version": 2, "entries": [3]}',
-    "newer format": lambda text: text.replace('"format_version": 2', '"format_version": 3'),
-    "entries of another kind": lambda text: '{"format_version": 2, "entries": {}}',
+    "no entries": lambda text: '{"format_version": 3, "entries": [3]}',
+    "newer format": lambda text: text.replace('"format_version": 3', '"format_version": 4'),
+    "entries of another kind": lambda text: '{"format_version": 3, "entries": {}}',
     "nested": lambda text: "[" * 100_000,
     "no UTF-8": lambda text: "\udcff",
 }

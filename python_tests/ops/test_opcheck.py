@@ -47,7 +47,9 @@ def test_fake_gives_shape_dtype_and_device(op, dtype, device):
 
 def test_every_op_has_a_function_a_specification_and_an_example():
     every = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("cerberus_ext::")}
-    every.remove("cpu_isa")
+    # What is around the fused step takes lists of tensors, or no tensor: ops/step.py, test_step.py.
+    around = {"make_step", "run_step", "free_step", "step_times", "packed_bytes", "pack_weights", "prefer_large_pages"}
+    every -= {"cpu_isa", *around}
     assert every == set(ops.__all__) == set(EXAMPLES)
     assert every <= vars(reference).keys()
 

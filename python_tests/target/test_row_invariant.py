@@ -242,7 +242,7 @@ class TestPadding:
         model = make_family("gpt2", dtype)
         capability = runtime_of(model).capability()
         assert capability.way == StepWay(names_attention=True, sees_all=False, widths=frozenset({256}))
-        want = decode(model, None, prompt(), max_new_tokens=40, gate=AlwaysClosed()).sequences
+        want = decode(model, None, prompt(), max_new_tokens=40, gate=AlwaysClosed(), fuse=False).sequences
         padded: list[tuple[int, int]] = []
         from cerberus_ext.target import model as base_model
 
@@ -254,6 +254,7 @@ class TestPadding:
         real = base_model.filled
         monkeypatch.setattr(base_model, "filled", fill)
         heads = OracleHeads(want, 4, VOCAB)
-        out = decode(model, heads, prompt(), max_new_tokens=40, tree=7, proposers=[], streamer=heads)
+        options = {"tree": 7, "proposers": [], "fuse": False}
+        out = decode(model, heads, prompt(), max_new_tokens=40, streamer=heads, **options)
         assert out.sequences.equal(want) and out.stats.tokens_per_step > 1.5
         assert (7, 10) in padded and out.stats.trace[0][0] == 7

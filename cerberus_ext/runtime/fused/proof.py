@@ -30,7 +30,10 @@ def check_fused(target: TargetModel, fused: FusedStep) -> None:
     fits = cache.capacity - cache.committed >= _TREE.size and target.max_depth() > 1
     tree = (_TREE if fits else ALONE).on(target.model.device)
     tokens = (torch.arange(len(tree.parents)) * _STRIDE % target.vocabulary)[None]
-    own = target.step(tokens, tree)[1][0].float()
+    try:
+        own = target.step(tokens, tree)[1][0].float()
+    except IndexError as error:
+        raise NotFused("the model has no position for another token") from error
     got = fused.step(target, tokens, cache.length[:, None] + tree.depths, tree.ancestors)[1][0].float()
     difference = _difference(got, own)
     if not difference <= _LARGEST_DIFFERENCE[target.model.dtype]:

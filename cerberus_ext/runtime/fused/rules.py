@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from .lowering import Lowering
 from .program import RowOp, View
 from .trace import Call, NotFused
-
-if TYPE_CHECKING:
-    from .lower import Lowering
+from .views import broadcast
 
 _ATEN = torch.ops.aten
 _ACTIVATIONS = {
@@ -21,7 +20,7 @@ _ACTIVATIONS = {
     "cos": RowOp.COS, "sin": RowOp.SIN,
 }  # fmt: skip
 
-Emitter = Callable[["Lowering", Call], View]
+Emitter = Callable[[Lowering, Call], View]
 
 
 def _unary(op: RowOp) -> Emitter:
@@ -75,8 +74,6 @@ def _copy(lowering: Lowering, call: Call) -> View:
 
 
 def _expand(lowering: Lowering, call: Call) -> View:
-    from .views import broadcast
-
     return broadcast(lowering.view(call.args[0].number), lowering.trace.shapes[call.outputs[0]])
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _ALIGNMENT = 4096  # bytes, of the packed weights of a product
 _MIN_POSITIONS = 1024  # that the tables know
+_ALL_POSITIONS = 1 << 62
 _SPARE = 2 << 30  # bytes of memory that packing leaves free
 
 
@@ -39,6 +40,7 @@ class FusedStep:
         self._results: tuple[Tensor, Tensor] | None = None
         self._weights: list[Tensor] | None = None
         self._pack = pack
+        self._most_positions = _ALL_POSITIONS
         self._make(target)
         self.seconds = time.perf_counter() - begin
 
@@ -47,7 +49,12 @@ class FusedStep:
         assert target.cache.tensor is not None
         _, _, heads, _, size = target.cache.tensor.shape
         positions = max(_MIN_POSITIONS, 1 << (target.cache.capacity - 1).bit_length())
-        self.program: Program = lower(self._trace, self._dtype, heads, size, min(positions, target.max_positions))
+        sizes = (self._trace, self._dtype, heads, size)
+        try:
+            self.program: Program = lower(*sizes, positions)
+        except IndexError:  # the model looks its positions up, and has no more; nor is there a step beyond them
+            self.program = lower(*sizes, target.max_positions)
+            self._most_positions = target.max_positions
         products = [stage for stage in self.program.stages if isinstance(stage, Product)]
         if self._weights is None:
             self._weights = _weights_of(products, self._pack)
@@ -56,7 +63,7 @@ class FusedStep:
 
     def prepare(self, target: TargetModel, nodes: int) -> None:
         """Before a step over so many nodes."""
-        if min(target.cache.capacity, target.max_positions) > self.program.positions:
+        if min(target.cache.capacity, self._most_positions) > self.program.positions:
             self._make(target)
 
     def step(self, target: TargetModel, tokens: Tensor, positions: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,6 +77,11 @@ class FusedStep:
             tokens[0].contiguous(), positions[0].contiguous(), cache.length, ancestors, cache.tensor, hidden, logits
         )
         return hidden[None], logits[None]
+
+    @property
+    def packed(self) -> bool:
+        assert self._weights is not None
+        return any(weight.dtype == torch.uint8 for weight in self._weights)
 
     def times(self, on: bool) -> list[float]:
         """Seconds of each stage of the program since they were last asked for; on: whether to measure from now on."""

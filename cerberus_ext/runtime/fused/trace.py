@@ -46,7 +46,7 @@ class Call(NamedTuple):
 
 class Trace(NamedTuple):
     """calls: in order. shapes, dtypes: of every value, by number. tokens, positions, length, ancestors, hidden, logits:
-    numbers. planes: keys and values of each layer in turn. weights: the model's tensors, by number."""
+    numbers. planes: keys and values of each layer in turn. weights, names: the model's tensors, by number."""
 
     calls: list[Call]
     shapes: list[torch.Size]
@@ -57,6 +57,7 @@ class Trace(NamedTuple):
     ancestors: int
     planes: list[int]
     weights: dict[int, Tensor]
+    names: dict[int, str]
     hidden: int
     logits: int
 
@@ -129,10 +130,13 @@ def _trace(target: TargetModel) -> Trace:
     tensors: dict[str, Tensor] = {name: tensor.detach() for name, tensor in named}
     assert cache.tensor is not None
     _, rows, heads, _, size = cache.tensor.shape
+    if other := next((name for name, tensor in tensors.items() if type(tensor) is not Tensor), None):
+        raise NotFused(f"{other} is not a plain tensor")
     layers, words = len(cache.layers), -(-NODES // 64)
     fake, recorder = FakeTensorMode(allow_non_fake_inputs=True), _Recorder()
     fakes: dict[str, Tensor] = {name: fake.from_tensor(tensor) for name, tensor in tensors.items()}
-    recorder.weights = {recorder.number(fakes[name]): tensor for name, tensor in tensors.items()}
+    names = {recorder.number(fakes[name]): name for name in tensors}
+    recorder.weights = {number: tensors[name] for number, name in names.items()}
     with fake:
         shapes = ((rows, NODES), (rows, NODES), (rows,), (NODES, words))
         inputs = [torch.empty(shape, dtype=torch.int64) for shape in shapes]
@@ -153,7 +157,7 @@ def _trace(target: TargetModel) -> Trace:
         hidden, logits = target.attend(forward, inputs[0], inputs[1], inputs[3], traced)
     return Trace(
         recorder.calls, recorder.shapes, recorder.dtypes, tokens, positions, length, ancestors, plane_numbers,
-        recorder.weights, recorder.of(hidden), recorder.of(logits),
+        recorder.weights, names, recorder.of(hidden), recorder.of(logits),
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ class Kind(Enum):
     ROW = 2
     TOKENS = 3  # the tokens of the nodes
     OTHER = 4  # lengths, ancestors, the cache
+    MIXED = 5  # depends on the positions of all nodes, and whatever depends on that
 
 
 class Values:
@@ -46,7 +47,12 @@ class Values:
             return Kind.CONSTANT
         if kinds == {Kind.TOKENS} and (call.op in RESHAPING or call.op in ARRANGING):
             return Kind.TOKENS
-        return Kind.POSITIONAL if not kinds - {Kind.CONSTANT, Kind.POSITIONAL} else Kind.ROW
+        if Kind.MIXED in kinds:
+            return Kind.MIXED
+        if kinds - {Kind.CONSTANT, Kind.POSITIONAL}:
+            return Kind.ROW
+        each = all(tuple(self.trace.shapes[number]).count(NODES) == 1 for number in call.outputs)
+        return Kind.POSITIONAL if each else Kind.MIXED
 
     def constant(self, number: int) -> Tensor:
         """The tensor. Raises NotFused where it differs between the nodes of a step."""

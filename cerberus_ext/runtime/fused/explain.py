@@ -1,0 +1,52 @@
+"""A program as text: a line for each stage, with the time that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from .program import Attention, Base, Instruction, Product, Program, Rows, Space, View
+
+
+def explain(program: Program, seconds: Sequence[float], packed: bool) -> str:
+    """seconds: of each stage. packed: whether the weights of products are copies in the processor's order."""
+    total = sum(seconds)
+    kind = "packed" if packed else "the model's own"
+    lines = [
+        f"{len(program.stages)} stages, {1e3 * total:.2f} ms; weights: {kind}; {len(program.buffers)} buffers,"
+        f" tables of {program.positions} positions"
+    ]
+    for stage, time in zip(program.stages, seconds, strict=True):
+        head, *rest = _lines(stage)
+        lines += [f"{1e6 * time:8.1f} us  {head}", *(f"{'':13}{line}" for line in rest)]
+    return "\n".join(lines)
+
+
+def _lines(stage: Product | Rows | Attention) -> Iterator[str]:
+    if isinstance(stage, Product):
+        size = stage.weights[0].shape[1]
+        names = ", ".join(name.removesuffix(".weight") for name in stage.names)
+        yield f"product    {_base(stage.output)} = {_base(stage.input)}, {size} -> {stage.output.width}: {names}"
+    elif isinstance(stage, Attention):
+        window = f", window {stage.window}" if stage.window else ""
+        of = f"{stage.query_heads} heads, layer {stage.layer}{window}"
+        yield f"attention  {_base(stage.output)} = {_base(stage.query)}, {of}"
+    else:
+        yield f"rows       {len(stage.instructions)} instructions, {stage.scratch} floats of scratch"
+        yield from map(_instruction, stage.instructions)
+
+
+def _instruction(instruction: Instruction) -> str:
+    operands = ", ".join(_view(view) for view in (instruction.a, instruction.b) if view is not None)
+    rounded = " rounded" if instruction.round else ""
+    return f"{_view(instruction.to)} = {instruction.op.name.lower()}({operands}){rounded}"
+
+
+def _view(view: View) -> str:
+    if view.base is None:
+        return f"{view.number:g}"
+    begin = f"+{view.offset}" if view.offset else ""
+    return f"{_base(view.base)}{begin}"
+
+
+def _base(base: Base) -> str:
+    return f"{base.space.name.lower()}[{base.place}]" if base.space is not Space.TOKEN else "embedding"
