@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops
-from ..ops.step import on_large_pages
+from ..ops.step import prefer_large_pages
 from .context_layer import BoundContext
 from .drafter import Drafter
 from .dynamic_policy import MAX_DRAFTS
@@ -47,7 +47,8 @@ class HeadsDrafter(Drafter):
         rows = lm_head.detach() if self.draft_vocab is None else lm_head.detach()[self.draft_vocab]
         self.projection = rows.to(self.dtype).contiguous()
         if self.device.type == "cpu":
-            self.weight, self.projection = on_large_pages([self.weight, self.projection])
+            for tensor in (self.weight, self.projection):  # what is streamed at every step
+                prefer_large_pages(tensor)
         self._shared = {
             tensor.data_ptr() for tensor in (*heads.parameters(), *heads.buffers(), lm_head, embeddings)
         }  # the memory of others: never written

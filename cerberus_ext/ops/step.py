@@ -11,7 +11,6 @@ from torch import Tensor
 from .native import native
 
 _PAGE = 2 << 20  # bytes of a large page
-_ALIGNMENT = 64  # bytes
 
 
 class NativeStep:
@@ -60,14 +59,9 @@ def pack_weights(weights: Sequence[Tensor], packed: Tensor) -> None:
     native.pack_weights(list(weights), packed)
 
 
-def on_large_pages(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of tensors on a CPU, contiguous, in one large_memory."""
-    room = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
-    memory, copies, begin = large_memory(sum(room)), [], 0
-    for tensor, size in zip(tensors, room, strict=True):
-        copies.append(memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor))
-        begin += size
-    return copies
+def prefer_large_pages(memory: Tensor) -> None:
+    """Moves a tensor on a CPU to pages of 2 MiB, where the system has them; it lies where it lay. Contiguous."""
+    native.prefer_large_pages(memory)
 
 
 def large_memory(size: int) -> Tensor:
@@ -75,5 +69,5 @@ def large_memory(size: int) -> Tensor:
     memory = torch.empty(size + _PAGE, dtype=torch.uint8)
     begin = -memory.data_ptr() % _PAGE
     memory = memory[begin : begin + size]
-    native.prefer_large_pages(memory)
+    prefer_large_pages(memory)
     return memory
