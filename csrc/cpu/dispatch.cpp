@@ -81,6 +81,7 @@ bool has_amx_bf16() {
 bool in_bfloat16(const LinearArgs& a) { return a.dtype == DType::kBFloat16 && !a.transposed; }
 bool in_bfloat16(const HeadStackArgs& a) { return a.dtype == DType::kBFloat16; }
 bool in_bfloat16(const DraftTopkArgs& a) { return a.dtype == DType::kBFloat16; }
+bool in_bfloat16(const TreeAttentionArgs& a) { return a.dtype == DType::kBFloat16; }
 
 template <typename Args, void (*kBFloat16)(const Args&, const Parallel&),
           void (*kOther)(const Args&, const Parallel&)>
@@ -92,34 +93,36 @@ void choose(const Args& a, const Parallel& parallel) {
 
 // A level, in the order of ops.h: its products are those named, its other kernels those of `isa`. Those of
 // `portable` only move or compare integers.
-#define CERBERUS_LEVEL(name, isa, runs_here, linear, head_stack, draft_topk) \
-  {name,                                                                     \
-   runs_here,                                                                \
-   &isa::hidden_entropy,                                                     \
-   head_stack,                                                               \
-   draft_topk,                                                               \
-   &isa::choose_tokens,                                                      \
-   &isa::tree_attention,                                                     \
-   &portable::write_cache,                                                   \
-   &portable::verify_tree,                                                   \
-   &portable::commit_cache,                                                  \
-   linear,                                                                   \
-   linear, /* grouped_linear: rows in more than one group */                 \
+#define CERBERUS_LEVEL(name, isa, runs_here, linear, head_stack, draft_topk, tree_attention) \
+  {name,                                                                                     \
+   runs_here,                                                                                \
+   &isa::hidden_entropy,                                                                     \
+   head_stack,                                                                               \
+   draft_topk,                                                                               \
+   &isa::choose_tokens,                                                                      \
+   tree_attention,                                                                           \
+   &portable::write_cache,                                                                   \
+   &portable::verify_tree,                                                                   \
+   &portable::commit_cache,                                                                  \
+   linear,                                                                                   \
+   linear, /* grouped_linear: rows in more than one group */                                 \
    &isa::activation}
 #define CERBERUS_WHOLE_LEVEL(isa, runs_here) \
-  CERBERUS_LEVEL(#isa, isa, runs_here, &isa::linear, &isa::head_stack, &isa::draft_topk)
+  CERBERUS_LEVEL(#isa, isa, runs_here, &isa::linear, &isa::head_stack, &isa::draft_topk, &isa::tree_attention)
 
 // Best first.
 const Level kLevels[] = {
 #if defined(CERBERUS_AMX)
     CERBERUS_LEVEL("amx_bf16", avx512, has_amx_bf16, CERBERUS_BFLOAT16(amx_bf16, linear, LinearArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, head_stack, HeadStackArgs),
-                   CERBERUS_BFLOAT16(avx512_bf16, draft_topk, DraftTopkArgs)),
+                   CERBERUS_BFLOAT16(avx512_bf16, draft_topk, DraftTopkArgs),
+                   CERBERUS_BFLOAT16(avx512_bf16, tree_attention, TreeAttentionArgs)),
 #endif
 #if defined(__x86_64__)
     CERBERUS_LEVEL("avx512_bf16", avx512, has_avx512_bf16, CERBERUS_BFLOAT16(avx512_bf16, linear, LinearArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, head_stack, HeadStackArgs),
-                   CERBERUS_BFLOAT16(avx512_bf16, draft_topk, DraftTopkArgs)),
+                   CERBERUS_BFLOAT16(avx512_bf16, draft_topk, DraftTopkArgs),
+                   CERBERUS_BFLOAT16(avx512_bf16, tree_attention, TreeAttentionArgs)),
     CERBERUS_WHOLE_LEVEL(avx512, has_avx512),
     CERBERUS_WHOLE_LEVEL(avx2, has_avx2),
 #endif
