@@ -86,6 +86,7 @@ bool has_amx_bf16() {
 bool in_bfloat16(const LinearArgs& a) { return a.dtype == DType::kBFloat16 && !a.transposed; }
 bool in_bfloat16(const HeadStackArgs& a) { return a.dtype == DType::kBFloat16; }
 bool in_bfloat16(const DraftTopkArgs& a) { return a.dtype == DType::kBFloat16; }
+bool in_bfloat16(const TreeAttentionArgs& a) { return a.dtype == DType::kBFloat16; }
 bool in_bfloat16(const PackWeightsArgs& a) { return a.dtype == DType::kBFloat16; }
 
 template <typename Args, void (*kBFloat16)(const Args&, const Parallel&),
@@ -108,48 +109,50 @@ int64_t packed_elements_amx(DType dtype, int64_t rows, int64_t size) {
 
 // A level, in the order of ops.h: its products are those named, its other kernels those of `isa`. Those of
 // `portable` only move or compare integers.
-#define CERBERUS_LEVEL(name, isa, runs_here, linear, head_stack, draft_topk, packed_linear, pack_weights, \
-                       packed_elements)                                                                   \
-  {name,                                                                                                  \
-   runs_here,                                                                                             \
-   &isa::hidden_entropy,                                                                                  \
-   head_stack,                                                                                            \
-   draft_topk,                                                                                            \
-   &isa::choose_tokens,                                                                                   \
-   &isa::tree_attention,                                                                                  \
-   &portable::write_cache,                                                                                \
-   &portable::verify_tree,                                                                                \
-   &portable::commit_cache,                                                                               \
-   linear,                                                                                                \
-   linear, /* grouped_linear: rows in more than one group */                                              \
-   &isa::activation,                                                                                      \
-   &isa::rows,                                                                                            \
-   packed_linear,                                                                                         \
-   pack_weights,                                                                                          \
+#define CERBERUS_LEVEL(name, isa, runs_here, linear, head_stack, draft_topk, tree_attention, packed_linear, \
+                       pack_weights, packed_elements)                                                       \
+  {name,                                                                                                    \
+   runs_here,                                                                                               \
+   &isa::hidden_entropy,                                                                                    \
+   head_stack,                                                                                              \
+   draft_topk,                                                                                              \
+   &isa::choose_tokens,                                                                                     \
+   tree_attention,                                                                                          \
+   &portable::write_cache,                                                                                  \
+   &portable::verify_tree,                                                                                  \
+   &portable::commit_cache,                                                                                 \
+   linear,                                                                                                  \
+   linear, /* grouped_linear: rows in more than one group */                                                \
+   &isa::activation,                                                                                        \
+   &isa::rows,                                                                                              \
+   packed_linear,                                                                                           \
+   pack_weights,                                                                                            \
    packed_elements}
 #define CERBERUS_WHOLE_LEVEL(isa, runs_here)                                             \
   CERBERUS_LEVEL(#isa, isa, runs_here, &isa::linear, &isa::head_stack, &isa::draft_topk, \
-                 &isa::packed_linear, &isa::pack_weights, &isa::packed_elements)
+                 &isa::tree_attention, &isa::packed_linear, &isa::pack_weights, &isa::packed_elements)
 
 // Best first.
 const Level kLevels[] = {
 #if defined(CERBERUS_AMX)
     CERBERUS_LEVEL("amx_bf16", avx512, has_amx_bf16, CERBERUS_BFLOAT16(amx_bf16, linear, LinearArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, head_stack, HeadStackArgs),
-                   CERBERUS_BFLOAT16(avx512_bf16, draft_topk, DraftTopkArgs), &avx512::packed_linear,
+                   CERBERUS_BFLOAT16(avx512_bf16, draft_topk, DraftTopkArgs),
+                   CERBERUS_BFLOAT16(avx512_bf16, tree_attention, TreeAttentionArgs), &avx512::packed_linear,
                    &avx512::pack_weights, packed_elements_amx),
 #endif
 #if defined(__x86_64__)
     CERBERUS_LEVEL("avx512_bf16", avx512, has_avx512_bf16, CERBERUS_BFLOAT16(avx512_bf16, linear, LinearArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, head_stack, HeadStackArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, draft_topk, DraftTopkArgs),
+                   CERBERUS_BFLOAT16(avx512_bf16, tree_attention, TreeAttentionArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, packed_linear, LinearArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, pack_weights, PackWeightsArgs), packed_elements_bf16),
     CERBERUS_WHOLE_LEVEL(avx512, has_avx512),
     CERBERUS_WHOLE_LEVEL(avx2, has_avx2),
 #endif
     CERBERUS_LEVEL("portable", portable, always, &portable::linear, &portable::head_stack,
-                   &portable::draft_topk, nullptr, nullptr, nullptr),
+                   &portable::draft_topk, &portable::tree_attention, nullptr, nullptr, nullptr),
 };
 
 const Level& choose_level() {

@@ -30,6 +30,7 @@ constexpr auto kSpin = microseconds(50);
 // works alone, so long that the lost time is a small share of it.
 constexpr auto kLate = microseconds(200);
 constexpr auto kAlone = milliseconds(30);
+constexpr int64_t kPreempted = 2;                      // times since the last op
 constexpr int64_t kMaxTasks = (int64_t{1} << 20) - 1;  // of one round, see Share
 
 inline void pause() {
@@ -248,7 +249,16 @@ void run_on_team(int64_t tasks, Parallel::Body body, const void* state) {
 
 }  // namespace
 
-int64_t team_threads(int64_t threads) { return std::max<int64_t>(1, std::min(threads, processors())); }
+int64_t team_threads(int64_t threads) {
+  // Asked again once a second: it takes some microseconds, and may change.
+  thread_local int64_t known = 0;
+  thread_local Clock::time_point asked{};
+  if (threads > 1 && (known == 0 || Clock::now() - asked > std::chrono::seconds(1))) {
+    known = processors();
+    asked = Clock::now();
+  }
+  return threads > 1 ? std::min(threads, known) : 1;
+}
 
 Parallel team(int64_t threads) {
   wanted = team_threads(threads);
