@@ -28,9 +28,8 @@ using std::chrono::milliseconds;
 constexpr auto kSpin = microseconds(50);
 // A wait for the others' last tasks that takes so long means that one of them is not running. The caller then
 // works alone, so long that the lost time is a small share of it.
-constexpr auto kLate = microseconds(200);
+constexpr auto kLate = microseconds(1000);
 constexpr auto kAlone = milliseconds(30);
-constexpr int64_t kPreempted = 2;                      // times since the last op
 constexpr int64_t kMaxTasks = (int64_t{1} << 20) - 1;  // of one round, see Share
 
 inline void pause() {
