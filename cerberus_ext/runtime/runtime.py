@@ -18,7 +18,7 @@ from .capability import Capability, examine
 from .compiled_step import CompiledSteps, ModelPrograms, check_compilable
 from .recorder import RECORDERS, Unrecordable, expected_on
 from .recordings import Recordings
-from .replayable import memory_of, obstacle
+from .replayable import hooks_of, memory_of, obstacle
 from .sampling import Chooser
 from .stats import DecodeStats
 from .stepper import Drafts, Stepper
@@ -52,8 +52,7 @@ class Runtime:
         Raises ValueError, naming the model's class and the reason, where the model's steps cannot run.
         """
         model = self.model
-        hooks = tuple((*part._forward_hooks, *part._forward_pre_hooks) for part in model.modules())  # their numbers
-        key = (memory_of(model), hooks, torch.get_num_threads(), model.dtype)
+        key = (memory_of(model), hooks_of(model), torch.get_num_threads(), model.dtype)
         if self._capability is None or self._capability[0] != key:
             self._capability = (key, examine(model))
         return self._capability[1]
