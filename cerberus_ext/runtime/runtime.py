@@ -21,7 +21,7 @@ from .fused.step import FusedStep, versions
 from .fused.trace import NotFused
 from .recorder import RECORDERS, Unrecordable, expected_on
 from .recordings import Recordings
-from .replayable import memory_of, obstacle
+from .replayable import hooks_of, memory_of, obstacle
 from .sampling import Chooser
 from .stats import DecodeStats
 from .stepper import Drafts, Stepper
@@ -58,9 +58,8 @@ class Runtime:
         Raises ValueError, naming the model's class and the reason, where the model's steps cannot run.
         """
         model = self.model
-        hooks = tuple((*part._forward_hooks, *part._forward_pre_hooks) for part in model.modules())  # their numbers
         self._memory = memory_of(model)
-        key = (self._memory, hooks, torch.get_num_threads(), model.dtype)
+        key = (self._memory, hooks_of(model), torch.get_num_threads(), model.dtype)
         if self._capability is None or self._capability[0] != key:
             self._capability = (key, examine(model))
         return self._capability[1]
