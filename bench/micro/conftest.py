@@ -37,7 +37,7 @@ def ops_table(terminalreporter: Any, rows: list[dict[str, Any]]) -> None:
     terminalreporter.section(
         "ours and plain PyTorch: medians; bytes that have to be moved, as a share of a copy's speed"
     )
-    form = "{:<22} {:<5} {:<5} {:<9} {:>11} {:>11} {:>9} {:>9} {:>9}"
+    form = "{:<25} {:<5} {:<5} {:<9} {:>11} {:>11} {:>9} {:>9} {:>9}"
     columns = ("op", "model", "on", "dtype", "ours", "PyTorch", "speed-up", "GB/s", "of a copy")
     terminalreporter.write_line(form.format(*columns))
     for row in rows:

@@ -112,11 +112,18 @@ def head_stack(shapes: Shapes, dtype: torch.dtype, device: str, rows: int = 1) -
     return Calls(ours, eager, size_of(weight, bias), products, difference=relative)
 
 
-def draft_topk(shapes: Shapes, dtype: torch.dtype, device: str, vocab: int | None = None, rows: int = 1) -> Calls:
-    """vocab: rows of the projection; None: all of the LM head."""
+def draft_topk(
+    shapes: Shapes,
+    dtype: torch.dtype,
+    device: str,
+    vocab: int | None = None,
+    rows: int = 1,
+    drafts: int | None = None,
+) -> Calls:
+    """vocab: rows of the projection; None: all of the LM head. drafts: of each head; None: the model's."""
     states = normal(rows, shapes.num_heads, shapes.hidden, dtype=dtype, device=device)
     projection = normal(vocab or shapes.vocab, shapes.hidden, scale=0.04, dtype=dtype, device=device)
-    drafts = shapes.drafts
+    drafts = drafts or shapes.drafts
 
     def eager() -> tuple[Tensor, Tensor]:
         logprobs, ids = F.linear(states, projection).float().log_softmax(-1).topk(drafts)

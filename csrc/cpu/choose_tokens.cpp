@@ -35,14 +35,25 @@ Vec logits_at(const T* logits, int64_t id, int64_t vocab) {
 // The largest logit, -inf if there is none.
 template <typename T>
 float largest(const T* logits, int64_t vocab) {
-  Vec tops = broadcast(-kInfinity);
-  for (int64_t id = 0; id < vocab; id += kLanes) {
-    const Vec x = logits_at(logits, id, vocab);
-    tops = select(x > tops, x, tops);  // never a NaN
+  constexpr int kChains = 4;  // a comparison waits for the one before
+  Vec tops[kChains];
+  for (Vec& top : tops) top = broadcast(-kInfinity);
+  int64_t id = 0;
+  for (; id + kChains * kLanes <= vocab; id += kChains * kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) {
+      const Vec x = load(logits + id + i * kLanes);
+      tops[i] = select(x > tops[i], x, tops[i]);  // never a NaN
+    }
   }
-  float top = tops[0];
-  for (int lane = 1; lane < kLanes; ++lane)
-    if (tops[lane] > top) top = tops[lane];
+  for (; id < vocab; id += kLanes) {
+    const Vec x = logits_at(logits, id, vocab);
+    tops[0] = select(x > tops[0], x, tops[0]);
+  }
+  float top = -kInfinity;
+  for (const Vec& each : tops)
+    for (int lane = 0; lane < kLanes; ++lane)
+      if (each[lane] > top) top = each[lane];
   return top;
 }
 
@@ -55,6 +66,24 @@ int64_t first_with(float logit, const T* logits, int64_t vocab) {
       if (found[lane]) return id + lane;
   }
   return 0;
+}
+
+// The first token with the largest logit, which is looked for in one piece of the vocabulary alone.
+template <typename T>
+int64_t best_token(const T* logits, int64_t vocab) {
+  constexpr int64_t kPiece = 2048;
+  float top = -kInfinity;
+  int64_t best = 0;
+  for (int64_t begin = 0; begin < vocab; begin += kPiece) {
+    const float here = largest(logits + begin, smaller(kPiece, vocab - begin));
+    if (here > top) {
+      top = here;
+      best = begin;
+    }
+  }
+  // Nothing but NaN and -inf: any piece may hold the first -inf.
+  if (top == -kInfinity) return first_with(top, logits, vocab);
+  return best + first_with(top, logits + best, smaller(kPiece, vocab - best));
 }
 
 // The best token so far.
@@ -234,7 +263,7 @@ void choose_tokens(const ChooseTokensArgs& a, const Parallel& parallel) {
     parallel_tasks(parallel, a.rows, [&](int64_t row) {
       const T* logits = static_cast<const T*>(a.logits) + row * a.vocab;
       if (a.temperature == 0) {
-        a.tokens[row] = first_with(largest(logits, a.vocab), logits, a.vocab);
+        a.tokens[row] = best_token(logits, a.vocab);
       } else if (a.top_k == 0 && a.top_p >= 1) {
         a.tokens[row] = sample_all(a, logits, a.positions[row]);
       } else {

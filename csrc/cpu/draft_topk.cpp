@@ -9,6 +9,7 @@ namespace cerberus::CERBERUS_ISA {
 namespace {
 
 constexpr int64_t kRowsAtOnce = 16;
+constexpr int64_t kSharedEntries = 1 << 14;  // of parts' lists: fewer are merged by one thread
 
 // Puts (logit, id) into the descending list; of equal logits the one that came first stays first. NaN never
 // enters.
@@ -33,18 +34,51 @@ void clear(int64_t drafts, float* logits, int32_t* ids) {
 
 // Maximum and sum of e^(x - maximum); x is followed by room for a whole vector.
 void softmax_sums(float* x, int64_t count, float& top, float& mass) {
-  top = -__builtin_inff();
-  for (int64_t i = 0; i < count; ++i)
-    if (x[i] > top) top = x[i];
-  const float shift = top == -__builtin_inff() ? 0.0f : top;
   for (int64_t i = count; i % kLanes; ++i) x[i] = -__builtin_inff();
+  Vec tops = broadcast(-__builtin_inff());
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec here = load(x + i);
+    tops = select(here > tops, here, tops);  // never a NaN
+  }
+  top = tops[0];
+  for (int lane = 1; lane < kLanes; ++lane)
+    if (tops[lane] > top) top = tops[lane];
+  const float shift = top == -__builtin_inff() ? 0.0f : top;
   Vec sums{};
   for (int64_t i = 0; i < count; i += kLanes) sums += exp(load(x + i) - shift);
   mass = sum(sums);
 }
 
+// Inserts what may belong to the list of all parts: vectors tell which few numbers are worth a look. `limit`
+// is the last of some part's full list: what is less cannot be among the best of all. x is followed by -inf,
+// or whatever, up to a whole vector.
+void insert_all(const float* x, int64_t count, int64_t begin, float limit, int64_t drafts, float* best,
+                int32_t* ids) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec here = load(x + i);
+    const IntVec wanted = (here >= limit) & (ids[drafts - 1] < 0 ? here == here : here > best[drafts - 1]);
+    if (!any(wanted)) continue;
+    for (int64_t lane = 0; lane < smaller(kLanes, count - i); ++lane)
+      if (x[i + lane] >= limit)
+        insert(x[i + lane], static_cast<int32_t>(begin + i + lane), drafts, best, ids);
+  }
+}
+
+// The largest limit that a part has set so far. Which parts have is left to chance; what is found is not.
+float limit_of(const float* limit) {
+  float found;
+  __atomic_load(limit, &found, __ATOMIC_RELAXED);
+  return found;
+}
+void raise_limit(float* limit, float to) {
+  float found = limit_of(limit);
+  while (to > found &&
+         !__atomic_compare_exchange(limit, &found, &to, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
 template <typename T>
-void part(const DraftTopkArgs& a, const Row<T>* states, int64_t index) {
+void part(const DraftTopkArgs& a, const Row<T>* states, float* limits, int64_t index) {
   const int64_t begin = index * kDraftTopkPart, count = smaller(kDraftTopkPart, a.vocab - begin);
   constexpr int64_t stride = kDraftTopkPart + kLanes;
   float logits[kRowsAtOnce * stride];
@@ -58,9 +92,9 @@ void part(const DraftTopkArgs& a, const Row<T>* states, int64_t index) {
       float* best = a.part_logits + slot * a.drafts;
       int32_t* ids = a.part_ids + slot * a.drafts;
       clear(a.drafts, best, ids);
-      for (int64_t n = 0; n < count; ++n)
-        insert(logits[m * stride + n], static_cast<int32_t>(begin + n), a.drafts, best, ids);
       softmax_sums(logits + m * stride, count, a.part_max[slot], a.part_sum[slot]);
+      insert_all(logits + m * stride, count, begin, limit_of(limits + row + m), a.drafts, best, ids);
+      if (ids[a.drafts - 1] >= 0) raise_limit(limits + row + m, best[a.drafts - 1]);
     }
   }
 }
@@ -78,6 +112,8 @@ void merge(const DraftTopkArgs& a, int64_t row) {
     for (int64_t draft = 0; draft < a.drafts; ++draft) {
       const int64_t from = i * a.drafts + draft;
       if (a.part_ids[from] < 0) break;
+      if (ids[a.drafts - 1] >= 0 && !(a.part_logits[from] > best[a.drafts - 1]))
+        break;  // nor are the next ones
       insert(a.part_logits[from], a.part_ids[from], a.drafts, best, ids);
     }
   }
@@ -96,9 +132,13 @@ void draft_topk(const DraftTopkArgs& a, const Parallel& parallel) {
     using T = decltype(type);
     Buffer<Row<T>> scratch(row_scratch<T>(a.rows * a.size));
     const Row<T>* states = as_rows(static_cast<const T*>(a.states), a.rows * a.size, scratch.data);
-    parallel_tasks(parallel, a.parts, [&](int64_t index) { part<T>(a, states, index); });
+    Scratch limits(a.rows);
+    for (int64_t row = 0; row < a.rows; ++row) limits.data[row] = -__builtin_inff();
+    parallel_tasks(parallel, a.parts, [&](int64_t index) { part<T>(a, states, limits.data, index); });
   });
-  parallel_tasks(parallel, a.rows, [&](int64_t row) { merge(a, row); });
+  // A few microseconds: less than it takes to wake a thread.
+  const bool is_short = a.rows * a.parts * a.drafts < kSharedEntries;
+  parallel_tasks(is_short ? Parallel{nullptr, 1} : parallel, a.rows, [&](int64_t row) { merge(a, row); });
 }
 
 }  // namespace cerberus::CERBERUS_ISA

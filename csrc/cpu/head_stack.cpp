@@ -7,7 +7,34 @@
 namespace cerberus::CERBERUS_ISA {
 namespace {
 
-float silu(float x) { return x / (1.0f + exp(-x)); }
+Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
+
+// The type that rows are in beside weights.
+template <typename T>
+void copy_state(const T* from, int64_t size, Row<T>* to) {
+  if constexpr (sizeof(Row<T>) == sizeof(T)) {
+    __builtin_memcpy(to, from, static_cast<size_t>(size) * sizeof(T));
+  } else {
+    widen(from, size, to);
+  }
+}
+
+// state + silu(dot + bias), rounded, kLanes at a time or the last few.
+template <typename T, typename X>
+void add_update(const float* dots, const T* bias, const X* state, int64_t count, T* out) {
+  int64_t i = 0;
+  const auto update = [&](const auto& load_at, T* to) {
+    float sums[kLanes];
+    store(load_at(state) + silu(load_at(dots) + load_at(bias)), sums);
+    from_floats<kLanes>(sums, to);
+  };
+  for (; i + kLanes <= count; i += kLanes) update([i](const auto* p) { return load(p + i); }, out + i);
+  if (i < count) {
+    T last[kLanes];
+    update([i, count](const auto* p) { return load_part(p + i, count - i); }, last);
+    __builtin_memcpy(out + i, last, static_cast<size_t>(count - i) * sizeof(T));
+  }
+}
 
 template <typename T>
 void run(const HeadStackArgs& a, const Parallel& parallel) {
@@ -32,10 +59,10 @@ void run(const HeadStackArgs& a, const Parallel& parallel) {
       for (int64_t row = 0; row < a.rows; ++row) {
         X* input = inputs.data + (head * a.rows + row) * width;
         const T* own = state(row, head);
-        for (int64_t i = 0; i < size; ++i) from_float(to_float(own[i]), input[i]);
+        copy_state(own, size, input);
         if (!a.chained) continue;
         const T* neighbour = head == 0 || !below ? anchor + row * size : state(row, head - 1);
-        for (int64_t i = 0; i < size; ++i) from_float(to_float(neighbour[i]), input[size + i]);
+        copy_state(neighbour, size, input + size);
       }
     }
     const int64_t per_task = weight_rows_per_task(width, sizeof(T));
@@ -48,13 +75,9 @@ void run(const HeadStackArgs& a, const Parallel& parallel) {
       Scratch dots(a.rows * outputs);
       rows_times_weights(input, width, a.rows, weight + (block * size + begin) * width, 0, outputs, width,
                          Output<T>{nullptr, dots.data, outputs, nullptr});
-      for (int64_t row = 0; row < a.rows; ++row) {
-        for (int64_t i = 0; i < outputs; ++i) {
-          const int64_t n = begin + i;
-          const float update = silu(dots.data[row * outputs + i] + to_float(bias[block * size + n]));
-          from_float(to_float(input[row * width + n]) + update, above[(row * a.heads + head) * size + n]);
-        }
-      }
+      for (int64_t row = 0; row < a.rows; ++row)
+        add_update(dots.data + row * outputs, bias + block * size + begin, input + row * width + begin,
+                   outputs, above + (row * a.heads + head) * size + begin);
     });
     below = above;
   }

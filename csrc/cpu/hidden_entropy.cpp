@@ -9,10 +9,18 @@ namespace {
 // With y = x - max: log sum e^y - sum e^y y / sum e^y; nothing overflows, and what is -inf adds nothing.
 template <typename T>
 float entropy(const T* x, int64_t size) {
-  float top = to_float(x[0]);
-  for (int64_t i = 1; i < size; ++i) {
+  Vec largest = broadcast(-__builtin_inff());  // never a NaN: one makes the sums NaN
+  int64_t whole = 0;
+  for (; whole + kLanes <= size; whole += kLanes) {
+    const Vec here = load(x + whole);
+    largest = select(here > largest, here, largest);
+  }
+  float top = -__builtin_inff();
+  for (int lane = 0; lane < kLanes; ++lane)
+    if (largest[lane] > top) top = largest[lane];
+  for (int64_t i = whole; i < size; ++i) {
     const float value = to_float(x[i]);
-    if (!(value <= top)) top = value;  // a NaN stays, and makes the result NaN
+    if (value > top) top = value;
   }
   Vec mass{}, weighted{};
   const Vec tops = broadcast(top);

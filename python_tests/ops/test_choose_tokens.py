@@ -195,3 +195,26 @@ def test_nan_and_infinities(top_k, top_p, temperature, dtype, device):
         tokens = ops.choose_tokens(*arguments)
         assert all(token in allowed for token, allowed in zip(tokens.tolist(), rows.values(), strict=True))
         assert torch.equal(tokens, reference.choose_tokens(*arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_greedy_of_a_large_vocabulary(dtype):
+    """Equal logits in different pieces of 2048, zeros of both signs, -inf alone, and NaN in between: the first one."""
+    vocab = 3 * 2048 + 5
+    places = [0, 1, 15, 16, 63, 64, 2047, 2048, 2111, 4095, 4096, 6143, 6144, vocab - 1]
+    low = torch.full((vocab,), -3.0)
+    rows, wanted = [], []
+    for first in places:
+        rows.append(
+            low.scatter(0, torch.tensor([first, vocab - 1]), 2.0).scatter(0, torch.tensor([vocab - 2]), math.nan)
+        )
+        zeros = low.scatter(0, torch.tensor([vocab - 1]), 0.0)
+        zeros[first] = -0.0 if first < vocab - 1 else 0.0
+        rows.append(zeros)
+        nothing = torch.full((vocab,), math.nan)
+        nothing[first:] = -math.inf
+        rows.append(nothing)
+        wanted += [first, first, first]
+    logits = torch.stack(rows).to(dtype)
+    positions = torch.zeros(len(rows), dtype=torch.int64)
+    assert ops.choose_tokens(logits, positions, 0, 0.0, 0, 1.0).tolist() == wanted

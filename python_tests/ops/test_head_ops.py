@@ -163,6 +163,34 @@ def test_draft_topk_ties_go_to_the_lowest_id(dtype, device):
 
 
 @dtypes
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("order", ["rising", "falling", "equal", "all alike"])
+def test_draft_topk_of_many_parts(order, threads, dtype):
+    """What a part leaves out because of another one is in no list of the best: logits that rise and fall, and ties.
+
+    Ten parts of the vocabulary; 0 to 49, 100 or 1 different logits.
+    """
+    vocab, drafts = 5000, 32
+    logits = {
+        "rising": torch.arange(vocab) // 100,
+        "falling": (vocab - 1 - torch.arange(vocab)) // 100,
+        "equal": torch.arange(vocab) * 37 % 100,
+        "all alike": torch.zeros(vocab, dtype=torch.int64),
+    }[order]
+    projection = torch.stack([logits, logits * 0 + 1], 1).to(dtype)
+    states = torch.tensor([[[1.0, 0.0], [-1.0, 3.0], [0.0, 1.0]]], dtype=dtype)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        got = ops.draft_topk(states, projection, drafts)
+    finally:
+        torch.set_num_threads(before)
+    wanted = reference.draft_topk(states, projection, drafts)
+    assert torch.equal(got[0], wanted[0])
+    assert_close("draft_topk", got[1], wanted[1], dtype)
+
+
+@dtypes
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("rows", SIZES)
 @pytest.mark.parametrize(("size", "outputs"), [(0, 5), (33, 0), (1, 1), (33, 129), (129, 33), (576, 65)])

@@ -194,3 +194,31 @@ def test_long_chain_across_blocks(dtype):
     text = make_text({"query_heads": 2, "kv_heads": 1, "head_size": 16}, 230, dtype)
     wanted = torch.cat([step(text, position, [position], [-1], 0) for position in range(230)])
     assert_same_bits(step(text, 30, list(range(30, 230)), chain(200), 0), wanted[30:])
+
+
+@dtypes
+@pytest.mark.parametrize("group", [1, 3, 4, 5, 7])
+def test_any_number_of_queries_side_by_side(group, dtype):
+    """Sums that cancel, of 1 to 63 queries a key/value head: a node's bits are those that it has alone.
+
+    Elements of keys and values take turns at being large, with both signs, so that any other order of a sum shows.
+    """
+    length, nodes, size = 130, 9, 80
+    whole = attention_inputs(1, chain(nodes), [length], query_heads=group, kv_heads=1, head_size=size, dtype=dtype)
+    whole["q"][..., ::3] *= 8
+    whole["keys"][:, :, ::2, ::5] *= 8
+    whole["values"][:, :, ::2] *= 100
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            wanted = ops.tree_attention(**whole)
+            for count in range(1, nodes):
+                first = whole | {"q": whole["q"][:, :count].contiguous(), "ancestors": tree(chain(count))[1]}
+                assert_same_bits(ops.tree_attention(**first), wanted[:, :count])
+            for node in range(nodes):
+                alone = {"q": whole["q"][:, node, None].contiguous(), "ancestors": torch.tensor([[1]])}
+                alone["length"] = torch.tensor([length + node])
+                assert_same_bits(ops.tree_attention(**whole | alone)[:, 0], wanted[:, node])
+    finally:
+        torch.set_num_threads(before)
