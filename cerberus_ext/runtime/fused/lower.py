@@ -115,8 +115,11 @@ def _attention(lowering: Lowering, call: Call) -> None:
     lowering.views[call.outputs[0]] = View(output, shape, dense_strides(shape))
 
 
-def lower(trace: Trace, dtype: torch.dtype, heads: int, head_size: int, positions: int) -> Program:
-    """heads, head_size: of keys and values. positions: that the tables are to know. Raises NotFused."""
+def lower(
+    trace: Trace, dtype: torch.dtype, heads: int, head_size: int, joins: bool, positions: int
+) -> Program:  # fmt: skip
+    """heads, head_size: of keys and values. joins: whether linears of one input become one product. positions: that the
+    tables are to know. Raises NotFused."""
     values = Values(trace)
     lowering = Lowering(trace, dtype, values)
     order = _Order(trace.calls, values)
@@ -126,7 +129,7 @@ def lower(trace: Trace, dtype: torch.dtype, heads: int, head_size: int, position
             _run(lowering, call)
             order.done(call)
         if order.stages:
-            _run_stage(lowering, order)
+            _run_stage(lowering, order, joins)
     if order.missing:
         raise NotFused(f"{trace.calls[min(order.missing)].op} waits for something that is never computed")
     hidden, logits = (lowering.whole(lowering.view(number)) for number in (trace.hidden, trace.logits))
@@ -177,14 +180,14 @@ class _Order:
                 self._sort(index)
 
 
-def _run_stage(lowering: Lowering, order: _Order) -> None:
+def _run_stage(lowering: Lowering, order: _Order, joins: bool) -> None:
     first = order.take(order.stages)
     calls = [first]
     if first.op is _ATTEND:
         _attention(lowering, first)
     else:
         view = lowering.view(first.args[0].number)
-        for index in sorted(order.stages):
+        for index in sorted(order.stages) if joins else ():
             call = order.calls[index]
             if call.op is _LINEAR and _same(lowering.view(call.args[0].number), view):
                 calls.append(call)

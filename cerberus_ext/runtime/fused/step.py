@@ -16,6 +16,8 @@ from .program import Product, Program, encode
 from .trace import NotFused, Trace, trace_step
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ...target.model import TargetModel
 
 _ALIGNMENT = 4096  # bytes, of the packed weights of a product
@@ -39,7 +41,7 @@ class FusedStep:
         self._trace: Trace = trace_step(target)
         self._results: tuple[Tensor, Tensor] | None = None
         self._weights: list[Tensor] | None = None
-        self._pack = pack
+        self._packs = pack is not False and (pack or _has_room(target.model))
         self._most_positions = _ALL_POSITIONS
         self._make(target)
         self.seconds = time.perf_counter() - begin
@@ -49,7 +51,7 @@ class FusedStep:
         assert target.cache.tensor is not None
         _, _, heads, _, size = target.cache.tensor.shape
         positions = max(_MIN_POSITIONS, 1 << (target.cache.capacity - 1).bit_length())
-        sizes = (self._trace, self._dtype, heads, size)
+        sizes = (self._trace, self._dtype, heads, size, self._packs)
         try:
             self.program: Program = lower(*sizes, positions)
         except IndexError:  # the model looks its positions up, and has no more; nor is there a step beyond them
@@ -57,7 +59,7 @@ class FusedStep:
             self._most_positions = target.max_positions
         products = [stage for stage in self.program.stages if isinstance(stage, Product)]
         if self._weights is None:
-            self._weights = _weights_of(products, self._pack)
+            self._weights = _weights_of(products, self._packs)
         biases = [_bias_of(product, self._dtype) for product in products]
         self._native = NativeStep(*encode(self.program, self._weights, biases))
 
@@ -101,12 +103,12 @@ def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
     return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
 
-def _weights_of(products: list[Product], pack: bool | None) -> list[Tensor]:
+def _weights_of(products: list[Product], packs: bool) -> list[Tensor]:
     """For each product its weights, one behind the other: packed, or (O, I) as the model has them."""
     weights: list[Tensor] = []
     sizes = [packed_bytes(product.weights[0], product.output.width) for product in products]
     rounded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-    if pack is False or (pack is None and sum(rounded) + _SPARE > _free_memory()):
+    if not packs:
         sizes = [0] * len(sizes)
     memory = large_memory(sum(rounded)) if any(sizes) else None
     begin = 0
@@ -129,6 +131,11 @@ def _bias_of(product: Product, dtype: torch.dtype) -> Tensor | None:
         for weight, bias in zip(product.weights, product.biases, strict=True)
     ]
     return torch.cat(parts)
+
+
+def _has_room(model: PreTrainedModel) -> bool:
+    """Whether this machine has memory for a second copy of the weights."""
+    return sum(parameter.nbytes for parameter in model.parameters()) + _SPARE <= _free_memory()
 
 
 def _free_memory() -> int:

@@ -10,6 +10,7 @@ from tiny_models import prompt
 
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.drafting.tree import tree_of_ranks
+from cerberus_ext.ops.step import packed_bytes
 from cerberus_ext.runtime.fused.step import FusedStep
 from cerberus_ext.runtime.fused.trace import NotFused
 
@@ -51,6 +52,16 @@ def test_reads_the_models_own_weights_where_nothing_is_packed(name: str) -> None
     packed, _ = both_ways(model, TREES["bush"], pack=True)
     for ours, theirs in zip(both_ways(model, TREES["bush"], pack=False)[0], packed, strict=True):
         assert ours.equal(theirs)
+
+
+def test_nothing_is_copied_where_nothing_is_packed() -> None:
+    model = tiny_family("llama")
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    with torch.inference_mode(), every_call_seen(model) as target:
+        target.prefill(prompt())
+        fused = FusedStep(target, pack=False)
+        assert {weight.data_ptr() for weight in fused._weights} <= own and not fused.packed
+        assert FusedStep(target, pack=True).packed == bool(packed_bytes(model.lm_head.weight, 3))
 
 
 @pytest.mark.parametrize(
