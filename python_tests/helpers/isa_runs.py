@@ -43,7 +43,10 @@ def run(script: str) -> dict[str, tuple[int, str]]:
     """Status and what was printed, by level; with the same cerberus_ext as this process's."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(FOLDER), str(libraries.PACKAGE.parent)])}
     command = [sys.executable, "-c", FORKED, str(FOLDER / script), *ISAS]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=600, check=True)
+    # Python puts the folder it is started in first on its path: not one in which a package without libraries lies.
+    done = subprocess.run(
+        command, cwd=FOLDER, env=environment, stdout=subprocess.PIPE, text=True, timeout=600, check=True
+    )
     return {isa: tuple(json.loads(line)) for isa, line in zip(ISAS, done.stdout.splitlines(), strict=True)}
 
 
