@@ -143,11 +143,11 @@ def _prove(model: PreTrainedModel, capability: Capability) -> Capability:
             for node, own in zip(path, _own_logits(model, path), strict=True):
                 alone_hidden, alone_logits = target.step(_tokens(model, [node]), ALONE.on(model.device))
                 target.cache.extend(1)
-                difference = _difference(alone_logits[0, 0], own)
-                if not difference <= _LARGEST_DIFFERENCE[model.dtype]:
+                apart = difference(alone_logits[0, 0], own)
+                if not apart <= _LARGEST_DIFFERENCE[model.dtype]:
                     raise ValueError(
                         f"decode: model must compute in a step what it computes by itself, {type(model).__name__} does"
-                        f" not: its logits differ by {difference:.0%}"
+                        f" not: its logits differ by {apart:.0%}"
                     )
                 same = (
                     same and _agree(alone_logits[0, 0], logits[0, node]) and _agree(alone_hidden[0, 0], hidden[0, node])
@@ -179,10 +179,10 @@ def _agree(got: Tensor, want: Tensor) -> bool:
     """On a CPU, bit for bit; on another device, up to rounding. What is no number in both agrees."""
     if got.device.type == "cpu":
         return got.nan_to_num().equal(want.nan_to_num())
-    return _difference(got, want) <= _LARGEST_DIFFERENCE[got.dtype]
+    return difference(got, want) <= _LARGEST_DIFFERENCE[got.dtype]
 
 
-def _difference(got: Tensor, want: Tensor) -> float:
+def difference(got: Tensor, want: Tensor) -> float:
     """As a share of the norm; NaN where only one of them is finite. What is finite in neither does not count."""
     got, want = got.float(), want.float()
     finite = want.isfinite()

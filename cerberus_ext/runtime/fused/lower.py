@@ -135,7 +135,7 @@ def lower(
     hidden, logits = (lowering.whole(lowering.view(number)) for number in (trace.hidden, trace.logits))
     lowering.close_rows()
     _place_tables(lowering, positions)
-    buffers = place(lowering.stages, dtype, (hidden, logits))
+    buffers = place(lowering.stages, (hidden, logits))
     layers = len(trace.planes) // 2
     return Program(
         dtype, layers, heads, head_size, lowering.constants, lowering.stages, hidden, logits, buffers, positions

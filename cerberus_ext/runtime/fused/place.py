@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from .program import Attention, Base, Instruction, Product, RowOp, Rows, Space, Stage, View
+from .program import REDUCTIONS, Attention, Base, Instruction, Product, RowOp, Rows, Space, Stage, View
 
 _ALIGNMENT = 16  # elements of scratch: a cache line
 
 
-def place(stages: Sequence[Stage], dtype: torch.dtype, results: Sequence[Base]) -> list[Base]:
+def place(stages: Sequence[Stage], results: Sequence[Base]) -> list[Base]:
     """Settles space and place of all bases -> one base for each buffer. results: the bases of buffers of their own."""
     for stage in stages:
         if isinstance(stage, Rows):
@@ -20,7 +18,7 @@ def place(stages: Sequence[Stage], dtype: torch.dtype, results: Sequence[Base]) 
     shared: set[Base] = {*results}
     for stage in stages:
         if not isinstance(stage, Rows):
-            shared |= {stage.input, stage.output} if isinstance(stage, Product) else {stage.query, stage.output}
+            shared |= _bases(stage)
     shared |= {base for base, (first, last) in spans.items() if first != last}
     buffers = _place_buffers(spans, shared, results)
     for stage in stages:
@@ -126,12 +124,9 @@ def _redirect(maker: Instruction, copy: Instruction) -> bool:
     new = {(size, stride): to for size, stride, to in copied if stride}
     if read.offset or made.offset or axes != set(new):
         return False
-    if target.base is not None and target.base.space in (Space.KEYS, Space.VALUES) and maker.op in _REDUCING:
+    if target.base is not None and target.base.space in (Space.KEYS, Space.VALUES) and maker.op in REDUCTIONS:
         return False
     strides = tuple(new.get(axis, 0) for axis in zip(made.shape, made.strides, strict=True))
     maker.to = View(target.base, made.shape, strides, target.offset)
     maker.round = maker.round or copy.round
     return True
-
-
-_REDUCING = (RowOp.MEAN, RowOp.SUM, RowOp.MAX)

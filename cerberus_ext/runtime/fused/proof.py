@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ...drafting.static_policy import StaticPolicy
 from ...drafting.tree import ALONE
+from ..capability import difference
 from .trace import NotFused
 
 if TYPE_CHECKING:
@@ -35,12 +35,6 @@ def check_fused(target: TargetModel, fused: FusedStep) -> None:
     except IndexError as error:
         raise NotFused("the model has no position for another token") from error
     got = fused.step(target, tokens, cache.length[:, None] + tree.depths, tree.ancestors)[1][0].float()
-    difference = _difference(got, own)
-    if not difference <= _LARGEST_DIFFERENCE[target.model.dtype]:
-        raise NotFused(f"its program computes other logits than the model ({difference:.1%} apart)")
-
-
-def _difference(got: Tensor, want: Tensor) -> float:
-    """As a share of the norm; what is finite in neither does not count."""
-    finite = want.isfinite() | got.isfinite()
-    return float((got - want)[finite].norm() / want[finite].norm().clamp(min=1e-30))
+    apart = difference(got, own)
+    if not apart <= _LARGEST_DIFFERENCE[target.model.dtype]:
+        raise NotFused(f"its program computes other logits than the model ({apart:.1%} apart)")

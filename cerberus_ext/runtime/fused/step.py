@@ -63,16 +63,12 @@ class FusedStep:
         biases = [_bias_of(product, self._dtype) for product in products]
         self._native = NativeStep(*encode(self.program, self._weights, biases))
 
-    def prepare(self, target: TargetModel, nodes: int) -> None:
-        """Before a step over so many nodes."""
-        if min(target.cache.capacity, self._most_positions) > self.program.positions:
-            self._make(target)
-
     def step(self, target: TargetModel, tokens: Tensor, positions: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
         """tokens, positions (1, N), ancestors (N, W) -> hidden (1, N, D), logits (1, N, V), until the next step."""
         nodes, cache = tokens.shape[1], target.cache
         cache.check_room(nodes)
-        self.prepare(target, nodes)
+        if min(cache.capacity, self._most_positions) > self.program.positions:
+            self._make(target)
         assert cache.tensor is not None
         hidden, logits = self._memory(nodes)
         self._native.run(
