@@ -6,7 +6,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -155,15 +158,38 @@ const Level kLevels[] = {
                    &portable::draft_topk, &portable::tree_attention, nullptr, nullptr, nullptr),
 };
 
+// Whether the level is better than the one that follows. On Intel's processors vdpbf16ps does two
+// multiply-adds in the time of four (measured on Emerald Rapids: every second cycle, multiply-adds twice a
+// cycle).
+bool pays_here([[maybe_unused]] const Level& level) {
+#if defined(__x86_64__)
+  return std::strcmp(level.name, "avx512_bf16") != 0 || !__builtin_cpu_is("intel");
+#else
+  return true;
+#endif
+}
+
+// The levels of this processor, best first.
+std::vector<const Level*> levels_here() {
+  std::vector<const Level*> here;
+  for (const Level& level : kLevels)
+    if (level.runs_here()) here.push_back(&level);
+  for (size_t i = 0; i + 1 < here.size(); ++i)
+    if (!pays_here(*here[i])) {
+      std::swap(here[i], here[i + 1]);
+      break;
+    }
+  return here;
+}
+
 const Level& choose_level() {
   const char* wanted = std::getenv("CERBERUS_ISA");
-  std::string here;
-  for (const Level& level : kLevels) {
-    if (!level.runs_here()) continue;
-    if (!wanted || !*wanted || std::strcmp(wanted, level.name) == 0) return level;
-    here += (here.empty() ? "" : ", ") + std::string(level.name);
+  std::string names;
+  for (const Level* level : levels_here()) {
+    if (!wanted || !*wanted || std::strcmp(wanted, level->name) == 0) return *level;
+    names += (names.empty() ? "" : ", ") + std::string(level->name);
   }
-  throw std::runtime_error("cerberus_ext: CERBERUS_ISA must be one of " + here + " on this CPU, got " +
+  throw std::runtime_error("cerberus_ext: CERBERUS_ISA must be one of " + names + " on this CPU, got " +
                            wanted);
 }
 

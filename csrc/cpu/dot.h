@@ -1,7 +1,7 @@
 // One step of the dot products of rows and weights, and how many of them a tile computes side by side.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/product.h"
 
 namespace cerberus::CERBERUS_ISA {
 
@@ -14,28 +14,57 @@ constexpr int kSums = 12;
 #else
 constexpr int kSums = 9;
 #endif
-// How rows of X and weights are multiplied: kStep of k at a time.
+// How rows of X and weights are multiplied: kStep of k at a time, in kParts parts.
 template <typename X>
 struct Product {
-  static constexpr int kStep = kLanes, kTileRows = kSums == 24 ? 6 : kSums == 12 ? 4 : 3;
+  static constexpr int kStep = kLanes, kParts = 1, kTileRows = kSums == 24 ? 6 : kSums == 12 ? 4 : 3;
   static constexpr int kManyTileRows = kTileRows;
-  template <typename T>
+  template <int, typename T>
   static Vec load_at(const T* p) {
     return load(p);
   }
-  template <typename T>
+  template <int, typename T>
   static Vec load_part_at(const T* p, int64_t count) {
     return load_part(p, count);
   }
   static Vec add(Vec row, Vec weight, Vec sum) { return multiply_add(row, weight, sum); }
 };
+#if defined(__AVX2__)
+// The weights of even numbers, then those of odd ones: an instruction each for a vector of them.
+template <>
+struct Product<PairedFloat> {
+  static constexpr int kStep = 2 * kLanes, kParts = 2, kTileRows = kSums == 24 ? 6 : 4;
+  static constexpr int kManyTileRows = kTileRows;
+  template <int kPart>
+  static Vec load_at(const PairedFloat* p) {
+    return load(&p->value + kPart * kLanes);
+  }
+  template <int kPart>
+  static Vec load_part_at(const PairedFloat* p, int64_t) {
+    return load_at<kPart>(p);
+  }
+  template <int kPart>
+  static Vec load_at(const BFloat16* p) {
+    return kPart == 0 ? load_pairs(p).even() : load_pairs(p).odd();
+  }
+  template <int kPart>
+  static Vec load_part_at(const BFloat16* p, int64_t count) {
+    return kPart == 0 ? load_pairs(p, count).even() : load_pairs(p, count).odd();
+  }
+  static Vec add(Vec row, Vec weight, Vec sum) { return multiply_add(row, weight, sum); }
+};
+#endif
 #if defined(__AVX512BF16__)
 template <>
 struct Product<BFloat16> {
-  static constexpr int kStep = 2 * kLanes, kTileRows = 6;
+  static constexpr int kStep = 2 * kLanes, kParts = 1, kTileRows = 6;
   static constexpr int kManyTileRows =
       4;  // 4 x 6: faster than 6 x 4 or 8 x 3 where weights come from the L1 cache
-  static __m512bh load_at(const BFloat16* p) { return bit_cast<__m512bh>(_mm512_loadu_si512(p)); }
+  template <int>
+  static __m512bh load_at(const BFloat16* p) {
+    return bit_cast<__m512bh>(_mm512_loadu_si512(p));
+  }
+  template <int>
   static __m512bh load_part_at(const BFloat16* p, int64_t count) {
     return bit_cast<__m512bh>(_mm512_maskz_loadu_epi16((1u << count) - 1, p));
   }
@@ -44,5 +73,12 @@ struct Product<BFloat16> {
   }
 };
 #endif
+
+// Calls body(Count<part>{}) for the parts of a step.
+template <typename Product, typename Body>
+static inline __attribute__((always_inline)) void for_each_part(const Body& body) {
+  body(Count<0>{});
+  if constexpr (Product::kParts == 2) body(Count<1>{});
+}
 
 }  // namespace cerberus::CERBERUS_ISA

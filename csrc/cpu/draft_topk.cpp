@@ -84,7 +84,8 @@ void part(const DraftTopkArgs& a, const Row<T>* states, float* limits, int64_t i
   float logits[kRowsAtOnce * stride];
   for (int64_t row = 0; row < a.rows; row += kRowsAtOnce) {
     const int64_t rows = smaller(kRowsAtOnce, a.rows - row);
-    rows_times_weights(states + row * a.size, a.size, rows,
+    const int64_t elements = row_elements<T>(a.size);
+    rows_times_weights(states + row * elements, elements, rows,
                        static_cast<const T*>(a.projection) + begin * a.size, 0, count, a.size,
                        Output<T>{nullptr, logits, stride, nullptr});
     for (int64_t m = 0; m < rows; ++m) {
@@ -130,11 +131,13 @@ void draft_topk(const DraftTopkArgs& a, const Parallel& parallel) {
   if (a.rows == 0) return;
   with_type(a.dtype, [&](auto type) {
     using T = decltype(type);
-    Buffer<Row<T>> scratch(row_scratch<T>(a.rows * a.size));
-    const Row<T>* states = as_rows(static_cast<const T*>(a.states), a.rows * a.size, scratch.data);
+    const int64_t elements = row_elements<T>(a.size);
+    Buffer<Row<T>> states(a.rows * elements);
+    for (int64_t row = 0; row < a.rows; ++row)
+      lay_row(static_cast<const T*>(a.states) + row * a.size, a.size, states.data + row * elements);
     Scratch limits(a.rows);
     for (int64_t row = 0; row < a.rows; ++row) limits.data[row] = -__builtin_inff();
-    parallel_tasks(parallel, a.parts, [&](int64_t index) { part<T>(a, states, limits.data, index); });
+    parallel_tasks(parallel, a.parts, [&](int64_t index) { part<T>(a, states.data, limits.data, index); });
   });
   // A few microseconds: less than it takes to wake a thread.
   const bool is_short = a.rows * a.parts * a.drafts < kSharedEntries;

@@ -60,7 +60,7 @@ inline void dot_tile(const X* x, int64_t x_stride, const W* w, int64_t size, Ahe
       for (int n = 0; n < kWeights; ++n) weights[n] = load_at(w + n * size);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
-        const Operand row = load_at(x + m * x_stride);
+        const Operand row = in_register(load_at(x + m * x_stride));
 #pragma GCC unroll 12
         for (int n = 0; n < kWeights; ++n) sums[m][n] = Product::add(row, weights[n], sums[m][n]);
       }
@@ -70,7 +70,7 @@ inline void dot_tile(const X* x, int64_t x_stride, const W* w, int64_t size, Ahe
       for (int m = 0; m < kRows; ++m) rows[m] = load_at(x + m * x_stride);
 #pragma GCC unroll 12
       for (int n = 0; n < kWeights; ++n) {
-        const Operand weight = load_at(w + n * size);
+        const Operand weight = in_register(load_at(w + n * size));
 #pragma GCC unroll 8
         for (int m = 0; m < kRows; ++m) sums[m][n] = Product::add(rows[m], weight, sums[m][n]);
       }
@@ -78,9 +78,16 @@ inline void dot_tile(const X* x, int64_t x_stride, const W* w, int64_t size, Ahe
   };
   for (; k + Product::kStep <= size; k += Product::kStep) {
     ahead.prefetch<kWeights>();
-    step([k](const auto* p) { return Product::load_at(p + k); });
+    for_each_part<Product>([&](auto part) {
+      step([k](const auto* p) { return Product::template load_at<decltype(part)::value>(p + k); });
+    });
   }
-  if (k < size) step([k, size](const auto* p) { return Product::load_part_at(p + k, size - k); });
+  if (k < size)
+    for_each_part<Product>([&](auto part) {
+      step([k, size](const auto* p) {
+        return Product::template load_part_at<decltype(part)::value>(p + k, size - k);
+      });
+    });
   sum_each(sums, out);
 }
 

@@ -9,19 +9,9 @@ namespace {
 
 Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
 
-// The type that rows are in beside weights.
-template <typename T>
-void copy_state(const T* from, int64_t size, Row<T>* to) {
-  if constexpr (sizeof(Row<T>) == sizeof(T)) {
-    __builtin_memcpy(to, from, static_cast<size_t>(size) * sizeof(T));
-  } else {
-    widen(from, size, to);
-  }
-}
-
 // state + silu(dot + bias), rounded, kLanes at a time or the last few.
-template <typename T, typename X>
-void add_update(const float* dots, const T* bias, const X* state, int64_t count, T* out) {
+template <typename T>
+void add_update(const float* dots, const T* bias, const T* state, int64_t count, T* out) {
   int64_t i = 0;
   const auto update = [&](const auto& load_at, T* to) {
     float sums[kLanes];
@@ -44,8 +34,10 @@ void run(const HeadStackArgs& a, const Parallel& parallel) {
   const T* weight = static_cast<const T*>(a.weight);
   const T* bias = static_cast<const T*>(a.bias);
   T* buffers[2] = {static_cast<T*>(a.scratch), static_cast<T*>(a.scratch) + a.rows * a.heads * size};
-  using X = Row<T>;
-  Buffer<X> inputs(a.heads * a.rows * width);  // (K, B, width): what each head reads in this layer
+  // (K, B, width): what each head reads in this layer
+  const int64_t elements = row_elements<T>(width);
+  Buffer<Row<T>> inputs(a.heads * a.rows * elements);
+  Buffer<T> both(width);
 
   const T* below = nullptr;  // (B, K, D): states of the layer below; null at layer 1, where they are all h
   for (int64_t layer = 0; layer < a.layers; ++layer) {
@@ -57,27 +49,25 @@ void run(const HeadStackArgs& a, const Parallel& parallel) {
     const int64_t distinct = below ? a.heads : 1;
     for (int64_t head = 0; head < distinct; ++head) {
       for (int64_t row = 0; row < a.rows; ++row) {
-        X* input = inputs.data + (head * a.rows + row) * width;
-        const T* own = state(row, head);
-        copy_state(own, size, input);
-        if (!a.chained) continue;
         const T* neighbour = head == 0 || !below ? anchor + row * size : state(row, head - 1);
-        copy_state(neighbour, size, input + size);
+        __builtin_memcpy(both.data, state(row, head), static_cast<size_t>(size) * sizeof(T));
+        if (a.chained) __builtin_memcpy(both.data + size, neighbour, static_cast<size_t>(size) * sizeof(T));
+        lay_row(both.data, width, inputs.data + (head * a.rows + row) * elements);
       }
     }
     const int64_t per_task = weight_rows_per_task(width, sizeof(T));
     const int64_t tasks_per_head = (size + per_task - 1) / per_task;
     parallel_tasks(parallel, a.heads * tasks_per_head, [&](int64_t task) {
       const int64_t head = task / tasks_per_head, begin = task % tasks_per_head * per_task;
-      const X* input = inputs.data + (below ? head : 0) * a.rows * width;
+      const Row<T>* input = inputs.data + (below ? head : 0) * a.rows * elements;
       const int64_t block = layer * a.heads + head;
       const int64_t outputs = smaller(size, begin + per_task) - begin;
       Scratch dots(a.rows * outputs);
-      rows_times_weights(input, width, a.rows, weight + (block * size + begin) * width, 0, outputs, width,
+      rows_times_weights(input, elements, a.rows, weight + (block * size + begin) * width, 0, outputs, width,
                          Output<T>{nullptr, dots.data, outputs, nullptr});
       for (int64_t row = 0; row < a.rows; ++row)
-        add_update(dots.data + row * outputs, bias + block * size + begin, input + row * width + begin,
-                   outputs, above + (row * a.heads + head) * size + begin);
+        add_update(dots.data + row * outputs, bias + block * size + begin, state(row, head) + begin, outputs,
+                   above + (row * a.heads + head) * size + begin);
     });
     below = above;
   }

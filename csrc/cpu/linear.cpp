@@ -71,15 +71,6 @@ void run(const LinearArgs& a, const Parallel& parallel) {
 // Below so many elements a second start of the threads costs more than they save.
 constexpr int64_t kSharedElements = 1 << 16;
 
-template <typename T, typename To>
-void copy_row(const T* from, int64_t size, To* to) {
-  if constexpr (sizeof(To) == sizeof(T)) {
-    __builtin_memcpy(to, from, static_cast<size_t>(size) * sizeof(T));
-  } else {
-    widen(from, size, to);
-  }
-}
-
 // Calls body(row) for each row of `size` elements, on all threads where there is much to do.
 template <typename Body>
 void for_each_row(int64_t rows, int64_t size, const Parallel& parallel, const Body& body) {
@@ -92,7 +83,7 @@ struct ByRows {
   using X = Row<T>;
   ByRows(const T* input, int64_t rows, int64_t in_size, const Span* all, int64_t, const Parallel& parallel)
       : size(in_size),
-        stride(rows == 1 || in_size * sizeof(X) % kSameSets ? in_size : in_size + kPadding),
+        stride(apart(rows, row_elements<T>(in_size))),
         spans(all),
         scratch(is_ready() ? 0 : rows * stride) {
     if (is_ready()) {
@@ -100,7 +91,7 @@ struct ByRows {
     } else {
       x = scratch.data;
       for_each_row(rows, size, parallel,
-                   [&](int64_t row) { copy_row(input + row * size, size, scratch.data + row * stride); });
+                   [&](int64_t row) { lay_row(input + row * size, size, scratch.data + row * stride); });
     }
   }
   static int64_t outputs_per_task(int64_t in_size) { return weight_rows_per_task(in_size, sizeof(T)); }
@@ -114,6 +105,9 @@ struct ByRows {
   // L1 cache at every k: a third of the time of a large product goes by. So their copies lie further apart.
   static constexpr size_t kSameSets = 2048;
   static constexpr int64_t kPadding = 3 * 64 / sizeof(X);
+  static int64_t apart(int64_t rows, int64_t elements) {
+    return rows == 1 || elements * sizeof(X) % kSameSets ? elements : elements + kPadding;
+  }
   bool is_ready() const { return sizeof(X) == sizeof(T) && stride == size; }
 
   int64_t size, stride;
@@ -141,7 +135,7 @@ struct ByColumns {
   ByColumns(const T* input, int64_t rows, int64_t in_size, const Span* all, int64_t, const Parallel& parallel)
       : size(in_size), spans(all), scratch(rows * in_size) {
     for_each_row(rows, size, parallel,
-                 [&](int64_t row) { copy_row(input + row * size, size, scratch.data + row * size); });
+                 [&](int64_t row) { lay_row(input + row * size, size, scratch.data + row * size); });
   }
   static int64_t outputs_per_task(int64_t) { return kColumnsAtOnce; }
   void multiply(int64_t span, const T* weight, int64_t begin, int64_t end, int64_t out_size,

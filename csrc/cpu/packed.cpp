@@ -26,24 +26,33 @@ inline void dot_tile(const X* x, int64_t x_stride, const W* w, int64_t size, Ahe
                      float (&out)[kRows][kPackedWeights]) {
   using Product = Product<X>;
   Vec sums[kRows][kPackedWeights] = {};
-  const auto step = [&](const auto& load_row) {
-    decltype(Product::load_at(w)) weights[kPackedWeights];
+  const auto step = [&](auto part, const auto& load_row) {
+    constexpr int kPart = decltype(part)::value;
+    decltype(Product::template load_at<kPart>(w)) weights[kPackedWeights];
 #pragma GCC unroll 4
-    for (int n = 0; n < kPackedWeights; ++n) weights[n] = Product::load_at(w + n * Product::kStep);
+    for (int n = 0; n < kPackedWeights; ++n)
+      weights[n] = Product::template load_at<kPart>(w + n * Product::kStep);
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
-      const auto row = load_row(x + m * x_stride);
+      const auto row = in_register(load_row(x + m * x_stride));
 #pragma GCC unroll 4
       for (int n = 0; n < kPackedWeights; ++n) sums[m][n] = Product::add(row, weights[n], sums[m][n]);
     }
-    w += kPackedWeights * Product::kStep;
   };
   int64_t k = 0;
   for (; k + Product::kStep <= size; k += Product::kStep) {
     ahead.prefetch();
-    step([k](const X* p) { return Product::load_at(p + k); });
+    for_each_part<Product>([&](auto part) {
+      step(part, [k](const X* p) { return Product::template load_at<decltype(part)::value>(p + k); });
+    });
+    w += kPackedWeights * Product::kStep;
   }
-  if (k < size) step([k, size](const X* p) { return Product::load_part_at(p + k, size - k); });
+  if (k < size)
+    for_each_part<Product>([&](auto part) {
+      step(part, [k, size](const X* p) {
+        return Product::template load_part_at<decltype(part)::value>(p + k, size - k);
+      });
+    });
   sum_each(sums, out);
 }
 

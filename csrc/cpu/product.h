@@ -9,7 +9,14 @@
 
 namespace cerberus::CERBERUS_ISA {
 
-// The type that rows are in beside weights of T.
+// An element of a row in pairs: of every 2 kLanes elements first those of even, then those of odd numbers;
+// zeros behind the last.
+struct PairedFloat {
+  float value;
+};
+
+// The type that rows are in beside weights of T: with the processor's bfloat16 instructions as they are; with
+// multiply-adds in pairs, as the two halves of a vector of 32-bit words are those of bfloat16 weights.
 template <typename T>
 struct RowOf {
   using Type = float;
@@ -18,6 +25,11 @@ struct RowOf {
 template <>
 struct RowOf<BFloat16> {
   using Type = BFloat16;
+};
+#elif defined(__AVX2__)
+template <>
+struct RowOf<BFloat16> {
+  using Type = PairedFloat;
 };
 #endif
 template <typename T>
@@ -81,7 +93,8 @@ struct Output {
   }
 };
 
-// Rows x (rows, size), x_stride apart, times weights w[n] at w + n * size, n from `begin` to `end`.
+// Rows x, each of row_elements<T>(size), x_stride apart, times weights w[n] at w + n * size, n from `begin`
+// to `end`.
 template <typename T>
 void rows_times_weights(const Row<T>* x, int64_t x_stride, int64_t rows, const T* w, int64_t begin,
                         int64_t end, int64_t size, const Output<T>& output);
@@ -94,28 +107,33 @@ static inline int64_t row_blocks(int64_t rows, int64_t row_bytes) {
   return (rows + fitting - 1) / fitting;
 }
 
-// x widened to float: the array itself where it is float already.
+// How many elements a row of `size` takes beside weights of T.
 template <typename T>
-static inline const float* widen(const T* x, int64_t count, float* scratch) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(load(x + i), scratch + i);
-  for (; i < count; ++i) scratch[i] = to_float(x[i]);
-  return scratch;
+constexpr int64_t row_elements(int64_t size) {
+  constexpr int64_t kPairs = 2 * kLanes;
+  return sizeof(Row<T>) == sizeof(PairedFloat) && sizeof(T) == 2 ? (size + kPairs - 1) / kPairs * kPairs
+                                                                 : size;
 }
-static inline const float* widen(const float* x, int64_t, float*) { return x; }
 
-// x as rows beside weights of T, and how many elements of scratch that takes.
-template <typename T>
-static inline const Row<T>* as_rows(const T* x, int64_t count, Row<T>* scratch) {
-  if constexpr (sizeof(Row<T>) == sizeof(T)) {
-    return x;
-  } else {
-    return widen(x, count, scratch);
-  }
+// A row of `size` elements, as products read it.
+static inline void lay_row(const BFloat16* from, int64_t size, BFloat16* to) {
+  __builtin_memcpy(to, from, static_cast<size_t>(size) * sizeof(BFloat16));
 }
 template <typename T>
-constexpr int64_t row_scratch(int64_t count) {
-  return sizeof(Row<T>) == sizeof(T) ? 0 : count;
+static inline void lay_row(const T* from, int64_t size, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) store(load(from + i), to + i);
+  for (; i < size; ++i) to[i] = to_float(from[i]);
+}
+static inline void lay_row(const float* from, int64_t size, float* to) {
+  __builtin_memcpy(to, from, static_cast<size_t>(size) * sizeof(float));
+}
+static inline void lay_row(const BFloat16* from, int64_t size, PairedFloat* to) {
+  for (int64_t i = 0; i < size; i += 2 * kLanes, to += 2 * kLanes) {
+    const Pairs pairs = size - i < 2 * kLanes ? load_pairs(from + i, size - i) : load_pairs(from + i);
+    store(pairs.even(), &to->value);
+    store(pairs.odd(), &to->value + kLanes);
+  }
 }
 
 constexpr int64_t kWholeTiles = 24;  // weight rows: tiles of every shape end there

@@ -80,10 +80,9 @@ template <>
 constexpr bool kEvenAndOdd<BFloat16> = true;
 
 void load_even_and_odd(const BFloat16* p, Vec& even, Vec& odd) {
-  UIntVec pairs;
-  __builtin_memcpy(&pairs, p, sizeof(pairs));
-  even = bit_cast<Vec>(pairs << 16);
-  odd = bit_cast<Vec>(pairs & 0xffff0000u);
+  const Pairs pairs = load_pairs(p);
+  even = pairs.even();
+  odd = pairs.odd();
 }
 // And back, in place.
 void merge_even_and_odd(float* both) {

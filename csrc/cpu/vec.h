@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -192,6 +193,46 @@ static inline Vec load_part(const T* p, int64_t count) {
   return load(part);
 }
 #endif
+
+// Pairs of bfloat16, side by side in 32 bits each: those of even and those of odd numbers are a shift or a
+// mask away.
+struct Pairs {
+  UIntVec words;
+  Vec even() const { return bit_cast<Vec>(words << 16); }
+  Vec odd() const { return bit_cast<Vec>(words & 0xffff0000u); }
+};
+static inline Pairs load_pairs(const BFloat16* p) {
+#if defined(__AVX512F__)
+  return {bit_cast<UIntVec>(_mm512_loadu_si512(p))};
+#elif defined(__AVX2__)
+  return {bit_cast<UIntVec>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+#else
+  Pairs pairs;
+  __builtin_memcpy(&pairs, p, sizeof(pairs));
+  return pairs;
+#endif
+}
+// The first `count` < 2 kLanes, zeros behind them.
+static inline Pairs load_pairs(const BFloat16* p, int64_t count) {
+#if defined(__AVX512F__)
+  return {bit_cast<UIntVec>(_mm512_maskz_loadu_epi16((1u << count) - 1, p))};
+#else
+  Pairs pairs{};
+  __builtin_memcpy(&pairs, p, static_cast<size_t>(count) * sizeof(BFloat16));
+  return pairs;
+#endif
+}
+
+// v, in a register from here on: else every instruction that uses it may load it anew.
+template <typename V>
+static inline V in_register(V v) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(v));
+#elif defined(__AVX2__)
+  __asm__("" : "+x"(v));
+#endif
+  return v;
+}
 
 static inline void store(Vec v, float* p) { __builtin_memcpy(p, &v, sizeof(v)); }
 
@@ -390,11 +431,12 @@ static inline void parallel_tasks(const Parallel& parallel, int64_t tasks, const
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Memory of one call or task. malloc, not new: nothing of the C++ library may be instantiated per level.
+// Memory of one call or task, from the beginning of a cache line on: a vector that lies across two of them
+// takes twice as long to load. Not new: nothing of the C++ library may be instantiated per level.
 template <typename T>
 struct Buffer {
   explicit Buffer(int64_t count)
-      : data(static_cast<T*>(__builtin_malloc(sizeof(T) * static_cast<size_t>(count) + 1))) {
+      : data(static_cast<T*>(aligned_alloc(64, (sizeof(T) * static_cast<size_t>(count) / 64 + 1) * 64))) {
     if (!data) __builtin_abort();
   }
   ~Buffer() { __builtin_free(data); }

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +30,11 @@ def test_the_best_one_is_taken():
     listed = re.fullmatch(r"ImportError: cerberus_ext: CERBERUS_ISA must be one of (.+) on this CPU, got sse9", error)
     assert listed, error
     here = listed[1].split(", ")
-    assert here == [isa for isa in reversed(compiled_isas()) if isa in here]
+    newest_first = [isa for isa in reversed(compiled_isas()) if isa in here]
+    if "avx512_bf16" in here and "GenuineIntel" in Path("/proc/cpuinfo").read_text():  # whose vdpbf16ps is slow
+        newest_first.remove("avx512_bf16")
+        newest_first.insert(newest_first.index("avx512") + 1, "avx512_bf16")
+    assert here == newest_first
     assert here[-1] == "portable"
     assert import_says(None) == here[0]
 
