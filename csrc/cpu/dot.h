@@ -81,4 +81,33 @@ static inline __attribute__((always_inline)) void for_each_part(const Body& body
   if constexpr (Product::kParts == 2) body(Count<1>{});
 }
 
+// Tiles of rows: as few as possible, of as even sizes as possible, since one of few rows takes as long as a
+// larger one. Calls run(Count<k>{}, tiles) for tiles of k rows or one less, k <= most.
+template <int kMost, typename Run>
+static inline void with_row_tiles(int64_t rows, int64_t most, const Run& run) {
+  const int64_t tiles = (rows + most - 1) / most, largest = (rows + tiles - 1) / tiles;
+  const auto one = [&](auto count) {
+    if constexpr (decltype(count)::value <= kMost)
+      if (largest == decltype(count)::value) run(count, tiles);
+  };
+  one(Count<1>{});
+  one(Count<2>{});
+  one(Count<3>{});
+  one(Count<4>{});
+  one(Count<5>{});
+  one(Count<6>{});
+  one(Count<7>{});
+  one(Count<8>{});
+}
+
+// Calls tile(m, Count<k>{}) for each of them, which begins at row m.
+template <int kLargest, typename Tile>
+static inline void for_each_row_tile(int64_t rows, int64_t tiles, const Tile& tile) {
+  int64_t m = 0;
+  for (const int64_t full = rows - tiles * (kLargest - 1); m < full * kLargest; m += kLargest)
+    tile(m, Count<kLargest>{});
+  if constexpr (kLargest > 1)
+    for (; m < rows; m += kLargest - 1) tile(m, Count<kLargest - 1>{});
+}
+
 }  // namespace cerberus::CERBERUS_ISA

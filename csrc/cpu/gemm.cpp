@@ -91,61 +91,35 @@ inline void dot_tile(const X* x, int64_t x_stride, const W* w, int64_t size, Ahe
   sum_each(sums, out);
 }
 
-// All rows against kWeights weight rows at w, the first of which is number first_weight: `tiles` tiles of
-// kMaxRows rows or one less.
+// Tiles of kWeights weight rows from `begin` on, as many as there are before `end`; returns where they end.
 template <int kMaxRows, int kWeights, typename X, typename W>
-inline void all_rows(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w,
-                     int64_t first_weight, int64_t size, const Output<W>& output) {
+inline int64_t tiles_of_weights(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w,
+                                int64_t begin, int64_t end, int64_t size, const Output<W>& output) {
   // Every tile asks for its share of the next weights, but where a single one reads long rows of them: these
   // the processor's own prefetcher finds, and asking costs more than it brings (measured, rows of 8 KiB).
-  const int64_t weight_bytes = kWeights * static_cast<int64_t>(sizeof(W)),
-                share = weight_bytes * size / tiles;
+  const int64_t weight_bytes = kWeights * static_cast<int64_t>(sizeof(W));
   const bool found = tiles == 1 && size * static_cast<int64_t>(sizeof(W)) >= kLongRow;
-  Ahead ahead{reinterpret_cast<const char*>(w + kWeights * size) + kAheadBytes,
-              found ? 0 : weight_bytes * Product<X>::kStep / tiles};
-  const auto tile = [&](int64_t m, auto row_count) {
-    constexpr int kRows = decltype(row_count)::value;
-    float out[kRows][kWeights];
-    dot_tile<kRows, kWeights>(x + m * x_stride, x_stride, w, size, ahead, out);
-    ahead.p += share;
-    output.put(m, first_weight, out);
-  };
-  int64_t m = 0;
-  for (const int64_t full = rows - tiles * (kMaxRows - 1); m < full * kMaxRows; m += kMaxRows)
-    tile(m, Count<kMaxRows>{});
-  if constexpr (kMaxRows > 1)
-    for (; m < rows; m += kMaxRows - 1) tile(m, Count<kMaxRows - 1>{});
+  for (; begin + kWeights <= end; begin += kWeights) {
+    const W* first = w + begin * size;
+    Ahead ahead{reinterpret_cast<const char*>(first + kWeights * size) + kAheadBytes,
+                found ? 0 : weight_bytes * Product<X>::kStep / tiles};
+    for_each_row_tile<kMaxRows>(rows, tiles, [&](int64_t m, auto row_count) {
+      constexpr int kRows = decltype(row_count)::value;
+      float out[kRows][kWeights];
+      dot_tile<kRows, kWeights>(x + m * x_stride, x_stride, first, size, ahead, out);
+      ahead.p += weight_bytes * size / tiles;
+      output.put(m, begin, out);
+    });
+  }
+  return begin;
 }
 
 template <int kMaxRows, typename X, typename W>
 void tiles_times_weights(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w, int64_t begin,
                          int64_t end, int64_t size, const Output<W>& output) {
   constexpr int kWeights = kSums / kMaxRows < kSingleRowWeights ? kSums / kMaxRows : kSingleRowWeights;
-  int64_t n = begin;
-  for (; n + kWeights <= end; n += kWeights)
-    all_rows<kMaxRows, kWeights>(x, x_stride, rows, tiles, w + n * size, n, size, output);
-  for (; n < end; ++n) all_rows<kMaxRows, 1>(x, x_stride, rows, tiles, w + n * size, n, size, output);
-}
-
-template <typename X, typename W>
-void block_times_weights(const X* x, int64_t x_stride, int64_t rows, const W* w, int64_t begin, int64_t end,
-                         int64_t size, const Output<W>& output) {
-  // As few tiles as possible, of as even sizes as possible: a tile of few rows takes as long as a larger one.
-  constexpr int kTileRows = Product<X>::kTileRows;
-  const int64_t many = rows <= kTileRows ? kTileRows : Product<X>::kManyTileRows;
-  const int64_t tiles = (rows + many - 1) / many, max_rows = (rows + tiles - 1) / tiles;
-  const auto run = [&](auto row_count) {
-    constexpr int kRows = decltype(row_count)::value;
-    if constexpr (kRows <= kTileRows)
-      if (max_rows == kRows)
-        tiles_times_weights<kRows>(x, x_stride, rows, tiles, w, begin, end, size, output);
-  };
-  run(Count<1>{});
-  run(Count<2>{});
-  run(Count<3>{});
-  run(Count<4>{});
-  run(Count<5>{});
-  run(Count<6>{});
+  begin = tiles_of_weights<kMaxRows, kWeights>(x, x_stride, rows, tiles, w, begin, end, size, output);
+  tiles_of_weights<kMaxRows, 1>(x, x_stride, rows, tiles, w, begin, end, size, output);
 }
 
 }  // namespace
@@ -156,7 +130,12 @@ void rows_times_weights(const Row<T>* x, int64_t x_stride, int64_t rows, const T
   const int64_t blocks = row_blocks(rows, size * static_cast<int64_t>(sizeof(*x)));
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
-    block_times_weights(x + first * x_stride, x_stride, count, w, begin, end, size, output.from_row(first));
+    constexpr int kTileRows = Product<Row<T>>::kTileRows;
+    const int64_t most = count <= kTileRows ? kTileRows : Product<Row<T>>::kManyTileRows;
+    with_row_tiles<kTileRows>(count, most, [&](auto largest, int64_t tiles) {
+      tiles_times_weights<decltype(largest)::value>(x + first * x_stride, x_stride, count, tiles, w, begin,
+                                                    end, size, output.from_row(first));
+    });
   }
 }
 

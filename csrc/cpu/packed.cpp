@@ -68,7 +68,6 @@ inline void put(const float (&dots)[kRows][kPackedWeights], int64_t m, int64_t n
     }
 }
 
-// `tiles` tiles of kMaxRows rows or one less.
 template <int kMaxRows, typename X, typename W>
 void tiles_times_packed(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* packed,
                         int64_t begin, int64_t end, int64_t size, const Output<W>& output) {
@@ -76,41 +75,15 @@ void tiles_times_packed(const X* x, int64_t x_stride, int64_t rows, int64_t tile
   const int64_t tile_size = packed_tile<W>(size);
   for (int64_t n = begin; n < end; n += kPackedWeights) {
     const W* w = packed + n / kPackedWeights * tile_size;
-    const int64_t share = tile_size * static_cast<int64_t>(sizeof(W)) / tiles;
     Ahead ahead{reinterpret_cast<const char*>(w) + kAheadBytes, kStepBytes / tiles};
-    const auto tile = [&](int64_t m, auto row_count) {
+    for_each_row_tile<kMaxRows>(rows, tiles, [&](int64_t m, auto row_count) {
       constexpr int kRows = decltype(row_count)::value;
       float out[kRows][kPackedWeights];
       dot_tile<kRows>(x + m * x_stride, x_stride, w, size, ahead, out);
-      ahead.p += share;
+      ahead.p += tile_size * static_cast<int64_t>(sizeof(W)) / tiles;
       put(out, m, n, end, output);
-    };
-    int64_t m = 0;
-    for (const int64_t full = rows - tiles * (kMaxRows - 1); m < full * kMaxRows; m += kMaxRows)
-      tile(m, Count<kMaxRows>{});
-    if constexpr (kMaxRows > 1)
-      for (; m < rows; m += kMaxRows - 1) tile(m, Count<kMaxRows - 1>{});
+    });
   }
-}
-
-template <typename X, typename W>
-void block_times_packed(const X* x, int64_t x_stride, int64_t rows, const W* packed, int64_t begin,
-                        int64_t end, int64_t size, const Output<W>& output) {
-  const int64_t tiles = (rows + kPackedRows - 1) / kPackedRows, max_rows = (rows + tiles - 1) / tiles;
-  const auto run = [&](auto row_count) {
-    constexpr int kRows = decltype(row_count)::value;
-    if constexpr (kRows <= kPackedRows)
-      if (max_rows == kRows)
-        tiles_times_packed<kRows>(x, x_stride, rows, tiles, packed, begin, end, size, output);
-  };
-  run(Count<1>{});
-  run(Count<2>{});
-  run(Count<3>{});
-  run(Count<4>{});
-  run(Count<5>{});
-  run(Count<6>{});
-  run(Count<7>{});
-  run(Count<8>{});
 }
 
 template <typename T>
@@ -132,8 +105,10 @@ void rows_times_packed(const Row<T>* x, int64_t x_stride, int64_t rows, const T*
   const int64_t blocks = row_blocks(rows, size * static_cast<int64_t>(sizeof(*x)));
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
-    block_times_packed(x + first * x_stride, x_stride, count, packed, begin, end, size,
-                       output.from_row(first));
+    with_row_tiles<kPackedRows>(count, kPackedRows, [&](auto most, int64_t tiles) {
+      tiles_times_packed<decltype(most)::value>(x + first * x_stride, x_stride, count, tiles, packed, begin,
+                                                end, size, output.from_row(first));
+    });
   }
 }
 
