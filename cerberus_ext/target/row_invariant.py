@@ -216,7 +216,25 @@ def _mean(input: Tensor, dim: int | None = None, keepdim: bool = False, **kwargs
 SMALL_SUMS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.sum: _sum, Tensor.sum: _sum, torch.mean: _mean, Tensor.mean: _mean
 }  # fmt: skip
-_ALL = PRODUCTS | ELEMENTWISE | SMALL_SUMS | {F.scaled_dot_product_attention: tree_attention_call}
+
+
+def _softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+    """Along the last axis, written out: torch's own would do, but what a fused step computes has to have its bits."""
+    if not is_ours(input) or dim not in (-1, input.dim() - 1) or dtype not in (None, *_DTYPES):
+        return NotImplemented
+    result = input.dtype if dtype is None else dtype
+    wide = plain(input).to(result).float()
+    if not 0 < wide.shape[-1] < _MAX_ROW:
+        return NotImplemented
+    powers = ops.activation((wide - wide.amax(-1, keepdim=True)).contiguous(), "exp")
+    return (powers / powers.sum(-1, keepdim=True)).to(result)
+
+
+_MAX_ROW = 32768  # elements: the sum of such a row is shared out to threads
+_ROWS: dict[Callable[..., Any], Callable[..., Any]] = {F.softmax: _softmax} | dict.fromkeys(
+    (torch.softmax, Tensor.softmax), lambda input, dim, dtype=None: _softmax(input, dim, dtype=dtype)
+)
+_ALL = PRODUCTS | ELEMENTWISE | SMALL_SUMS | _ROWS | {F.scaled_dot_product_attention: tree_attention_call}
 
 
 class InvariantWeight(Tensor):

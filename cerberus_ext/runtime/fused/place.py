@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .program import REDUCTIONS, Attention, Base, Instruction, Product, RowOp, Rows, Space, Stage, View
+from .program import REDUCTIONS, Attention, Base, Grouped, Instruction, Product, RowOp, Rows, Space, Stage, View
 
 _ALIGNMENT = 16  # elements of scratch: a cache line
 
@@ -30,6 +30,8 @@ def place(stages: Sequence[Stage], results: Sequence[Base]) -> list[Base]:
 def _bases(stage: Stage) -> set[Base]:
     if isinstance(stage, Product):
         return {stage.input, stage.output}
+    if isinstance(stage, Grouped):
+        return {stage.input, stage.output, stage.chosen}
     if isinstance(stage, Attention):
         return {stage.query, stage.output}
     return {base for instruction in stage.instructions for base in instruction.bases() if not base.fixed}
