@@ -209,8 +209,7 @@ enum class RowOp : int32_t {
   kMax,
   kActivation = 16,  // + an Activation
   kRelu = 30,
-  kTop,  // the places along n0 of the largest elements of a, the first n1 of them in turn, as torch.topk has
-         // them
+  kTop,  // the places along n0 of the n1 largest elements of a, in the order of torch.topk
   kPick  // the element of a along n0 whose place is b
 };
 

@@ -1,4 +1,4 @@
-"""The experts of a mixture model in a decoding step: grouped products by `ops.grouped_linear`, a fixed order of sums.
+"""The experts of a mixture model in a decoding step: products by `ops.grouped_linear`, a fixed order of sums.
 
 Models that call transformers' ExpertsInterface call `experts_forward` while a step runs on a CPU. What a token gets
 then depends on its own experts alone, not on how many other tokens chose the same ones.

@@ -331,17 +331,16 @@ void ranked(const RowInstruction& in, const Place& to, const Place& a, Ranked* s
   }
 }
 
-// A place outside of the run is the nearest one in it.
+// A place outside of the run is the nearest one in it, of NaN the first.
 template <typename T>
 void picked(const RowInstruction& in, const Place& to, const Place& a, const Place& b) {
-  const float last = static_cast<float>(in.size[2] - 1);
+  const int64_t last = in.size[2] - 1;
   for_each_run<T>(in, to, a, b, [&](const Run& out, const Run& x, const Run& y) {
     const float place = read<T>(y, 0, 1)[0];
-    Vec v = broadcast(read<T>(x,
-                              !(place > 0)   ? 0
-                              : place < last ? static_cast<int64_t>(place)
-                                             : in.size[2] - 1,
-                              1)[0]);
+    const int64_t i = !(place > 0)                       ? 0
+                      : place < static_cast<float>(last) ? static_cast<int64_t>(place)
+                                                         : last;
+    Vec v = read<T>(x, i, 1);
     if (in.round) v = rounded(v, T{});
     write<T>(v, out, 0, 1);
   });
@@ -421,9 +420,8 @@ void rows(const RowsArgs& a, const Parallel& parallel) {
   for (int64_t i = 0; i < a.count; ++i) {
     const int64_t* size = a.instructions[i].size;
     elements += size[0] * size[1] * size[2];
-    const bool ranks = a.instructions[i].op == RowOp::kTop;
-    longest =
-        larger(longest, ranks ? size[2] * static_cast<int64_t>(sizeof(Ranked) / sizeof(float)) : size[2]);
+    constexpr int64_t kRanked = sizeof(Ranked) / sizeof(float);
+    longest = larger(longest, a.instructions[i].op == RowOp::kTop ? kRanked * size[2] : size[2]);
   }
   const bool alone = elements * a.nodes < kSharedElements;
   with_type(a.dtype, [&](auto type) {

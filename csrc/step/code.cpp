@@ -21,17 +21,17 @@ bool is_row_op(int64_t op) {
          (op >= static_cast<int64_t>(RowOp::kRelu) && op <= static_cast<int64_t>(RowOp::kPick));
 }
 
-bool is(int64_t op, RowOp which) { return op == static_cast<int64_t>(which); }
+bool is_op(int64_t op, RowOp which) { return op == static_cast<int64_t>(which); }
 
 // One result for all elements along n0.
 bool reduces(int64_t op) {
   return (op >= static_cast<int64_t>(RowOp::kMean) && op <= static_cast<int64_t>(RowOp::kMax)) ||
-         is(op, RowOp::kTop) || is(op, RowOp::kPick);
+         is_op(op, RowOp::kTop) || is_op(op, RowOp::kPick);
 }
 
 bool needs_two(int64_t op) {
   return (op >= static_cast<int64_t>(RowOp::kAdd) && op <= static_cast<int64_t>(RowOp::kMinimum)) ||
-         is(op, RowOp::kPick);
+         is_op(op, RowOp::kPick);
 }
 
 }  // namespace
@@ -183,7 +183,7 @@ void Step::read_instruction(Reader& code, int64_t scratch, Instruction& in) cons
   for (int64_t& size : in.size) size = code.next("a size", 1, kMostElements);
   code.that(in.size[0] * in.size[1] <= kMostElements && in.size[0] * in.size[1] * in.size[2] <= kMost,
             "sizes", "smaller", in.size[0]);
-  code.that(!is(in.op, RowOp::kTop) || in.size[1] <= in.size[2], "the largest elements",
+  code.that(!is_op(in.op, RowOp::kTop) || in.size[1] <= in.size[2], "the largest elements",
             "at most as many as there are", in.size[1]);
   for (int i = 0; i < 3; ++i) {
     Operand& o = in.operands[i];

@@ -13,10 +13,9 @@
 //     attention 2: layer, query buffer, output buffer, query heads, scale, window, softcap, sinks (constant)
 //     or -1;
 //                  scale and softcap as the bits of a float32
-//     grouped   3: input buffer, output buffer, weights (constant), I, O, biases (constant) or -1, packed (0,
-//     1),
-//                  transposed (0, 1), groups, buffer (float32) of the groups that a node names, how many,
-//                  shared (0, 1): one input for all of them
+//     grouped   3: what a product has, with weights and biases of all groups; transposed (0, 1), groups,
+//                  buffer (float32) of the groups that a node names, how many, shared (0, 1): one input for
+//                  all of them
 //   space       0 none, 1 scratch, 2 buffer, 3 constant, 4 constant by position, 5 constant by token, 6 keys
 //   and
 //               7 values of layer `index` in the node's slot, element (head, e) at head * head size + e, 8

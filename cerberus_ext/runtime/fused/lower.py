@@ -1,7 +1,7 @@
 """From a traced step to a program: every call becomes a view, instructions on rows, a part of a product, an attention.
 
-Stages are made in turn: all instructions whose operands are there, then a product, with all others of the same input,
-or an attention. What cannot be said so raises NotFused.
+Stages are made in turn: all instructions whose operands are there, then a product, with all others of the same input, a
+grouped product, or an attention. What cannot be said so raises NotFused.
 """
 
 from __future__ import annotations
