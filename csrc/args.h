@@ -165,6 +165,21 @@ struct LinearArgs {
   void* output;         // (M, O)
 };
 
+// Products whose rows name their weights: output[m, j] = input[m, j] @ weight[chosen[m, j]]^T +
+// bias[chosen[m, j]], to the bits of linear; 0 where chosen is none of 0 .. G - 1. CPU only.
+struct GroupedLinearArgs {
+  DType dtype;
+  int64_t rows, each, in_size, out_size, groups;  // M, J, I, O, G
+  bool shared;                                    // one input row for all that a row names
+  bool transposed;
+  bool packed;            // every weight as pack_weights packs it; not transposed
+  const void* input;      // (M, shared ? 1 : J, I)
+  const void* weight;     // (G, O, I); transposed: (G, I, O)
+  const void* bias;       // (G, O) or null
+  const int64_t* chosen;  // (M, J)
+  void* output;           // (M, J, O)
+};
+
 // Copies weight rows to where products of a step read them: weight row i becomes row first + i of `all` rows
 // that lie in `packed` in the order of a level of the instruction set, see cpu/packed.h. CPU only.
 struct PackWeightsArgs {
@@ -193,7 +208,9 @@ enum class RowOp : int32_t {
   kSum,
   kMax,
   kActivation = 16,  // + an Activation
-  kRelu = 30
+  kRelu = 30,
+  kTop,  // the places along n0 of the n1 largest elements of a, in the order of torch.topk
+  kPick  // the element of a along n0 whose place is b
 };
 
 struct RowOperand {

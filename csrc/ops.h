@@ -28,8 +28,8 @@
 // share go through other code than the rest.
 #define CERBERUS_OPS_OF_THE_CPU(OP)                                                                  \
   OP(linear, Linear, "(Tensor input, Tensor weight, Tensor? bias, bool transposed=False) -> Tensor") \
-  OP(grouped_linear, Linear,                                                                         \
-     "(Tensor input, Tensor weight, Tensor? bias, Tensor ends, bool transposed=False) -> Tensor")    \
+  OP(grouped_linear, GroupedLinear,                                                                  \
+     "(Tensor input, Tensor weight, Tensor? bias, Tensor chosen, bool transposed=False) -> Tensor")  \
   OP(activation, Activation, "(Tensor input, str kind) -> Tensor")
 
 #define CERBERUS_OPS(OP)           \

@@ -64,26 +64,6 @@ T* mutable_data(const Tensor& tensor) {
 
 int64_t words_of(int64_t nodes) { return (nodes + 63) / 64; }
 
-// What linear and grouped_linear have in common, once their arguments are checked.
-LinearCall linear_call(const Check& check, const Tensor& input, const Tensor& weight,
-                       const std::optional<Tensor>& bias, int64_t out_size, int64_t groups,
-                       const int64_t* ends, bool transposed) {
-  const int64_t rows = input.size(0);
-  LinearCall call{{}, empty(check, input, {rows, out_size}, check.scalar_type())};
-  call.args = {check.dtype(),
-               rows,
-               input.size(1),
-               out_size,
-               groups,
-               transposed,
-               input.const_data_ptr(),
-               weight.const_data_ptr(),
-               bias ? bias->const_data_ptr() : nullptr,
-               ends,
-               call.output.mutable_data_ptr()};
-  return call;
-}
-
 }  // namespace
 
 HiddenEntropyCall prepare_hidden_entropy(const Tensor& hidden) {
@@ -369,16 +349,31 @@ LinearCall prepare_linear(const Tensor& input, const Tensor& weight, const std::
     check.floating(*bias, "bias", 1, "(O,)");
     check.sizes(*bias, "bias", "(O,)", {out_size});
   }
-  return linear_call(check, input, weight, bias, out_size, 1, nullptr, transposed);
+  const int64_t rows = input.size(0);
+  LinearCall call{{}, empty(check, input, {rows, out_size}, check.scalar_type())};
+  call.args = {check.dtype(),
+               rows,
+               in_size,
+               out_size,
+               1,
+               transposed,
+               input.const_data_ptr(),
+               weight.const_data_ptr(),
+               bias ? bias->const_data_ptr() : nullptr,
+               nullptr,
+               call.output.mutable_data_ptr()};
+  return call;
 }
 
-LinearCall prepare_grouped_linear(const Tensor& input, const Tensor& weight,
-                                  const std::optional<Tensor>& bias, const Tensor& ends, bool transposed) {
+GroupedLinearCall prepare_grouped_linear(const Tensor& input, const Tensor& weight,
+                                         const std::optional<Tensor>& bias, const Tensor& chosen,
+                                         bool transposed) {
   Check check("grouped_linear");
-  check.floating(input, "input", 2, "(S, I)");
+  check.floating(input, "input", 3, "(M, J, I) or (M, 1, I)");
   const char* letters = transposed ? "(G, I, O)" : "(G, O, I)";
   check.floating(weight, "weight", 3, letters);
-  const int64_t in_size = input.size(1), groups = weight.size(0), out_size = weight.size(transposed ? 2 : 1);
+  const int64_t rows = input.size(0), in_size = input.size(2), groups = weight.size(0),
+                out_size = weight.size(transposed ? 2 : 1);
   if (transposed) {
     check.sizes(weight, "weight", letters, {groups, in_size, out_size});
   } else {
@@ -388,9 +383,25 @@ LinearCall prepare_grouped_linear(const Tensor& input, const Tensor& weight,
     check.floating(*bias, "bias", 2, "(G, O)");
     check.sizes(*bias, "bias", "(G, O)", {groups, out_size});
   }
-  check.integer(ends, "ends", 1, "(G,)", ScalarType::Long);
-  check.sizes(ends, "ends", "(G,)", {groups});
-  return linear_call(check, input, weight, bias, out_size, groups, data<int64_t>(ends), transposed);
+  check.integer(chosen, "chosen", 2, "(M, J)", ScalarType::Long);
+  const int64_t each = input.size(1) == 1 ? chosen.size(1) : input.size(1);
+  check.sizes(chosen, "chosen", "(M, J)", {rows, each});
+  GroupedLinearCall call{{}, empty(check, input, {rows, each, out_size}, check.scalar_type())};
+  call.args = {check.dtype(),
+               rows,
+               each,
+               in_size,
+               out_size,
+               groups,
+               input.size(1) == 1,
+               transposed,
+               false,
+               input.const_data_ptr(),
+               weight.const_data_ptr(),
+               bias ? bias->const_data_ptr() : nullptr,
+               data<int64_t>(chosen),
+               call.output.mutable_data_ptr()};
+  return call;
 }
 
 ActivationCall prepare_activation(const Tensor& input, const std::string& kind) {

@@ -71,6 +71,11 @@ struct LinearCall {
   Tensor output;
   Tensor result() const { return output; }
 };
+struct GroupedLinearCall {
+  GroupedLinearArgs args;
+  Tensor output;
+  Tensor result() const { return output; }
+};
 struct ActivationCall {
   ActivationArgs args;
   Tensor output;
@@ -96,8 +101,9 @@ CommitCacheCall prepare_commit_cache(const Tensor& cache, const Tensor& length, 
                                      const Tensor& accepted);
 LinearCall prepare_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                           bool transposed);
-LinearCall prepare_grouped_linear(const Tensor& input, const Tensor& weight,
-                                  const std::optional<Tensor>& bias, const Tensor& ends, bool transposed);
+GroupedLinearCall prepare_grouped_linear(const Tensor& input, const Tensor& weight,
+                                         const std::optional<Tensor>& bias, const Tensor& chosen,
+                                         bool transposed);
 ActivationCall prepare_activation(const Tensor& input, const std::string& kind);
 
 }  // namespace cerberus

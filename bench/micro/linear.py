@@ -94,12 +94,11 @@ def calls_of(op: str, input: Tensor, others: dict[str, Any]) -> dict[str, Callab
     rows = len(input)
     if op == "grouped":
         active = min(GROUPS, rows)
-        ends = [rows * min(group + 1, active) // active for group in range(GROUPS)]
-        groups = list(enumerate(pairwise([0, *ends[:active]])))
-        ends_of_ours = torch.tensor(ends)
+        groups = list(enumerate(pairwise(rows * group // active for group in range(active + 1))))
+        chosen = torch.tensor([group for group, (a, b) in groups for _ in range(a, b)])[:, None]
         return {
             "torch": lambda weight: [F.linear(input[a:b], weight[group]) for group, (a, b) in groups],
-            "ours": lambda weight: ops.grouped_linear(input, weight, None, ends_of_ours),
+            "ours": lambda weight: ops.grouped_linear(input[:, None], weight, None, chosen),
             "sum": lambda weight: weight[:active].view(-1).view(torch.float32).sum(),
         }
     transposed = op == "transposed"

@@ -29,26 +29,25 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> T
 
 
 def grouped_linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, transposed: bool = False
+    input: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, transposed: bool = False
 ) -> Tensor:
-    """`linear` of rows that are sorted by group, with a weight per group: the experts of a mixture model.
+    """`linear` of rows that name their weights: the experts of a mixture model. A weight is read once for all rows.
 
-    Each row has the bits that `linear` gives it with its group's weight. CPU only.
+    Each result has the bits that `linear` gives it with its group's weight. CPU only.
 
-    input: (S, I) float32 | bfloat16 | float16, contiguous.
+    input: (M, J, I) float32 | bfloat16 | float16, contiguous; or (M, 1, I): one row for all that it names.
     weight: (G, O, I); transposed: (G, I, O).
     bias: (G, O) or None.
-    ends: (G,) int64, non-decreasing, 0 .. S: rows ends[g - 1] to ends[g] (the first group: 0 to ends[0]) are
-        group g's. Rows behind the last end become 0.
-    Returns (S, O) of input's dtype.
+    chosen: (M, J) int64: the groups of every row; where it is none of 0 .. G - 1, the result is 0.
+    Returns (M, J, O) of input's dtype.
     Raises RuntimeError on other shapes, dtypes, devices, on a non-contiguous tensor.
     """
-    return native.grouped_linear(input, weight, bias, ends, transposed)
+    return native.grouped_linear(input, weight, bias, chosen, transposed)
 
 
-@fake(grouped_linear, "input SI, weight GOI, bias? GO, ends G")
-def _(input: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, transposed: bool) -> Tensor:
-    return input.new_empty(input.shape[0], weight.shape[2 if transposed else 1])
+@fake(grouped_linear, "input MJI, weight GOI, bias? GO, chosen MJ")
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, transposed: bool) -> Tensor:
+    return input.new_empty(*chosen.shape, weight.shape[2 if transposed else 1])
 
 
 def activation(input: Tensor, kind: str) -> Tensor:

@@ -69,14 +69,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool 
 
 
 def grouped_linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, transposed: bool = False
+    input: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, transposed: bool = False
 ) -> Tensor:
-    """input (S, I), weight (G, O, I) or transposed (G, I, O), bias (G, O) or None, ends (G,) -> (S, O)."""
-    out = input.new_zeros(len(input), weight.shape[2 if transposed else 1])
-    begin = 0
-    for group, end in enumerate(ends.tolist()):
-        out[begin:end] = linear(input[begin:end], weight[group], None if bias is None else bias[group], transposed)
-        begin = end
+    """input (M, J, I) or (M, 1, I), weight (G, O, I) or transposed (G, I, O), bias (G, O) or None, chosen (M, J) ->
+    (M, J, O): `linear` of every row with the weight that it names, 0 where there is no such weight."""
+    out = input.new_zeros(*chosen.shape, weight.shape[2 if transposed else 1])
+    input = input.expand(*chosen.shape, -1)
+    for group in range(len(weight)):
+        rows = chosen == group
+        out[rows] = linear(input[rows], weight[group], None if bias is None else bias[group], transposed)
     return out
 
 

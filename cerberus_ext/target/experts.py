@@ -1,4 +1,4 @@
-"""The experts of a mixture model in a decoding step: grouped products by `ops.grouped_linear`, a fixed order of sums.
+"""The experts of a mixture model in a decoding step: products by `ops.grouped_linear`, a fixed order of sums.
 
 Models that call transformers' ExpertsInterface call `experts_forward` while a step runs on a CPU. What a token gets
 then depends on its own experts alone, not on how many other tokens chose the same ones.
@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
@@ -49,28 +48,21 @@ def experts_forward(own: str, module: Any, hidden: Tensor, chosen: Tensor, weigh
     if current_step() is None or args:
         forward = type(module).forward.__wrapped__ if own == "eager" else _EXPERTS[own]
         return forward(module, hidden, chosen, weights, *args)
-    rows, count = chosen.shape
-    experts = chosen.flatten()
-    order = experts.argsort(stable=True)
-    ends = torch.bincount(experts, minlength=module.num_experts).cumsum(0)
     gated = getattr(module, "has_gate", True)
-    first = "gate_up_proj" if gated else "up_proj"
-    inner = _product(module, first, hidden[order // count].contiguous(), ends)
+    inner = _product(module, "gate_up_proj" if gated else "up_proj", hidden[:, None], chosen)
     inner = module._apply_gate(inner) if gated else module.act_fn(inner)
-    outer = _product(module, "down_proj", inner.contiguous(), ends)
+    outer = _product(module, "down_proj", inner, chosen)
     if getattr(module, "has_post_expert_norm", False):
         outer = module.post_expert_norm(outer)
-    weighted = torch.empty_like(outer, dtype=torch.float32)
-    weighted[order] = outer.float() * weights.flatten()[order][:, None].float()
-    parts = weighted.view(rows, count, -1)
-    total = parts[:, 0]
-    for index in range(1, count):
-        total = total + parts[:, index]
+    weighted = outer.float() * weights[..., None].float()  # (M, k, D)
+    total = weighted[:, 0]
+    for index in range(1, chosen.shape[1]):
+        total = total + weighted[:, index]
     return total.to(hidden.dtype)
 
 
-def _product(module: Any, name: str, rows: Tensor, ends: Tensor) -> Tensor:
-    """rows (S, I) sorted by expert, each times the weight of its expert, (S, O)."""
+def _product(module: Any, name: str, rows: Tensor, chosen: Tensor) -> Tensor:
+    """rows (M, k, I), or (M, 1, I) for all k, each times the weight of its expert, (M, k, O)."""
     bias = getattr(module, f"{name}_bias") if getattr(module, "has_bias", False) else None
-    weight = plain(getattr(module, name))
-    return ops.grouped_linear(rows, weight, None if bias is None else plain(bias), ends, module.is_transposed)
+    weight, bias = plain(getattr(module, name)), None if bias is None else plain(bias)
+    return ops.grouped_linear(rows.contiguous(), weight, bias, chosen.contiguous(), module.is_transposed)

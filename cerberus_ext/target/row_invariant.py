@@ -6,6 +6,7 @@ thread's share of an elementwise operation with other code than the rest. So in 
     products       of an input and a weight are `ops.linear`, which sums in one order whatever the number of rows
     activations    and other functions of single elements are `ops.activation`, where torch's could differ
     attention      is `ops.tree_attention`, see attention.py
+    softmax        is written out, see `_softmax`
 
 Two ways of putting them in the place of torch's: `InvariantWeight`, which costs something only where a weight is used;
 and `RowInvariant`, which sees every call. capability.py decides which one a model needs.
@@ -216,7 +217,25 @@ def _mean(input: Tensor, dim: int | None = None, keepdim: bool = False, **kwargs
 SMALL_SUMS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.sum: _sum, Tensor.sum: _sum, torch.mean: _mean, Tensor.mean: _mean
 }  # fmt: skip
-_ALL = PRODUCTS | ELEMENTWISE | SMALL_SUMS | {F.scaled_dot_product_attention: tree_attention_call}
+
+
+def _softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+    """Along the last axis, written out: torch's own would do, but what a fused step computes has to have its bits."""
+    if not is_ours(input) or not input.dim() or dim not in (-1, input.dim() - 1) or dtype not in (None, *_DTYPES):
+        return NotImplemented
+    result = input.dtype if dtype is None else dtype
+    wide = plain(input).to(result).float()
+    if not 0 < wide.shape[-1] < _MAX_ROW:
+        return NotImplemented
+    powers = ops.activation((wide - wide.amax(-1, keepdim=True)).contiguous(), "exp")
+    return (powers / powers.sum(-1, keepdim=True)).to(result)
+
+
+_MAX_ROW = 32768  # elements: the sum of such a row is shared out to threads
+SOFTMAX: dict[Callable[..., Any], Callable[..., Any]] = {F.softmax: _softmax} | dict.fromkeys(
+    (torch.softmax, Tensor.softmax), lambda input, dim, dtype=None: _softmax(input, dim, dtype=dtype)
+)
+_ALL = PRODUCTS | ELEMENTWISE | SMALL_SUMS | SOFTMAX | {F.scaled_dot_product_attention: tree_attention_call}
 
 
 class InvariantWeight(Tensor):

@@ -125,7 +125,7 @@ int64_t packed_elements_amx(DType dtype, int64_t rows, int64_t size) {
    &portable::verify_tree,                                                                                  \
    &portable::commit_cache,                                                                                 \
    linear,                                                                                                  \
-   linear, /* grouped_linear: rows in more than one group */                                                \
+   &portable::grouped_linear, /* by the products of the level */                                            \
    &isa::activation,                                                                                        \
    &isa::rows,                                                                                              \
    packed_linear,                                                                                           \

@@ -3,6 +3,7 @@
 // element goes through the same arithmetic wherever it lies.
 #include "cpu/activate.h"
 #include "cpu/kernels.h"
+#include "cpu/ranked.h"
 #include "cpu/vec.h"
 
 namespace cerberus::CERBERUS_ISA {
@@ -311,6 +312,40 @@ void reduced(const RowInstruction& in, const Place& to, const Place& a, float* s
   });
 }
 
+// spare: room for a run of Ranked.
+template <typename T>
+void ranked(const RowInstruction& in, const Place& to, const Place& a, Ranked* spare) {
+  const int64_t size = in.size[2];
+  for (int64_t i2 = 0; i2 < in.size[0]; ++i2) {
+    const Run x = a.run<T>(i2, 0, true);
+    for (int64_t i = 0; i < size; i += kLanes) {
+      const int64_t count = smaller(kLanes, size - i);
+      float lanes[kLanes];
+      store(read<T>(x, i, count), lanes);
+      for (int64_t lane = 0; lane < count; ++lane)
+        spare[i + lane] = {lanes[lane], static_cast<int32_t>(i + lane)};
+    }
+    rank(spare, size, in.size[1]);
+    for (int64_t i1 = 0; i1 < in.size[1]; ++i1)
+      write<T>(broadcast(static_cast<float>(spare[i1].place)), to.run<T>(i2, i1, false), 0, 1);
+  }
+}
+
+// A place outside of the run is the nearest one in it, of NaN the first.
+template <typename T>
+void picked(const RowInstruction& in, const Place& to, const Place& a, const Place& b) {
+  const int64_t last = in.size[2] - 1;
+  for_each_run<T>(in, to, a, b, [&](const Run& out, const Run& x, const Run& y) {
+    const float place = read<T>(y, 0, 1)[0];
+    const int64_t i = !(place > 0)                       ? 0
+                      : place < static_cast<float>(last) ? static_cast<int64_t>(place)
+                                                         : last;
+    Vec v = read<T>(x, i, 1);
+    if (in.round) v = rounded(v, T{});
+    write<T>(v, out, 0, 1);
+  });
+}
+
 Vec root(Vec x) {
 #if defined(__AVX512F__)
   return bit_cast<Vec>(_mm512_sqrt_ps(bit_cast<__m512>(x)));
@@ -365,6 +400,10 @@ void execute(const RowInstruction& in, const RowsArgs& args, int64_t node, float
     case RowOp::kSum:
     case RowOp::kMax:
       return reduced<T>(in, to, a, spare);
+    case RowOp::kTop:
+      return ranked<T>(in, to, a, reinterpret_cast<Ranked*>(spare));
+    case RowOp::kPick:
+      return picked<T>(in, to, a, b);
     default:
       return activated<T>(in, to, a, args.dtype);
   }
@@ -381,7 +420,8 @@ void rows(const RowsArgs& a, const Parallel& parallel) {
   for (int64_t i = 0; i < a.count; ++i) {
     const int64_t* size = a.instructions[i].size;
     elements += size[0] * size[1] * size[2];
-    longest = larger(longest, size[2]);
+    constexpr int64_t kRanked = sizeof(Ranked) / sizeof(float);
+    longest = larger(longest, a.instructions[i].op == RowOp::kTop ? kRanked * size[2] : size[2]);
   }
   const bool alone = elements * a.nodes < kSharedElements;
   with_type(a.dtype, [&](auto type) {

@@ -18,15 +18,20 @@ bool is_row_op(int64_t op) {
   const int64_t first = static_cast<int64_t>(RowOp::kActivation);
   return (op >= 0 && op <= static_cast<int64_t>(RowOp::kMax)) ||
          (op >= first && op <= first + static_cast<int64_t>(Activation::kSin)) ||
-         op == static_cast<int64_t>(RowOp::kRelu);
+         (op >= static_cast<int64_t>(RowOp::kRelu) && op <= static_cast<int64_t>(RowOp::kPick));
 }
 
+bool is_op(int64_t op, RowOp which) { return op == static_cast<int64_t>(which); }
+
+// One result for all elements along n0.
 bool reduces(int64_t op) {
-  return op >= static_cast<int64_t>(RowOp::kMean) && op <= static_cast<int64_t>(RowOp::kMax);
+  return (op >= static_cast<int64_t>(RowOp::kMean) && op <= static_cast<int64_t>(RowOp::kMax)) ||
+         is_op(op, RowOp::kTop) || is_op(op, RowOp::kPick);
 }
 
 bool needs_two(int64_t op) {
-  return op >= static_cast<int64_t>(RowOp::kAdd) && op <= static_cast<int64_t>(RowOp::kMinimum);
+  return (op >= static_cast<int64_t>(RowOp::kAdd) && op <= static_cast<int64_t>(RowOp::kMinimum)) ||
+         is_op(op, RowOp::kPick);
 }
 
 }  // namespace
@@ -90,16 +95,45 @@ Step::Step(std::vector<StepConstant> constants, const int64_t* code, int64_t siz
     reader.that(!buffers_[result].is_float32, "a result's buffer", "of the model's dtype", 1);
   for (int64_t i = 0; i < stages; ++i) {
     Stage stage{};
-    stage.kind = reader.next("a stage's kind", 0, 2);
+    stage.kind = reader.next("a stage's kind", 0, 3);
     if (stage.kind == kProductStage) read_product(reader, stage.product);
     if (stage.kind == kRowsStage) read_rows(reader, stage.rows);
     if (stage.kind == kAttentionStage) read_attention(reader, stage.attention);
+    if (stage.kind == kGroupedStage) read_grouped(reader, stage.grouped);
     stages_.push_back(stage);
   }
   reader.that(reader.at_end(), "the code", "at its end after the last stage", 0);
 }
 
 void Step::read_product(Reader& code, Product& p) const {
+  read_weight(code, p);
+  const Buffer &input = buffers_[p.input], &output = buffers_[p.output];
+  code.that(input.width == p.in_size, "the input's width", std::to_string(p.in_size), input.width);
+  code.that(output.width == p.out_size, "the output's width", std::to_string(p.out_size), output.width);
+  check_weight(code, p, 1);
+}
+
+void Step::read_grouped(Reader& code, Grouped& g) const {
+  Product& p = g.product;
+  read_weight(code, p);
+  g.transposed = code.next("transposed", 0, p.packed ? 0 : 1) == 1;
+  g.groups = code.next("groups", 1, kMostElements);
+  g.chosen = code.next("the buffer of the groups", 0, static_cast<int64_t>(buffers_.size()) - 1);
+  g.each = code.next("the groups of a node", 1, kMostElements);
+  g.shared = code.next("shared", 0, 1) == 1;
+  const Buffer &input = buffers_[p.input], &output = buffers_[p.output], &chosen = buffers_[g.chosen];
+  code.that(chosen.is_float32 || dtype_ == DType::kFloat32, "the buffer of the groups", "of float32", 0);
+  code.that(chosen.width == g.each, "the width of the groups", std::to_string(g.each), chosen.width);
+  code.that(g.chosen != p.output, "the buffer of the groups", "another one than the output", g.chosen);
+  code.that(p.in_size <= kMostOutputs / g.each, "I", "smaller for so many groups", p.in_size);
+  const int64_t in_width = g.shared ? p.in_size : g.each * p.in_size, out_width = g.each * p.out_size;
+  code.that(input.width == in_width, "the input's width", std::to_string(in_width), input.width);
+  code.that(output.width == out_width, "the output's width", std::to_string(out_width), output.width);
+  check_weight(code, p, g.groups);
+}
+
+// What products and grouped products begin with.
+void Step::read_weight(Reader& code, Product& p) const {
   const int64_t buffers = static_cast<int64_t>(buffers_.size()),
                 constants = static_cast<int64_t>(constants_.size());
   p.input = code.next("a product's input", 0, buffers - 1);
@@ -109,23 +143,26 @@ void Step::read_product(Reader& code, Product& p) const {
   p.out_size = code.next("O", 0, kMostOutputs);
   p.bias = code.next("a product's bias", -1, constants - 1);
   p.packed = code.next("packed", 0, 1) == 1;
-  const Buffer &input = buffers_[p.input], &output = buffers_[p.output];
-  code.that(!input.is_float32 && !output.is_float32, "a product's buffers", "of the model's dtype", 1);
-  code.that(input.width == p.in_size, "the input's width", std::to_string(p.in_size), input.width);
-  code.that(output.width == p.out_size, "the output's width", std::to_string(p.out_size), output.width);
+  code.that(!buffers_[p.input].is_float32 && !buffers_[p.output].is_float32, "a product's buffers",
+            "of the model's dtype", 1);
   code.that(p.input != p.output, "a product's output", "another buffer than its input", p.output);
+}
+
+void Step::check_weight(Reader& code, const Product& p, int64_t groups) const {
   const StepConstant& weight = constants_[p.weight];
   code.that(!weight.is_float32 || dtype_ == DType::kFloat32, "a weight", "of the model's dtype", 0);
   code.that(weight.is_packed == p.packed, "a packed weight", "in one dimension of bytes", p.packed);
   const int64_t elements =
       p.packed ? packed_elements_cpu(dtype_, p.out_size, p.in_size) : p.out_size * p.in_size;
   code.that(elements > 0 || !p.packed, "packed", "0, where this processor packs nothing", 1);
-  code.that(weight.elements >= elements, "a weight's elements", std::to_string(elements), weight.elements);
+  code.that(weight.elements / groups >= elements, "a weight's elements",
+            std::to_string(groups) + " times " + std::to_string(elements), weight.elements);
   if (p.bias < 0) return;
   const StepConstant& bias = constants_[p.bias];
   code.that(!bias.is_packed && (!bias.is_float32 || dtype_ == DType::kFloat32), "a bias",
             "of the model's dtype", 0);
-  code.that(bias.elements == p.out_size, "a bias's elements", std::to_string(p.out_size), bias.elements);
+  code.that(bias.elements == groups * p.out_size, "a bias's elements", std::to_string(groups * p.out_size),
+            bias.elements);
 }
 
 void Step::read_rows(Reader& code, Rows& rows) {
@@ -146,6 +183,8 @@ void Step::read_instruction(Reader& code, int64_t scratch, Instruction& in) cons
   for (int64_t& size : in.size) size = code.next("a size", 1, kMostElements);
   code.that(in.size[0] * in.size[1] <= kMostElements && in.size[0] * in.size[1] * in.size[2] <= kMost,
             "sizes", "smaller", in.size[0]);
+  code.that(!is_op(in.op, RowOp::kTop) || in.size[1] <= in.size[2], "the largest elements",
+            "at most as many as there are", in.size[1]);
   for (int i = 0; i < 3; ++i) {
     Operand& o = in.operands[i];
     o.space = code.next("a space", 0, 8);
@@ -156,7 +195,7 @@ void Step::read_instruction(Reader& code, int64_t scratch, Instruction& in) cons
     code.that(!is_missing || (i == 2 && !needs_two(in.op)), "an operand", "there", 0);
     if (is_missing) continue;
     int64_t size[3] = {in.size[0], in.size[1], in.size[2]};
-    if (i == 0 && reduces(in.op)) size[2] = 1;
+    if (i != 1 && reduces(in.op)) size[2] = 1;
     check_operand(code, o, size, scratch, i == 0);
   }
 }

@@ -105,6 +105,21 @@ void Step::provide(const StepCall& call) {
                          resolve(in.operands[2], call)});
 }
 
+void Step::run_grouped(const Grouped& g, int64_t nodes, const Parallel& parallel) {
+  const Product& p = g.product;
+  const float* chosen = static_cast<const float*>(buffers_[g.chosen].data);
+  chosen_.resize(nodes * g.each);
+  for (size_t i = 0; i < chosen_.size(); ++i) {
+    const bool is_group = chosen[i] >= 0 && chosen[i] < static_cast<float>(g.groups);
+    chosen_[i] = is_group ? static_cast<int64_t>(chosen[i]) : -1;
+  }
+  grouped_linear_cpu(
+      {dtype_, nodes, g.each, p.in_size, p.out_size, g.groups, g.shared, g.transposed, p.packed,
+       buffers_[p.input].data, constants_[p.weight].data, p.bias < 0 ? nullptr : constants_[p.bias].data,
+       chosen_.data(), buffers_[p.output].data},
+      parallel);
+}
+
 void Step::run(const StepCall& call, const Parallel& parallel) {
   provide(call);
   for (size_t i = 0; i < stages_.size(); ++i) {
@@ -129,6 +144,8 @@ void Step::run(const StepCall& call, const Parallel& parallel) {
       rows_cpu({dtype_, call.nodes, r.count, r.scratch, resolved_.data() + r.first, call.positions,
                 call.tokens, *call.length},
                parallel);
+    } else if (stage.kind == kGroupedStage) {
+      run_grouped(stage.grouped, call.nodes, parallel);
     } else {
       const Attention& a = stage.attention;
       TreeAttentionArgs args{};

@@ -13,6 +13,9 @@
 //     attention 2: layer, query buffer, output buffer, query heads, scale, window, softcap, sinks (constant)
 //     or -1;
 //                  scale and softcap as the bits of a float32
+//     grouped   3: what a product has, with weights and biases of all groups; transposed (0, 1), groups,
+//                  buffer (float32) of the groups that a node names, how many, shared (0, 1): one input for
+//                  all of them
 //   space       0 none, 1 scratch, 2 buffer, 3 constant, 4 constant by position, 5 constant by token, 6 keys
 //   and
 //               7 values of layer `index` in the node's slot, element (head, e) at head * head size + e, 8
@@ -85,6 +88,11 @@ class Step {
     int64_t input, output, weight, in_size, out_size, bias;
     bool packed;
   };
+  struct Grouped {
+    Product product;  // of a group
+    int64_t groups, chosen, each;
+    bool transposed, shared;
+  };
   struct Rows {
     int64_t scratch, first, count;  // of instructions_
   };
@@ -97,10 +105,14 @@ class Step {
     Product product;
     Rows rows;
     Attention attention;
+    Grouped grouped;
   };
   class Reader;
 
   void read_product(Reader& code, Product& product) const;
+  void read_grouped(Reader& code, Grouped& grouped) const;
+  void read_weight(Reader& code, Product& product) const;
+  void check_weight(Reader& code, const Product& product, int64_t groups) const;
   void read_rows(Reader& code, Rows& rows);
   void read_instruction(Reader& code, int64_t scratch, Instruction& instruction) const;
   void read_attention(Reader& code, Attention& attention) const;
@@ -108,6 +120,7 @@ class Step {
                      bool is_written) const;
   int64_t operand_size(Reader& code, const Operand& operand, int64_t scratch) const;
   void provide(const StepCall& call);
+  void run_grouped(const Grouped& grouped, int64_t nodes, const Parallel& parallel);
   RowOperand resolve(const Operand& operand, const StepCall& call) const;
   void* plane(const StepCall& call, int64_t index) const;
   int64_t element_bytes(bool is_float32) const { return is_float32 || dtype_ == DType::kFloat32 ? 4 : 2; }
@@ -122,6 +135,7 @@ class Step {
   int64_t nodes_ = 0;  // that the buffers hold
   void* cache_ = nullptr;
   int64_t capacity_ = 0;
+  std::vector<int64_t> chosen_;  // by the nodes, of the stage that runs
   bool timed_ = false;
   std::vector<int64_t> times_;
 };

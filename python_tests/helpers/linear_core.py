@@ -70,25 +70,25 @@ def check_rows(dtype: torch.dtype, transposed: bool) -> None:
 
 
 def check_groups(dtype: torch.dtype, transposed: bool) -> None:
-    """Groups of every size, empty ones too, against `linear` with the weight of the group; ends that make no sense."""
+    """Groups of every size, empty ones too, against `linear` with the weight of the group; groups that there are not;
+    one row for all groups that it names."""
     for size in SIZES:
         input, weight = cancelling(90, 5 * OUTPUTS, size, dtype)
         weight = weight.view(5, OUTPUTS, size)
         if transposed:
             weight = weight.transpose(1, 2).contiguous()
         bias = normal(5, OUTPUTS, seed=3, dtype=dtype)
-        for ends in ([0, 1, 1, 68, 90], [90] * 5, [3, 5, 9, 14, 20], [0] * 5, [50, 20, 70, -1, 2**62], [-(2**63)] * 5):
-            expected = torch.zeros(90, OUTPUTS, dtype=dtype)
-            first = 0
-            for group, end in enumerate(ends):
-                last = min(90, max(first, end))
-                rows = slice(first, last)
-                expected[rows] = ops.linear(input[rows], weight[group], bias[group], transposed)
-                first = last
+        every = torch.stack([ops.linear(input, *of, transposed) for of in zip(weight, bias, strict=True)], 1)
+        for names in ([0], [4] * 89 + [1], [3, 0, 3, 1, 4, 0, 0], [-1, 5, 2, 2**62, -(2**63), 2, 2**32]):
+            chosen = torch.tensor(names).repeat(90)[:90]
+            known = (chosen >= 0) & (chosen < 5)
+            expected = every[torch.arange(90), chosen * known].masked_fill(~known[:, None], 0)
             for threads in (1, 2):
-                given = (input, weight, bias, torch.tensor(ends), transposed)
+                given = (input.view(30, 3, size), weight, bias, chosen.view(30, 3), transposed)
                 got = with_threads(threads, lambda given=given: ops.grouped_linear(*given))
-                assert_same_bits(got, expected)
+                assert_same_bits(got, expected.view(30, 3, OUTPUTS))
+        shared = ops.grouped_linear(input[:, None], weight, bias, torch.tensor([[3, 0, 4]] * 90), transposed)
+        assert_same_bits(shared, every[:, [3, 0, 4]])
 
 
 def check_values(dtype: torch.dtype, transposed: bool) -> None:

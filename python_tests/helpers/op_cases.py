@@ -211,10 +211,10 @@ def _linear(dtype: torch.dtype, device: str) -> dict[str, Any]:
 
 def _grouped_linear(dtype: torch.dtype, device: str) -> dict[str, Any]:
     return {
-        "input": normal(7, 129, seed=1, dtype=dtype, device=device),
+        "input": normal(4, 2, 129, seed=1, dtype=dtype, device=device),
         "weight": normal(3, 129, 33, seed=2, scale=0.1, dtype=dtype, device=device),
         "bias": normal(3, 33, seed=3, dtype=dtype, device=device),
-        "ends": torch.tensor([4, 4, 6], device=device),
+        "chosen": torch.tensor([[0, 2], [2, 0], [0, 0], [3, -1]], device=device),
         "transposed": True,
     }
 

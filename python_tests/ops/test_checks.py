@@ -57,10 +57,10 @@ SHAPES: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
     "linear": {"input": ("(M, I)", ()), "weight": ("(O, I)", (1,)), "bias": ("(O,)", (0,))},
     "activation": {"input": ("any", ())},
     "grouped_linear": {
-        "input": ("(S, I)", ()),
+        "input": ("(M, J, I) or (M, 1, I)", ()),
         "weight": ("(G, I, O)", (1,)),
         "bias": ("(G, O)", (0, 1)),
-        "ends": ("(G,)", (0,)),
+        "chosen": ("(M, J)", (0, 1)),
     },
 }
 TENSORS = [(op, name) for op, arguments in SHAPES.items() for name in arguments]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -35,9 +36,40 @@ def linear_step(dtype: torch.dtype, packed: bool) -> tuple[list[Tensor], list[in
     return [embeddings, multiplied, bias, weight], code
 
 
-def run(step: NativeStep, nodes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+EXPERTS, CHOSEN, INNER = 5, 2, 6
+
+
+def experts_step(dtype: torch.dtype, packed: bool, transposed: bool = False) -> tuple[list[Tensor], list[int]]:
+    """Each token's experts, the largest of its row of a table, and two products by them: one of its embedding, one of
+    what came out for each of them. The second half of the logits are what of the row was chosen."""
+    torch.manual_seed(0)
+    sizes = (VOCAB, WIDTH), (VOCAB, EXPERTS), (EXPERTS, INNER, WIDTH), (EXPERTS, INNER), (EXPERTS, OUT, INNER)
+    tensors = [torch.randn(size).to(dtype) for size in sizes]
+    for index in (2, 4):
+        if packed:
+            bytes_each = packed_bytes(tensors[index][0], len(tensors[index][0]))
+            memory = torch.empty((EXPERTS, bytes_each), dtype=torch.uint8)
+            for weight, part in zip(tensors[index], memory, strict=True):
+                pack_weights([weight], part)
+            tensors[index] = memory.flatten()
+        elif transposed:
+            tensors[index] = tensors[index].transpose(1, 2).contiguous()
+    kind, found = [torch.float32, torch.bfloat16, torch.float16].index(dtype), CHOSEN * OUT + CHOSEN
+    code = [1, kind, 1, 1, 4, 5, 4, 0, 4]
+    code += [WIDTH, 0, CHOSEN, 1, CHOSEN * INNER, 0, CHOSEN * OUT, 0, found, 0]
+    code += [1, 0, 3, 0, 0, 1, 1, WIDTH, *row(2, 0), *row(5, 0), *NONE]
+    code += [31, 0, 1, CHOSEN, EXPERTS, 2, 1, 0, 0, 1, 0, *row(5, 1), *NONE]
+    code += [32, 1, 1, CHOSEN, EXPERTS, 2, 4, CHOSEN * OUT, 0, 1, 0, *row(5, 1), 2, 1, 0, 0, 1, 0]
+    shape = [int(transposed), EXPERTS, 1, CHOSEN]
+    code += [3, 0, 2, 2, WIDTH, INNER, 3, int(packed), *shape, 1]
+    code += [3, 2, 3, 4, INNER, OUT, -1, int(packed), *shape, 0]
+    code += [1, 0, 1, 0, 0, 1, 1, CHOSEN * OUT, *row(2, 4), *row(2, 3), *NONE]
+    return tensors, code
+
+
+def run(step: NativeStep, nodes: int, dtype: torch.dtype, outputs: int = OUT) -> tuple[Tensor, Tensor, Tensor]:
     tokens = torch.arange(nodes) * 5 % VOCAB
-    hidden, logits = torch.empty(nodes, WIDTH, dtype=dtype), torch.empty(nodes, OUT, dtype=dtype)
+    hidden, logits = torch.empty(nodes, WIDTH, dtype=dtype), torch.empty(nodes, outputs, dtype=dtype)
     ancestors, cache = torch.zeros(nodes, -(-nodes // 64), dtype=torch.int64), torch.zeros(2, 1, 1, 8, 4, dtype=dtype)
     step.run(tokens, torch.arange(nodes), torch.tensor([3]), ancestors, cache, hidden, logits)
     return tokens, hidden, logits
@@ -55,6 +87,56 @@ def test_products_have_the_bits_of_linear(dtype: torch.dtype, packed: bool, node
     assert logits.equal(ops.linear(tensors[0][tokens], tensors[3], tensors[2]))
 
 
+@pytest.mark.parametrize("nodes", [1, 2, 9, 70])
+@pytest.mark.parametrize("way", ["own", "packed", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_experts_have_the_bits_of_grouped_linear(dtype: torch.dtype, way: str, nodes: int) -> None:
+    if way == "packed" and not packed_bytes(torch.empty(INNER, WIDTH, dtype=dtype), INNER):
+        pytest.skip("this processor packs nothing")
+    tensors, code = experts_step(dtype, way == "packed", way == "transposed")
+    (table, scores, first, bias, second), _ = experts_step(dtype, False, way == "transposed")
+    step = NativeStep(tensors, torch.tensor(code))
+    tokens, hidden, logits = run(step, nodes, dtype, CHOSEN * OUT + CHOSEN)
+    values, chosen = scores[tokens].topk(CHOSEN)
+    inner = ops.grouped_linear(table[tokens][:, None], first, bias, chosen, way == "transposed")
+    outer = ops.grouped_linear(inner, second, None, chosen, way == "transposed")
+    assert hidden.equal(table[tokens])
+    assert logits.equal(torch.cat([outer.flatten(1), values], 1))
+
+
+@pytest.mark.parametrize("different", [2, 5, 1 << 20])
+@pytest.mark.parametrize(("size", "count"), [(1, 1), (4, 2), (8, 8), (60, 6), (128, 1), (128, 2), (128, 8), (600, 9)])
+def test_the_largest_of_a_row_are_torchs(size: int, count: int, different: int) -> None:
+    """Of equal ones, too, of infinities and of what is no number."""
+    torch.manual_seed(size)
+    values = torch.randint(different, (40, size)).float()
+    values[10:20].masked_fill_(torch.rand(10, size) < 0.1, torch.inf)
+    values[20:30].masked_fill_(torch.rand(10, size) < 0.1, torch.nan)
+    code = [1, 0, 1, 1, 4, 2, 1, 0, 1, count, 0, count, 0]
+    code += [1, 0, 2, 31, 0, 1, count, size, 2, 0, 0, 0, 1, 0, *row(5, 0), *NONE]
+    code += [32, 0, 1, count, size, 2, 1, 0, 0, 1, 0, *row(5, 0), 2, 0, 0, 0, 1, 0]
+    step, nodes = NativeStep([values], torch.tensor(code)), torch.arange(40)
+    places, found = torch.empty(40, count), torch.empty(40, count)
+    ancestors = torch.zeros(40, 1, dtype=torch.int64)
+    step.run(nodes, nodes, torch.tensor([0]), ancestors, torch.zeros(2, 1, 1, 8, 4), places, found)
+    want = values.topk(count)
+    assert places.equal(want.indices.float())
+    assert found.view(torch.int32).equal(want.values.view(torch.int32))
+
+
+@pytest.mark.parametrize("place", [-1.0, 5.0, 3e9, torch.inf, -torch.inf, torch.nan])
+def test_an_expert_that_there_is_not(place: float) -> None:
+    """Groups are numbers that a step computes: of none, the product is 0, and a place of no element is the nearest."""
+    weight, table = torch.ones(EXPERTS, 3, 1), torch.ones(1, 1)
+    code = [1, 0, 1, 1, 4, 3, 2, 0, 1, 1, 0, 3, 0, 1, 1]
+    code += [1, 0, 2, 0, 0, 1, 1, 1, *row(2, 0), *row(3, 1), *NONE, 0, 0, 1, 1, 1, *row(2, 2), *row(3, 2), *NONE]
+    code += [3, 0, 1, 0, 1, 3, -1, 0, 0, EXPERTS, 2, 1, 1]
+    step = NativeStep([weight, table, torch.tensor([place])], torch.tensor(code))
+    tokens, hidden, logits = torch.zeros(1, dtype=torch.int64), torch.empty(1, 1), torch.full((1, 3), 7.0)
+    step.run(tokens, tokens, tokens, tokens[None], torch.zeros(2, 1, 1, 8, 4), hidden, logits)
+    assert logits.equal(torch.zeros(1, 3))
+
+
 @pytest.mark.parametrize("size", [1, 3, 7, 8, 31, 64, 576, 577, 4096, 16384, 99999])
 def test_a_mean_has_torchs_bits(size: int) -> None:
     torch.manual_seed(size)
@@ -68,9 +150,11 @@ def test_a_mean_has_torchs_bits(size: int) -> None:
     assert mean.equal(values.mean(-1, keepdim=True))
 
 
-def test_codes_that_are_wrong_are_refused_or_harmless() -> None:
+@pytest.mark.parametrize("of", [linear_step, experts_step])
+def test_codes_that_are_wrong_are_refused_or_harmless(of: Callable[..., tuple[list[Tensor], list[int]]]) -> None:
     """Any number of a code replaced by any other: nothing outside of the step's memory is read or written."""
-    tensors, code = linear_step(torch.float32, packed=False)
+    tensors, code = of(torch.float32, packed=False)
+    outputs = OUT if of is linear_step else CHOSEN * OUT + CHOSEN
     generator, refused = random.Random(0), 0
     for _ in range(4000):
         wrong = list(code)
@@ -80,7 +164,7 @@ def test_codes_that_are_wrong_are_refused_or_harmless() -> None:
         wrong = wrong[: generator.choice((len(wrong), generator.randrange(len(wrong) + 1)))]
         try:
             step = NativeStep(tensors, torch.tensor(wrong, dtype=torch.int64))
-            run(step, 3, torch.float32)
+            run(step, 3, torch.float32, outputs)
         except RuntimeError as error:
             assert str(error).startswith(("make_step: ", "run_step: ")), error
             refused += 1

@@ -84,6 +84,16 @@ def test_a_row_has_the_bits_that_it_has_alone(family: str, dtype: torch.dtype) -
             assert together[row].equal(alone[0]), row
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_are_fused(family: str) -> None:
+    model, texts = tiny_family(family), []
+    for fuse in (None, False):
+        result = decode(model, None, prompt(), max_new_tokens=24, fuse=fuse)
+        assert result.stats.fused == (fuse is None) and result.stats.not_fused_because is None
+        texts.append(result.sequences)
+    assert texts[0].equal(texts[1])
+
+
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_an_expert_that_nobody_chose(order: list[int]) -> None:
     module = experts_of("mixtral")

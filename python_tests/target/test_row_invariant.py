@@ -193,6 +193,22 @@ def test_small_sums(function: Any) -> None:
     assert RowInvariant().replaced(torch.sum, (torch.zeros(9, 2), 0), {}) is NotImplemented
 
 
+@pytest.mark.parametrize("function", [F.softmax, torch.softmax, Tensor.softmax])
+@pytest.mark.parametrize("wide", [{}, {"dtype": torch.float32}])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax(dtype: torch.dtype, wide: dict[str, Any], function: Any) -> None:
+    x = (8 * torch.randn(33, 60)).to(dtype)
+    x[3, 5:] = -torch.inf
+    x[4, 7] = torch.nan
+    want = function(x, dim=-1, **wide)
+    with RowInvariant():
+        got, alone = function(x, dim=-1, **wide), function(x[2:3], dim=1, **wide)
+    assert got.dtype == want.dtype and alone.equal(got[2:3])
+    torch.testing.assert_close(got, want, equal_nan=True)
+    for other, axis in ((x, 0), (torch.zeros(()), -1), (torch.zeros(2, 0), -1), (torch.zeros(1, 1 << 15), -1)):
+        assert RowInvariant().replaced(function, (other, axis), {}) is NotImplemented
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2-window", "gpt2", "gemma2"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_a_whole_step(name: str, dtype: torch.dtype) -> None:

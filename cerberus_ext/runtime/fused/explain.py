@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .program import Attention, Base, Instruction, Product, Program, Rows, Space, View
+from .program import Attention, Base, Grouped, Instruction, Product, Program, Space, Stage, View
 
 
 def explain(program: Program, seconds: Sequence[float], packed: bool) -> str:
@@ -21,11 +21,15 @@ def explain(program: Program, seconds: Sequence[float], packed: bool) -> str:
     return "\n".join(lines)
 
 
-def _lines(stage: Product | Rows | Attention) -> Iterator[str]:
+def _lines(stage: Stage) -> Iterator[str]:
     if isinstance(stage, Product):
         size = stage.weights[0].shape[1]
         names = ", ".join(name.removesuffix(".weight") for name in stage.names)
         yield f"product    {_base(stage.output)} = {_base(stage.input)}, {size} -> {stage.output.width}: {names}"
+    elif isinstance(stage, Grouped):
+        in_size, out_size, groups = stage.sizes
+        of = f"{in_size} -> {out_size}, {stage.chosen.width} of {groups} by {_base(stage.chosen)}"
+        yield f"grouped    {_base(stage.output)} = {_base(stage.input)}, {of}: {stage.name}"
     elif isinstance(stage, Attention):
         window = f", window {stage.window}" if stage.window else ""
         of = f"{stage.query_heads} heads, layer {stage.layer}{window}"

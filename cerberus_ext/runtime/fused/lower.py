@@ -1,7 +1,7 @@
 """From a traced step to a program: every call becomes a view, instructions on rows, a part of a product, an attention.
 
-Stages are made in turn: all instructions whose operands are there, then a product, with all others of the same input,
-or an attention. What cannot be said so raises NotFused.
+Stages are made in turn: all instructions whose operands are there, then a product, with all others of the same input, a
+grouped product, or an attention. What cannot be said so raises NotFused.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from .lowering import Lowering
 from .place import place
-from .program import Attention, Base, Product, Program, RowOp, Space, View, dense_strides, size_of
+from .program import Attention, Base, Grouped, Product, Program, RowOp, Space, View, dense_strides, size_of
 from .rules import EMITTERS
 from .trace import Call, NotFused, Trace, node_axis, refs
 from .values import Kind, Values
@@ -20,6 +20,8 @@ from .views import ARRANGING, RESHAPING, reshaped
 
 _OURS = torch.ops.cerberus_ext
 _LINEAR, _WRITE, _ATTEND = _OURS.linear.default, _OURS.write_cache.default, _OURS.tree_attention.default
+_GROUPED = _OURS.grouped_linear.default
+_STAGES = (_LINEAR, _ATTEND, _GROUPED)
 _EMBEDDING = torch.ops.aten.embedding.default
 
 
@@ -33,7 +35,8 @@ def _run(lowering: Lowering, call: Call) -> None:
         return _arrange(lowering, call)
     if call.op not in EMITTERS:
         raise NotFused(f"{call.op} is not known")
-    lowering.views[call.outputs[0]] = EMITTERS[call.op](lowering, call)
+    made = EMITTERS[call.op](lowering, call)
+    lowering.views |= zip(call.outputs, made if isinstance(made, tuple) else (made,), strict=False)
 
 
 def _arrange(lowering: Lowering, call: Call) -> None:
@@ -74,8 +77,16 @@ def _write(lowering: Lowering, call: Call) -> None:
         lowering.emit(RowOp.COPY, View(to, view.shape, dense_strides(view.shape)), view)
 
 
+def _check_product(lowering: Lowering, call: Call) -> None:
+    dtype = lowering.trace.dtypes[call.outputs[0]]
+    if dtype != lowering.dtype:
+        raise NotFused(f"the model multiplies in {dtype} in the course of a step")
+
+
 def _product(lowering: Lowering, calls: list[Call]) -> None:
     """Products of one input as one stage."""
+    for call in calls:
+        _check_product(lowering, call)
     view = lowering.view(calls[0].args[0].number)
     source = lowering.whole(view)
     lowering.close_rows()
@@ -93,6 +104,22 @@ def _product(lowering: Lowering, calls: list[Call]) -> None:
         shape = tuple(lowering.trace.shapes[call.outputs[0]])
         lowering.views[call.outputs[0]] = View(output, shape, dense_strides(shape), begin)
         begin += len(weight)
+
+
+def _grouped(lowering: Lowering, call: Call) -> None:
+    _check_product(lowering, call)
+    source, chosen = (lowering.whole(lowering.view(call.args[index].number)) for index in (0, 3))
+    lowering.close_rows()
+    weight, bias = call.args[1], call.args[2]
+    shape = tuple(lowering.trace.shapes[call.outputs[0]])
+    output = Base(size_of(shape), lowering.dtype)
+    stage = Grouped(
+        source, output, chosen, lowering.values.constant(weight.number),
+        None if bias is None else lowering.values.constant(bias.number),
+        len(call.args) > 4 and call.args[4], lowering.trace.names.get(weight.number, "a weight"),
+    )  # fmt: skip
+    lowering.stages.append(stage)
+    lowering.views[call.outputs[0]] = View(output, shape, dense_strides(shape))
 
 
 def _attention(lowering: Lowering, call: Call) -> None:
@@ -166,7 +193,7 @@ class _Order:
     def _sort(self, index: int) -> None:
         if self.missing[index] == 0:
             del self.missing[index]
-            heapq.heappush(self.stages if self.calls[index].op in (_LINEAR, _ATTEND) else self.rows, index)
+            heapq.heappush(self.stages if self.calls[index].op in _STAGES else self.rows, index)
 
     def take(self, ready: list[int]) -> Call:
         """The first one of those that are ready."""
@@ -185,6 +212,8 @@ def _run_stage(lowering: Lowering, order: _Order, joins: bool) -> None:
     calls = [first]
     if first.op is _ATTEND:
         _attention(lowering, first)
+    elif first.op is _GROUPED:
+        _grouped(lowering, first)
     else:
         view = lowering.view(first.args[0].number)
         for index in sorted(order.stages) if joins else ():

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .program import REDUCTIONS, Attention, Base, Instruction, Product, RowOp, Rows, Space, Stage, View
+from .program import (
+    REDUCTIONS,
+    Attention,
+    Base,
+    Grouped,
+    Instruction,
+    Product,
+    RowOp,
+    Rows,
+    Space,
+    Stage,
+    View,
+    size_of,
+)
 
 _ALIGNMENT = 16  # elements of scratch: a cache line
 
@@ -30,6 +43,8 @@ def place(stages: Sequence[Stage], results: Sequence[Base]) -> list[Base]:
 def _bases(stage: Stage) -> set[Base]:
     if isinstance(stage, Product):
         return {stage.input, stage.output}
+    if isinstance(stage, Grouped):
+        return {stage.input, stage.output, stage.chosen}
     if isinstance(stage, Attention):
         return {stage.query, stage.output}
     return {base for instruction in stage.instructions for base in instruction.bases() if not base.fixed}
@@ -123,6 +138,8 @@ def _redirect(maker: Instruction, copy: Instruction) -> bool:
     copied = zip(read.shape, read.strides, target.strides, strict=True)
     new = {(size, stride): to for size, stride, to in copied if stride}
     if read.offset or made.offset or axes != set(new):
+        return False
+    if size_of(read.shape) != size_of(made.shape):  # the copy has some elements more than once
         return False
     if target.base is not None and target.base.space in (Space.KEYS, Space.VALUES) and maker.op in REDUCTIONS:
         return False

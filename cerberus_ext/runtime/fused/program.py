@@ -45,9 +45,11 @@ class RowOp(IntEnum):
     COS = 24
     SIN = 25
     RELU = 30
+    TOP = 31
+    PICK = 32
 
 
-REDUCTIONS = (RowOp.MEAN, RowOp.SUM, RowOp.MAX)
+REDUCTIONS = (RowOp.MEAN, RowOp.SUM, RowOp.MAX, RowOp.TOP, RowOp.PICK)
 
 
 class Space(IntEnum):
@@ -128,6 +130,31 @@ class Product:
     biases: list[Tensor | None]
     names: list[str]
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """I, O, 1."""
+        return self.input.width, self.output.width, 1
+
+
+@dataclass(eq=False)
+class Grouped:
+    """weight (G, O, I), transposed (G, I, O): of all groups. chosen: float32, those of each node. shared: one input for
+    all of them."""
+
+    input: Base
+    output: Base
+    chosen: Base
+    weight: Tensor
+    bias: Tensor | None
+    transposed: bool
+    name: str
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """I, O, G."""
+        groups, out_size, in_size = self.weight.shape
+        return (out_size, in_size, groups) if self.transposed else (in_size, out_size, groups)
+
 
 @dataclass(eq=False)
 class Attention:
@@ -141,7 +168,7 @@ class Attention:
     sinks: int  # constant; -1: none
 
 
-Stage = Rows | Product | Attention
+Stage = Rows | Product | Attention | Grouped
 
 
 @dataclass
@@ -173,7 +200,8 @@ def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def encode(program: Program, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor]:
-    """weights: of every product in turn: packed (uint8), or (O, I). biases: (O,) each -> tensors, code (n,) int64."""
+    """weights: of every product in turn: packed (uint8), or as the stage has them. biases: all of a product's in one
+    tensor -> tensors, code (n,) int64."""
     tensors = [*program.constants, *weights]
     first_weight = len(program.constants)
     code = [
@@ -184,13 +212,17 @@ def encode(program: Program, weights: Sequence[Tensor], biases: Sequence[Tensor 
         code += [buffer.width, int(buffer.dtype != program.dtype)]
     index = 0
     for stage in program.stages:
-        if isinstance(stage, Product):
+        if isinstance(stage, (Product, Grouped)):
             weight, bias = weights[index], biases[index]
             if bias is not None:
                 tensors.append(bias)
-            size = stage.weights[0].shape[1]
-            code += [0, stage.input.place, stage.output.place, first_weight + index, size, stage.output.width]
-            code += [-1 if bias is None else len(tensors) - 1, int(weight.dtype == torch.uint8)]
+            in_size, out_size, groups = stage.sizes
+            code += [3 if isinstance(stage, Grouped) else 0, stage.input.place, stage.output.place]
+            code += [first_weight + index, in_size, out_size, -1 if bias is None else len(tensors) - 1]
+            code.append(int(weight.dtype == torch.uint8))
+            if isinstance(stage, Grouped):
+                shared = stage.input.width == in_size
+                code += [int(stage.transposed), groups, stage.chosen.place, stage.chosen.width, int(shared)]
             index += 1
         elif isinstance(stage, Rows):
             lines = [line for instruction in stage.instructions for line in _lines(instruction)]
@@ -208,8 +240,8 @@ def _lines(instruction: Instruction) -> Iterator[list[int]]:
     shape = list(instruction.a.shape if reduces else instruction.to.shape)
     in_cache = instruction.to.base is not None and instruction.to.base.space in (Space.KEYS, Space.VALUES)
     # Per axis its size, and the stride of every operand; the last ones stay as they are: the axis that is
-    # reduced; heads and their elements, which do not lie side by side in the cache.
-    kept = 1 if reduces else 2 if in_cache else 0
+    # reduced, of TOP the one of its results, too; heads and their elements, which do not lie side by side in the cache.
+    kept = 2 if in_cache or instruction.op is RowOp.TOP else 1 if reduces else 0
     axes = [(size, [view.strides[i] for view in views]) for i, size in enumerate(shape) if size != NODES]
     axes = [axis for i, axis in enumerate(axes) if axis[0] > 1 or i >= len(axes) - kept]
     merged: list[tuple[int, list[int]]] = []

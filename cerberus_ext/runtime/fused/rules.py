@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from .lowering import Lowering
 from .program import RowOp, View
-from .trace import Call, NotFused
+from .trace import NODES, Call, NotFused
 from .views import broadcast
 
 _ATEN = torch.ops.aten
@@ -48,6 +48,16 @@ def _keeps(a: View, to: View) -> bool:
     """Whether a value can stand for one of another dtype: nothing is rounded."""
     assert to.base is not None
     return a.base is not None and a.base.dtype in (to.base.dtype,)
+
+
+def _clamp(lowering: Lowering, call: Call) -> View:
+    to = lowering.new(call.outputs[0])
+    result = lowering.operand(call.args[0], to.shape)
+    limits = zip((RowOp.MAXIMUM, RowOp.MINIMUM), (*call.args[1:], None), strict=False)
+    for op, limit in limits:
+        if limit is not None:
+            result = lowering.emit(op, to, result, lowering.operand(limit, to.shape))
+    return result
 
 
 def _power(lowering: Lowering, call: Call) -> View:
@@ -115,10 +125,47 @@ def _reduce(op: RowOp) -> Emitter:
         to = lowering.new(call.outputs[0])
         if keep:
             return lowering.emit(op, to, a)
-        lowering.emit(op, replace(to, shape=(*to.shape, 1), strides=(*to.strides, 0)), a)
+        lowering.emit(op, _as_results(to), a)
         return to
 
     return emit
+
+
+def _last_axis(shape: Sequence[int], call: Call, axis: int) -> None:
+    if axis % len(shape) != len(shape) - 1 or shape[-1] == NODES:
+        raise NotFused(f"{call.op} is not over the last axis alone")
+
+
+def _topk(lowering: Lowering, call: Call) -> tuple[View, View]:
+    """Places are float32, which holds all that there are."""
+    a, (count, axis, largest, in_order) = lowering.view(call.args[0].number), (*call.args[1:], -1, True, True)[:4]
+    _last_axis(a.shape, call, axis)
+    if not largest or not in_order or count < 1:
+        raise NotFused(f"{call.op} is called with {call.args[1:]}")
+    values = lowering.new(call.outputs[0])
+    row = (*values.shape, a.shape[-1])
+    run = replace(a, shape=row, strides=(*a.strides[:-1], 0, a.strides[-1]))
+    places = lowering.scratch(values.shape)
+    lowering.emit(RowOp.TOP, _as_results(places), run)
+    lowering.emit(RowOp.PICK, _as_results(values), run, broadcast(_as_results(places), row))
+    return values, places
+
+
+def _gather(lowering: Lowering, call: Call) -> View:
+    a, places = lowering.view(call.args[0].number), lowering.view(call.args[2].number)
+    _last_axis(a.shape, call, call.args[1])
+    if a.shape[:-1] != places.shape[:-1]:
+        raise NotFused(f"{call.op} of {a.shape} by {places.shape}")
+    to = lowering.new(call.outputs[0])
+    row = (*to.shape, a.shape[-1])
+    run = replace(a, shape=row, strides=(*a.strides[:-1], 0, a.strides[-1]))
+    lowering.emit(RowOp.PICK, _as_results(to), run, broadcast(_as_results(places), row))
+    return to
+
+
+def _as_results(view: View) -> View:
+    """Each element as what a run of its own is reduced to."""
+    return replace(view, shape=(*view.shape, 1), strides=(*view.strides, 0))
 
 
 def _activation(lowering: Lowering, call: Call) -> View:
@@ -150,7 +197,7 @@ def _layer_norm(lowering: Lowering, call: Call) -> View:
     return scaled if bias is None else emit(RowOp.ADD, to, scaled, lowering.operand(bias, row))
 
 
-EMITTERS: dict[Any, Emitter] = {
+EMITTERS: dict[Any, Callable[[Lowering, Call], View | tuple[View, ...]]] = {
     _ATEN.add.Tensor: _binary(RowOp.ADD),
     _ATEN.add_.Tensor: _binary(RowOp.ADD),
     _ATEN.sub.Tensor: _binary(RowOp.SUB),
@@ -158,8 +205,10 @@ EMITTERS: dict[Any, Emitter] = {
     _ATEN.mul.Tensor: _binary(RowOp.MUL),
     _ATEN.mul_.Tensor: _binary(RowOp.MUL),
     _ATEN.div.Tensor: _binary(RowOp.DIV),
+    _ATEN.div_.Tensor: _binary(RowOp.DIV),
     _ATEN.maximum.default: _binary(RowOp.MAXIMUM),
     _ATEN.minimum.default: _binary(RowOp.MINIMUM),
+    _ATEN.clamp.default: _clamp,
     _ATEN.pow.Tensor_Scalar: _power,
     _ATEN.neg.default: _unary(RowOp.NEG),
     _ATEN.abs.default: _unary(RowOp.ABS),
@@ -174,6 +223,8 @@ EMITTERS: dict[Any, Emitter] = {
     _ATEN.expand.default: _expand,
     _ATEN.cat.default: _cat,
     _ATEN.stack.default: _stack,
+    _ATEN.topk.default: _topk,
+    _ATEN.gather.default: _gather,
     _ATEN.native_layer_norm.default: _layer_norm,
     torch.ops.cerberus_ext.activation.default: _activation,
 }

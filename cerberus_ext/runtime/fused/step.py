@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...ops.step import NativeStep, large_memory, pack_weights, packed_bytes
 from .lower import lower
-from .program import Product, Program, encode
+from .program import Grouped, Product, Program, encode
 from .trace import NotFused, Trace, trace_step
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class FusedStep:
         except IndexError:  # the model looks its positions up, and has no more; nor is there a step beyond them
             self.program = lower(*sizes, target.max_positions)
             self._most_positions = target.max_positions
-        products = [stage for stage in self.program.stages if isinstance(stage, Product)]
+        products = [stage for stage in self.program.stages if isinstance(stage, (Product, Grouped))]
         if self._weights is None:
             self._weights = _weights_of(products, self._packs)
         biases = [_bias_of(product, self._dtype) for product in products]
@@ -99,27 +99,45 @@ def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
     return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
 
-def _weights_of(products: list[Product], packs: bool) -> list[Tensor]:
-    """For each product its weights, one behind the other: packed, or (O, I) as the model has them."""
-    weights: list[Tensor] = []
-    sizes = [packed_bytes(product.weights[0], product.output.width) for product in products]
+def _weights_of(products: list[Product | Grouped], packs: bool) -> list[Tensor]:
+    """For each product its weights, one behind the other: packed, or as the model has them."""
+    sizes = [_packed_bytes(product) if packs else 0 for product in products]
     rounded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-    if not packs:
-        sizes = [0] * len(sizes)
-    memory = large_memory(sum(rounded)) if any(sizes) else None
-    begin = 0
-    for product, size, room in zip(products, sizes, rounded, strict=True):
-        parts = [weight.contiguous() for weight in product.weights]
-        if size and memory is not None:
-            weights.append(memory[begin : begin + size])
-            pack_weights(parts, weights[-1])
-        else:
-            weights.append(parts[0] if len(parts) == 1 else torch.cat(parts))
-        begin += room
-    return weights
+    memory = large_memory(sum(rounded)) if any(sizes) else torch.empty(0, dtype=torch.uint8)
+    return [
+        _pack(product, part[:size]) if size else _own(product)
+        for product, size, part in zip(products, sizes, memory.split(rounded), strict=True)
+    ]
 
 
-def _bias_of(product: Product, dtype: torch.dtype) -> Tensor | None:
+def _packed_bytes(product: Product | Grouped) -> int:
+    """0: it is multiplied as the model has it."""
+    if isinstance(product, Product):
+        return packed_bytes(product.weights[0], product.output.width)
+    _, out_size, groups = product.sizes
+    return 0 if product.transposed else groups * packed_bytes(product.weight[0], out_size)
+
+
+def _pack(product: Product | Grouped, memory: Tensor) -> Tensor:
+    """In `memory`, which it returns."""
+    if isinstance(product, Product):
+        pack_weights([weight.contiguous() for weight in product.weights], memory)
+    else:
+        for weight, part in zip(product.weight, memory.chunk(len(product.weight)), strict=True):
+            pack_weights([weight.contiguous()], part)
+    return memory
+
+
+def _own(product: Product | Grouped) -> Tensor:
+    if isinstance(product, Grouped):
+        return product.weight.contiguous()
+    parts = [weight.contiguous() for weight in product.weights]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _bias_of(product: Product | Grouped, dtype: torch.dtype) -> Tensor | None:
+    if isinstance(product, Grouped):
+        return product.bias
     if all(bias is None for bias in product.biases):
         return None
     parts: list[Any] = [

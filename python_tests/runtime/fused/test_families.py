@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from fused_steps import both_ways, every_call_seen
-from tiny_families import tiny_family
+from tiny_families import make_family, tiny_family
 from tiny_models import prompt
+from torch import Tensor, nn
 
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.drafting.tree import tree_of_ranks
@@ -16,7 +19,7 @@ from cerberus_ext.runtime.fused.trace import NotFused
 
 EQUAL = [
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "granite",
-    "glm4",
+    "glm4", "mixtral", "qwen3_moe", "olmoe", "gpt_oss",
 ]  # fmt: skip
 CLOSE = ["gpt2", "gpt_neox", "opt", "phi", "stablelm", "starcoder2"]
 TREES = {
@@ -36,6 +39,24 @@ def test_equals_the_step_op_by_op(name: str, dtype: torch.dtype, tree: str) -> N
         assert ours.equal(theirs)
 
 
+class _Picks(nn.Module):
+    """A layer that no family has: it picks values of a row by the places of the largest of another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, places = x.unflatten(-1, (4, 16)).topk(3)
+        picked = x.neg().unflatten(-1, (4, 16)).gather(-1, places)
+        weighted = picked.clamp(max=0.5) * values.clamp(-1, 2).float().softmax(-1).to(x.dtype)
+        return x + weighted.repeat_interleave(16, -2).flatten(-2)[..., :64].contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_picks_of_rows(dtype: torch.dtype) -> None:
+    model = make_family("llama", dtype)
+    model.model.layers[1].mlp = _Picks()
+    for ours, theirs in zip(*both_ways(model, TREES["bush"]), strict=True):
+        assert ours.equal(theirs)
+
+
 @pytest.mark.pairwise
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -46,7 +67,7 @@ def test_is_close_to_the_step_op_by_op(name: str, dtype: torch.dtype, tree: str)
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe", "gpt_oss"])
 def test_reads_the_models_own_weights_where_nothing_is_packed(name: str) -> None:
     model = tiny_family(name, torch.bfloat16)
     packed, _ = both_ways(model, TREES["bush"], pack=True)
@@ -54,8 +75,9 @@ def test_reads_the_models_own_weights_where_nothing_is_packed(name: str) -> None
         assert ours.equal(theirs)
 
 
-def test_nothing_is_copied_where_nothing_is_packed() -> None:
-    model = tiny_family("llama")
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_nothing_is_copied_where_nothing_is_packed(name: str) -> None:
+    model = tiny_family(name)
     own = {parameter.data_ptr() for parameter in model.parameters()}
     with torch.inference_mode(), every_call_seen(model) as target:
         target.prefill(prompt())
@@ -64,12 +86,35 @@ def test_nothing_is_copied_where_nothing_is_packed() -> None:
         assert FusedStep(target, pack=True).packed == bool(packed_bytes(model.lm_head.weight, 3))
 
 
+class _Wide(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.float(), self.weight.float()).to(x.dtype)
+
+
+class _Smallest(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.topk(1, largest=False).values
+
+
 @pytest.mark.parametrize(
-    ("name", "reason"),
-    [("mixtral", "bincount"), ("qwen3_moe", "bincount"), ("falcon", "tracing a step failed")],
+    ("module", "name", "reason"),
+    [
+        (_Smallest(), "mlp", "topk.default is called with"),
+        (_Wide(64, 96, bias=False), "mlp.up_proj", "multiplies in torch.float32"),
+    ],
 )
-def test_says_what_is_not_fused(name: str, reason: str) -> None:
-    with torch.inference_mode(), every_call_seen(tiny_family(name)) as target:
+def test_says_what_is_not_known(module: nn.Module, name: str, reason: str) -> None:
+    model = make_family("llama", torch.bfloat16)
+    model.model.layers[0].set_submodule(name, module.bfloat16())
+    assert_not_fused(model, reason)
+
+
+def test_says_that_a_step_cannot_be_traced() -> None:
+    assert_not_fused(tiny_family("falcon"), "tracing a step failed")
+
+
+def assert_not_fused(model: Any, reason: str) -> None:
+    with torch.inference_mode(), every_call_seen(model) as target:
         target.prefill(prompt())
         with pytest.raises(NotFused, match=reason):
             FusedStep(target)
