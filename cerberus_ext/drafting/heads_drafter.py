@@ -41,7 +41,8 @@ class HeadsDrafter(Drafter):
         if heads.context is not None:
             assert self.anchor_scale is not None  # of such heads
             layer = {name: tensor.detach().to(self.device) for name, tensor in heads.context.named_parameters()}
-            self.context = BoundContext(heads.context.sizes, layer, self.embeddings, self.anchor_scale)
+            layer |= {"embeddings": self.embeddings, "anchor_scale": self.anchor_scale}
+            self.context = BoundContext(heads.context.sizes, layer)
         self.has_context = self.context is not None
         self._alone = ALONE.on(self.device)
         rows = lm_head.detach() if self.draft_vocab is None else lm_head.detach()[self.draft_vocab]
