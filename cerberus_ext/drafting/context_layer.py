@@ -16,7 +16,7 @@ Letters: B rows, N nodes, D hidden size, Hq / Hkv attention heads, E head size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -56,27 +56,38 @@ class ContextLayer(nn.Module):
             self.qkv.normal_(0, 1 / (hidden_rms * self.qkv.shape[1] ** 0.5), generator=generator)
 
 
+class ContextForward(Protocol):
+    """Does in a BoundContext's place what it is asked at a step. Arguments as of `BoundContext.compute`."""
+
+    def keep(self, cache: TreeCache, positions: Tensor, before: Tensor, tokens: Tensor, ancestors: Tensor) -> None:
+        """Puts pairs into the cache, behind what is committed."""
+
+    def read(
+        self, cache: TreeCache, begin: Tensor, positions: Tensor, before: Tensor, tokens: Tensor, ancestors: Tensor
+    ) -> Tensor: ...
+
+
 class BoundContext:
     """A context layer bound to a model. Its tensors are the drafter's, and shared with it.
 
-    anchor_scale (): see CerberusHeads; embeddings (V, D).
+    tensors: of a ContextLayer, by name, with anchor_scale (), see CerberusHeads, and embeddings (V, D).
+    fused: does the steps, once it is there.
     """
 
-    def __init__(
-        self, sizes: tuple[int, int, int], parameters: dict[str, Tensor], embeddings: Tensor, anchor_scale: Tensor
-    ) -> None:
-        """parameters: of a ContextLayer, by name."""
-        self.sizes = sizes
-        self.qkv, self.output, self.mixer, self.bias = (parameters[name] for name in ("qkv", "output", "mixer", "bias"))
-        self.key_value = self.qkv[sizes[0] * sizes[2] :]  # its rows for keys and values, in the same memory
-        self.embeddings, self.anchor_scale = embeddings, anchor_scale
+    def __init__(self, sizes: tuple[int, int, int], tensors: dict[str, Tensor]) -> None:
+        self.sizes, self.tensors = sizes, tensors
+        self.qkv, self.output, self.mixer, self.bias = (tensors[name] for name in ("qkv", "output", "mixer", "bias"))
+        self.embeddings, self.anchor_scale = tensors["embeddings"], tensors["anchor_scale"]
+        heads, _, size = sizes
+        self.query, self.key_value = self.qkv[: heads * size], self.qkv[heads * size :]  # in the same memory
+        self.fused: ContextForward | None = None
 
     def keep_prompt(self, cache: TreeCache, hidden: Tensor, tokens: Tensor) -> None:
         """Puts the prompt's pairs into the cache. hidden (B, T, D): what each token (B, T) led to."""
         before = torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], 1)
         begin = torch.zeros_like(cache.length)
         positions = begin[:, None] + torch.arange(tokens.shape[1], device=begin.device)
-        self._keep(self.key_value, cache, begin, positions, before, tokens)
+        self._keep(cache.context_planes(), begin, positions, before, tokens)
 
     def keep_nodes(self, cache: TreeCache, before: Tensor, hidden: Tensor, tokens: Tensor, tree: Topology) -> None:
         """Puts the pairs of a tree's nodes into the cache, behind what is committed.
@@ -85,8 +96,10 @@ class BoundContext:
         """
         # Not hidden[:, parents]: torch wakes threads for a few rows, which then spin on a core that others need.
         parents = hidden.index_select(1, tree.parents[1:])
-        led = torch.cat([before[:, None], parents], 1)
-        self._keep(self.key_value, cache, cache.length, cache.length[:, None] + tree.depths, led, tokens)
+        led, positions = torch.cat([before[:, None], parents], 1), cache.length[:, None] + tree.depths
+        if self.fused is not None:
+            return self.fused.keep(cache, positions, led, tokens, tree.ancestors)
+        self._keep(cache.context_planes(), cache.length, positions, led, tokens)
 
     def read(
         self, cache: TreeCache, before: Tensor, tokens: Tensor, tree: Topology, begin: Tensor | None = None
@@ -96,30 +109,44 @@ class BoundContext:
         Their pairs are put into the cache from slot `begin` (B,) on; None: behind what is committed.
         """
         begin = cache.length if begin is None else begin
-        q, anchor = self._keep(self.qkv, cache, begin, begin[:, None] + tree.depths, before, tokens)
-        keys, values = cache.context_planes()
-        scale = self.sizes[2] ** -0.5
-        rows = ops.tree_attention(q.to(keys.dtype), keys, values, begin, tree.ancestors, scale, 0).flatten(2)
+        positions = begin[:, None] + tree.depths
+        if self.fused is not None:
+            return self.fused.read(cache, begin, positions, before, tokens, tree.ancestors)
+        return self.compute(cache.context_planes(), begin, positions, before, tokens, tree.ancestors)
+
+    def compute(
+        self, planes: tuple[Tensor, Tensor], begin: Tensor, positions: Tensor, before: Tensor, tokens: Tensor,
+        ancestors: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """planes (B, Hkv, S, E): keys and values; begin (B,), positions (B, N), before (B, N, D), tokens (B, N),
+        ancestors (N, W) -> x (B, N, D)."""
+        pairs, anchor = self._keep(planes, begin, positions, before, tokens)
+        size = self.sizes[2]
+        q = rotate(product(pairs, self.query).unflatten(-1, (-1, size)), positions).to(planes[0].dtype).contiguous()
+        rows = ops.tree_attention(q, *planes, begin, ancestors, size**-0.5, 0).flatten(2)
         state = before.to(anchor.dtype) + product(rows.to(anchor.dtype), self.output)
-        return state + F.silu(product(torch.cat([state, anchor], -1), self.mixer) + self.bias)
+        return state + silu(product(torch.cat([state, anchor], -1), self.mixer) + self.bias)
 
     def _keep(
-        self, weight: Tensor, cache: TreeCache, begin: Tensor, positions: Tensor, before: Tensor, tokens: Tensor
+        self, planes: tuple[Tensor, Tensor], begin: Tensor, positions: Tensor, before: Tensor, tokens: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Puts pairs into slots begin, begin + 1 ... -> their queries (B, N, Hq, E) and anchors (B, N, D).
-
-        weight: qkv, or key_value where nobody asks: then there are no queries, (B, N, 0, E).
-        begin (B,), positions (B, N), before (B, N, D), tokens (B, N).
-        """
+        """Puts pairs into slots begin, begin + 1 ... -> z (B, N, 2D) and anchors (B, N, D)."""
         _, kv_heads, size = self.sizes
-        anchor = F.embedding(tokens, self.embeddings).to(weight.dtype) * self.anchor_scale
-        found = product(torch.cat([before.to(weight.dtype), anchor], -1), weight).unflatten(-1, (-1, size))
-        turned = rotate(found[:, :, :-kv_heads], positions)
-        q, new_keys = turned.split([turned.shape[2] - kv_heads, kv_heads], 2)
-        keys, values = cache.context_planes()
-        new_keys, new_values = (part.to(keys.dtype).contiguous() for part in (new_keys, found[:, :, -kv_heads:]))
-        ops.write_cache(keys, values, new_keys, new_values, begin)
-        return q.contiguous(), anchor
+        anchor = F.embedding(tokens, self.embeddings).to(self.qkv.dtype) * self.anchor_scale
+        pairs = torch.cat([before.to(anchor.dtype), anchor], -1)
+        keys, values = product(pairs, self.key_value).unflatten(-1, (-1, size)).split(kv_heads, 2)
+        keys, values = (part.to(planes[0].dtype).contiguous() for part in (rotate(keys, positions), values))
+        ops.write_cache(*planes, keys, values, begin)
+        return pairs, anchor
+
+    def like(self, tensors: dict[str, Tensor]) -> BoundContext:
+        """The same layer with other tensors."""
+        return BoundContext(self.sizes, tensors)
+
+
+def silu(rows: Tensor) -> Tensor:
+    """On a CPU an element does not depend on the others, as everywhere in a step."""
+    return F.silu(rows) if rows.device.type != "cpu" else ops.activation(rows.contiguous(), "silu")
 
 
 def product(rows: Tensor, weight: Tensor) -> Tensor:

@@ -97,13 +97,13 @@ class DynamicTrees:
 
     def grow(self, heads: HeadsSignals, max_depth: int, weighed: bool) -> Tree:
         depth = min(max_depth, self._policy.size - 1)
-        asked = [HeadsProposer(heads, self._vocabulary, self._policy.platt), *self._proposers]
-        drafts = [ask_proposer(proposer, depth) for proposer in asked]
+        own = HeadsProposer(heads, self._vocabulary, self._policy.platt)
+        drafts = [own.propose(depth), *(ask_proposer(proposer, depth) for proposer in self._proposers)]
         table = join_tables([(part, number) for number, part in enumerate(drafts) if part.tokens.ndim == 2])
         paths = [(*part, number) for number, part in enumerate(drafts) if part.tokens.ndim == 1 and part.tokens.size]
         try:
             return Tree(*_host.best_drafts(*table, paths, self._vocabulary, self._policy.size, depth))
         except ValueError:
-            for proposer, part in zip(asked, drafts, strict=True):
+            for proposer, part in zip(self._proposers, drafts[1:], strict=True):
                 check_values(proposer, part, self._vocabulary)  # says whose they are
             raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import ops
 from ..ops.step import prefer_large_pages
@@ -41,7 +40,8 @@ class HeadsDrafter(Drafter):
         if heads.context is not None:
             assert self.anchor_scale is not None  # of such heads
             layer = {name: tensor.detach().to(self.device) for name, tensor in heads.context.named_parameters()}
-            self.context = BoundContext(heads.context.sizes, layer, self.embeddings, self.anchor_scale)
+            layer |= {"embeddings": self.embeddings, "anchor_scale": self.anchor_scale}
+            self.context = BoundContext(heads.context.sizes, layer)
         self.has_context = self.context is not None
         self._alone = ALONE.on(self.device)
         rows = lm_head.detach() if self.draft_vocab is None else lm_head.detach()[self.draft_vocab]
@@ -81,7 +81,7 @@ class HeadsDrafter(Drafter):
         hidden = hidden.to(self.dtype).contiguous()
         anchor = hidden
         if self.anchor_scale is not None:
-            anchor = F.embedding(pending, self.embeddings).to(self.dtype) * self.anchor_scale
+            anchor = self.embeddings.index_select(0, pending).to(self.dtype) * self.anchor_scale
         return ops.head_stack(hidden, anchor, self.weight, self.bias)
 
     def draft(self, hidden: Tensor, pending: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ class HeadsDrafter(Drafter):
         if not 1 <= drafts <= known:
             raise ValueError(f"decode: tree must have 1 to {known} drafts of each head, got {drafts}")
         ids, logprobs = ops.draft_topk(self.states(hidden, pending), self.projection, drafts)
-        return (ids if self.draft_vocab is None else self.draft_vocab[ids]), logprobs
+        return (ids if self.draft_vocab is None else self.draft_vocab.take(ids)), logprobs
 
     def read(self, cache: TreeCache, hidden: Tensor, pending: Tensor) -> Tensor:
         if self.context is None:

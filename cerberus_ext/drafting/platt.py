@@ -25,8 +25,9 @@ def reading(platt: PlattScaling | None) -> Reading:
 
     def read(logprobs: NDArray[np.float64]) -> NDArray[np.float64]:
         known = np.isfinite(logprobs)
-        probabilities = correct(np.where(known, logprobs, 0.0))
-        return np.where(known & np.isfinite(probabilities), probabilities, 0.0)
+        probabilities = correct(logprobs if known.all() else np.where(known, logprobs, 0.0))
+        known &= np.isfinite(probabilities)
+        return probabilities if known.all() else np.where(known, probabilities, 0.0)
 
     return read
 

@@ -63,16 +63,16 @@ class HeadsProposer:
     def extend(self, tokens: list[int]) -> None:
         pass
 
-    def propose(self, max_depth: int) -> tuple[ArrayLike, ArrayLike]:
+    def propose(self, max_depth: int) -> Drafts:
         ids, logprobs = self._step.drafts()
-        probabilities = self._read(np.minimum(logprobs.astype(np.float64), 0.0))
-        missing = (ids < 0) | (ids >= self._vocabulary) | (probabilities == 0)
-        if missing.any():
-            last = np.argsort(missing, axis=1, kind="stable")
-            ids, probabilities, missing = (np.take_along_axis(part, last, 1) for part in (ids, probabilities, missing))
-            ids, probabilities = np.where(missing, 0, ids), np.where(missing, 0.0, probabilities)
+        probabilities = self._read(np.minimum(logprobs, 0.0, dtype=np.float64))
+        known = (ids >= 0) & (ids < self._vocabulary) & (probabilities > 0)
+        if not known.all():
+            last = np.argsort(~known, axis=1, kind="stable")
+            ids = np.take_along_axis(np.where(known, ids, 0), last, 1)
+            probabilities = np.take_along_axis(np.where(known, probabilities, 0.0), last, 1)
         # A correction that turns the order round would say that a head knows nothing: then all its drafts are alike.
-        return ids[:max_depth], np.minimum.accumulate(probabilities, axis=1)[:max_depth]
+        return Drafts(ids[:max_depth], np.minimum.accumulate(probabilities, axis=1)[:max_depth])
 
 
 class DraftTable(NamedTuple):
@@ -129,7 +129,9 @@ def ask_proposer(proposer: Proposer, max_depth: int) -> Drafts:
         raise ValueError(
             f"decode: proposers: {name}.propose must return the drafts of each place best first, got others"
         )
-    return Drafts(tokens[:max_depth].astype(np.int64), probabilities[:max_depth].astype(np.float64))
+    return Drafts(
+        tokens[:max_depth].astype(np.int64, copy=False), probabilities[:max_depth].astype(np.float64, copy=False)
+    )
 
 
 def check_values(proposer: Proposer, drafts: Drafts, vocabulary: int) -> None:

@@ -25,13 +25,13 @@ _USUAL = np.array(
 _WEIGHT = 10  # tries of a text that count as much as what is usual
 _MOST = 0.995  # no draft is certain
 _LONGEST_MATCH, _MOST_TOKENS = 1024, 1 << 30  # csrc/search/suffix_index.h
+_USUAL_HITS = _WEIGHT * np.pad(_USUAL, (0, _LONGEST_MATCH + 1 - len(_USUAL)), "edge")
 
 
 def probabilities_by_match(record: NDArray[np.int64]) -> NDArray[np.float64]:
     """record (M + 1, 2): tries and hits by length of the match, of one text -> (M + 1,) probabilities."""
-    usual = _USUAL[np.minimum(np.arange(len(record)), len(_USUAL) - 1)]
     tries, hits = record[:, 0], record[:, 1]
-    return np.minimum((hits + _WEIGHT * usual) / (tries + _WEIGHT), _MOST)
+    return np.minimum((hits + _USUAL_HITS[: len(record)]) / (tries + _WEIGHT), _MOST)
 
 
 @dataclass(frozen=True)

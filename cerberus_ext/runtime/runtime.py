@@ -6,16 +6,19 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ..drafting.context_layer import BoundContext
 from ..drafting.drafter import NO_DRAFTER, Drafter
+from ..drafting.heads_drafter import HeadsDrafter
 from ..target.model import TargetModel
 from .capability import Capability, examine
+from .fused.context import FusedContext
 from .fused.proof import check_fused
 from .fused.step import FusedStep, versions
 from .fused.trace import NotFused
@@ -40,6 +43,7 @@ class Runtime:
         self._memory: Any = None  # memory_of the model when its capability was last asked for
         self._fused: tuple[Any, FusedStep] | None = None
         self._not_fused: tuple[Any, str] | None = None  # why there is none; it is not tried again
+        self._fused_context: tuple[BoundContext, FusedContext | None] | None = None  # of the latest heads
         self._recordings: Recordings | None = None
         self._failure: tuple[Any, str] | None = None  # why a step could not be recorded; it is not tried again
         self._bound: tuple[weakref.ref[Any], Any, Drafter] | None = None  # the latest heads, bound to the model
@@ -112,6 +116,9 @@ class Runtime:
                 if in_the_way:
                     raise NotFused(in_the_way)
                 target.fused = self._fused_for(target, pack, stats)
+                if isinstance(drafter, HeadsDrafter) and drafter.context is not None:
+                    drafter.context.fused = self._context_for(drafter.context, target)
+                    at_end.callback(setattr, drafter.context, "fused", None)
             except NotFused as error:
                 if fuse:
                     raise ValueError(f"decode: fuse must be None or False here, got True: {error}") from error
@@ -129,7 +136,7 @@ class Runtime:
                         fall_back(error)
                 cache = None if recordings is None else recordings.memory.cache
                 target = self.target(capacity, cache=cache, context=drafter.has_context)
-            with target:
+            with target, ExitStack() as at_end:
                 yield Stepper(target, drafts, drafter, chooser, stats, recordings, give_up, put_fused)
 
     def _bind(self, drafts: Drafts) -> Drafter:
@@ -167,6 +174,14 @@ class Runtime:
             stats.exact, stats.inexact_because = True, None
         return self._fused[1]
 
+    def _context_for(self, context: BoundContext, target: TargetModel) -> FusedContext | None:
+        """The same for a context layer; None: it runs op by op."""
+        if self._fused_context is None or self._fused_context[0] is not context:
+            self._fused_context = (context, None)
+            with suppress(NotFused):
+                self._fused_context = (context, FusedContext(context, target.cache))
+        return self._fused_context[1]
+
     def _recorded(self, chooser: Chooser, capacity: int, context: bool) -> Recordings:
         """Those that are kept, or new ones. Raises Unrecordable."""
         if chooser.host_rules:
@@ -194,7 +209,7 @@ class Runtime:
 
         After this, a model of which a step could not be recorded or fused is tried again.
         """
-        self._recordings = self._failure = self._fused = self._not_fused = self._bound = None
+        self._recordings = self._failure = self._fused = self._not_fused = self._bound = self._fused_context = None
 
 
 _runtimes: weakref.WeakKeyDictionary[PreTrainedModel, Runtime] = weakref.WeakKeyDictionary()

@@ -88,19 +88,16 @@ class StaticNodes:
 
 def pack_tree(tree: Tree, nodes: int, batch: int, drafts: int) -> np.ndarray:
     """parents, depths, sources (N,), ancestors (N, W) and given (B, N) of `tree`, padded to `nodes` nodes, as int64."""
-    missing = nodes - tree.size
-    parents = np.concatenate([tree.parents, np.zeros(missing, np.int64)])
+    sources = np.arange(1, nodes + 1)
+    sources[tree.size :] = 2  # node 1 stands there
+    parents, given = np.zeros((2, nodes), np.int64)
+    parents[: tree.size], given[: tree.size] = tree.parents, tree.tokens
     depths, ancestors = np.asarray(_host.depths(parents)), np.asarray(_host.ancestors(parents))
-    index = np.concatenate([np.arange(tree.size), np.ones(missing, np.int64)])  # the node that stands there
-    sources = 1 + index
     if tree.ranks is not None:
-        ranks = tree.ranks[index]
+        ranks = tree.ranks[sources - 1]
         sources = np.where(ranks >= 0, 1 + nodes + (depths - 1) * drafts + ranks, sources)
-    given = np.zeros(nodes, np.int64)
-    given[: tree.size] = tree.tokens
-    return np.concatenate(
-        [parents, depths, np.where(depths > 0, sources, 0), ancestors.reshape(-1), np.tile(given, batch)]
-    )
+    sources[0] = 0
+    return np.concatenate([parents, depths, sources, ancestors.reshape(-1), *[given] * batch])
 
 
 class Read(NamedTuple):
@@ -223,8 +220,9 @@ def run_step(target: TargetModel, kind: StepKind, memory: StepMemory, result: St
         drafts.put(*kind.drafter.propose(cache, state.hidden, state.pending, drafts.ids.shape[2]))
     tokens = known = state.pending[:, None]  # (B, 1)
     if kind.nodes > 1:
-        tokens = nodes.tokens(state.pending, None if drafts is None else drafts.ids)  # (B, N)
-        known = embeddable(tokens, target)
+        tokens = known = nodes.tokens(state.pending, None if drafts is None else drafts.ids)  # (B, N)
+        if drafts is not None:
+            known = embeddable(tokens, target)
     hidden, logits = target.step(known, nodes)  # (B, N, D), (B, N, V)
     kind.drafter.keep_nodes(cache, state.hidden, hidden, known, nodes)
     _settle(kind, cache, nodes, tokens, hidden, logits, state, result)

@@ -7,6 +7,7 @@ grouped product, or an attention. What cannot be said so raises NotFused.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 
 import torch
 
@@ -150,6 +151,9 @@ def lower(
     values = Values(trace)
     lowering = Lowering(trace, dtype, values)
     order = _Order(trace.calls, values)
+    if trace.given:
+        lowering.views[trace.hidden] = lowering.new(trace.hidden)
+        order.made([trace.hidden])
     while order.rows or order.stages:
         while order.rows:
             call = order.take(order.rows)
@@ -200,8 +204,10 @@ class _Order:
         return self.calls[heapq.heappop(ready)]
 
     def done(self, call: Call) -> None:
-        made = [argument.number for argument in call.args[:2]] if call.op is _WRITE else call.outputs
-        for number in made:
+        self.made([argument.number for argument in call.args[:2]] if call.op is _WRITE else call.outputs)
+
+    def made(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
             for index in self._waiting.pop(number, ()):
                 self.missing[index] -= 1
                 self._sort(index)

@@ -18,6 +18,7 @@ from .trace import NotFused, Trace, trace_step
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ...target.cache import TreeCache
     from ...target.model import TargetModel
 
 _ALIGNMENT = 4096  # bytes, of the packed weights of a product
@@ -50,8 +51,7 @@ class FusedStep:
         """The program, for as many positions as the cache has room for; its weights stay where they are."""
         assert target.cache.tensor is not None
         _, _, heads, _, size = target.cache.tensor.shape
-        positions = max(_MIN_POSITIONS, 1 << (target.cache.capacity - 1).bit_length())
-        sizes = (self._trace, self._dtype, heads, size, self._packs)
+        sizes, positions = (self._trace, self._dtype, heads, size, self._packs), table_positions(target.cache)
         try:
             self.program: Program = lower(*sizes, positions)
         except IndexError:  # the model looks its positions up, and has no more; nor is there a step beyond them
@@ -92,6 +92,11 @@ class FusedStep:
                 hidden, logits = (torch.empty((nodes, width), dtype=self._dtype) for width in widths)
             self._results = hidden, logits
         return self._results[0][:nodes], self._results[1][:nodes]
+
+
+def table_positions(cache: TreeCache) -> int:
+    """For how many positions tables are made: as many as the cache has room for, at least."""
+    return max(_MIN_POSITIONS, 1 << (cache.capacity - 1).bit_length())
 
 
 def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:

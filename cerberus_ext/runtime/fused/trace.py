@@ -1,12 +1,13 @@
-"""A step of the target model as a flat list of ATen calls.
+"""A step of the target model, or of a context layer, as a flat list of ATen calls.
 
-The model runs once over NODES nodes, on tensors without data. NODES is a prime that is no dimension of a model, so that
+It runs once over NODES nodes, on tensors without data. NODES is a prime that is no dimension of a model, so that
 the axis of the nodes is known by its size wherever it goes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,7 +47,10 @@ class Call(NamedTuple):
 
 class Trace(NamedTuple):
     """calls: in order. shapes, dtypes: of every value, by number. tokens, positions, length, ancestors, hidden, logits:
-    numbers. planes: keys and values of each layer in turn. weights, names: the model's tensors, by number."""
+    numbers. planes: keys and values of each layer in turn. weights, names: the model's tensors, by number.
+
+    Of a context layer, hidden is what it reads, which is `given`, and logits what it makes.
+    """
 
     calls: list[Call]
     shapes: list[torch.Size]
@@ -60,6 +64,7 @@ class Trace(NamedTuple):
     names: dict[int, str]
     hidden: int
     logits: int
+    given: bool = False  # whether the hidden states are there before the first call
 
 
 class _Recorder(TorchDispatchMode):
@@ -112,53 +117,72 @@ class _Recorder(TorchDispatchMode):
         return value
 
 
+class Tracing:
+    """What something is traced with: tensors without data, each with a number.
+
+    fakes: of the named tensors. planes: keys and values (1, Hkv, S, E) of layers in turn, of the cache's dtype.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]], cache: TreeCache, layers: int) -> None:
+        """cache: in use, so that its sizes are known. Raises NotFused."""
+        tensors = {name: tensor.detach() for name, tensor in named}
+        if other := next((name for name, tensor in tensors.items() if type(tensor) is not Tensor), None):
+            raise NotFused(f"{other} is not a plain tensor")
+        assert cache.tensor is not None
+        _, rows, heads, _, size = cache.tensor.shape
+        self._fake, self._recorder = FakeTensorMode(allow_non_fake_inputs=True), _Recorder()
+        with torch.inference_mode(False):  # inference tensors have no versions, which are asked for
+            self.fakes: dict[str, Tensor] = {name: self._fake.from_tensor(tensor) for name, tensor in tensors.items()}
+        self._names = {self._recorder.number(self.fakes[name]): name for name in tensors}
+        self._recorder.weights = {number: tensors[name] for number, name in self._names.items()}
+        shapes = ((rows, NODES), (rows, NODES), (rows,), (NODES, -(-NODES // 64)))
+        self.tokens, self.positions, self.length, self.ancestors = (self.input(*of, dtype=torch.int64) for of in shapes)
+        self.planes = [self.input(rows, heads, 2 * NODES, size, dtype=cache.tensor.dtype) for _ in range(2 * layers)]
+
+    def input(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        with torch.inference_mode(False), self._fake:
+            tensor = torch.empty(shape, dtype=dtype)
+        self._recorder.number(tensor)
+        return tensor
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """While inside, calls are noted. Raises NotFused in the place of whatever goes wrong."""
+        try:
+            with torch.inference_mode(False), torch.no_grad(), self._fake, self._recorder:
+                yield
+        except (NotFused, UnsupportedAttention):
+            raise
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise NotFused(f"tracing a step failed: {type(error).__name__}: {reason}") from error
+
+    def trace(self, hidden: Tensor, logits: Tensor, given: bool = False) -> Trace:
+        recorder, of = self._recorder, self._recorder.of
+        return Trace(
+            recorder.calls, recorder.shapes, recorder.dtypes, of(self.tokens), of(self.positions), of(self.length),
+            of(self.ancestors), [of(plane) for plane in self.planes], recorder.weights, self._names, of(hidden),
+            of(logits), given,
+        )  # fmt: skip
+
+
 def trace_step(target: TargetModel) -> Trace:
     """target: after its prompt, so that the sizes of its cache are known. Raises NotFused."""
-    try:
-        with torch.inference_mode(False), torch.no_grad():  # inference tensors have no versions, which are asked for
-            return _trace(target)
-    except (NotFused, UnsupportedAttention):
-        raise
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise NotFused(f"tracing a step failed: {type(error).__name__}: {reason}") from error
-
-
-def _trace(target: TargetModel) -> Trace:
-    model, cache = target.model, target.cache
-    named = chain(model.named_parameters(), model.named_buffers())
-    tensors: dict[str, Tensor] = {name: tensor.detach() for name, tensor in named}
-    assert cache.tensor is not None
-    _, rows, heads, _, size = cache.tensor.shape
-    if other := next((name for name, tensor in tensors.items() if type(tensor) is not Tensor), None):
-        raise NotFused(f"{other} is not a plain tensor")
-    layers, words = len(cache.layers), -(-NODES // 64)
-    fake, recorder = FakeTensorMode(allow_non_fake_inputs=True), _Recorder()
-    fakes: dict[str, Tensor] = {name: fake.from_tensor(tensor) for name, tensor in tensors.items()}
-    names = {recorder.number(fakes[name]): name for name in tensors}
-    recorder.weights = {number: tensors[name] for number, name in names.items()}
-    with fake:
-        shapes = ((rows, NODES), (rows, NODES), (rows,), (NODES, words))
-        inputs = [torch.empty(shape, dtype=torch.int64) for shape in shapes]
-        planes = [torch.empty((rows, heads, 2 * NODES, size), dtype=cache.tensor.dtype) for _ in range(2 * layers)]
-    tokens, positions, length, ancestors = (recorder.number(tensor) for tensor in inputs)
-    plane_numbers = [recorder.number(tensor) for tensor in planes]
-    traced = TreeCache(layers, 2 * NODES, rows, model.device)
-    traced.length, traced.whole = inputs[2], True
+    model, layers = target.model, len(target.cache.layers)
+    tracing = Tracing(chain(model.named_parameters(), model.named_buffers()), target.cache, layers)
+    traced = TreeCache(layers, 2 * NODES, len(tracing.length), model.device)
+    traced.length, traced.whole = tracing.length, True
     traced_layers: Any = traced.layers
-    for layer, keys, values in zip(traced_layers, planes[::2], planes[1::2], strict=True):
+    for layer, keys, values in zip(traced_layers, tracing.planes[::2], tracing.planes[1::2], strict=True):
         layer.keys, layer.values, layer.is_initialized = keys, values, True
 
     def forward(**arguments: Any) -> Any:
         with RowInvariant():
-            return torch.func.functional_call(model, fakes, (), arguments)
+            return torch.func.functional_call(model, tracing.fakes, (), arguments)
 
-    with fake, recorder:
-        hidden, logits = target.attend(forward, inputs[0], inputs[1], inputs[3], traced)
-    return Trace(
-        recorder.calls, recorder.shapes, recorder.dtypes, tokens, positions, length, ancestors, plane_numbers,
-        recorder.weights, names, recorder.of(hidden), recorder.of(logits),
-    )  # fmt: skip
+    with tracing.recording():
+        hidden, logits = target.attend(forward, tracing.tokens, tracing.positions, tracing.ancestors, traced)
+    return tracing.trace(hidden, logits)
 
 
 def evaluate(call: Call, values: Mapping[int, Tensor]) -> tuple[Tensor, ...]:

@@ -35,6 +35,8 @@ class Values:
         self.kinds: dict[int, Kind] = dict.fromkeys(trace.weights, Kind.CONSTANT)
         self.kinds |= dict.fromkeys((trace.length, trace.ancestors, *trace.planes), Kind.OTHER)
         self.kinds |= {trace.tokens: Kind.TOKENS, trace.positions: Kind.POSITIONAL}
+        if trace.given:
+            self.kinds[trace.hidden] = Kind.ROW
         for call in trace.calls:
             kind = self._kind(call)
             for number in call.outputs:
