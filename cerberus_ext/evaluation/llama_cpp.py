@@ -28,8 +28,9 @@ from ..runtime.stats import DecodeStats
 from .ways import LLAMA_BF16, LLAMA_Q4_1
 
 SOURCE = Path(__file__).with_name("llama_cpp_child.py")
-START_SECONDS = 300.0  # to import or to load, on a slow disk; also for a prompt
-TOKEN_SECONDS = 2.0
+# Longer than any machine takes on which a comparison says something: what takes longer hangs.
+START_SECONDS = 300.0  # to import, and to load
+PROMPT_SECONDS, TOKEN_SECONDS = 120.0, 2.0
 WAYS = {  # name -> which file, what it is
     LLAMA_BF16: ("bf16", "the same weights in bfloat16"),
     LLAMA_Q4_1: ("q4_1", "the file of 4 bits that the weights are expanded from"),
@@ -75,19 +76,19 @@ class Child:
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
 
-    def answer(self, name: str) -> Any:
+    def answer(self, name: str, kind: type) -> Any:
         """What the next line has under this name."""
         try:
             line = self.lines.get(timeout=START_SECONDS)
         except Empty:
             raise self.failure(f"says nothing for {START_SECONDS:g} s") from None
-        return self.value(line, name)
+        return self.value(line, name, kind)
 
-    def value(self, text: bytes, name: str) -> Any:
-        try:
-            return json.loads(text)[name]
-        except (ValueError, LookupError, TypeError):
-            raise self.failure(f"answers {text[:200]!r}") from None
+    def value(self, text: bytes, name: str, kind: type) -> Any:
+        with suppress(ValueError, LookupError, TypeError):
+            if isinstance(value := json.loads(text)[name], kind):
+                return value
+        raise self.failure(f"answers {text[:200]!r}")
 
     def failure(self, what: str) -> RuntimeError:
         """That it has ended, and its last words, or else `what` it does."""
@@ -111,7 +112,7 @@ class LlamaCppWay:
 
     def run(self, ids: Tensor, new_tokens: int) -> tuple[list[int], DecodeStats | None]:
         ask = {"prompt": ids[0].tolist(), "n_predict": new_tokens, "temperature": 0, "cache_prompt": False}
-        seconds = START_SECONDS + TOKEN_SECONDS * new_tokens
+        seconds = PROMPT_SECONDS + TOKEN_SECONDS * new_tokens
         try:
             with closing(HTTPConnection(self.address, timeout=seconds)) as connection:
                 connection.request("POST", "/completion", json.dumps({**ask, "return_tokens": True}))
@@ -120,7 +121,7 @@ class LlamaCppWay:
             raise self.child.failure(f"does not answer in {seconds:g} s") from None
         except (OSError, HTTPException) as error:
             raise self.child.failure(f"does not answer: {error!r}") from error
-        return list(self.child.value(text, "tokens")), None
+        return self.child.value(text, "tokens", list), None
 
 
 @contextmanager
@@ -133,13 +134,13 @@ def llama_cpp_ways(python: str | None) -> Iterator[list[LlamaCppWay]]:
         yield []
         return
     with Child(python) as child:
-        version = child.answer("version")
+        version = child.answer("version", str)
         try:
             files = default_gguf()
         except (OSError, RuntimeError) as error:
             raise RuntimeError(f"bench: llama_cpp: there are no GGUF files of the default model: {error}") from error
         child.send({"files": [str(files[kind]) for kind, _ in WAYS.values()], "threads": torch.get_num_threads()})
-        addresses = child.answer("addresses")
+        addresses = child.answer("addresses", list)
         yield [
             LlamaCppWay(name, child, urlsplit(address).netloc, f"xllamacpp {version}, {what}")
             for (name, (_, what)), address in zip(WAYS.items(), addresses, strict=True)
