@@ -94,7 +94,7 @@ def identity_of(
 ) -> dict[str, Any]:
     """What must be the same for a run to go on. others: the models and heads by name, None where there are none."""
     model = context.model
-    stored = {"heads": context.calibration()}
+    stored = context.calibration()
     rows = {"model": 16, "draft": 16}  # of each tensor: models have many
     return {
         **{name: names.get(name) for name in ("questions", "heads", "medusa", "draft")},
@@ -103,9 +103,7 @@ def identity_of(
             name: None if one is None else fingerprint(one.parameters(), rows.get(name, 256))
             for name, one in others.items()
         },
-        "calibration": {
-            name: None if one is None else [one.tree.to_json(), gate_to_json(one.gate)] for name, one in stored.items()
-        },
+        "calibration": {"heads": stored and [stored.tree.to_json(), gate_to_json(stored.gate)]},
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         **{name: getattr(options, name) for name in ("turns", "new_tokens", "rounds", "tree_size", "seed")},

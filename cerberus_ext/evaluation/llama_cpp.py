@@ -15,8 +15,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Thread
+from select import select
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -46,15 +45,13 @@ class Child:
     def __init__(self, python: str) -> None:
         self.python = python
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - of the process: it closes with this object
-        command = [python, "-c", SOURCE.read_text()]
         try:  # in a session of its own: Ctrl-C is for this process, which ends it
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, start_new_session=True
-            )
+                [python, "-c", SOURCE.read_text()], bufsize=0, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
+            )  # fmt: skip
         except OSError as error:
             raise RuntimeError(f"bench: llama_cpp: {python}: {error.strerror}") from error
-        self.lines: SimpleQueue[bytes] = SimpleQueue()
-        Thread(target=self._read, daemon=True).start()
 
     def __enter__(self) -> Child:
         return self
@@ -62,27 +59,17 @@ class Child:
     def __exit__(self, *_: object) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with self.process:  # waits for it, and closes its pipes
+            pass
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.put(line)
-        self.lines.put(b"")
-
-    def send(self, message: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended: there will be no answer
+    def ask(self, message: dict[str, Any], name: str, kind: type) -> Any:
+        """Sends a line; returns what the line that is the answer has under `name`."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with suppress(BrokenPipeError):  # it has ended: the answer is empty
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
-
-    def answer(self, name: str, kind: type) -> Any:
-        """What the next line has under this name."""
-        try:
-            line = self.lines.get(timeout=START_SECONDS)
-        except Empty:
-            raise self.failure(f"says nothing for {START_SECONDS:g} s") from None
-        return self.value(line, name, kind)
+        if not select([self.process.stdout], [], [], START_SECONDS)[0]:
+            raise self.failure(f"says nothing for {START_SECONDS:g} s")
+        return self.value(self.process.stdout.read(1 << 16), name, kind)  # what there is: a line is written at once
 
     def value(self, text: bytes, name: str, kind: type) -> Any:
         with suppress(ValueError, LookupError, TypeError):
@@ -95,8 +82,8 @@ class Child:
         with suppress(subprocess.TimeoutExpired):
             status = self.process.wait(timeout=1)  # it may be about to
             self.log.seek(0)
-            words = self.log.read().decode(errors="replace").split("\n")
-            what = f"ended with status {status}: {next(filter(str.strip, reversed(words)), 'no message').strip()}"
+            words = self.log.read().decode(errors="replace").strip().rpartition("\n")[2]
+            what = f"ended with status {status}: {words or 'no message'}"
         return RuntimeError(f"bench: llama_cpp: {self.python} {what}")
 
 
@@ -134,13 +121,13 @@ def llama_cpp_ways(python: str | None) -> Iterator[list[LlamaCppWay]]:
         yield []
         return
     with Child(python) as child:
-        version = child.answer("version", str)
+        version = child.ask({}, "version", str)
         try:
             files = default_gguf()
         except (OSError, RuntimeError) as error:
             raise RuntimeError(f"bench: llama_cpp: there are no GGUF files of the default model: {error}") from error
-        child.send({"files": [str(files[kind]) for kind, _ in WAYS.values()], "threads": torch.get_num_threads()})
-        addresses = child.answer("addresses", list)
+        order = {"files": [str(files[kind]) for kind, _ in WAYS.values()], "threads": torch.get_num_threads()}
+        addresses = child.ask(order, "addresses", list)
         yield [
             LlamaCppWay(name, child, urlsplit(address).netloc, f"xllamacpp {version}, {what}")
             for (name, (_, what)), address in zip(WAYS.items(), addresses, strict=True)

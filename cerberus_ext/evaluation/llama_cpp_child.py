@@ -1,7 +1,7 @@
 """Run by a Python that has xllamacpp, see llama_cpp.py: serves GGUF files until the other process is gone.
 
-It writes {"version": ...} to standard output, reads {"files": [...], "threads": ...} and writes {"addresses": [...]},
-where each file's server listens: a line of JSON each.
+Lines of JSON: to {} it answers {"version": ...}, to {"files": [...], "threads": ...} then {"addresses": [...]}, where
+each file's server listens.
 """
 
 import ctypes
@@ -21,6 +21,7 @@ try:
 except ImportError as error:
     sys.exit(f"{error}; get it with {sys.executable} -m pip install xllamacpp")
 
+sys.stdin.readline()
 print(json.dumps({"version": xllamacpp.__version__}), file=answers, flush=True)
 order = json.loads(sys.stdin.readline())
 servers = []

@@ -141,12 +141,15 @@ def test_ctrl_c(folder: Path, tmp_path: Path) -> None:
 def test_it_ends_with_a_process_that_is_killed(wait: str, tmp_path: Path) -> None:
     python = python_with_xllamacpp(tmp_path, wait)
     script = f"""
+import json
 from cerberus_ext.evaluation.llama_cpp import Child
 child = Child({str(python)!r})
-child.answer("version", str)
-child.send({{"files": ["one.gguf"], "threads": 1}})
+child.ask({{}}, "version", str)
+order = {{"files": ["one.gguf"], "threads": 1}}
 if not {wait!r}:
-    child.answer("addresses", list)
+    child.ask(order, "addresses", list)
+else:
+    child.process.stdin.write(json.dumps(order).encode() + b"\\n")
 print(child.process.pid, flush=True)
 input()
 """
