@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..evaluation.options import BenchOptions
 from .failures import fail, option
-from .shared import PACKAGED_HEADS, Device, DTypeName, Heads, Model, Threads, load, load_heads
+from .shared import PACKAGED_HEADS, Device, DTypeName, Heads, Model, Threads, load, load_heads, options_of
 
 TURNS = {"1": (1,), "2": (2,), "both": (1, 2)}
 
 
+@options_of(BenchOptions)
 def bench(
     questions: Annotated[
         Path | None, typer.Option(help='JSON lines, as of MT-Bench: {"turns": [...]} or {"prompt": ...}.')
@@ -25,20 +27,18 @@ def bench(
     heads: Heads = None,
     medusa: Annotated[str | None, typer.Option(help="Medusa's heads, as `cerberus train --no-chained` makes.")] = None,
     draft_model: Annotated[str | None, typer.Option(help="Folder or Hub id: for assisted generation.")] = None,
+    llama_cpp: Annotated[
+        str | None,
+        typer.Option(metavar="PYTHON", help="A Python with xllamacpp: adds llama.cpp, for the default model."),
+    ] = None,
     way: Annotated[list[str] | None, typer.Option(help="FILE.py[:ARGUMENT] with more ways; may be repeated.")] = None,
     ways: Annotated[str | None, typer.Option(help="Only these, separated by commas. Default: all.")] = None,
     turns: Annotated[str, typer.Option(help="1, 2 or both: a second turn follows the model's own answer.")] = "both",
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions, the first ones.")] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    rounds: Annotated[int, typer.Option(min=1, help="How often everything is run; the median counts.")] = 1,
-    tree_size: Annotated[int | None, typer.Option(min=2, help="Nodes of all trees. Default: the calibrated.")] = None,
-    entropy_threshold: Annotated[
-        float | None, typer.Option(help="Of the entropy gate. Default: calibrated, or the median of the first answers.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap intervals.")] = 0,
     dtype: DTypeName = None,
     device: Device = None,
     threads: Threads = None,
+    **more: Any,
 ) -> None:
     """Times ways to generate over questions, in turns, checks that their texts are the same, and writes a report.
 
@@ -53,25 +53,31 @@ def bench(
     if turns not in TURNS:
         fail(f"--turns must be one of {', '.join(TURNS)}, got {turns}")
 
-    from ..evaluation.evaluate import BenchOptions, begin_folder, evaluate
+    from ..evaluation.evaluate import begin_folder, evaluate
+    from ..evaluation.llama_cpp import llama_cpp_ways
     from ..io.default_model import load_model
     from ..io.prompts import read_questions
 
     with option("--questions"):
         asked = read_questions(questions, limit)
-    options = BenchOptions(
-        turns=TURNS[turns], new_tokens=new_tokens, rounds=rounds, way_files=tuple(way or ()), tree_size=tree_size,
-        ways=None if ways is None else tuple(name.strip() for name in ways.split(",")),
-        entropy_threshold=entropy_threshold, seed=seed,
-    )  # fmt: skip
+    names = None if ways is None else tuple(name.strip() for name in ways.split(","))
+    options = BenchOptions(turns=TURNS[turns], ways=names, way_files=tuple(way or ()), **more)
     begin_folder(out)
     target, tokenizer, trained = load(model, heads, dtype, device, threads)
+    if llama_cpp is not None and (model is not None or target.device.type != "cpu"):
+        fail("--llama-cpp: it runs the default model on the CPU: leave --model out, and give --device cpu")
     others = None if medusa is None else load_heads(medusa, target, "--medusa")
     with option("--draft-model"):
         draft = None if draft_model is None else load_model(draft_model, target.dtype, target.device)
-    given = {"questions": questions, "model": model, "heads": heads or PACKAGED_HEADS, "medusa": medusa}
-    names = {name: Path(value).name for name, value in {**given, "draft": draft_model}.items() if value is not None}
-    summary = evaluate(target, tokenizer, trained, asked, out, options, names=names, medusa=others, draft=draft)
+    given = {
+        "questions": questions, "model": model, "heads": heads or PACKAGED_HEADS, "medusa": medusa,
+        "draft": draft_model, "llama_cpp": llama_cpp,
+    }  # fmt: skip
+    called = {name: Path(value).name for name, value in given.items() if value is not None}
+    with llama_cpp_ways(llama_cpp) as peers:
+        summary = evaluate(
+            target, tokenizer, trained, asked, out, options, names=called, medusa=others, draft=draft, llama_cpp=peers
+        )
     finish(summary, out)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
+from itertools import zip_longest
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +15,12 @@ from .failures import fail
 from .shared import NO_HEADS, Device, DTypeName, Model, Threads, load, load_target
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
     from ..drafting.heads import CerberusHeads
-    from ..runtime.stats import DecodeOutput
+    from ..evaluation.ways import Way
 
 ROUNDS = 3  # of --compare
 
@@ -36,17 +42,22 @@ def generate(
         ),
     ] = None,
     suffix: Annotated[bool, typer.Option(help="Draft from the text's own past, too, not from the heads alone.")] = True,
-    compare: Annotated[bool, typer.Option(help="Measure plain decoding, too, and print the speed-up.")] = False,
+    compare: Annotated[
+        bool,
+        typer.Option(help="Measure plain decoding and transformers' model.generate, too, and print the speed-ups."),
+    ] = False,
     raw: Annotated[bool, typer.Option(help="Give the prompt as it is, without the chat template.")] = False,
     dtype: DTypeName = None,
     device: Device = None,
     threads: Threads = None,
 ) -> None:
-    """Answers PROMPT, streaming, then says how fast it was."""
+    """Answers PROMPT, streaming, then says how fast it was.
+
+    With --compare it ends with status 1 where texts differ that must not.
+    """
     text = _read_prompt(prompt)
     from transformers import TextStreamer
 
-    from ..drafting.gate import AlwaysClosed
     from ..engine.decode import decode
     from ..io.prompts import encode_chat
 
@@ -56,31 +67,56 @@ def generate(
     else:
         target, tokenizer, trained = load(model, heads, dtype, device, threads)
     ids = (tokenizer(text, return_tensors="pt").input_ids if raw else encode_chat(tokenizer, [text])).to(target.device)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tree": tree_size}
-    options["proposers"] = None if suffix else []
+    options: dict[str, Any] = {"tree": tree_size, "proposers": None if suffix else []}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    output = decode(target, trained, ids, streamer=streamer, **options)
-    plain = {**options, "tree": None, "gate": AlwaysClosed()}  # the same loop, which never drafts; in turns with ours
-    rounds = [
-        [decode(target, trained, ids, **each) for each in (plain, options)] for _ in range(ROUNDS if compare else 0)
-    ]
-    typer.echo(summary(output, rounds))
-
-
-def summary(output: DecodeOutput, rounds: Sequence[Sequence[DecodeOutput]]) -> str:
-    """One line: tokens/s, tokens per step and, where it was measured, the speed-up over plain decoding.
-
-    rounds: plain decoding and ours; medians count.
-    """
+    output = decode(target, trained, ids, streamer=streamer, max_new_tokens=max_new_tokens, **options)
     stats = output.stats
-    speeds = [median(out.stats.tokens_per_second for out in outs) for outs in zip(*rounds, strict=True)]
-    speed = speeds[1] if speeds else stats.tokens_per_second
-    line = f"[{stats.new_tokens} tokens, {speed:.1f} tokens/s, {stats.tokens_per_step:.2f} tokens per step"
-    if speeds:
-        same = all(plain.sequences.equal(ours.sequences) for plain, ours in rounds)
-        line += f"; plain decoding {speeds[0]:.1f} tokens/s: speed-up {speed / speeds[0]:.2f}x"
-        line += f", {'same output' if same else 'OUTPUT DIFFERS'}"
-    return line + "]"
+    speed, line, right = stats.tokens_per_second, "", True
+    if compare and stats.new_tokens:
+        speed, line, right = compared(ways(target, trained, options), ids, stats.new_tokens, target.dtype)
+    typer.echo(f"[{stats.new_tokens} tokens, {speed:.1f} tokens/s, {stats.tokens_per_step:.2f} tokens per step]{line}")
+    if not right:
+        raise typer.Exit(1)
+
+
+def ways(target: PreTrainedModel, heads: CerberusHeads | None, options: dict[str, Any]) -> list[Way]:
+    """Ours, with drafts as `options` say, and what it is compared with."""
+    from ..drafting.gate import AlwaysClosed
+    from ..evaluation.ways import DecodeWay, GenerateWay
+
+    plain = {**options, "tree": None, "gate": AlwaysClosed()}  # the same loop, which never drafts
+    return [
+        DecodeWay("drafts", target, heads, options=options),
+        DecodeWay("plain decoding", target, heads, options=plain),
+        # As long a text as ours, also where rounding leads it to an earlier end.
+        GenerateWay("model.generate", target, options={"eos_token_id": None}),
+    ]
+
+
+def compared(ways: Sequence[Way], ids: Tensor, new_tokens: int, dtype: torch.dtype) -> tuple[float, str, bool]:
+    """Tokens/s of the first way; a line that compares it with the others; whether no text differs that must not.
+
+    They take turns; medians count. All texts must be the same in float32, those of `decode` also in bfloat16 and
+    float16 where it is exact: the kernels of `generate` round otherwise.
+    """
+    from ..evaluation.timing import rotated, timed
+
+    rounds: list[dict[str, Any]] = [  # name -> ((text, statistics), seconds)
+        {way.name: timed(partial(way.run, ids, new_tokens), ids.device) for way in rotated(ways, turn)}
+        for turn in range(ROUNDS)
+    ]
+    speeds = {way.name: median(len(done[way.name][0][0]) / done[way.name][1] for done in rounds) for way in ways}
+    parts, right, kind, (ours, *others) = [], True, str(dtype).removeprefix("torch."), speeds
+    for name in others:
+        pairs = [(done[ours][0][0], done[name][0][0]) for done in rounds]
+        places = [place for pair in pairs for place, (a, b) in enumerate(zip_longest(*pair), start=1) if a != b]
+        stats, verdict = rounds[0][name][0][1], "same output"
+        if places and (kind == "float32" or (stats is not None and stats.exact)):
+            verdict, right = f"OUTPUT DIFFERS from token {min(places)} on", False
+        elif places:
+            verdict = f"another output from token {min(places)} on, as its kernels round {kind} otherwise"
+        parts.append(f"{speeds[ours] / speeds[name]:.2f}x {name}: {speeds[name]:.1f} tokens/s, {verdict}")
+    return speeds[ours], f"\n[{'; '.join(parts)}]", right
 
 
 def _read_prompt(prompt: str | None) -> str:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,54 +22,17 @@ from ..io.machine import commit, describe_machine, describe_versions
 from ..io.prompts import Question
 from .measuring import Measuring, make_tasks, median_entropy
 from .numbers import summarize
+from .options import BenchOptions
 from .page import html
 from .plots import TITLES, draw
 from .results import Results
 from .tables import markdown
-from .ways import ENTROPY, Context, Way, built_in_ways, model_name, select, ways_of_file
+from .ways import ENTROPY, Context, Way, built_in_ways, model_name, select
 
 __all__ = ["BenchOptions", "Context", "Way", "evaluate", "report"]
 
 RESULTS_FILE = "results.jsonl"
 REPORT_FILES = ("bench.json", "bench.md", "index.html", *(f"{name}.png" for name in TITLES))
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """What `evaluate` is asked to do.
-
-    turns              which turns of the questions, counted from 1; a later one follows the model's own answers
-    new_tokens         longest answer
-    rounds             how often everything is run; of each text the round with the median time counts
-    ways               names of those to run; None: all that there is everything for. The autoregressive way always runs
-    way_files          files with more ways, FILE.py or FILE.py:ARGUMENT, see evaluation/ways.py
-    tree_size          nodes of all trees, but for the calibrated way's; None: calibrated, or the default
-    entropy_threshold  of the entropy gate, in nats; None: the one that calibration stored, where it chose that gate;
-                       else the median over the first answers to these questions
-    seed               of the bootstrap intervals
-    """
-
-    turns: tuple[int, ...] = (1, 2)
-    new_tokens: int = 256
-    rounds: int = 1
-    ways: tuple[str, ...] | None = None
-    way_files: tuple[str, ...] = ()
-    tree_size: int | None = None
-    entropy_threshold: float | None = None
-    seed: int = 0
-    more_ways: tuple[Callable[[Context], list[Way]], ...] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        for name, least in (("new_tokens", 1), ("rounds", 1), ("seed", 0), ("tree_size", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"bench: {name} must be >= {least}, got {value}")
-        threshold = self.entropy_threshold
-        if threshold is not None and math.isnan(threshold):
-            raise ValueError("bench: entropy_threshold must be a number, got nan")
-        if not self.turns or min(self.turns) < 1 or sorted(set(self.turns)) != list(self.turns):
-            raise ValueError(f"bench: turns must be ascending numbers >= 1, got {self.turns}")
-        object.__setattr__(self, "more_ways", tuple(map(ways_of_file, self.way_files)))
 
 
 def evaluate(
@@ -85,11 +46,13 @@ def evaluate(
     names: dict[str, str] | None = None,
     medusa: CerberusHeads | None = None,
     draft: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+    llama_cpp: Sequence[Way] = (),
 ) -> dict[str, Any]:
     """Measures, writes the report into the folder `out`, and returns the summary, as in bench.json.
 
     medusa: heads with chained=False to compare with. draft: model and tokenizer for assisted generation.
-    names: what to call "model", "heads", "medusa", "draft" and "questions" in the report.
+    llama_cpp: of `llama_cpp_ways`, where `model` is the default one on the CPU.
+    names: what to call "model", "heads", "medusa", "draft", "llama_cpp" and "questions" in the report.
     Raises ValueError on options that do not fit, on results in `out` of other settings or of another machine, and on
     files in it that no run has made; OSError where it cannot be written to.
     """
@@ -105,7 +68,7 @@ def evaluate(
     threshold = options.entropy_threshold
     if threshold is None and (options.ways is None or ENTROPY in options.ways):
         threshold = find_threshold(context, questions, results)
-    ways, missing = built_in_ways(context, medusa, draft, threshold)
+    ways, missing = built_in_ways(context, medusa, draft, threshold, llama_cpp)
     for more in options.more_ways:
         ways += more(context)
     ways = select(ways, missing, options.ways)
@@ -115,7 +78,10 @@ def evaluate(
         "command": command_of(names, options, model),
         "left_out": missing if options.ways is None else {},
         "entropy_threshold": threshold,
-        "expected": {way.name: value for way in ways if (value := getattr(way, "expected", None)) is not None},
+        **{
+            what: {way.name: value for way in ways if (value := getattr(way, what, None)) is not None}
+            for what in ("expected", "not_compared")
+        },
     }
     others = {"model": model, "heads": heads, "medusa": medusa, "draft": None if draft is None else draft[0]}
     results.begin(identity_of(context, ways, options, names, others), about)
@@ -128,7 +94,7 @@ def identity_of(
 ) -> dict[str, Any]:
     """What must be the same for a run to go on. others: the models and heads by name, None where there are none."""
     model = context.model
-    stored = {"heads": context.calibration()}
+    stored = context.calibration()
     rows = {"model": 16, "draft": 16}  # of each tensor: models have many
     return {
         **{name: names.get(name) for name in ("questions", "heads", "medusa", "draft")},
@@ -137,9 +103,7 @@ def identity_of(
             name: None if one is None else fingerprint(one.parameters(), rows.get(name, 256))
             for name, one in others.items()
         },
-        "calibration": {
-            name: None if one is None else [one.tree.to_json(), gate_to_json(one.gate)] for name, one in stored.items()
-        },
+        "calibration": {"heads": stored and [stored.tree.to_json(), gate_to_json(stored.gate)]},
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         **{name: getattr(options, name) for name in ("turns", "new_tokens", "rounds", "tree_size", "seed")},
@@ -179,7 +143,7 @@ def command_of(names: dict[str, str], options: BenchOptions, model: PreTrainedMo
     flags: dict[str, Any] = {
         "questions": names.get("questions", "FILE"),
         "out": "DIR",
-        **{name: names.get(name) for name in ("model", "heads", "medusa")},
+        **{name: names.get(name) for name in ("model", "heads", "medusa", "llama_cpp")},
         "draft-model": names.get("draft"),
         "turns": "both" if len(options.turns) > 1 else options.turns[0],
         **{name: getattr(options, name) for name in ("new_tokens", "rounds", "seed", "tree_size", "entropy_threshold")},

@@ -137,8 +137,10 @@ class Measuring:
         rows = {name: self.results[f"{key}/{name}"] for name in self.by_name}
         texts = {name: torch.cat([ids, ids.new_tensor([row["tokens"]])], 1) for name, row in rows.items()}
         parts: dict[str, Any] = {}
+        other = self.by_name[AUTOREGRESSIVE]
         for way in self.ways:
-            other = self.by_name[AUTOREGRESSIVE]
+            if getattr(way, "not_compared", None) is not None:
+                continue
             found = difference(self.context.model, texts[way.name], texts[other.name], ids.shape[1])
             if found is not None:
                 exact = rows[way.name]["stats"] is not None and ids.device.type == "cpu"  # every node has the same bits

@@ -12,10 +12,10 @@ import torch
 from .bootstrap import Statistic, bootstrap_interval, median_of_ratios, ratio_of_totals
 from .results import Results
 from .texts import NEAR_TIE_UNITS, is_near_tie
-from .ways import AUTOREGRESSIVE, BOTH, GENERATE, MEDUSA, STATIC
+from .ways import AUTOREGRESSIVE, BOTH, GENERATE, LLAMA_BF16, LLAMA_Q4_1, MEDUSA, STATIC
 
 ALL = "all"
-BASELINES = (AUTOREGRESSIVE, GENERATE)  # what does not draft
+BASELINES = (AUTOREGRESSIVE, GENERATE, LLAMA_BF16, LLAMA_Q4_1)  # what does not draft
 REFERENCES = (*BASELINES, STATIC, BOTH)  # what speed-ups are over
 Row = dict[str, Any]
 Terms = Callable[[Row], tuple[float, float]]
@@ -74,7 +74,7 @@ def summarize(results: Results) -> dict[str, Any]:
             for name in beside_medusa
         },
         "expected": expected(ways, about["expected"]),
-        "equality": equality(results, keys, names),
+        "equality": equality(results, keys, names, about.get("not_compared", {})),
     }
 
 
@@ -160,18 +160,21 @@ def expected(ways: dict[str, Any], foreseen: dict[str, float]) -> dict[str, Any]
     return found
 
 
-def equality(results: Results, keys: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+def equality(results: Results, keys: Sequence[str], names: Sequence[str], left_out: dict[str, str]) -> dict[str, Any]:
     """Which texts part from the autoregressive way's, and which of them should not.
 
     A violation is: in float32, any difference; else, one of a way that ran in `decode` on a CPU, where not a bit may
-    differ, and one that rounding does not explain.
+    differ, and one that rounding does not explain. left_out: ways that are not compared, and why.
     """
     assert results.identity is not None
     dtype = getattr(torch, results.identity["dtype"])
     entries = [{"text": key, "way": name, **found} for key in keys for name, found in results[key]["parts"].items()]
-    parted: dict[str, list[Row]] = {name: [one for one in entries if one["way"] == name] for name in names}
+    parted: dict[str, list[Row]] = {
+        name: [one for one in entries if one["way"] == name] for name in names if name not in left_out
+    }
     return {
         "texts": len(keys),
+        "not_compared": left_out,
         "different": {name: len(found) for name, found in parted.items()},
         "largest_gap": {
             name: max((one["gap"] for one in found if one["gap"] is not None), default=None)

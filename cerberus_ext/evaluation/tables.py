@@ -138,6 +138,8 @@ def equality_lines(equality: dict[str, Any]) -> Iterator[str]:
     for name, count in different.items():
         gap = number(equality["largest_gap"][name], "{:.3f}")
         yield f"{name}: {count} differ; the token that differs first is at most {gap} below the best logit."
+    for name, reason in equality["not_compared"].items():
+        yield f"{name}: its texts are not compared: {reason}."
     if (units := equality["near_tie_units"]) and different:
         yield f"A near tie is a gap of at most {units} units of rounding of the largest logit there."
     for one in equality["violations"]:

@@ -5,7 +5,8 @@ A way is anything with a `name` and a `run`. To add some, write a file with a fu
     def ways(context: Context) -> list[Way]
 
 and give it to `cerberus bench --way FILE.py`, or `--way FILE.py:ARGUMENT`, which `context.argument` then is. Next to
-`name` a way may have `description`, one line for the report, and `expected`, tokens a second that somebody expects.
+`name` a way may have `description`, one line for the report, `expected`, tokens a second that somebody expects, and
+`not_compared`, why its texts may be others than those of the other ways.
 
 Those that are built in, and what each of them is, are in `built_in_ways`.
 """
@@ -44,6 +45,7 @@ DYNAMIC = "cerberus-dynamic"
 BOTH = "cerberus"
 ENTROPY = "cerberus-entropy"
 CALIBRATED = "cerberus-calibrated"
+LLAMA_BF16, LLAMA_Q4_1 = "llama.cpp bf16", "llama.cpp q4_1"
 NO_CALIBRATION = "no calibration is stored for this machine, see cerberus calibrate"
 
 
@@ -129,11 +131,12 @@ def built_in_ways(
     medusa: CerberusHeads | None = None,
     draft: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
     entropy_threshold: float | None = None,
+    llama_cpp: Sequence[Way] = (),
 ) -> tuple[list[Way], dict[str, str]]:
     """Those that there is everything for, and the others: name -> what is missing.
 
     What is static has one tree for all steps, what is not a tree of its own for every step.
-    entropy_threshold: of the entropy gate, in nats; None: there is none.
+    entropy_threshold: of the entropy gate, in nats; None: there is none. llama_cpp: see llama_cpp.py.
     """
     model, heads = context.model, context.heads
     stored, dynamic = context.calibration(), context.dynamic_tree()
@@ -150,6 +153,8 @@ def built_in_ways(
         BOTH: open_way(BOTH, "heads and the text's own past", context, heads, dynamic),
         ENTROPY: "there is no threshold",
         CALIBRATED: NO_CALIBRATION,
+        **dict.fromkeys((LLAMA_BF16, LLAMA_Q4_1), "no Python with xllamacpp was given"),
+        **{way.name: way for way in llama_cpp},
     }
     if draft is not None:
         about = f"generate, assisted by {model_name(draft[0])}"

