@@ -235,7 +235,7 @@ struct RowInstruction {
 
 struct RowsArgs {
   DType dtype;
-  int64_t nodes, count, scratch;  // N, of instructions, floats per node
+  int64_t first, nodes, count, scratch;  // nodes `first` to N, of instructions, floats per node
   const RowInstruction* instructions;
   const int64_t* positions;  // (N,)
   const int64_t* tokens;     // (N,)

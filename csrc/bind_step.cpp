@@ -126,14 +126,17 @@ void run_step(int64_t number, Tensor tokens, Tensor positions, Tensor length, Te
               {cache.size(0), 1, step.kv_heads(), capacity, step.head_size()});
   check.floating(hidden, "hidden", 2, "(N, D)");
   check.sizes(hidden, "hidden", "(N, D)", {nodes, step.hidden_size()});
-  check.floating(logits, "logits", 2, "(N, V)");
-  check.sizes(logits, "logits", "(N, V)", {nodes, step.vocabulary()});
+  check.floating(logits, "logits", 2, "(R, V)");
+  const int64_t logit_rows = logits.size(0), fewest = step.ends_with_logits() ? 1 : nodes;
+  check.that(logit_rows >= fewest && logit_rows <= nodes, "logits",
+             "(R, V) with R from " + std::to_string(fewest) + " to " + std::to_string(nodes), logit_rows);
+  check.sizes(logits, "logits", "(R, V)", {logit_rows, step.vocabulary()});
   const auto integers = [](const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); };
   std::lock_guard<std::mutex> lock(held->running);
-  held->step.run(
-      {nodes, words, planes, capacity, integers(tokens), integers(positions), integers(length),
-       integers(ancestors), cache.mutable_data_ptr(), hidden.mutable_data_ptr(), logits.mutable_data_ptr()},
-      threads());
+  held->step.run({nodes, words, planes, capacity, integers(tokens), integers(positions), integers(length),
+                  integers(ancestors), cache.mutable_data_ptr(), hidden.mutable_data_ptr(),
+                  logits.mutable_data_ptr(), logit_rows},
+                 threads());
 }
 
 void free_step(int64_t number) { steps().remove(number); }

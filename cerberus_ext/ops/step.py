@@ -35,7 +35,7 @@ class NativeStep:
         tokens, positions: (N,) int64; what lies outside of a table reads its nearest row.
         length: (1,) int64, committed tokens. ancestors: (N, W) int64, as for `tree_attention`.
         cache: (C, 1, Hkv, S, E), planes of keys and values in turn.
-        hidden (N, D), logits (N, V): the results, of the cache's dtype.
+        hidden (N, D), logits (R, V): the results, of the cache's dtype; logits of the last R nodes.
         Raises RuntimeError on other shapes or dtypes, on a non-contiguous tensor.
         """
         native.run_step(self._number, tokens, positions, length, ancestors, cache, hidden, logits)

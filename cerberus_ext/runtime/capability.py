@@ -112,13 +112,14 @@ def _read(model: PreTrainedModel) -> Capability:
     if model.device.type != "cpu":
         reason = f"products on {model.device.type} are summed in an order that depends on the number of tokens"
         return Capability(way, inexact_because=reason)
-    audit = Audit(_TREE.size)
+    audit = Audit(_PROMPT)
 
-    def mode() -> RowInvariant:  # where torch's products are slow, the prompt goes through it, too
+    def mode() -> RowInvariant:  # where the model runs the prompt with its own attention, it may go through it, too
         return RowInvariant() if current_step() is None else audit
 
     with TargetModel(model, StepWay(way.names_attention, sees_all=True), _CAPACITY, mode=mode) as target:
         target.prefill(_tokens(model))
+        audit.nodes = _TREE.size
         target.step(_tokens(model, range(_TREE.size)), _TREE.on(model.device))
         audit.nodes = 1  # some models go another way with a single token
         target.step(_tokens(model, [0]), ALONE.on(model.device))

@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..drafting.context_layer import BoundContext
@@ -28,6 +29,8 @@ from .replayable import hooks_of, memory_of, obstacle
 from .sampling import Chooser
 from .stats import DecodeStats
 from .stepper import Drafts, Stepper
+
+_TRIED = 64  # tokens of a prompt that a new fused step is tried behind
 
 
 class Runtime:
@@ -109,16 +112,17 @@ class Runtime:
 
         in_the_way = obstacle(self.model, "a fused step")  # before a hook of ours is there
 
-        def put_fused(target: TargetModel) -> None:
+        def put_fused(target: TargetModel, prompt: Tensor) -> None:
             if fuse is False:
                 return
             try:
                 if in_the_way:
                     raise NotFused(in_the_way)
-                target.fused = self._fused_for(target, pack, stats)
+                fused = self._fused_for(target, prompt, pack, stats)
                 if isinstance(drafter, HeadsDrafter) and drafter.context is not None:
-                    drafter.context.fused = self._context_for(drafter.context, target)
+                    drafter.context.fused = self._context_for(drafter.context, target, prompt)
                     at_end.callback(setattr, drafter.context, "fused", None)
+                target.fused = fused
             except NotFused as error:
                 if fuse:
                     raise ValueError(f"decode: fuse must be None or False here, got True: {error}") from error
@@ -152,8 +156,8 @@ class Runtime:
             raise TypeError(f"decode: heads.bind must return a Drafter, got {type(drafter).__name__}")
         return drafter if drafts.drafts else NO_DRAFTER
 
-    def _fused_for(self, target: TargetModel, pack: bool | None, stats: DecodeStats) -> FusedStep:
-        """What an earlier decode has made, or a new one. target: after its prompt. Raises NotFused."""
+    def _fused_for(self, target: TargetModel, prompt: Tensor, pack: bool | None, stats: DecodeStats) -> FusedStep:
+        """What an earlier decode has made, or a new one, tried on the prompt's beginning. Raises NotFused."""
         model = self.model
         key = (self._memory, versions(chain(model.parameters(), model.buffers())), model.dtype, pack)
         if self._fused is None or self._fused[0] != key:
@@ -161,22 +165,26 @@ class Runtime:
             if self._not_fused is not None and self._not_fused[0] == key:
                 raise NotFused(self._not_fused[1])
             try:
-                fused = FusedStep(target, pack)
-                check_fused(target, fused)
+                with trial(target):
+                    target.prefill(prompt[:, :_TRIED])
+                    fused = FusedStep(target, pack)
+                    check_fused(target, fused)
             except NotFused as error:
-                if target.cache.committed < target.max_positions:  # else it may be this text alone
-                    self._not_fused = (key, str(error))
+                self._not_fused = (key, str(error))
                 raise
             self._fused = (key, fused)
             stats.fuse_seconds = fused.seconds
         stats.fused = True
         if stats.no_drafts_because is None:
             stats.exact, stats.inexact_because = True, None
+        self._fused[1].prepare(target.cache)
         return self._fused[1]
 
-    def _context_for(self, context: BoundContext, target: TargetModel) -> FusedContext | None:
-        """The same for a context layer; None: it runs op by op."""
+    def _context_for(self, context: BoundContext, target: TargetModel, prompt: Tensor) -> FusedContext | None:
+        """The same for a context layer; None: it runs op by op. Raises as `TargetModel.prefill_all`."""
         if self._fused_context is None or self._fused_context[0] is not context:
+            with trial(target):
+                target.prefill_all(prompt[:, :1])
             self._fused_context = (context, None)
             with suppress(NotFused):
                 self._fused_context = (context, FusedContext(context, target.cache))
@@ -210,6 +218,15 @@ class Runtime:
         After this, a model of which a step could not be recorded or fused is tried again.
         """
         self._recordings = self._failure = self._fused = self._not_fused = self._bound = self._fused_context = None
+
+
+@contextmanager
+def trial(target: TargetModel) -> Iterator[None]:
+    """What is put into the target's cache while inside is forgotten."""
+    try:
+        yield
+    finally:
+        target.cache.reset()
 
 
 _runtimes: weakref.WeakKeyDictionary[PreTrainedModel, Runtime] = weakref.WeakKeyDictionary()

@@ -63,14 +63,14 @@ class Stepper:
     """`prefill` once, then `step` as often as needed.
 
     recordings: steps are recorded and replayed; None: they run op by op. give_up: called where a step cannot be
-    recorded; from there on they run op by op. It may raise. fuse: called after the prompt,
+    recorded; from there on they run op by op. It may raise. fuse: called with the prompt before anything runs,
     where steps are not recorded.
     """
 
     def __init__(
         self, target: TargetModel, drafts: Drafts, drafter: Drafter, chooser: Chooser, stats: DecodeStats,
         recordings: Recordings | None, give_up: Callable[[Unrecordable], None],
-        fuse: Callable[[TargetModel], None],
+        fuse: Callable[[TargetModel, Tensor], None],
     ) -> None:  # fmt: skip
         self.target = target
         self.stats = stats
@@ -96,9 +96,9 @@ class Stepper:
 
     def prefill(self, ids: Tensor) -> list[int]:
         """ids (1, S): the prompt -> the first new token."""
-        hidden, logits = prefill(self.target, self._drafter, ids)  # (B, D), (B, V)
         if self._recordings is None:
-            self._fuse(self.target)
+            self._fuse(self.target, ids)
+        hidden, logits = prefill(self.target, self._drafter, ids)  # (B, D), (B, V)
         pending = self._chooser.first(logits, self.target.cache.length)  # (B,); the cache's length is its position
         self._memory.begin(hidden, pending)
         first = pending.tolist()

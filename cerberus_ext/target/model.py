@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from .stand_ins import TreeStep, running
 from .step_audit import MAX_PADDING, padded_nodes
 
 _CAPACITY_STEP = 64
+_PROMPT_NODES = 256  # of a prompt's tokens, in one forward: more would need more memory, and take as long
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,11 @@ class StepWay:
 class StepForward(Protocol):
     """Does the steps of a TargetModel in the model's place."""
 
-    def step(self, target: TargetModel, tokens: Tensor, positions: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens, positions (B, N), ancestors (N, W) -> hidden (B, N, D), logits (B, N, V)."""
+    def step(
+        self, target: TargetModel, tokens: Tensor, positions: Tensor, ancestors: Tensor, logits_of: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """tokens, positions (B, N), ancestors (N, W) -> hidden (B, N, D), logits (B, R, V) of the last `logits_of`
+        nodes, None: of all."""
 
 
 class TargetModel:
@@ -108,10 +113,7 @@ class TargetModel:
             switch.put_back()
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """ids (B, T) -> hidden (B, D) and logits (B, V) of the last position; the cache then holds the prompt.
-
-        The model runs with its own attention, as in `generate`.
-        """
+        """ids (B, T) -> hidden (B, D) and logits (B, V) of the last position; the cache then holds the prompt."""
         hidden, logits = self._run_prompt(ids)
         return hidden[:, -1], logits
 
@@ -120,11 +122,18 @@ class TargetModel:
 
         Raises ValueError where the model does not show them.
         """
+        if self.fused is not None and self._goes_as_steps(ids):
+            return self._run_prompt(ids)
         found: list[Any] = []
         body: Any = self.model.base_model
         with body.register_forward_hook(lambda module, inputs, output: found.append(output)):
             last, logits = self._run_prompt(ids)
-        hidden = getattr(found[-1], "last_hidden_state", None) if found else None
+        states: list[Any] = [getattr(output, "last_hidden_state", None) for output in found]
+        if not states or any(part is None for part in states):
+            hidden = None
+        else:  # of each forward, without what steps are filled up with
+            nodes = ids.shape[1] if len(states) == 1 else _PROMPT_NODES
+            hidden = torch.cat([part[:, :nodes] for part in states], 1)[:, : ids.shape[1]]
         # What the LM head gets has to be what the heads were trained on: some models change it on the way.
         if hidden is None or hidden.shape[:2] != ids.shape or not torch.equal(hidden[:, -1], last[:, -1]):
             raise ValueError(
@@ -135,6 +144,8 @@ class TargetModel:
 
     def _run_prompt(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """-> hidden (B, at least 1, D), the last position's at the end, and its logits (B, V)."""
+        if self._goes_as_steps(ids):
+            return self._run_steps(ids)
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         only_last = {"logits_to_keep": 1} if self._keeps_logits else {}
         hidden, logits = self.run(self._prompt_forward, ids, positions, only_last)
@@ -142,34 +153,65 @@ class TargetModel:
         self.cache.whole = True
         return hidden, logits[:, -1]
 
+    def _goes_as_steps(self, ids: Tensor) -> bool:
+        """Whether a prompt is computed as steps are, to the same bits whatever does them.
+
+        On a CPU our products are faster than torch's. Not beyond the positions that the model was made for: some
+        change all of them then. Else the model runs with its own attention, as in `generate`.
+        """
+        seen = self.fused is not None or self.way.names_attention
+        return seen and ids.device.type == "cpu" and ids.shape[1] <= self.max_positions
+
+    def _run_steps(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_run_prompt`, as chains of nodes -> hidden of all positions where there is a fused step."""
+        self.cache.whole = True
+        states = []
+        for tokens in ids.split(_PROMPT_NODES, 1):
+            nodes = tokens.shape[1]
+            positions = self.cache.length[:, None] + torch.arange(nodes)
+            hidden, logits = self._run_nodes(tokens, positions, chain_ancestors(nodes), 1)
+            states.append(hidden.clone())
+            self.cache.extend(nodes)
+        return torch.cat(states, 1), logits[:, -1]
+
     def step(self, tokens: Tensor, tree: Topology) -> tuple[Tensor, Tensor]:
         """tokens (B, N) of the tree's nodes -> hidden (B, N, D), logits (B, N, V). Nothing is committed."""
-        positions = self.cache.length[:, None] + tree.depths  # (B, N)
+        return self._run_nodes(tokens, self.cache.length[:, None] + tree.depths, tree.ancestors)
+
+    def _run_nodes(
+        self, tokens: Tensor, positions: Tensor, ancestors: Tensor, logits_of: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See StepForward; with logits_of, hidden may be that of the nodes with logits alone."""
         if self.fused is not None:
-            return self.fused.step(self, tokens, positions, tree.ancestors)
+            return self.fused.step(self, tokens, positions, ancestors, logits_of)
         nodes = tokens.shape[1]
         size = nodes
         if self.way.widths:
             size = padded_nodes(nodes, self.way.widths, torch.get_num_threads()) or nodes
-        tokens, positions, ancestors = filled(size, tokens, positions, tree.ancestors)
-        hidden, logits = self.attend(self._step_forward, tokens, positions, ancestors, self.cache)
-        return hidden[:, :nodes], logits[:, :nodes]
+        inputs = filled(size, tokens, positions, ancestors)
+        added = inputs[0].shape[1] - nodes
+        wanted = None if logits_of is None else logits_of + added
+        hidden, logits = self.attend(self._step_forward, *inputs, self.cache, wanted)
+        return hidden[:, : hidden.shape[1] - added], logits[:, : logits.shape[1] - added]
 
     def max_depth(self) -> int:
         """How deep a tree may be at the next step, for no node to have a position that the model does not know."""
         return max(0, self.max_positions - 1 - self.cache.committed)
 
     def attend(
-        self, forward: Any, tokens: Tensor, positions: Tensor, ancestors: Tensor, cache: TreeCache
-    ) -> tuple[Tensor, Tensor]:
+        self, forward: Any, tokens: Tensor, positions: Tensor, ancestors: Tensor, cache: TreeCache,
+        logits_of: int | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """A step by `forward`, the model or what stands in for it: tokens, positions (B, N), ancestors (N, W).
 
-        -> hidden (B, N, D), logits (B, N, V).
+        -> hidden (B, N, D), logits (B, N, V); with logits_of, where the model can, of so many of the last nodes.
         """
         step = TreeStep(cache.length, ancestors, self.windows, self._mask)
         if not self.way.names_attention:
             step.planes = {keys.data_ptr(): layer for layer, keys in enumerate(cache.planes()[::2])}
-        arguments = {} if self._mask is None else {"attention_mask": self._mask}
+        arguments: dict[str, Any] = {} if self._mask is None else {"attention_mask": self._mask}
+        if logits_of is not None and self._keeps_logits:
+            arguments["logits_to_keep"] = logits_of
         with ExitStack() as inside:
             for switch in self._switches:
                 inside.enter_context(switch)
@@ -214,6 +256,13 @@ def filled(nodes: int, tokens: Tensor, positions: Tensor, ancestors: Tensor) -> 
     positions = torch.cat([positions, positions[:, :1].expand(-1, missing)], 1)
     ancestors = torch.cat([ancestors, ancestors[:1].expand(missing, -1)])
     return tokens, positions, F.pad(ancestors, (0, -(-nodes // 64) - ancestors.shape[1]))
+
+
+@lru_cache(maxsize=4)
+def chain_ancestors(nodes: int) -> Tensor:
+    """(N, W) int64, as of a Topology, where every node hangs below the one before."""
+    seen = torch.arange(1, nodes + 1)[:, None] - 64 * torch.arange(-(-nodes // 64))  # of each word's 64 nodes
+    return torch.where(seen >= 64, -1, (1 << seen.clamp(0, 63)) - 1)
 
 
 def round_capacity(tokens: int) -> int:

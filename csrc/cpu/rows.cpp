@@ -423,12 +423,13 @@ void rows(const RowsArgs& a, const Parallel& parallel) {
     constexpr int64_t kRanked = sizeof(Ranked) / sizeof(float);
     longest = larger(longest, a.instructions[i].op == RowOp::kTop ? kRanked * size[2] : size[2]);
   }
-  const bool alone = elements * a.nodes < kSharedElements;
+  const int64_t nodes = a.nodes - a.first;
+  const bool alone = elements * nodes < kSharedElements;
   with_type(a.dtype, [&](auto type) {
-    parallel_tasks(alone ? Parallel{nullptr, 1} : parallel, a.nodes, [&](int64_t node) {
+    parallel_tasks(alone ? Parallel{nullptr, 1} : parallel, nodes, [&](int64_t task) {
       Scratch scratch(a.scratch + longest + kLanes);
       for (int64_t i = 0; i < a.count; ++i)
-        execute<decltype(type)>(a.instructions[i], a, node, scratch.data, scratch.data + a.scratch);
+        execute<decltype(type)>(a.instructions[i], a, a.first + task, scratch.data, scratch.data + a.scratch);
     });
   });
 }

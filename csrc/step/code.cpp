@@ -103,6 +103,7 @@ Step::Step(std::vector<StepConstant> constants, const int64_t* code, int64_t siz
     stages_.push_back(stage);
   }
   reader.that(reader.at_end(), "the code", "at its end after the last stage", 0);
+  find_end();
 }
 
 void Step::read_product(Reader& code, Product& p) const {

@@ -51,6 +51,7 @@ RowOperand Step::resolve(const Operand& o, const StepCall& call) const {
       to.row = Row::kNode;
       to.data = buffer.data;
       to.row_stride = buffer.width;
+      if (o.index == logits_) to.offset -= without_logits_ * buffer.width;
       break;
     }
     case kKeysSpace:
@@ -74,9 +75,50 @@ RowOperand Step::resolve(const Operand& o, const StepCall& call) const {
   return to;
 }
 
+void Step::find_end() {
+  const auto keeps = [this](const Stage& stage) {  // something that other nodes or a later step may need
+    if (stage.kind == kProductStage) return stage.product.output == hidden_;
+    if (stage.kind != kRowsStage) return true;
+    for (int64_t i = 0; i < stage.rows.count; ++i) {
+      const Operand& to = instructions_[stage.rows.first + i].operands[0];
+      const bool is_slot = to.space == kKeysSpace || to.space == kValuesSpace;
+      if (is_slot || (to.space == kBufferSpace && to.index == hidden_)) return true;
+    }
+    return false;
+  };
+  end_ = static_cast<int64_t>(stages_.size());
+  while (end_ > 0 && !keeps(stages_[end_ - 1])) --end_;
+  ends_with_logits_ = true;
+  for (int64_t i = 0; i < end_; ++i)
+    if (is_used(stages_[i], logits_)) ends_with_logits_ = false;
+}
+
+bool Step::is_used(const Stage& stage, int64_t buffer) const {
+  if (stage.kind == kProductStage) return stage.product.input == buffer || stage.product.output == buffer;
+  if (stage.kind == kAttentionStage)
+    return stage.attention.query == buffer || stage.attention.output == buffer;
+  if (stage.kind == kGroupedStage)
+    return stage.grouped.product.input == buffer || stage.grouped.product.output == buffer ||
+           stage.grouped.chosen == buffer;
+  for (int64_t i = 0; i < stage.rows.count; ++i)
+    for (const Operand& operand : instructions_[stage.rows.first + i].operands)
+      if (operand.space == kBufferSpace && operand.index == buffer) return true;
+  return false;
+}
+
+// Where a buffer's rows begin, from `node` on.
+void* Step::rows_from(int64_t buffer, int64_t node) const {
+  const Buffer& b = buffers_[buffer];
+  const int64_t row = buffer == logits_ ? node - without_logits_ : node;
+  return static_cast<char*>(b.data) + row * b.width * element_bytes(b.is_float32);
+}
+
 // Room for the nodes, and every address in its place.
 void Step::provide(const StepCall& call) {
-  bool moved = call.cache != cache_ || call.capacity != capacity_ || resolved_.empty();
+  const int64_t without_logits = call.nodes - call.logit_rows;
+  bool moved = call.cache != cache_ || call.capacity != capacity_ || without_logits != without_logits_ ||
+               resolved_.empty();
+  without_logits_ = without_logits;
   const bool grows = call.nodes > nodes_;
   const int64_t count = static_cast<int64_t>(buffers_.size());
   for (int64_t i = 0; i < count; ++i) {
@@ -125,23 +167,24 @@ void Step::run(const StepCall& call, const Parallel& parallel) {
   for (size_t i = 0; i < stages_.size(); ++i) {
     const int64_t begin = timed_ ? nanoseconds() : 0;
     const Stage& stage = stages_[i];
+    const int64_t first = static_cast<int64_t>(i) < end_ ? 0 : without_logits_;
     if (stage.kind == kProductStage) {
       const Product& p = stage.product;
       const LinearArgs args{dtype_,
-                            call.nodes,
+                            call.nodes - first,
                             p.in_size,
                             p.out_size,
                             1,
                             false,
-                            buffers_[p.input].data,
+                            rows_from(p.input, first),
                             constants_[p.weight].data,
                             p.bias < 0 ? nullptr : constants_[p.bias].data,
                             nullptr,
-                            buffers_[p.output].data};
+                            rows_from(p.output, first)};
       (p.packed ? packed_linear_cpu : linear_cpu)(args, parallel);
     } else if (stage.kind == kRowsStage) {
       const Rows& r = stage.rows;
-      rows_cpu({dtype_, call.nodes, r.count, r.scratch, resolved_.data() + r.first, call.positions,
+      rows_cpu({dtype_, first, call.nodes, r.count, r.scratch, resolved_.data() + r.first, call.positions,
                 call.tokens, *call.length},
                parallel);
     } else if (stage.kind == kGroupedStage) {

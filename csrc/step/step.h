@@ -48,7 +48,8 @@ struct StepCall {
   const int64_t* ancestors;
   void* cache;   // (planes, 1, Hkv, S, E)
   void* hidden;  // (N, D)
-  void* logits;  // (N, V)
+  void* logits;  // (logit_rows, V): of the last nodes
+  int64_t logit_rows;
 };
 
 class Step {
@@ -65,6 +66,8 @@ class Step {
   int64_t head_size() const { return head_size_; }
   int64_t hidden_size() const { return buffers_[hidden_].width; }
   int64_t vocabulary() const { return buffers_[logits_].width; }
+  // Whether a run may make fewer logits than there are nodes: what makes them comes behind all else.
+  bool ends_with_logits() const { return ends_with_logits_; }
   // Nanoseconds of each stage, summed over the runs since `time_stages(true)`.
   void time_stages(bool on);
   const std::vector<int64_t>& stage_times() const { return times_; }
@@ -119,7 +122,10 @@ class Step {
   void check_operand(Reader& code, const Operand& operand, const int64_t (&size)[3], int64_t scratch,
                      bool is_written) const;
   int64_t operand_size(Reader& code, const Operand& operand, int64_t scratch) const;
+  void find_end();
+  bool is_used(const Stage& stage, int64_t buffer) const;
   void provide(const StepCall& call);
+  void* rows_from(int64_t buffer, int64_t node) const;
   void run_grouped(const Grouped& grouped, int64_t nodes, const Parallel& parallel);
   RowOperand resolve(const Operand& operand, const StepCall& call) const;
   void* plane(const StepCall& call, int64_t index) const;
@@ -132,7 +138,11 @@ class Step {
   std::vector<Stage> stages_;
   std::vector<Instruction> instructions_;
   std::vector<RowInstruction> resolved_;
-  int64_t nodes_ = 0;  // that the buffers hold
+  // Stages from here on only lead from the hidden states to the logits: they run for nodes that have logits.
+  int64_t end_ = 0;
+  bool ends_with_logits_ = false;
+  int64_t nodes_ = 0;           // that the buffers hold
+  int64_t without_logits_ = 0;  // the first nodes of the latest run
   void* cache_ = nullptr;
   int64_t capacity_ = 0;
   std::vector<int64_t> chosen_;  // by the nodes, of the stage that runs

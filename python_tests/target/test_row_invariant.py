@@ -250,7 +250,7 @@ class TestPadding:
                 assert hidden.shape == (1, 5, 64) and logits.shape == (1, 5, VOCAB)
                 assert base.cache.committed == 9
                 found.append(logits)
-        assert sizes == [9, 6, 9, 5]
+        assert sizes == [10, 6, 9, 5]  # of prompts and steps
         torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -40,7 +40,7 @@ class FusedStep:
             raise NotFused("there is one for one text on a CPU")
         self._dtype = target.model.dtype
         self._trace: Trace = trace_step(target)
-        self._results: tuple[Tensor, Tensor] | None = None
+        self._results = [torch.empty(0, 0), torch.empty(0, 0)]
         self._weights: list[Tensor] | None = None
         self._packs = pack is not False and (pack or _has_room(target.model))
         self._most_positions = _ALL_POSITIONS
@@ -63,18 +63,26 @@ class FusedStep:
         biases = [_bias_of(product, self._dtype) for product in products]
         self._native = NativeStep(*encode(self.program, self._weights, biases))
 
-    def step(self, target: TargetModel, tokens: Tensor, positions: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens, positions (1, N), ancestors (N, W) -> hidden (1, N, D), logits (1, N, V), until the next step."""
+    def step(
+        self, target: TargetModel, tokens: Tensor, positions: Tensor, ancestors: Tensor, logits_of: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See StepForward; hidden and logits are written over by the next step."""
         nodes, cache = tokens.shape[1], target.cache
         cache.check_room(nodes)
         if min(cache.capacity, self._most_positions) > self.program.positions:
             self._make(target)
         assert cache.tensor is not None
-        hidden, logits = self._memory(nodes)
+        hidden, logits = self._memory(nodes, nodes if logits_of is None else logits_of)
         self._native.run(
             tokens[0].contiguous(), positions[0].contiguous(), cache.length, ancestors, cache.tensor, hidden, logits
         )
         return hidden[None], logits[None]
+
+    def prepare(self, cache: TreeCache) -> None:
+        """Gives the cache its memory, which it has from a model's first forward on."""
+        if cache.tensor is None:
+            shape = torch.Size((1, self.program.kv_heads, 0, self.program.head_size))
+            cache.allocate(shape, torch.empty(0, dtype=self._dtype))
 
     @property
     def packed(self) -> bool:
@@ -85,13 +93,14 @@ class FusedStep:
         """Seconds of each stage of the program since they were last asked for; on: whether to measure from now on."""
         return [nanoseconds * 1e-9 for nanoseconds in self._native.times(on)]
 
-    def _memory(self, nodes: int) -> tuple[Tensor, Tensor]:
-        if self._results is None or len(self._results[0]) < nodes:
-            widths = (self.program.hidden.width, self.program.logits.width)
-            with torch.inference_mode(False):
-                hidden, logits = (torch.empty((nodes, width), dtype=self._dtype) for width in widths)
-            self._results = hidden, logits
-        return self._results[0][:nodes], self._results[1][:nodes]
+    def _memory(self, *rows: int) -> tuple[Tensor, Tensor]:
+        """For so many rows of hidden states and of logits."""
+        results = (self.program.hidden, self.program.logits)
+        with torch.inference_mode(False):
+            for place, (count, result) in enumerate(zip(rows, results, strict=True)):
+                if len(self._results[place]) < count:
+                    self._results[place] = torch.empty((count, result.width), dtype=self._dtype)
+        return self._results[0][: rows[0]], self._results[1][: rows[1]]
 
 
 def table_positions(cache: TreeCache) -> int:

@@ -125,7 +125,8 @@ class Tracing:
 
     def __init__(self, named: Iterable[tuple[str, Tensor]], cache: TreeCache, layers: int) -> None:
         """cache: in use, so that its sizes are known. Raises NotFused."""
-        tensors = {name: tensor.detach() for name, tensor in named}
+        with torch.inference_mode(False), torch.no_grad():  # in it, tensors of types of their own cannot be detached
+            tensors = {name: tensor.detach() for name, tensor in named}
         if other := next((name for name, tensor in tensors.items() if type(tensor) is not Tensor), None):
             raise NotFused(f"{other} is not a plain tensor")
         assert cache.tensor is not None
