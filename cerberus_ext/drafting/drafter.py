@@ -56,7 +56,7 @@ class Drafter:
         On the device. Id -1 where the probability is 0 or no number: such a draft is none.
         """
         ids, logprobs = self.draft(self.read(cache, hidden, pending), pending, drafts)
-        return ids.masked_fill(~logprobs.isfinite(), -1), logprobs
+        return ids.masked_fill(logprobs - logprobs != 0, -1), logprobs  # isfinite, in fewer ops
 
 
 class HeadsLike(Protocol):
