@@ -42,6 +42,9 @@ class Drafter:
     def keep_nodes(self, cache: TreeCache, before: Tensor, hidden: Tensor, tokens: Tensor, tree: Topology) -> None:
         """before (B, D): what node 0 was chosen from; hidden (B, N, D): what the nodes' tokens (B, N) led to."""
 
+    def keep_path(self, hidden: Tensor, tokens: Tensor, path: Tensor) -> None:
+        """After keep_nodes: hidden, tokens as there; path (B, N) int64: the nodes that were accepted, then -1."""
+
     def renew(self, new: Drafter) -> bool:
         """Takes over the values of `new`, bound to the same heads and model, into the memory that recordings read.
 

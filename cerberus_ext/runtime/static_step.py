@@ -226,6 +226,7 @@ def run_step(target: TargetModel, kind: StepKind, memory: StepMemory, result: St
     hidden, logits = target.step(known, nodes)  # (B, N, D), (B, N, V)
     kind.drafter.keep_nodes(cache, state.hidden, hidden, known, nodes)
     _settle(kind, cache, nodes, tokens, hidden, logits, state, result)
+    kind.drafter.keep_path(hidden, known, result.path)
     result.entropy.copy_(ops.hidden_entropy(state.hidden))
     if drafts is not None and kind.drafting is Drafting.AFTER:
         assert result.ids is not None and result.logprobs is not None
