@@ -9,7 +9,7 @@ Every token of the text makes a pair with the hidden state that produced it (zer
 
 x takes the place of h in the formula of the heads (docs/design.md, "Heads"). Keys and values lie in a layer of their
 own in the decode's cache, slot for slot beside the target model's: the pairs of a tree's nodes are written with the
-nodes, and kept or forgotten with them.
+nodes, and kept or forgotten with them. A ContextForward writes only the accepted nodes', later.
 
 Letters: B rows, N nodes, D hidden size, Hq / Hkv attention heads, E head size.
 """
@@ -57,29 +57,33 @@ class ContextLayer(nn.Module):
 
 
 class ContextForward(Protocol):
-    """Does in a BoundContext's place what it is asked at a step. Arguments as of `BoundContext.compute`."""
+    """Does in a BoundContext's place what one text's steps ask for. On a CPU, of one row.
 
-    def keep(self, cache: TreeCache, positions: Tensor, before: Tensor, tokens: Tensor, ancestors: Tensor) -> None:
-        """Puts pairs into the cache, behind what is committed."""
+    States are (A, D), tokens (A,): each state is what led to the token.
+    """
 
-    def read(
-        self, cache: TreeCache, begin: Tensor, positions: Tensor, before: Tensor, tokens: Tensor, ancestors: Tensor
-    ) -> Tensor: ...
+    def keep_pending(self, before: Tensor, pending: Tensor) -> None:
+        """The pending token is about to be verified: it stays. before (1, D), pending (1,)."""
+
+    def keep_path(self, hidden: Tensor, tokens: Tensor, path: Tensor) -> None:
+        """hidden (N, D) of a step's nodes, tokens (N,), path (N,): those that were accepted, then -1."""
+
+    def read(self, cache: TreeCache, before: Tensor, pending: Tensor) -> Tensor:
+        """What the heads read, (1, D). before (1, D): what pending (1,) was chosen from."""
 
 
 class BoundContext:
     """A context layer bound to a model. Its tensors are the drafter's, and shared with it.
 
     tensors: of a ContextLayer, by name, with anchor_scale (), see CerberusHeads, and embeddings (V, D).
-    fused: does the steps, once it is there.
+    fused: does the steps of a decode, where there is one: a tree is then the pending token alone.
     """
 
     def __init__(self, sizes: tuple[int, int, int], tensors: dict[str, Tensor]) -> None:
         self.sizes, self.tensors = sizes, tensors
         self.qkv, self.output, self.mixer, self.bias = (tensors[name] for name in ("qkv", "output", "mixer", "bias"))
         self.embeddings, self.anchor_scale = tensors["embeddings"], tensors["anchor_scale"]
-        heads, _, size = sizes
-        self.query, self.key_value = self.qkv[: heads * size], self.qkv[heads * size :]  # in the same memory
+        self.key_value = self.qkv[sizes[0] * sizes[2] :]  # its rows for keys and values, in the same memory
         self.fused: ContextForward | None = None
 
     def keep_prompt(self, cache: TreeCache, hidden: Tensor, tokens: Tensor) -> None:
@@ -87,19 +91,20 @@ class BoundContext:
         before = torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], 1)
         begin = torch.zeros_like(cache.length)
         positions = begin[:, None] + torch.arange(tokens.shape[1], device=begin.device)
-        self._keep(cache.context_planes(), begin, positions, before, tokens)
+        self._keep(self.key_value, cache.context_planes(), begin, positions, before, tokens)
 
     def keep_nodes(self, cache: TreeCache, before: Tensor, hidden: Tensor, tokens: Tensor, tree: Topology) -> None:
         """Puts the pairs of a tree's nodes into the cache, behind what is committed.
 
         before (B, D): what the pending token was chosen from; hidden (B, N, D): what the nodes' tokens (B, N) led to.
         """
+        if self.fused is not None:
+            return self.fused.keep_pending(before, tokens[0, :1])
         # Not hidden[:, parents]: torch wakes threads for a few rows, which then spin on a core that others need.
         parents = hidden.index_select(1, tree.parents[1:])
-        led, positions = torch.cat([before[:, None], parents], 1), cache.length[:, None] + tree.depths
-        if self.fused is not None:
-            return self.fused.keep(cache, positions, led, tokens, tree.ancestors)
-        self._keep(cache.context_planes(), cache.length, positions, led, tokens)
+        led = torch.cat([before[:, None], parents], 1)
+        positions = cache.length[:, None] + tree.depths
+        self._keep(self.key_value, cache.context_planes(), cache.length, positions, led, tokens)
 
     def read(
         self, cache: TreeCache, before: Tensor, tokens: Tensor, tree: Topology, begin: Tensor | None = None
@@ -108,10 +113,10 @@ class BoundContext:
 
         Their pairs are put into the cache from slot `begin` (B,) on; None: behind what is committed.
         """
+        if self.fused is not None:
+            return self.fused.read(cache, before[0], tokens[0])[None]
         begin = cache.length if begin is None else begin
         positions = begin[:, None] + tree.depths
-        if self.fused is not None:
-            return self.fused.read(cache, begin, positions, before, tokens, tree.ancestors)
         return self.compute(cache.context_planes(), begin, positions, before, tokens, tree.ancestors)
 
     def compute(
@@ -120,24 +125,28 @@ class BoundContext:
     ) -> Tensor:  # fmt: skip
         """planes (B, Hkv, S, E): keys and values; begin (B,), positions (B, N), before (B, N, D), tokens (B, N),
         ancestors (N, W) -> x (B, N, D)."""
-        pairs, anchor = self._keep(planes, begin, positions, before, tokens)
-        size = self.sizes[2]
-        q = rotate(product(pairs, self.query).unflatten(-1, (-1, size)), positions).to(planes[0].dtype).contiguous()
-        rows = ops.tree_attention(q, *planes, begin, ancestors, size**-0.5, 0).flatten(2)
+        q, anchor = self._keep(self.qkv, planes, begin, positions, before, tokens)
+        q, scale = q.to(planes[0].dtype), self.sizes[2] ** -0.5
+        rows = ops.tree_attention(q, *planes, begin, ancestors, scale, 0).flatten(2)
         state = before.to(anchor.dtype) + product(rows.to(anchor.dtype), self.output)
         return state + silu(product(torch.cat([state, anchor], -1), self.mixer) + self.bias)
 
     def _keep(
-        self, planes: tuple[Tensor, Tensor], begin: Tensor, positions: Tensor, before: Tensor, tokens: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Puts pairs into slots begin, begin + 1 ... -> z (B, N, 2D) and anchors (B, N, D)."""
+        self, weight: Tensor, planes: tuple[Tensor, Tensor], begin: Tensor, positions: Tensor, before: Tensor,
+        tokens: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Puts pairs into slots begin, begin + 1 ... -> their queries (B, N, Hq, E) and anchors (B, N, D).
+
+        weight: qkv, or key_value where nobody asks: then there are no queries, (B, N, 0, E).
+        """
         _, kv_heads, size = self.sizes
-        anchor = F.embedding(tokens, self.embeddings).to(self.qkv.dtype) * self.anchor_scale
-        pairs = torch.cat([before.to(anchor.dtype), anchor], -1)
-        keys, values = product(pairs, self.key_value).unflatten(-1, (-1, size)).split(kv_heads, 2)
-        keys, values = (part.to(planes[0].dtype).contiguous() for part in (rotate(keys, positions), values))
+        anchor = F.embedding(tokens, self.embeddings).to(weight.dtype) * self.anchor_scale
+        found = product(torch.cat([before.to(weight.dtype), anchor], -1), weight).unflatten(-1, (-1, size))
+        turned = rotate(found[:, :, :-kv_heads], positions)
+        q, keys = turned.split([turned.shape[2] - kv_heads, kv_heads], 2)
+        keys, values = (part.to(planes[0].dtype).contiguous() for part in (keys, found[:, :, -kv_heads:]))
         ops.write_cache(*planes, keys, values, begin)
-        return pairs, anchor
+        return q.contiguous(), anchor
 
     def like(self, tensors: dict[str, Tensor]) -> BoundContext:
         """The same layer with other tensors."""

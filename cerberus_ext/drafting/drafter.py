@@ -42,6 +42,9 @@ class Drafter:
     def keep_nodes(self, cache: TreeCache, before: Tensor, hidden: Tensor, tokens: Tensor, tree: Topology) -> None:
         """before (B, D): what node 0 was chosen from; hidden (B, N, D): what the nodes' tokens (B, N) led to."""
 
+    def keep_path(self, hidden: Tensor, tokens: Tensor, path: Tensor) -> None:
+        """After keep_nodes: hidden, tokens as there; path (B, N) int64: the nodes that were accepted, then -1."""
+
     def renew(self, new: Drafter) -> bool:
         """Takes over the values of `new`, bound to the same heads and model, into the memory that recordings read.
 
@@ -56,7 +59,7 @@ class Drafter:
         On the device. Id -1 where the probability is 0 or no number: such a draft is none.
         """
         ids, logprobs = self.draft(self.read(cache, hidden, pending), pending, drafts)
-        return ids.masked_fill(~logprobs.isfinite(), -1), logprobs
+        return ids.masked_fill(logprobs - logprobs != 0, -1), logprobs  # isfinite, in fewer ops
 
 
 class HeadsLike(Protocol):

@@ -105,3 +105,7 @@ class HeadsDrafter(Drafter):
     def keep_nodes(self, cache: TreeCache, before: Tensor, hidden: Tensor, tokens: Tensor, tree: Topology) -> None:
         if self.context is not None:
             self.context.keep_nodes(cache, before, hidden, tokens, tree)
+
+    def keep_path(self, hidden: Tensor, tokens: Tensor, path: Tensor) -> None:
+        if self.context is not None and self.context.fused is not None:
+            self.context.fused.keep_path(hidden[0], tokens[0], path[0])

@@ -24,9 +24,8 @@ def reading(platt: PlattScaling | None) -> Reading:
         correct = partial(corrected, slope=slope, shift=shift)
 
     def read(logprobs: NDArray[np.float64]) -> NDArray[np.float64]:
-        known = np.isfinite(logprobs)
-        probabilities = correct(logprobs if known.all() else np.where(known, logprobs, 0.0))
-        known &= np.isfinite(probabilities)
+        probabilities = correct(logprobs)
+        known = np.isfinite(logprobs + probabilities)
         return probabilities if known.all() else np.where(known, probabilities, 0.0)
 
     return read

@@ -66,7 +66,7 @@ class HeadsProposer:
     def propose(self, max_depth: int) -> Drafts:
         ids, logprobs = self._step.drafts()
         probabilities = self._read(np.minimum(logprobs, 0.0, dtype=np.float64))
-        known = (ids >= 0) & (ids < self._vocabulary) & (probabilities > 0)
+        known = (ids.view(np.uint64) < self._vocabulary) & (probabilities > 0)  # less than 0 is more than any token
         if not known.all():
             last = np.argsort(~known, axis=1, kind="stable")
             ids = np.take_along_axis(np.where(known, ids, 0), last, 1)

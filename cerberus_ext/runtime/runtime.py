@@ -188,7 +188,9 @@ class Runtime:
             self._fused_context = (context, None)
             with suppress(NotFused):
                 self._fused_context = (context, FusedContext(context, target.cache))
-        return self._fused_context[1]
+        if (fused := self._fused_context[1]) is not None:
+            fused.begin()
+        return fused
 
     def _recorded(self, chooser: Chooser, capacity: int, context: bool) -> Recordings:
         """Those that are kept, or new ones. Raises Unrecordable."""

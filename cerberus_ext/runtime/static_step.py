@@ -226,6 +226,7 @@ def run_step(target: TargetModel, kind: StepKind, memory: StepMemory, result: St
     hidden, logits = target.step(known, nodes)  # (B, N, D), (B, N, V)
     kind.drafter.keep_nodes(cache, state.hidden, hidden, known, nodes)
     _settle(kind, cache, nodes, tokens, hidden, logits, state, result)
+    kind.drafter.keep_path(hidden, known, result.path)
     result.entropy.copy_(ops.hidden_entropy(state.hidden))
     if drafts is not None and kind.drafting is Drafting.AFTER:
         assert result.ids is not None and result.logprobs is not None
@@ -252,7 +253,7 @@ def _settle(
     # However deep the tree is, its longest path has no more than N nodes.
     path, accepted = ops.verify_tree(tokens, target, nodes.parents, nodes.ancestors, kind.nodes - 1)
     cache.commit(path, accepted)
-    last = path.gather(1, accepted.long()[:, None]).long()  # (B, 1)
+    last = path.amax(1, keepdim=True).long()  # (B, 1): nodes come after their parents
     state.hidden.copy_(hidden.gather(1, last[:, :, None].expand(-1, -1, hidden.shape[-1]))[:, 0])
     state.pending.copy_(target.gather(1, last)[:, 0])
     result.path.copy_(path)

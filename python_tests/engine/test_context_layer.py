@@ -25,6 +25,7 @@ from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate,
 from cerberus_ext.drafting.heads_drafter import HeadsDrafter
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
+from cerberus_ext.runtime.fused.context import FusedContext
 from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.runtime.stats import DecodeOutput
 from cerberus_ext.target.model import TargetModel
@@ -153,6 +154,47 @@ def test_pairs_are_the_same_read_or_only_kept(dtype: torch.dtype) -> None:
                 context.keep_nodes(base.cache, states[:, 0], states, tokens, tree)
             kept.append(torch.stack(base.cache.context_planes()))
     assert torch.equal(*kept) and kept[0].any()
+
+
+@pytest.mark.parametrize("waiting", [0, 1, 5, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pairs_that_waited_are_those_of_one_pass(dtype: torch.dtype, waiting: int) -> None:
+    """By the program, in several runs where they are many, to the bits of the layer op by op."""
+    model = tiny_model("llama", "cpu", dtype)
+    context = heads_for(model, dtype).bind(model).context
+    assert context is not None
+    tokens = torch.arange(waiting + 1)[None] % VOCAB
+    with torch.inference_mode(), runtime_of(model).target(256, context=True) as base:
+        base.prefill(prompt())
+        states = torch.randn(1, waiting + 1, context.output.shape[0]).to(dtype)
+        want = context.read(base.cache, states, tokens, StaticPolicy.chain(waiting).tree.on(tokens.device))
+        planes = torch.stack(base.cache.context_planes())
+        for plane in base.cache.context_planes():
+            plane.zero_()
+        fused = FusedContext(context, base.cache)
+        if waiting:
+            fused.keep_pending(states[0, :1], tokens[0, :1])
+            fused.keep_path(states[0, 1:], tokens[0], torch.tensor([*range(waiting), -1, -1]))
+        base.cache.length += waiting
+        read = [fused.read(base.cache, states[0, -1:], tokens[0, -1:]) for _ in range(2)]
+        assert torch.equal(torch.cat(read), want[0, -1:].expand(2, -1))
+        assert torch.equal(torch.stack(base.cache.context_planes()), planes) and planes.any()
+
+
+def test_decodes_use_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless steps are not fused, or the heads have another dtype than the model's cache."""
+    calls: list[int] = []
+    read = FusedContext.read
+    monkeypatch.setattr(FusedContext, "read", lambda *arguments: (calls.append(0), read(*arguments))[1])
+    model = tiny_model("llama")
+    heads = heads_for(model)
+    for options, used in (
+        ({"heads": heads}, True), ({"heads": heads, "fuse": False}, False), ({"heads": heads}, True),
+        ({"heads": heads_for(model, torch.bfloat16)}, False),
+    ):  # fmt: skip
+        calls.clear()
+        run("llama", tree=TREES["dynamic"], **options)
+        assert bool(calls) == used
 
 
 @pytest.mark.parametrize("length", [1, 2, 9])

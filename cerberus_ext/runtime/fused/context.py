@@ -1,20 +1,21 @@
-"""A context layer as a program: a ContextForward, see drafting/context_layer.py, which has the formulas.
-
-Its last stages answer the queries. Where nobody asks, the program ends with the stage that writes keys and values.
-"""
+"""A context layer as a program: a ContextForward, see drafting/context_layer.py, which has the formulas."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import cache as cached
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from ...drafting.static_policy import StaticPolicy
 from ...ops.step import NativeStep
 from .lower import lower
-from .program import Product, Program, Rows, Space, Stage, encode
+from .program import Product, encode
 from .step import table_positions
 from .trace import NotFused, Trace, Tracing
+
+_MOST_ROWS = 64  # of a run: so many have ancestors of one word
 
 if TYPE_CHECKING:
     from ...drafting.context_layer import BoundContext
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 
 
 class FusedContext:
-    """One context layer's; it reads the layer's weights where they lie."""
+    """One context layer's, for one text at a time; it reads the layer's weights where they lie.
+
+    Pairs of tokens that are kept wait until the heads ask again: all of them then take one run, and none is made for a
+    node that was not accepted.
+    """
 
     def __init__(self, context: BoundContext, cache: TreeCache) -> None:
         """cache: after the prompt. Raises NotFused."""
@@ -31,35 +36,49 @@ class FusedContext:
             raise NotFused("there is one for one text, with heads of the model's dtype")
         self._trace = _trace(context, cache)
         self._make(cache)
+        self.begin()
+
+    def begin(self) -> None:
+        """Another text, whose prompt's pairs are in the cache."""
+        self._states: list[Tensor] = []  # (A, D) each: those that led to
+        self._tokens: list[Tensor] = []  # (A,) each, behind which the pending token comes
+        self._knows_pending = False  # whether its pair is in the cache already
+
+    def keep_pending(self, before: Tensor, pending: Tensor) -> None:
+        if not self._knows_pending:
+            self._states.append(before.clone())
+            self._tokens.append(pending.clone())
+
+    def keep_path(self, hidden: Tensor, tokens: Tensor, path: Tensor) -> None:
+        self._knows_pending = False
+        nodes = path[path >= 0]
+        if len(nodes) > 1:
+            self._states.append(hidden.index_select(0, nodes[:-1]))
+            self._tokens.append(tokens.index_select(0, nodes[1:]))
+
+    def read(self, cache: TreeCache, before: Tensor, pending: Tensor) -> Tensor:
+        assert cache.tensor is not None
+        if cache.capacity > self._positions:
+            self._make(cache)
+        states, tokens = torch.cat([*self._states, before]), torch.cat([*self._tokens, pending])
+        self.begin()
+        self._knows_pending = True
+        rows, planes = torch.empty_like(states), cache.tensor[-2:]
+        for begin in range(0, len(tokens), _MOST_ROWS):
+            part = slice(begin, begin + _MOST_ROWS)
+            first = cache.length + (begin + 1 - len(tokens))
+            places, ancestors = _chain(len(tokens[part]))
+            self._native.run(tokens[part], first + places, first, ancestors, planes, states[part], rows[part])
+        return rows[-1:]
 
     def _make(self, cache: TreeCache) -> None:
         assert cache.tensor is not None
         _, _, heads, _, size = cache.tensor.shape
         self._positions = table_positions(cache)
         program = lower(self._trace, cache.tensor.dtype, heads, size, False, self._positions)
-        last = max(index for index, stage in enumerate(program.stages) if _writes(stage))
-        self._width = program.logits.width
-        self._keep = _native(replace(program, stages=program.stages[: last + 1]))
-        self._read = _native(program)
-
-    def keep(self, cache: TreeCache, positions: Tensor, before: Tensor, tokens: Tensor, ancestors: Tensor) -> None:
-        self._run(self._keep, cache, cache.length, positions, before, tokens, ancestors)
-
-    def read(
-        self, cache: TreeCache, begin: Tensor, positions: Tensor, before: Tensor, tokens: Tensor, ancestors: Tensor
-    ) -> Tensor:
-        return self._run(self._read, cache, begin, positions, before, tokens, ancestors)
-
-    def _run(
-        self, native: NativeStep, cache: TreeCache, begin: Tensor, positions: Tensor, before: Tensor, tokens: Tensor,
-        ancestors: Tensor,
-    ) -> Tensor:  # fmt: skip
-        assert cache.tensor is not None
-        if cache.capacity > self._positions:
-            self._make(cache)
-        rows = before.new_empty(before.shape[1], self._width)
-        native.run(tokens[0], positions[0], begin, ancestors, cache.tensor[-2:], before[0], rows)
-        return rows[None]
+        products = [stage for stage in program.stages if isinstance(stage, Product)]
+        weights = [product.weights[0] for product in products]
+        self._native = NativeStep(*encode(program, weights, [None] * len(weights)))
 
 
 def _trace(context: BoundContext, cache: TreeCache) -> Trace:
@@ -73,11 +92,8 @@ def _trace(context: BoundContext, cache: TreeCache) -> Trace:
     return tracing.trace(before, rows, given=True)
 
 
-def _writes(stage: Stage) -> bool:
-    spaces = [instruction.to.base for instruction in stage.instructions] if isinstance(stage, Rows) else []
-    return any(base is not None and base.space is Space.KEYS for base in spaces)
-
-
-def _native(program: Program) -> NativeStep:
-    products = [stage for stage in program.stages if isinstance(stage, Product)]
-    return NativeStep(*encode(program, [product.weights[0] for product in products], [None] * len(products)))
+@cached
+def _chain(nodes: int) -> tuple[Tensor, Tensor]:
+    """Places (N,) and ancestors (N, W) of the nodes of one path."""
+    tree = StaticPolicy.chain(nodes - 1).tree.on(torch.device("cpu"))
+    return tree.depths, tree.ancestors
