@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -101,7 +102,10 @@ struct alignas(64) Share {
 class Team {
  public:
   explicit Team(int64_t threads) : shares_(threads) {
-    for (int64_t i = 1; i < threads; ++i) helpers_.emplace_back([this, i] { help(i); });
+    try {
+      for (int64_t i = 1; i < threads; ++i) helpers_.emplace_back([this, i] { help(i); });
+    } catch (const std::system_error&) {  // no more threads are to be had: the others do their shares
+    }
   }
   ~Team() {
     ends_.store(true);
