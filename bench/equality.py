@@ -6,7 +6,7 @@
 float32: against model.generate(do_sample=False), for all heads, trees and gates; other kernels round differently, so a
 mismatch is reported with the gap between the model's two largest logits there. bfloat16 and float16: against `decode`
 with the gate never open, bit for bit, with drafts as by default, trees of several sizes, random heads and a random
-gate. Oracle heads must be accepted to the full depth. Ends with status 1 if anything differs. Stopped and started
+gate. --op-by-op: against `decode` without fused steps, bit for bit. Oracle heads must be accepted to the full depth. Ends with status 1 if anything differs. Stopped and started
 again, it goes on where it was. CERBERUS_ISA chooses a lower level of the CPU's instructions.
 """
 
@@ -111,6 +111,7 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--heads", nargs="+", choices=HEADS, help="only these")
     parser.add_argument("--trees", nargs="+", help="only these: chain, one, static-N or N nodes")
     parser.add_argument("--gates", nargs="+", choices=list(GATES), help="only these")
+    parser.add_argument("--op-by-op", action="store_true", help="against steps that are not fused, in every dtype")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
@@ -125,12 +126,14 @@ def main() -> int:
         "new_tokens": arguments.new_tokens,
         "dtype": arguments.dtype,
         "trained": Path(arguments.trained).name,
+        **({"reference": "op by op"} if arguments.op_by_op else {}),
         "machine": describe_machine(model.device),
     }
     results.begin(identity, about={})
     reference: DecodeWay | GenerateWay = GenerateWay("generate", model)
-    if arguments.dtype != "float32":
-        reference = DecodeWay("closed", model, trained, options={"gate": AlwaysClosed()})
+    if arguments.op_by_op or arguments.dtype != "float32":
+        own = {"fuse": False} if arguments.op_by_op else {}
+        reference = DecodeWay("closed", model, trained, options={"gate": AlwaysClosed(), **own})
     for question in read_questions(arguments.questions, arguments.limit):
         ids = encode_chat(tokenizer, question.turns[:1]).to(arguments.device)
         todo = {f"{question.id}/{'/'.join(names)}": names for names in settings(arguments)}
