@@ -6,8 +6,9 @@
 float32: against model.generate(do_sample=False), for all heads, trees and gates; other kernels round differently, so a
 mismatch is reported with the gap between the model's two largest logits there. bfloat16 and float16: against `decode`
 with the gate never open, bit for bit, with drafts as by default, trees of several sizes, random heads and a random
-gate. --op-by-op: against `decode` without fused steps, bit for bit. Oracle heads must be accepted to the full depth. Ends with status 1 if anything differs. Stopped and started
-again, it goes on where it was. CERBERUS_ISA chooses a lower level of the CPU's instructions.
+gate. --op-by-op: against `decode` without fused steps, bit for bit. Oracle heads must be accepted to the full depth.
+Ends with status 1 if anything differs. Stopped and started again, it goes on where it was. CERBERUS_ISA chooses a lower
+level of the CPU's instructions.
 """
 
 from __future__ import annotations
