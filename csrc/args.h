@@ -190,6 +190,15 @@ struct PackWeightsArgs {
   void* packed;
 };
 
+// The same in four bits a weight, of bfloat16 with I a multiple of 32, see cpu/four_bits.h. *fits becomes 0
+// where a weight cannot be given so to the bit. CPU only.
+struct PackFourBitsArgs {
+  int64_t rows, size, first, all;
+  const void* weight;
+  void* packed;
+  int32_t* fits;
+};
+
 // What a step does for each node by itself: row instructions, see step/code.h. CPU only.
 enum class RowOp : int32_t {
   kCopy,

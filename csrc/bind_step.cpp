@@ -86,13 +86,18 @@ int64_t make_step(std::vector<Tensor> tensors, Tensor code) {
     on_cpu(check, tensor, "tensors");
     const ScalarType type = dtype_of(tensor);
     const int64_t width = tensor.dim() > 0 ? tensor.size(tensor.dim() - 1) : 1;
-    const bool is_packed = type == ScalarType::Byte && tensor.dim() == 1;
+    const Packing packing = tensor.dim() != 1          ? Packing::kNone
+                            : type == ScalarType::Byte ? Packing::kPacked
+                            : type == ScalarType::Char ? Packing::kFourBits
+                                                       : Packing::kNone;
     const int64_t bytes = dtype == DType::kFloat32 ? 4 : 2;
     const bool is_float32 = type == ScalarType::Float;
-    if (!is_packed && !is_float32 && (dtype_of_type(type) != dtype || type == ScalarType::Byte))
+    const bool is_bytes = type == ScalarType::Byte || type == ScalarType::Char;
+    if (packing == Packing::kNone && !is_float32 && (dtype_of_type(type) != dtype || is_bytes))
       check.fail("tensors", std::string("torch.float32, ") + name_of(dtype) + " or packed", dtype_text(type));
     constants.push_back({const_cast<void*>(tensor.const_data_ptr()),
-                         is_packed ? tensor.numel() / bytes : tensor.numel(), width, is_float32, is_packed});
+                         packing == Packing::kNone ? tensor.numel() : tensor.numel() / bytes, width,
+                         is_float32, packing});
   }
   Step step(std::move(constants), numbers, code.size(0));
   const ScalarType type = dtype == DType::kBFloat16  ? ScalarType::BFloat16
@@ -156,9 +161,8 @@ int64_t packed_bytes(Tensor weight, int64_t rows) {
   return packed_elements_cpu(check.dtype(), rows, weight.size(1)) * check.element_bytes();
 }
 
-void pack_weights(std::vector<Tensor> weights, Tensor packed) {
-  Check check("pack_weights");
-  on_cpu(check, packed, "packed");
+// How many rows the weights (O, I) have in all.
+int64_t rows_of(Check& check, const std::vector<Tensor>& weights) {
   int64_t all = 0;
   for (const Tensor& weight : weights) {
     check.floating(weight, "weights", 2, "(O, I)");
@@ -166,6 +170,13 @@ void pack_weights(std::vector<Tensor> weights, Tensor packed) {
     on_cpu(check, weight, "weights");
     all += weight.size(0);
   }
+  return all;
+}
+
+void pack_weights(std::vector<Tensor> weights, Tensor packed) {
+  Check check("pack_weights");
+  on_cpu(check, packed, "packed");
+  const int64_t all = rows_of(check, weights);
   if (all == 0) return;
   const int64_t size = weights[0].size(1);
   const int64_t bytes = packed_elements_cpu(check.dtype(), all, size) * check.element_bytes();
@@ -179,6 +190,35 @@ void pack_weights(std::vector<Tensor> weights, Tensor packed) {
         threads());
     first += weight.size(0);
   }
+}
+
+int64_t four_bit_bytes(Tensor weight, int64_t rows) {
+  Check check("four_bit_bytes");
+  check.floating(weight, "weight", 2, "(O, I)");
+  check.that(rows >= 0 && rows <= int64_t{1} << 32, "rows", "0 to 2^32", rows);
+  return check.dtype() == DType::kBFloat16 ? four_bit_bytes_cpu(rows, weight.size(1)) : 0;
+}
+
+bool pack_four_bits(std::vector<Tensor> weights, Tensor packed) {
+  Check check("pack_four_bits");
+  on_cpu(check, packed, "packed");
+  const int64_t all = rows_of(check, weights);
+  if (all == 0) return false;
+  const int64_t size = weights[0].size(1);
+  const int64_t bytes = check.dtype() == DType::kBFloat16 ? four_bit_bytes_cpu(all, size) : 0;
+  if (bytes == 0) check.fail("weights", "of a kind that this processor packs so", cpu_isa());
+  if (dtype_of(packed) != ScalarType::Char || packed.numel() < bytes)
+    check.fail("packed", "torch.int8 with " + std::to_string(bytes) + " elements", shape_text(packed));
+  int32_t fits = 1;
+  int64_t first = 0;
+  for (const Tensor& weight : weights) {
+    if (fits == 0) break;
+    pack_four_bits_cpu(
+        {weight.size(0), size, first, all, weight.const_data_ptr(), packed.mutable_data_ptr(), &fits},
+        threads());
+    first += weight.size(0);
+  }
+  return fits != 0;
 }
 
 void prefer_large_pages(Tensor memory) {
@@ -200,6 +240,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cerberus_ext, m) {
   m.def("step_times(int step, bool on) -> int[]");
   m.def("packed_bytes(Tensor weight, int rows) -> int");
   m.def("pack_weights(Tensor[] weights, Tensor(a!) packed) -> ()");
+  m.def("four_bit_bytes(Tensor weight, int rows) -> int");
+  m.def("pack_four_bits(Tensor[] weights, Tensor(a!) packed) -> bool");
   m.def("prefer_large_pages(Tensor(a!) memory) -> ()");
 }
 
@@ -210,5 +252,7 @@ STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CompositeExplicitAutograd, m) {
   m.impl("step_times", TORCH_BOX(&cerberus::step_times));
   m.impl("packed_bytes", TORCH_BOX(&cerberus::packed_bytes));
   m.impl("pack_weights", TORCH_BOX(&cerberus::pack_weights));
+  m.impl("four_bit_bytes", TORCH_BOX(&cerberus::four_bit_bytes));
+  m.impl("pack_four_bits", TORCH_BOX(&cerberus::pack_four_bits));
   m.impl("prefer_large_pages", TORCH_BOX(&cerberus::prefer_large_pages));
 }

@@ -17,7 +17,7 @@ class NativeStep:
     """A step made of its code; freed with this object.
 
     tensors: what the code names by index: contiguous, on the CPU, float32 or of the step's dtype, or packed weights
-        (uint8, one axis). They are kept alive, and read where they lie: their values may change.
+        (uint8, or int8 in four bits; one axis). They are kept alive, and read where they lie: their values may change.
     code: (n,) int64.
     Raises RuntimeError where the code names what is not there, or would read or write outside of it.
     """
@@ -57,6 +57,22 @@ def pack_weights(weights: Sequence[Tensor], packed: Tensor) -> None:
     Raises RuntimeError on other shapes or dtypes, or where packed_bytes is 0.
     """
     native.pack_weights(list(weights), packed)
+
+
+def four_bit_bytes(weight: Tensor, rows: int) -> int:
+    """Of so many rows like those of weight (O, I) in four bits; 0: this processor, dtype or size has no such form."""
+    return int(native.four_bit_bytes(weight, rows))
+
+
+def pack_four_bits(weights: Sequence[Tensor], packed: Tensor) -> bool:
+    """As `pack_weights`, in four bits, where every 32 weights of a row are round(d q + m) with q from 0 to 15.
+
+    weights: bfloat16, I a multiple of 32; d or both d and m are float16 numbers, as in ggml's Q4_1 and Q4_0.
+    packed: int8, at least four_bit_bytes(weights[0], sum of O_i) elements.
+    Returns whether all weights can be given so to the bit; if not, `packed` is of no use.
+    Raises RuntimeError on other shapes or dtypes, or where four_bit_bytes is 0.
+    """
+    return bool(native.pack_four_bits(list(weights), packed))
 
 
 def prefer_large_pages(memory: Tensor) -> None:

@@ -22,6 +22,12 @@ void packed_linear_cpu(const LinearArgs& args, const Parallel& parallel);
 void pack_weights_cpu(const PackWeightsArgs& args, const Parallel& parallel);
 int64_t packed_elements_cpu(DType dtype, int64_t rows, int64_t size);
 
+// The same for bfloat16 weights in four bits, where they can be given so to the bit. 0 bytes: this level, or
+// such a size, has none.
+void four_bit_linear_cpu(const LinearArgs& args, const Parallel& parallel);
+void pack_four_bits_cpu(const PackFourBitsArgs& args, const Parallel& parallel);
+int64_t four_bit_bytes_cpu(int64_t rows, int64_t size);
+
 // Asks the system for pages of 2 MiB under the memory: translating addresses of 4 KiB pages costs a virtual
 // machine a third of its bandwidth. What has been written to already is moved there at once, where the system
 // can do so.

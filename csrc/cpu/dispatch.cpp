@@ -49,6 +49,8 @@ struct Level {
   void (*packed_linear)(const LinearArgs&, const Parallel&);
   void (*pack_weights)(const PackWeightsArgs&, const Parallel&);
   int64_t (*packed_elements)(DType, int64_t rows, int64_t size);
+  void (*four_bit_linear)(const LinearArgs&, const Parallel&);
+  void (*pack_four_bits)(const PackFourBitsArgs&, const Parallel&);
 };
 
 bool always() { return true; }
@@ -113,7 +115,7 @@ int64_t packed_elements_amx(DType dtype, int64_t rows, int64_t size) {
 // A level, in the order of ops.h: its products are those named, its other kernels those of `isa`. Those of
 // `portable` only move or compare integers.
 #define CERBERUS_LEVEL(name, isa, runs_here, linear, head_stack, draft_topk, tree_attention, packed_linear, \
-                       pack_weights, packed_elements)                                                       \
+                       pack_weights, packed_elements, four_bit_linear, pack_four_bits)                      \
   {name,                                                                                                    \
    runs_here,                                                                                               \
    &isa::hidden_entropy,                                                                                    \
@@ -130,10 +132,13 @@ int64_t packed_elements_amx(DType dtype, int64_t rows, int64_t size) {
    &isa::rows,                                                                                              \
    packed_linear,                                                                                           \
    pack_weights,                                                                                            \
-   packed_elements}
-#define CERBERUS_WHOLE_LEVEL(isa, runs_here)                                             \
-  CERBERUS_LEVEL(#isa, isa, runs_here, &isa::linear, &isa::head_stack, &isa::draft_topk, \
-                 &isa::tree_attention, &isa::packed_linear, &isa::pack_weights, &isa::packed_elements)
+   packed_elements,                                                                                         \
+   four_bit_linear,                                                                                         \
+   pack_four_bits}
+#define CERBERUS_WHOLE_LEVEL(isa, runs_here, four_bit_linear, pack_four_bits)                          \
+  CERBERUS_LEVEL(#isa, isa, runs_here, &isa::linear, &isa::head_stack, &isa::draft_topk,               \
+                 &isa::tree_attention, &isa::packed_linear, &isa::pack_weights, &isa::packed_elements, \
+                 four_bit_linear, pack_four_bits)
 
 // Best first.
 const Level kLevels[] = {
@@ -142,7 +147,7 @@ const Level kLevels[] = {
                    CERBERUS_BFLOAT16(avx512_bf16, head_stack, HeadStackArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, draft_topk, DraftTopkArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, tree_attention, TreeAttentionArgs), &avx512::packed_linear,
-                   &avx512::pack_weights, packed_elements_amx),
+                   &avx512::pack_weights, packed_elements_amx, nullptr, nullptr),
 #endif
 #if defined(__x86_64__)
     CERBERUS_LEVEL("avx512_bf16", avx512, has_avx512_bf16, CERBERUS_BFLOAT16(avx512_bf16, linear, LinearArgs),
@@ -150,12 +155,14 @@ const Level kLevels[] = {
                    CERBERUS_BFLOAT16(avx512_bf16, draft_topk, DraftTopkArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, tree_attention, TreeAttentionArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, packed_linear, LinearArgs),
-                   CERBERUS_BFLOAT16(avx512_bf16, pack_weights, PackWeightsArgs), packed_elements_bf16),
-    CERBERUS_WHOLE_LEVEL(avx512, has_avx512),
-    CERBERUS_WHOLE_LEVEL(avx2, has_avx2),
+                   CERBERUS_BFLOAT16(avx512_bf16, pack_weights, PackWeightsArgs), packed_elements_bf16,
+                   &avx512_bf16::four_bit_linear, &avx512_bf16::pack_four_bits),
+    CERBERUS_WHOLE_LEVEL(avx512, has_avx512, &avx512::four_bit_linear, &avx512::pack_four_bits),
+    CERBERUS_WHOLE_LEVEL(avx2, has_avx2, nullptr, nullptr),
 #endif
     CERBERUS_LEVEL("portable", portable, always, &portable::linear, &portable::head_stack,
-                   &portable::draft_topk, &portable::tree_attention, nullptr, nullptr, nullptr),
+                   &portable::draft_topk, &portable::tree_attention, nullptr, nullptr, nullptr, nullptr,
+                   nullptr),
 };
 
 // Whether the level is better than the one that follows. On Intel's processors vdpbf16ps does two
@@ -242,6 +249,14 @@ void packed_linear_cpu(const LinearArgs& a, const Parallel& p) { level().packed_
 void pack_weights_cpu(const PackWeightsArgs& a, const Parallel& p) { level().pack_weights(a, p); }
 int64_t packed_elements_cpu(DType dtype, int64_t rows, int64_t size) {
   return level().packed_elements && rows > 0 ? level().packed_elements(dtype, rows, size) : 0;
+}
+void four_bit_linear_cpu(const LinearArgs& a, const Parallel& p) { level().four_bit_linear(a, p); }
+void pack_four_bits_cpu(const PackFourBitsArgs& a, const Parallel& p) { level().pack_four_bits(a, p); }
+int64_t four_bit_bytes_cpu(int64_t rows, int64_t size) {
+  // Three weight rows a tile, 72 bytes for 32 of k: cpu/four_bits.h, which a level includes.
+  constexpr int64_t kRows = 3, kStep = 32, kStepBytes = 72;
+  if (!level().pack_four_bits || rows < 1 || size % kStep) return 0;
+  return (rows + kRows - 1) / kRows * (size / kStep) * kStepBytes;
 }
 void prefer_large_pages_cpu(void* memory, int64_t bytes) { large_pages(memory, bytes, true); }
 

@@ -1,6 +1,7 @@
 // input @ weight^T + bias, row-invariant; rows may come in groups with a weight each. A task owns some rows
 // of one group and a range of its outputs: it streams their weights once for all these rows.
 #include "cpu/columns.h"
+#include "cpu/four_bits.h"
 #include "cpu/kernels.h"
 #include "cpu/packed.h"
 #include "cpu/product.h"
@@ -129,6 +130,18 @@ struct ByPackedRows : ByRows<T> {
 };
 #endif
 
+#if defined(__AVX512F__) && !defined(CERBERUS_AMX)
+// weight as four_bits.h packs it.
+struct ByFourBitRows : ByRows<BFloat16> {
+  using ByRows<BFloat16>::ByRows;
+  void multiply(int64_t span, const BFloat16* packed, int64_t begin, int64_t end, int64_t,
+                const Output<BFloat16>& output) const {
+    rows_times_four_bits(x + spans[span].first * stride, stride, spans[span].count,
+                         reinterpret_cast<const char*>(packed), begin, end, size, output);
+  }
+};
+#endif
+
 // weight (I, O): lanes over outputs.
 template <typename T>
 struct ByColumns {
@@ -215,6 +228,12 @@ void linear(const LinearArgs& a, const Parallel& parallel) {
 void packed_linear(const LinearArgs& a, const Parallel& parallel) {
   if (a.rows == 0) return;
   with_type(a.dtype, [&](auto type) { run<decltype(type), ByPackedRows<decltype(type)>>(a, parallel); });
+}
+#endif
+
+#if defined(__AVX512F__) && !defined(CERBERUS_AMX)
+void four_bit_linear(const LinearArgs& a, const Parallel& parallel) {
+  if (a.rows > 0) run<BFloat16, ByFourBitRows>(a, parallel);
 }
 #endif
 

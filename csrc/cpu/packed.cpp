@@ -1,5 +1,6 @@
 #include "cpu/packed.h"
 
+#include "cpu/four_bits.h"
 #include "cpu/kernels.h"
 
 namespace cerberus::CERBERUS_ISA {
@@ -21,37 +22,67 @@ struct Ahead {
   }
 };
 
-template <int kRows, typename X, typename W>
-inline void dot_tile(const X* x, int64_t x_stride, const W* w, int64_t size, Ahead ahead,
-                     float (&out)[kRows][kPackedWeights]) {
+// A step over k of a tile's sums, by weights that lie as they are: each row comes once, for all weights.
+template <typename X, typename W>
+struct DenseStep {
+  static constexpr int64_t kBytes = kPackedWeights * Product<X>::kStep * static_cast<int64_t>(sizeof(W));
+  template <int kRows, typename LoadRow>
+  static void add(const char* step, Vec (&sums)[kRows][kPackedWeights], const LoadRow& load_row) {
+    for_each_part<Product<X>>([&](auto part) {
+      constexpr int kPart = decltype(part)::value;
+      const W* w = reinterpret_cast<const W*>(step);
+      decltype(Product<X>::template load_at<kPart>(w)) weights[kPackedWeights];
+#pragma GCC unroll 4
+      for (int n = 0; n < kPackedWeights; ++n)
+        weights[n] = Product<X>::template load_at<kPart>(w + n * Product<X>::kStep);
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+        const auto row = in_register(load_row(part, m));
+#pragma GCC unroll 4
+        for (int n = 0; n < kPackedWeights; ++n) sums[m][n] = Product<X>::add(row, weights[n], sums[m][n]);
+      }
+    });
+  }
+};
+
+#if defined(__AVX512F__)
+// By weights in four bits: looked up once, for all rows.
+template <typename X>
+struct FourBitStep {
+  template <int kRows, typename LoadRow>
+  static void add(const char* step, Vec (&sums)[kRows][kPackedWeights], const LoadRow& load_row) {
+    FourBitWeights<X> weights[kPackedWeights];
+#pragma GCC unroll 4
+    for (int n = 0; n < kPackedWeights; ++n) weights[n] = FourBitWeights<X>(step, n);
+    for_each_part<Product<X>>([&](auto part) {
+      constexpr int kPart = decltype(part)::value;
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+        const auto row = in_register(load_row(part, m));
+#pragma GCC unroll 4
+        for (int n = 0; n < kPackedWeights; ++n)
+          sums[m][n] = Product<X>::add(row, weights[n].template get<kPart>(), sums[m][n]);
+      }
+    });
+  }
+};
+#endif
+
+template <int kRows, typename Step, typename X>
+inline void dot_tile(const X* x, int64_t x_stride, const char* w, int64_t step_bytes, int64_t size,
+                     Ahead ahead, float (&out)[kRows][kPackedWeights]) {
   using Product = Product<X>;
   Vec sums[kRows][kPackedWeights] = {};
-  const auto step = [&](auto part, const auto& load_row) {
-    constexpr int kPart = decltype(part)::value;
-    decltype(Product::template load_at<kPart>(w)) weights[kPackedWeights];
-#pragma GCC unroll 4
-    for (int n = 0; n < kPackedWeights; ++n)
-      weights[n] = Product::template load_at<kPart>(w + n * Product::kStep);
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      const auto row = in_register(load_row(x + m * x_stride));
-#pragma GCC unroll 4
-      for (int n = 0; n < kPackedWeights; ++n) sums[m][n] = Product::add(row, weights[n], sums[m][n]);
-    }
-  };
   int64_t k = 0;
-  for (; k + Product::kStep <= size; k += Product::kStep) {
+  for (; k + Product::kStep <= size; k += Product::kStep, w += step_bytes) {
     ahead.prefetch();
-    for_each_part<Product>([&](auto part) {
-      step(part, [k](const X* p) { return Product::template load_at<decltype(part)::value>(p + k); });
+    Step::add(w, sums, [&](auto part, int m) {
+      return Product::template load_at<decltype(part)::value>(x + m * x_stride + k);
     });
-    w += kPackedWeights * Product::kStep;
   }
   if (k < size)
-    for_each_part<Product>([&](auto part) {
-      step(part, [k, size](const X* p) {
-        return Product::template load_part_at<decltype(part)::value>(p + k, size - k);
-      });
+    Step::add(w, sums, [&](auto part, int m) {
+      return Product::template load_part_at<decltype(part)::value>(x + m * x_stride + k, size - k);
     });
   sum_each(sums, out);
 }
@@ -68,22 +99,23 @@ inline void put(const float (&dots)[kRows][kPackedWeights], int64_t m, int64_t n
     }
 }
 
-template <int kMaxRows, typename X, typename W>
-void tiles_times_packed(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* packed,
-                        int64_t begin, int64_t end, int64_t size, const Output<W>& output) {
-  constexpr int64_t kStepBytes = kPackedWeights * Product<X>::kStep * static_cast<int64_t>(sizeof(W));
-  const int64_t tile_size = packed_tile<W>(size);
-  for (int64_t n = begin; n < end; n += kPackedWeights) {
-    const W* w = packed + n / kPackedWeights * tile_size;
-    Ahead ahead{reinterpret_cast<const char*>(w) + kAheadBytes, kStepBytes / tiles};
-    for_each_row_tile<kMaxRows>(rows, tiles, [&](int64_t m, auto row_count) {
-      constexpr int kRows = decltype(row_count)::value;
-      float out[kRows][kPackedWeights];
-      dot_tile<kRows>(x + m * x_stride, x_stride, w, size, ahead, out);
-      ahead.p += tile_size * static_cast<int64_t>(sizeof(W)) / tiles;
-      put(out, m, n, end, output);
-    });
-  }
+// Tiles of `tile_bytes` in steps of `step_bytes`, read by `Step`.
+template <typename Step, typename X, typename W>
+void times_tiles(const X* x, int64_t x_stride, int64_t rows, const char* packed, int64_t tile_bytes,
+                 int64_t step_bytes, int64_t begin, int64_t end, int64_t size, const Output<W>& output) {
+  with_row_tiles<kPackedRows>(rows, kPackedRows, [&](auto most, int64_t tiles) {
+    for (int64_t n = begin; n < end; n += kPackedWeights) {
+      const char* w = packed + n / kPackedWeights * tile_bytes;
+      Ahead ahead{w + kAheadBytes, step_bytes / tiles};
+      for_each_row_tile<decltype(most)::value>(rows, tiles, [&](int64_t m, auto row_count) {
+        constexpr int kRows = decltype(row_count)::value;
+        float out[kRows][kPackedWeights];
+        dot_tile<kRows, Step>(x + m * x_stride, x_stride, w, step_bytes, size, ahead, out);
+        ahead.p += tile_bytes / tiles;
+        put(out, m, n, end, output);
+      });
+    }
+  });
 }
 
 template <typename T>
@@ -105,10 +137,10 @@ void rows_times_packed(const Row<T>* x, int64_t x_stride, int64_t rows, const T*
   const int64_t blocks = row_blocks(rows, size * static_cast<int64_t>(sizeof(*x)));
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
-    with_row_tiles<kPackedRows>(count, kPackedRows, [&](auto most, int64_t tiles) {
-      tiles_times_packed<decltype(most)::value>(x + first * x_stride, x_stride, count, tiles, packed, begin,
-                                                end, size, output.from_row(first));
-    });
+    using Step = DenseStep<Row<T>, T>;
+    times_tiles<Step>(x + first * x_stride, x_stride, count, reinterpret_cast<const char*>(packed),
+                      packed_tile<T>(size) * static_cast<int64_t>(sizeof(T)), Step::kBytes, begin, end, size,
+                      output.from_row(first));
   }
 }
 
@@ -119,6 +151,28 @@ template void rows_times_packed(const float*, int64_t, int64_t, const float*, in
                                 const Output<float>&);
 template void rows_times_packed(const float*, int64_t, int64_t, const Float16*, int64_t, int64_t, int64_t,
                                 const Output<Float16>&);
+#endif
+
+#if defined(__AVX512F__)
+void rows_times_four_bits(const Row<BFloat16>* x, int64_t x_stride, int64_t rows, const char* packed,
+                          int64_t begin, int64_t end, int64_t size, const Output<BFloat16>& output) {
+  const int64_t tile_bytes = four_bit_tile_bytes(size);
+  if (rows <= kPackedRows)
+    return times_tiles<FourBitStep<Row<BFloat16>>>(x, x_stride, rows, packed, tile_bytes, kFourBitStepBytes,
+                                                   begin, end, size, output);
+  // More than one tile of rows: looked up once for all of them.
+  const int64_t count = end - begin, tiles = (count + kPackedWeights - 1) / kPackedWeights;
+  Buffer<BFloat16> dense(tiles * packed_tile<BFloat16>(size));
+  const char* step = packed + begin / kPackedWeights * tile_bytes;
+  for (BFloat16* to = dense.data; to < dense.data + tiles * packed_tile<BFloat16>(size);
+       step += kFourBitStepBytes) {
+    __builtin_prefetch(step + kAheadBytes, 0, 2);
+#pragma GCC unroll 4
+    for (int n = 0; n < kPackedWeights; ++n, to += kFourBitStep)
+      _mm512_storeu_si512(to, FourBitWeights<Row<BFloat16>>(step, n).words());
+  }
+  rows_times_packed(x, x_stride, rows, dense.data, 0, count, size, output.from_weight(begin));
+}
 #endif
 
 int64_t packed_elements(DType dtype, int64_t rows, int64_t size) {

@@ -79,6 +79,11 @@ struct Output {
     return {rounded ? rounded + row * stride : nullptr, sums ? sums + row * stride : nullptr, stride, bias};
   }
 
+  Output from_weight(int64_t weight) const {
+    return {rounded ? rounded + weight : nullptr, sums ? sums + weight : nullptr, stride,
+            bias ? bias + weight : nullptr};
+  }
+
   // A tile of sums: dots[i][j] is that of row m + i and weight n + j.
   template <int kRows, int kWeights>
   inline __attribute__((always_inline)) void put(int64_t m, int64_t n,

@@ -343,8 +343,16 @@ static inline __attribute__((always_inline)) void sum_each(const Vec (&v)[kRows]
   constexpr int kFours = kDone + (kAll - kDone) / 4 * 4;
 #pragma GCC unroll 8
   for (int i = kDone; i < kFours; i += 4) sum_four({all[i], all[i + 1], all[i + 2], all[i + 3]}, each + i);
+  if constexpr (kFours + 1 == kAll) each[kFours] = sum(all[kFours]);
+  if constexpr (kFours + 1 < kAll) {
+    Vec last[4] = {};
+    float sums[4];
 #pragma GCC unroll 4
-  for (int i = kFours; i < kAll; ++i) each[i] = sum(all[i]);
+    for (int i = kFours; i < kAll; ++i) last[i - kFours] = all[i];
+    sum_four(last, sums);
+#pragma GCC unroll 4
+    for (int i = kFours; i < kAll; ++i) each[i] = sums[i - kFours];
+  }
 }
 
 static inline Vec select(IntVec condition, Vec yes, Vec no) { return condition ? yes : no; }

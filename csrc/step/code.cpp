@@ -117,7 +117,8 @@ void Step::read_product(Reader& code, Product& p) const {
 void Step::read_grouped(Reader& code, Grouped& g) const {
   Product& p = g.product;
   read_weight(code, p);
-  g.transposed = code.next("transposed", 0, p.packed ? 0 : 1) == 1;
+  code.that(p.packing != Packing::kFourBits, "packing", "0 or 1 in a grouped product", 2);
+  g.transposed = code.next("transposed", 0, p.packing == Packing::kNone ? 1 : 0) == 1;
   g.groups = code.next("groups", 1, kMostElements);
   g.chosen = code.next("the buffer of the groups", 0, static_cast<int64_t>(buffers_.size()) - 1);
   g.each = code.next("the groups of a node", 1, kMostElements);
@@ -143,7 +144,7 @@ void Step::read_weight(Reader& code, Product& p) const {
   p.in_size = code.next("I", 0, kMostOutputs);
   p.out_size = code.next("O", 0, kMostOutputs);
   p.bias = code.next("a product's bias", -1, constants - 1);
-  p.packed = code.next("packed", 0, 1) == 1;
+  p.packing = static_cast<Packing>(code.next("packing", 0, 2));
   code.that(!buffers_[p.input].is_float32 && !buffers_[p.output].is_float32, "a product's buffers",
             "of the model's dtype", 1);
   code.that(p.input != p.output, "a product's output", "another buffer than its input", p.output);
@@ -152,15 +153,18 @@ void Step::read_weight(Reader& code, Product& p) const {
 void Step::check_weight(Reader& code, const Product& p, int64_t groups) const {
   const StepConstant& weight = constants_[p.weight];
   code.that(!weight.is_float32 || dtype_ == DType::kFloat32, "a weight", "of the model's dtype", 0);
-  code.that(weight.is_packed == p.packed, "a packed weight", "in one dimension of bytes", p.packed);
-  const int64_t elements =
-      p.packed ? packed_elements_cpu(dtype_, p.out_size, p.in_size) : p.out_size * p.in_size;
-  code.that(elements > 0 || !p.packed, "packed", "0, where this processor packs nothing", 1);
+  const int64_t packing = static_cast<int64_t>(p.packing);
+  code.that(weight.packing == p.packing, "packing", "that of the weight", packing);
+  int64_t elements = p.out_size * p.in_size;
+  if (p.packing == Packing::kPacked) elements = packed_elements_cpu(dtype_, p.out_size, p.in_size);
+  if (p.packing == Packing::kFourBits)
+    elements = dtype_ == DType::kBFloat16 ? four_bit_bytes_cpu(p.out_size, p.in_size) / 2 : 0;
+  code.that(elements > 0 || packing == 0, "packing", "0, where this processor has no other", packing);
   code.that(weight.elements / groups >= elements, "a weight's elements",
             std::to_string(groups) + " times " + std::to_string(elements), weight.elements);
   if (p.bias < 0) return;
   const StepConstant& bias = constants_[p.bias];
-  code.that(!bias.is_packed && (!bias.is_float32 || dtype_ == DType::kFloat32), "a bias",
+  code.that(bias.packing == Packing::kNone && (!bias.is_float32 || dtype_ == DType::kFloat32), "a bias",
             "of the model's dtype", 0);
   code.that(bias.elements == groups * p.out_size, "a bias's elements", std::to_string(groups * p.out_size),
             bias.elements);
@@ -219,7 +223,7 @@ int64_t Step::operand_size(Reader& code, const Operand& o, int64_t scratch) cons
     default: {
       in(static_cast<int64_t>(constants_.size()));
       const StepConstant& constant = constants_[o.index];
-      code.that(!constant.is_packed, "an operand", "a tensor that is not packed", o.index);
+      code.that(constant.packing == Packing::kNone, "an operand", "a tensor that is not packed", o.index);
       code.that(o.space == kConstantSpace || constant.elements > 0, "a table", "not empty", 0);
       return o.space == kConstantSpace ? constant.elements : constant.width;
     }
@@ -272,9 +276,9 @@ void Step::read_attention(Reader& code, Attention& a) const {
   code.that(a.query != a.output, "an attention's output", "another buffer than its query", a.output);
   if (a.sinks < 0) return;
   const StepConstant& sinks = constants_[a.sinks];
-  code.that(
-      !sinks.is_packed && (!sinks.is_float32 || dtype_ == DType::kFloat32) && sinks.elements == a.query_heads,
-      "sinks", "one of the model's dtype per query head", sinks.elements);
+  code.that(sinks.packing == Packing::kNone && (!sinks.is_float32 || dtype_ == DType::kFloat32) &&
+                sinks.elements == a.query_heads,
+            "sinks", "one of the model's dtype per query head", sinks.elements);
 }
 
 }  // namespace cerberus

@@ -156,9 +156,9 @@ void Step::run_grouped(const Grouped& g, int64_t nodes, const Parallel& parallel
     chosen_[i] = is_group ? static_cast<int64_t>(chosen[i]) : -1;
   }
   grouped_linear_cpu(
-      {dtype_, nodes, g.each, p.in_size, p.out_size, g.groups, g.shared, g.transposed, p.packed,
-       buffers_[p.input].data, constants_[p.weight].data, p.bias < 0 ? nullptr : constants_[p.bias].data,
-       chosen_.data(), buffers_[p.output].data},
+      {dtype_, nodes, g.each, p.in_size, p.out_size, g.groups, g.shared, g.transposed,
+       p.packing == Packing::kPacked, buffers_[p.input].data, constants_[p.weight].data,
+       p.bias < 0 ? nullptr : constants_[p.bias].data, chosen_.data(), buffers_[p.output].data},
       parallel);
 }
 
@@ -181,7 +181,9 @@ void Step::run(const StepCall& call, const Parallel& parallel) {
                             p.bias < 0 ? nullptr : constants_[p.bias].data,
                             nullptr,
                             rows_from(p.output, first)};
-      (p.packed ? packed_linear_cpu : linear_cpu)(args, parallel);
+      (p.packing == Packing::kNone     ? linear_cpu
+       : p.packing == Packing::kPacked ? packed_linear_cpu
+                                       : four_bit_linear_cpu)(args, parallel);
     } else if (stage.kind == kRowsStage) {
       const Rows& r = stage.rows;
       rows_cpu({dtype_, first, call.nodes, r.count, r.scratch, resolved_.data() + r.first, call.positions,

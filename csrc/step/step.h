@@ -6,7 +6,7 @@
 //               buffers, stages, buffer of the hidden states, buffer of the logits
 //   buffer      width (elements per node), kind (0: of the model's dtype, 1: float32)
 //   stage       its kind, then
-//     product   0: input buffer, output buffer, weight (constant), I, O, bias (constant) or -1, packed (0, 1)
+//     product   0: input buffer, output buffer, weight (constant), I, O, bias (constant) or -1, Packing
 //     rows      1: scratch (floats per node), instructions, and each of them: op (RowOp), round (0, 1), n2,
 //     n1, n0,
 //                  then destination, a, b: space, index, offset, and the strides along n2, n1, n0
@@ -31,12 +31,15 @@
 
 namespace cerberus {
 
+// How a product's weights lie: as the model has them, as pack_weights or as pack_four_bits puts them.
+enum class Packing : int64_t { kNone, kPacked, kFourBits };
+
 // A tensor that a step reads: contiguous, in float32 or in the model's dtype.
 struct StepConstant {
   void* data;
   int64_t elements, width;  // width: of the last axis
   bool is_float32;
-  bool is_packed;  // bytes of packed weights; `elements` counts those of the model's dtype
+  Packing packing;  // of bytes, of which `elements` counts those of the model's dtype
 };
 
 // What a run reads and writes, see run_step.
@@ -89,7 +92,7 @@ class Step {
   };
   struct Product {
     int64_t input, output, weight, in_size, out_size, bias;
-    bool packed;
+    Packing packing;
   };
   struct Grouped {
     Product product;  // of a group

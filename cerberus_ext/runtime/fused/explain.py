@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from .program import Attention, Base, Grouped, Instruction, Product, Program, Space, Stage, View
 
 
-def explain(program: Program, seconds: Sequence[float], packed: bool) -> str:
-    """seconds: of each stage. packed: whether the weights of products are copies in the processor's order."""
+def explain(program: Program, seconds: Sequence[float], packed: Mapping[str, int]) -> str:
+    """seconds: of each stage. packed: of how many products the weights are which copies in the processor's order."""
     total = sum(seconds)
-    kind = "packed" if packed else "the model's own"
+    kinds = ", ".join(f"{count} {kind}" for kind, count in packed.items()) or "the model's own"
     lines = [
-        f"{len(program.stages)} stages, {1e3 * total:.2f} ms; weights: {kind}; {len(program.buffers)} buffers,"
+        f"{len(program.stages)} stages, {1e3 * total:.2f} ms; weights: {kinds}; {len(program.buffers)} buffers,"
         f" tables of {program.positions} positions"
     ]
     for stage, time in zip(program.stages, seconds, strict=True):

@@ -199,9 +199,12 @@ def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+_PACKINGS = {torch.uint8: 1, torch.int8: 2}
+
+
 def encode(program: Program, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor]:
-    """weights: of every product in turn: packed (uint8), or as the stage has them. biases: all of a product's in one
-    tensor -> tensors, code (n,) int64."""
+    """weights: of every product in turn: packed (uint8, in four bits int8), or as the stage has them. biases: all of a
+    product's in one tensor -> tensors, code (n,) int64."""
     tensors = [*program.constants, *weights]
     first_weight = len(program.constants)
     code = [
@@ -219,7 +222,7 @@ def encode(program: Program, weights: Sequence[Tensor], biases: Sequence[Tensor 
             in_size, out_size, groups = stage.sizes
             code += [3 if isinstance(stage, Grouped) else 0, stage.input.place, stage.output.place]
             code += [first_weight + index, in_size, out_size, -1 if bias is None else len(tensors) - 1]
-            code.append(int(weight.dtype == torch.uint8))
+            code.append(_PACKINGS.get(weight.dtype, 0))
             if isinstance(stage, Grouped):
                 shared = stage.input.width == in_size
                 code += [int(stage.transposed), groups, stage.chosen.place, stage.chosen.width, int(shared)]

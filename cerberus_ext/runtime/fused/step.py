@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...ops.step import NativeStep, large_memory, pack_weights, packed_bytes
+from ...ops.step import NativeStep, four_bit_bytes, large_memory, pack_four_bits, pack_weights, packed_bytes
 from .lower import lower
 from .program import Grouped, Product, Program, encode
 from .trace import NotFused, Trace, trace_step
@@ -85,9 +86,11 @@ class FusedStep:
             cache.allocate(shape, torch.empty(0, dtype=self._dtype))
 
     @property
-    def packed(self) -> bool:
+    def packed(self) -> dict[str, int]:
+        """Of how many products the weights are copies, and of which kind."""
         assert self._weights is not None
-        return any(weight.dtype == torch.uint8 for weight in self._weights)
+        kinds = {torch.uint8: "packed", torch.int8: "packed in four bits"}
+        return dict(Counter(kinds[weight.dtype] for weight in self._weights if weight.dtype in kinds))
 
     def times(self, on: bool) -> list[float]:
         """Seconds of each stage of the program since they were last asked for; on: whether to measure from now on."""
@@ -115,13 +118,30 @@ def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
 
 def _weights_of(products: list[Product | Grouped], packs: bool) -> list[Tensor]:
     """For each product its weights, one behind the other: packed, or as the model has them."""
-    sizes = [_packed_bytes(product) if packs else 0 for product in products]
+    four_bits = [_in_four_bits(product) if packs else None for product in products]
+    sizes = [
+        len(found) if found is not None else _packed_bytes(product) if packs else 0
+        for product, found in zip(products, four_bits, strict=True)
+    ]
     rounded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
     memory = large_memory(sum(rounded)) if any(sizes) else torch.empty(0, dtype=torch.uint8)
-    return [
-        _pack(product, part[:size]) if size else _own(product)
-        for product, size, part in zip(products, sizes, memory.split(rounded), strict=True)
-    ]
+    weights = []
+    for product, found, size, room in zip(products, four_bits, sizes, memory.split(rounded), strict=True):
+        part = room[:size]
+        if found is not None:
+            weights.append(part.view(torch.int8).copy_(found))
+        else:
+            weights.append(_pack(product, part) if size else _own(product))
+    return weights
+
+
+def _in_four_bits(product: Product | Grouped) -> Tensor | None:
+    """Where its weights came out of a 4-bit file, and this processor looks them up to the bit."""
+    if isinstance(product, Grouped):
+        return None
+    packed = torch.empty(four_bit_bytes(product.weights[0], product.output.width), dtype=torch.int8)
+    parts = [weight.contiguous() for weight in product.weights]
+    return packed if len(packed) and pack_four_bits(parts, packed) else None
 
 
 def _packed_bytes(product: Product | Grouped) -> int:
