@@ -188,8 +188,11 @@ def trace_step(target: TargetModel) -> Trace:
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts back what modules have kept for their next call: of a call without data, it would have none."""
-    kept = [(of, dict(of)) for module in model.modules() for of in (vars(module), module._buffers)]
+    """Puts back what modules keep for their next call: of a call without data, it would have none.
+
+    Parameters, too: an interrupt may have kept torch from it.
+    """
+    kept = [(of, dict(of)) for module in model.modules() for of in (vars(module), module._parameters, module._buffers)]
     try:
         yield
     finally:
