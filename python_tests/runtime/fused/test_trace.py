@@ -30,3 +30,9 @@ def test_an_interrupt_leaves_the_model_its_parameters(monkeypatch: pytest.Monkey
             decode(model, None, prompt(), max_new_tokens=4)
     assert all(tensor is own[name] for name, tensor in model.named_parameters())
     assert decode(model, None, prompt(), max_new_tokens=4).stats.fused
+
+
+def test_a_prompt_that_takes_all_positions_is_tried_by_its_beginning() -> None:
+    model = make_family("gpt2", n_positions=32)
+    for length in (32, 9):
+        assert decode(model, None, prompt(length=length), max_new_tokens=1).stats.fused
