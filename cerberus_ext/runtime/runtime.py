@@ -166,7 +166,8 @@ class Runtime:
                 raise NotFused(self._not_fused[1])
             try:
                 with trial(target):
-                    target.prefill(prompt[:, :_TRIED])
+                    # A step behind them has to have a position, or a prompt that takes all would leave none fused.
+                    target.prefill(prompt[:, : max(1, min(_TRIED, target.max_positions - 1))])
                     fused = FusedStep(target, pack)
                     check_fused(target, fused)
             except NotFused as error:

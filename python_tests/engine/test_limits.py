@@ -113,18 +113,30 @@ def test_autocast_to_the_same_dtype() -> None:
         assert decode(model, None, prompt(), max_new_tokens=12).sequences.equal(want)
 
 
-@pytest.mark.parametrize(("length", "new"), [(9, 8), (16, 1), (17, 30)])
-def test_text_ends_where_phi3_would_read_all_of_it_again(length: int, new: int) -> None:
-    """`generate` drops the cache when a text grows beyond the original positions; one that begins there goes on."""
+def longrope_phi3() -> PreTrainedModel:
+    """Of 64 positions, originally of 16."""
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     tokens = dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"))
     positions = {"max_position_embeddings": 64, "original_max_position_embeddings": 16, "rope_parameters": rope}
     torch.manual_seed(0)
-    model = Phi3ForCausalLM(Phi3Config(vocab_size=101, initializer_range=0.3, **sizes, **tokens, **positions)).eval()
+    return Phi3ForCausalLM(Phi3Config(vocab_size=101, initializer_range=0.3, **sizes, **tokens, **positions)).eval()
+
+
+@pytest.mark.parametrize(("length", "new"), [(9, 8), (16, 1), (17, 30)])
+def test_text_ends_where_phi3_would_read_all_of_it_again(length: int, new: int) -> None:
+    """`generate` drops the cache when a text grows beyond the original positions; one that begins there goes on."""
+    model = longrope_phi3()
     ids = torch.arange(length)[None] * 7 % 101
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         text = decode(model, None, ids, max_new_tokens=30).sequences
     assert text.equal(generate(model, ids, max_new_tokens=30)[:, : length + new]) and text.shape[1] == length + new
     assert any("the text ends after" in str(one.message) for one in caught) == (new < 30)
+
+
+def test_what_modules_keep_between_calls_is_not_of_a_trace() -> None:
+    """Rotary encodings keep their long frequencies at every call; those of a traced step have no numbers."""
+    model, untouched, ids = longrope_phi3(), longrope_phi3(), torch.arange(20)[None]
+    decode(model, None, ids[:, :4], max_new_tokens=2)
+    assert model(ids).logits.equal(untouched(ids).logits)

@@ -120,9 +120,9 @@ def tiny_family(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     return make_family(name, dtype)
 
 
-def make_family(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """One of its own."""
+def make_family(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """One of its own. changes: to its config."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[_TYPES.get(name, name)](**(EXACT | REFUSED)[name])
+    config = CONFIG_MAPPING[_TYPES.get(name, name)](**(EXACT | REFUSED)[name] | changes)
     model = _CLASSES[name](config) if name in _CLASSES else AutoModelForCausalLM.from_config(config)
     return model.eval().to(dtype)

@@ -258,6 +258,8 @@ def _lines(instruction: Instruction) -> Iterator[list[int]]:
     while len(merged) < 3:
         merged.insert(0, (1, [0] * len(views)))
     outer, (n2, n1, n0) = merged[:-3], merged[-3:]
+    if in_cache and n1[0] == 1:  # a single head: its axis has no stride of its own, a step wants that of several
+        n1[1][0] = n0[0]
     offsets = [[view.offset for view in views]]
     for size, strides in outer:
         offsets = [

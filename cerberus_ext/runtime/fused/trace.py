@@ -12,7 +12,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -181,9 +181,25 @@ def trace_step(target: TargetModel) -> Trace:
         with RowInvariant():
             return torch.func.functional_call(model, tracing.fakes, (), arguments)
 
-    with tracing.recording():
+    with tracing.recording(), _left_as_it_was(model):
         hidden, logits = target.attend(forward, tracing.tokens, tracing.positions, tracing.ancestors, traced)
     return tracing.trace(hidden, logits)
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Puts back what modules keep for their next call: of a call without data, it would have none.
+
+    Parameters, too: an interrupt may have kept torch from it.
+    """
+    kept = [(of, dict(of)) for module in model.modules() for of in (vars(module), module._parameters, module._buffers)]
+    try:
+        yield
+    finally:
+        for of, before in kept:
+            for name in of.keys() - before.keys():
+                del of[name]
+            of |= {name: value for name, value in before.items() if of.get(name) is not value}
 
 
 def evaluate(call: Call, values: Mapping[int, Tensor]) -> tuple[Tensor, ...]:

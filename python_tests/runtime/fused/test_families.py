@@ -68,6 +68,13 @@ def test_is_close_to_the_step_op_by_op(name: str, dtype: torch.dtype, tree: str)
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gemma", "phi3", "mixtral"])
+def test_one_key_value_head(name: str, dtype: torch.dtype) -> None:
+    for ours, theirs in zip(*both_ways(make_family(name, dtype, num_key_value_heads=1), TREES["bush"]), strict=True):
+        assert ours.equal(theirs)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe", "gpt_oss"])
 def test_reads_the_models_own_weights_where_nothing_is_packed(name: str) -> None:
     model = tiny_family(name, torch.bfloat16)
