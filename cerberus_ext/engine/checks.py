@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
 
 from ..drafting.dynamic_policy import DynamicPolicy
 from ..drafting.gate import SIGNALS
@@ -173,10 +173,10 @@ def check_sampling(temperature: Any, top_k: Any, top_p: Any, seed: Any) -> Sampl
     return Sampling(seed, temperature, top_k, top_p) if temperature else Sampling()
 
 
-def eos_token_ids(eos_token_id: Any, model: PreTrainedModel) -> frozenset[int]:
-    """The tokens that end a text; None takes those of the model's generation_config."""
+def eos_token_ids(eos_token_id: Any, generation_config: GenerationConfig | None) -> frozenset[int]:
+    """The tokens that end a text; None takes those of the generation_config."""
     if eos_token_id is None:
-        eos_token_id = getattr(model.generation_config, "eos_token_id", None)
+        eos_token_id = getattr(generation_config, "eos_token_id", None)
     if eos_token_id is None:
         return frozenset()
     several = isinstance(eos_token_id, Sequence | set | frozenset) or getattr(eos_token_id, "ndim", 0) == 1
@@ -241,6 +241,20 @@ def stopping_criteria_list(stopping_criteria: Any) -> StoppingCriteriaList | Non
             f"decode: stopping_criteria must be None or a StoppingCriteriaList, got {type(stopping_criteria).__name__}"
         )
     return StoppingCriteriaList(stopping_criteria) if stopping_criteria else None
+
+
+def check_rules(generation_config: Any, logits_processor: Any) -> None:
+    """None, or a GenerationConfig; None, or a list of callables."""
+    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+        raise TypeError(
+            f"decode: generation_config must be None or a GenerationConfig, got {type(generation_config).__name__}"
+        )
+    if logits_processor is not None and (
+        not isinstance(logits_processor, list) or not all(map(callable, logits_processor))
+    ):
+        raise TypeError(
+            f"decode: logits_processor must be None or a LogitsProcessorList, got {type(logits_processor).__name__}"
+        )
 
 
 def check_streamer(streamer: Any) -> None:
