@@ -33,16 +33,14 @@ from .decoder import Decoder
 from .text import ends_streamer
 
 _ASSISTED = "drafts are those of heads and proposers"
-_ONE_OUTPUT = "nothing but sequences is returned"
+_ONE = "nothing but sequences is returned"
 # Fields of the generation_config, as in REFUSED. transformers has made stopping criteria of two of those.
 _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{field: row for field, row in REFUSED.items() if field not in ("max_time", "stop_strings")},
     **dict.fromkeys(("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"), (bool, _ASSISTED)),
-    **dict.fromkeys(
-        ("output_scores", "output_logits", "output_attentions", "output_hidden_states"), (bool, _ONE_OUTPUT)
-    ),
+    **dict.fromkeys((f"output_{what}" for what in ("scores", "logits", "attentions", "hidden_states")), (bool, _ONE)),
 }
-_PREPARED = ("position_ids", "cache", "past_key_values")  # made by `generate` where the user gives none
+_PREPARED = ("position_ids", "cache", "past_key_values", "cache_params")  # made by `generate` where the user gives none
 _HARMLESS = ("logits_to_keep", "use_cache")
 # `generate` has them in the opposite order.
 _WARPERS: dict[str, Any] = {
@@ -87,41 +85,20 @@ def generate(
     give stopping_criteria=[StopStringCriteria(tokenizer, ...)]: transformers takes no tokenizer beside custom_generate.
     """
     given = _arguments_of_generate()
-    streamer = given.get("streamer") if streamer is None else streamer
-    drafting = {"heads": heads, "tree": tree, "gate": gate, "proposers": proposers}
-    running = {"graphs": graphs, "fuse": fuse, "pack": pack}
-    sequences: Any = _decoded(
-        model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, given, seed,
-        drafting | running, streamer=streamer,
-    )  # fmt: skip
+
+    @ends_streamer
+    def decoded(*, streamer: Any) -> Any:
+        decoder = Decoder(model, heads, tree=tree, gate=gate, proposers=proposers, graphs=graphs, fuse=fuse, pack=pack)
+        check_refused("generate: generation_config", generation_config, _REFUSED)
+        _check_arguments(model_kwargs, given)
+        options = _options(input_ids.shape[1], logits_processor, stopping_criteria)
+        if generation_config.do_sample:
+            options |= _sampling(options["logits_processor"], seed)
+        put_to = None if streamer is None else _AfterPrompt(streamer)
+        return decoder.run(input_ids, streamer=put_to, attention_mask=model_kwargs.get("attention_mask"), **options)
+
+    sequences = decoded(streamer=given.get("streamer") if streamer is None else streamer).sequences
     return GenerateDecoderOnlyOutput(sequences) if generation_config.return_dict_in_generate else sequences
-
-
-@ends_streamer
-def _decoded(
-    model: PreTrainedModel, ids: Tensor, processors: LogitsProcessorList, criteria: StoppingCriteriaList,
-    config: GenerationConfig, model_kwargs: dict[str, Any], given: Mapping[str, Any], seed: int | None,
-    drafting: dict[str, Any], *, streamer: Any,
-) -> Tensor:  # fmt: skip
-    """given: what the user gave to `generate`; drafting: of Decoder -> sequences (1, S + new)."""
-    decoder = Decoder(model, **drafting)
-    check_refused("generate: generation_config", config, _REFUSED)
-    _check_arguments(model_kwargs, given)
-    processors = LogitsProcessorList(processors)
-    sampling = _sampling(processors, seed) if config.do_sample else {}
-    max_length = min(c.max_length for c in criteria if type(c) is MaxLengthCriteria)
-    ends = [token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.tolist()]
-    return decoder.run(
-        ids,
-        streamer=None if streamer is None else _AfterPrompt(streamer),
-        attention_mask=model_kwargs.get("attention_mask"),
-        max_new_tokens=max(1, max_length - ids.shape[1]),  # `generate` writes a token before it looks
-        eos_token_id=ends,
-        stopping_criteria=[c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)],
-        generation_config=GenerationConfig(),  # what it asks for is in the lists
-        logits_processor=processors,
-        **sampling,
-    ).sequences
 
 
 def _arguments_of_generate() -> Mapping[str, Any]:
@@ -149,10 +126,22 @@ def _check_arguments(model_kwargs: dict[str, Any], given: Mapping[str, Any]) -> 
         raise ValueError(f"generate: {name} must not be given: with cerberus_ext.generate the model gets tokens alone")
 
 
+def _options(length: int, processors: LogitsProcessorList, criteria: StoppingCriteriaList) -> dict[str, Any]:
+    """What transformers has made of the arguments, as options of `decode`. length: the prompt's."""
+    max_length = min(c.max_length for c in criteria if type(c) is MaxLengthCriteria)
+    return {
+        "max_new_tokens": max(1, max_length - length),  # `generate` writes a token before it looks
+        "eos_token_id": [token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.tolist()],
+        "stopping_criteria": [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)],
+        "generation_config": GenerationConfig(),  # what it asks for is in the lists
+        "logits_processor": LogitsProcessorList(processors),
+    }
+
+
 def _sampling(processors: LogitsProcessorList, seed: int | None) -> dict[str, Any]:
     """Options of `decode` for drawing as the processors do; those at their end that it knows are taken off.
 
-    The other ways of cutting probabilities off (min_p, ...) stay, as rules that the host applies.
+    The other ways of cutting probabilities off (min_p, ...) stay: they are applied like rules.
     """
     options: dict[str, Any] = {"temperature": 1.0}
     options["seed"] = int(torch.randint(2**63 - 1, ())) if seed is None else seed
