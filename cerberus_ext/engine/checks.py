@@ -234,27 +234,20 @@ def position_table(model: PreTrainedModel) -> int | None:
 
 def stopping_criteria_list(stopping_criteria: Any) -> StoppingCriteriaList | None:
     """None or a list of transformers' stopping criteria -> one callable."""
-    if stopping_criteria is None:
-        return None
-    if not isinstance(stopping_criteria, list) or not all(map(callable, stopping_criteria)):
-        raise TypeError(
-            f"decode: stopping_criteria must be None or a StoppingCriteriaList, got {type(stopping_criteria).__name__}"
-        )
-    return StoppingCriteriaList(stopping_criteria) if stopping_criteria else None
+    criteria = callables("stopping_criteria", stopping_criteria, "StoppingCriteriaList")
+    return StoppingCriteriaList(criteria) if criteria else None
 
 
-def check_rules(generation_config: Any, logits_processor: Any) -> None:
-    """None, or a GenerationConfig; None, or a list of callables."""
-    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
-        raise TypeError(
-            f"decode: generation_config must be None or a GenerationConfig, got {type(generation_config).__name__}"
-        )
-    if logits_processor is not None and (
-        not isinstance(logits_processor, list) or not all(map(callable, logits_processor))
-    ):
-        raise TypeError(
-            f"decode: logits_processor must be None or a LogitsProcessorList, got {type(logits_processor).__name__}"
-        )
+def callables(name: str, values: Any, kind: str) -> list[Any]:
+    """None or a list of them, transformers' own or another one -> a list."""
+    if values is not None and (not isinstance(values, list) or not all(map(callable, values))):
+        raise TypeError(f"decode: {name} must be None or a {kind}, got {type(values).__name__}")
+    return values or []
+
+
+def check_generation_config(config: Any) -> None:
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise TypeError(f"decode: generation_config must be None or a GenerationConfig, got {type(config).__name__}")
 
 
 def check_streamer(streamer: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
@@ -107,9 +106,9 @@ def _arguments_of_generate() -> Mapping[str, Any]:
     To a callable, transformers 5.6 to 5.24 hand neither the streamer nor the assistant, and caches and positions of the
     user's look like their own.
     """
-    code = inspect.unwrap(GenerationMixin.generate).__code__
+    sought = ("generate", GenerationMixin.__module__)
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code is not code:
+    while frame is not None and (frame.f_code.co_name, frame.f_globals.get("__name__")) != sought:
         frame = frame.f_back
     return {} if frame is None else frame.f_locals
 
@@ -146,7 +145,7 @@ def _sampling(processors: LogitsProcessorList, seed: int | None) -> dict[str, An
     options: dict[str, Any] = {"temperature": 1.0}
     options["seed"] = int(torch.randint(2**63 - 1, ())) if seed is None else seed
     for name, kind in _WARPERS.items():
-        last = processors[-1] if processors else None
+        last: Any = processors[-1] if processors else None
         if type(last) is kind and vars(last) == vars(kind(getattr(last, name))):  # as `generate` makes it
             options[name] = getattr(last, name)
             processors.pop()

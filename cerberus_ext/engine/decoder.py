@@ -221,10 +221,10 @@ class Decoder:
         checks.check_streamer(put_to)
         plan = self._make_plan()
         stopping = checks.stopping_criteria_list(stopping_criteria)
-        checks.check_rules(generation_config, logits_processor)
+        checks.check_generation_config(generation_config)
         config = model.generation_config if generation_config is None else generation_config
         eos = checks.eos_token_ids(eos_token_id, config)
-        own = logits_processor or []
+        own = checks.callables("logits_processor", logits_processor, "LogitsProcessorList")
         chooser = logit_rules(model, ids, max_new_tokens, eos, sampling, generation_config, own)
         limit = checks.max_new_tokens(model, ids, max_new_tokens)
         capability = runtime_of(model).capability()

@@ -362,22 +362,3 @@ def test_decode_takes_the_same() -> None:
     assert streamed == want[0, ids.shape[1] :].tolist()
     with pytest.raises(ValueError, match=r"graphs .* processed on the host \(repetition_penalty, Ban, renormalize"):
         decode(model, None, ids, graphs=True, **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"generation_config": {"num_beams": 2}}, TypeError, "config must be None or a GenerationConfig, got dict"),
-        ({"generation_config": GenerationConfig(num_beams=2)}, ValueError, "generation_config must not have num_beams"),
-        (
-            {"generation_config": GenerationConfig(repetition_penalty=-1.0)},
-            ValueError,
-            "must have a repetition_penalty",
-        ),
-        ({"logits_processor": Ban()}, TypeError, "must be None or a LogitsProcessorList, got Ban"),
-        ({"logits_processor": [3]}, TypeError, "must be None or a LogitsProcessorList, got list"),
-    ],
-)
-def test_decode_refuses(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match="^decode: .*" + message):
-        decode(tiny_model("llama"), None, prompt(), max_new_tokens=2, **options)
