@@ -59,8 +59,8 @@ def _first_place(context: Context) -> int:
     return prompt + 1 if prompt == 1 and context.config.forced_bos_token_id is not None else prompt
 
 
-# Fields of generation_config, in the order in which `generate` applies them before sampling, the processors of the user
-# in front of the last one: when the value says something, and transformers' processor for it, with its arguments.
+# Fields of generation_config, in the order in which `generate` applies them before sampling: when the value says
+# something, and transformers' processor for it, with its arguments.
 RULES: tuple[tuple[str, Callable[[Any, Context], bool], str, Callable[[Any, Context], tuple[Any, ...]]], ...] = (
     ("sequence_bias", _is_set, "SequenceBias", lambda v, c: (v,)),
     ("encoder_repetition_penalty", _is_not_one, "EncoderRepetitionPenalty", lambda v, c: (v, c.ids)),
@@ -159,7 +159,7 @@ def logit_rules(
     context = Context(ids, ids.shape[1] + max_new_tokens, eos, config)
     rules, processors = [], LogitsProcessorList()
     for field, active, name, arguments in RULES:
-        if field == RULES[-1][0]:
+        if field == "renormalize_logits":  # the last one: in `generate`, too, it comes behind the user's
             rules += [type(processor).__name__ for processor in own]
             processors += own
         value = getattr(config, field, None)

@@ -19,6 +19,7 @@ from transformers import (
     DynamicCache,
     EosTokenCriteria,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -174,6 +175,15 @@ def test_without_heads_and_arguments() -> None:
         assert model.generate(input_ids=prompt(), max_length=30, custom_generate=cerberus_ext.generate).equal(want)
 
 
+def test_the_end_of_the_positions() -> None:
+    model, ids = tiny_model("gpt2"), prompt(length=90)
+    with pytest.raises(IndexError):
+        run(model, ids)
+    with pytest.warns(UserWarning, match="the text ends after 7 tokens"):
+        out = model.generate(ids, max_new_tokens=NEW, do_sample=False, custom_generate=cerberus_ext.generate)
+    assert out.equal(run(model, ids, max_new_tokens=7))
+
+
 def test_stop_strings() -> None:
     """A StopStringCriteria is applied; transformers itself refuses stop_strings beside custom_generate."""
     model, letters = tiny_model("llama"), sorted(ByteLevel.alphabet())[:VOCAB]
@@ -194,6 +204,14 @@ def test_streamer() -> None:
     run(tiny_model("llama"), prompt(), streamer=theirs, eos_token_id=EOS)
     cerberus(tiny_model("llama"), prompt(), streamer=ours, eos_token_id=EOS)
     assert ours.calls == theirs.calls and ours.calls[-1] == "end"
+
+
+def test_streamer_of_a_wrapped_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by libraries that trace calls."""
+    real, streamer = GenerationMixin.generate, Recording()
+    monkeypatch.setattr(GenerationMixin, "generate", lambda *arguments, **options: real(*arguments, **options))
+    cerberus(tiny_model("llama"), prompt(), streamer=streamer)
+    assert len(streamer.calls) == NEW + 2
 
 
 def test_streamer_of_a_callable_around_it() -> None:
