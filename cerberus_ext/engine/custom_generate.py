@@ -32,12 +32,12 @@ from .decoder import Decoder
 from .text import ends_streamer
 
 _ASSISTED = "drafts are those of heads and proposers"
-_ONE = "nothing but sequences is returned"
+_ALONE = "nothing but sequences is returned"
 # Fields of the generation_config, as in REFUSED. transformers has made stopping criteria of two of those.
 _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{field: row for field, row in REFUSED.items() if field not in ("max_time", "stop_strings")},
     **dict.fromkeys(("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"), (bool, _ASSISTED)),
-    **dict.fromkeys((f"output_{what}" for what in ("scores", "logits", "attentions", "hidden_states")), (bool, _ONE)),
+    **dict.fromkeys((f"output_{what}" for what in ("scores", "logits", "attentions", "hidden_states")), (bool, _ALONE)),
 }
 _PREPARED = ("position_ids", "cache", "past_key_values", "cache_params")  # made by `generate` where the user gives none
 _HARMLESS = ("logits_to_keep", "use_cache")
