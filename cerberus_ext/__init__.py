@@ -22,6 +22,7 @@ from .runtime.stats import DecodeOutput, DecodeStats
 
 if TYPE_CHECKING:
     from .drafting.heads import CerberusConfig, CerberusHeads
+    from .engine.custom_generate import generate
     from .io.default_model import load_default_model
 
 try:
@@ -48,12 +49,14 @@ __all__ = [
     "Signals",
     "SuffixProposer",
     "decode",
+    "generate",
     "load_default_model",
 ]
 
 _LATER = {
     "CerberusConfig": "drafting.heads",
     "CerberusHeads": "drafting.heads",
+    "generate": "engine.custom_generate",
     "load_default_model": "io.default_model",
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
 
 from ..drafting.dynamic_policy import DynamicPolicy
 from ..drafting.gate import SIGNALS
@@ -173,10 +173,10 @@ def check_sampling(temperature: Any, top_k: Any, top_p: Any, seed: Any) -> Sampl
     return Sampling(seed, temperature, top_k, top_p) if temperature else Sampling()
 
 
-def eos_token_ids(eos_token_id: Any, model: PreTrainedModel) -> frozenset[int]:
-    """The tokens that end a text; None takes those of the model's generation_config."""
+def eos_token_ids(eos_token_id: Any, generation_config: GenerationConfig | None) -> frozenset[int]:
+    """The tokens that end a text; None takes those of the generation_config."""
     if eos_token_id is None:
-        eos_token_id = getattr(model.generation_config, "eos_token_id", None)
+        eos_token_id = getattr(generation_config, "eos_token_id", None)
     if eos_token_id is None:
         return frozenset()
     several = isinstance(eos_token_id, Sequence | set | frozenset) or getattr(eos_token_id, "ndim", 0) == 1
@@ -234,13 +234,20 @@ def position_table(model: PreTrainedModel) -> int | None:
 
 def stopping_criteria_list(stopping_criteria: Any) -> StoppingCriteriaList | None:
     """None or a list of transformers' stopping criteria -> one callable."""
-    if stopping_criteria is None:
-        return None
-    if not isinstance(stopping_criteria, list) or not all(map(callable, stopping_criteria)):
-        raise TypeError(
-            f"decode: stopping_criteria must be None or a StoppingCriteriaList, got {type(stopping_criteria).__name__}"
-        )
-    return StoppingCriteriaList(stopping_criteria) if stopping_criteria else None
+    criteria = callables("stopping_criteria", stopping_criteria, "StoppingCriteriaList")
+    return StoppingCriteriaList(criteria) if criteria else None
+
+
+def callables(name: str, values: Any, kind: str) -> list[Any]:
+    """None or a list of them, transformers' own or another one -> a list."""
+    if values is not None and (not isinstance(values, list) or not all(map(callable, values))):
+        raise TypeError(f"decode: {name} must be None or a {kind}, got {type(values).__name__}")
+    return values or []
+
+
+def check_generation_config(config: Any) -> None:
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise TypeError(f"decode: generation_config must be None or a GenerationConfig, got {type(config).__name__}")
 
 
 def check_streamer(streamer: Any) -> None:

@@ -16,7 +16,7 @@ from .decoder import MAX_NEW_TOKENS, Decoder
 from .text import ends_streamer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
 
 @ends_streamer
@@ -36,6 +36,8 @@ def decode(
     seed: int = 0,
     eos_token_id: int | Sequence[int] | Tensor | None = None,
     stopping_criteria: list[Any] | None = None,
+    generation_config: GenerationConfig | None = None,
+    logits_processor: list[Any] | None = None,
     streamer: Any = None,
     graphs: bool | None = None,
     fuse: bool | None = None,
@@ -59,11 +61,14 @@ def decode(
         too; otherwise at every step.
     proposers: who drafts besides the heads, see proposers.py; None: the text's own past, `[SuffixProposer()]`, with
         a DynamicPolicy; a StaticPolicy has none.
-    temperature: 0 takes the most likely token, as `model.generate(do_sample=False)` does. What model.generation_config
-        says about the text is applied first, as there, see logit_rules.py; steps are then not recorded. Above 0,
-        tokens are drawn, with noise determined by seed and position, so that for a seed the text is the same whatever
-        the heads, the tree and the gate; top_k and top_p are those of `ops.choose_tokens`.
-    eos_token_id: token or tokens that end the text, included in it; None: those of model.generation_config.
+    temperature: 0 takes the most likely token, as `model.generate(do_sample=False)` does. Above 0, tokens are drawn,
+        with noise determined by seed and position, so that for a seed the text is the same whatever the heads, the tree
+        and the gate; top_k and top_p are those of `ops.choose_tokens`.
+    generation_config: None: the model's. What it says about the logits (penalties, forbidden tokens, ...) is applied
+        before a token is chosen, as in `generate`, see logit_rules.py; the other arguments do not come from it.
+    logits_processor: transformers' own, applied after those: to the logits of each place with the text up to there, and
+        perhaps more than once; they must look at nothing else. Steps with processors are not recorded.
+    eos_token_id: token or tokens that end the text, included in it; None: those of the generation_config.
     stopping_criteria, streamer: transformers' own. A criterion gets None as its scores, as from `generate` without
         output_scores. The streamer gets the prompt when nothing more is refused; its `end` is called once, also where
         this raises or is interrupted.
@@ -74,7 +79,7 @@ def decode(
         memory for it; False: it reads the model's own.
 
     Returns sequences (1, S + new) int64 and stats; `stats.exact` tells whether drafts can never change a token, see
-    capability.py. Raises TypeError or ValueError, naming the argument, where one is wrong or model.generation_config
+    capability.py. Raises TypeError or ValueError, naming the argument, where one is wrong or the generation_config
     asks for what there is not (beams, ...), and RuntimeError while the same model is already decoding.
     Source: arXiv 2410.13344.
     """
@@ -82,4 +87,5 @@ def decode(
     return decoder.run(
         ids, streamer=streamer, attention_mask=attention_mask, max_new_tokens=max_new_tokens, temperature=temperature,
         top_k=top_k, top_p=top_p, seed=seed, eos_token_id=eos_token_id, stopping_criteria=stopping_criteria,
+        generation_config=generation_config, logits_processor=logits_processor,
     )  # fmt: skip

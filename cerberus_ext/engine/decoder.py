@@ -19,7 +19,7 @@ from .forked import threads_after_fork
 from .text import GeneratedText, ends_streamer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
     from typing_extensions import Unpack
 
     from ..runtime.sampling import Chooser
@@ -41,6 +41,8 @@ class Options(TypedDict, total=False):
     seed: int
     eos_token_id: int | Sequence[int] | Tensor | None
     stopping_criteria: list[Any] | None
+    generation_config: GenerationConfig | None
+    logits_processor: list[Any] | None
 
 
 def _known(options: Options) -> Options:
@@ -202,6 +204,8 @@ class Decoder:
         seed: Any = 0,
         eos_token_id: Any = None,
         stopping_criteria: Any = None,
+        generation_config: Any = None,
+        logits_processor: Any = None,
     ) -> _Request:
         from ..runtime.logit_rules import logit_rules
         from ..runtime.runtime import runtime_of
@@ -217,8 +221,11 @@ class Decoder:
         checks.check_streamer(put_to)
         plan = self._make_plan()
         stopping = checks.stopping_criteria_list(stopping_criteria)
-        eos = checks.eos_token_ids(eos_token_id, model)
-        chooser = logit_rules(model, ids, max_new_tokens, eos, sampling)
+        checks.check_generation_config(generation_config)
+        config = model.generation_config if generation_config is None else generation_config
+        eos = checks.eos_token_ids(eos_token_id, config)
+        own = checks.callables("logits_processor", logits_processor, "LogitsProcessorList")
+        chooser = logit_rules(model, ids, max_new_tokens, eos, sampling, generation_config, own)
         limit = checks.max_new_tokens(model, ids, max_new_tokens)
         capability = runtime_of(model).capability()
         if capability.no_drafts_because:

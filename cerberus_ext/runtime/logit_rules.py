@@ -1,4 +1,4 @@
-"""What model.generation_config says about the text: applied as `generate(do_sample=False)` does, or refused by name.
+"""What a generation_config says about the text: applied as `generate(do_sample=False)` does, or refused by name.
 
 A node's logits are processed by themselves, with the text and the node's own path as their context. So what comes out
 never depends on the other nodes of the tree.
@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from ..drafting.tree import Tree
+from ..io.checks import call
 from .sampling import Chooser, Sampling
 
 
@@ -58,8 +59,8 @@ def _first_place(context: Context) -> int:
     return prompt + 1 if prompt == 1 and context.config.forced_bos_token_id is not None else prompt
 
 
-# Fields of generation_config, in the order in which `generate` applies them, after LogitsProcessor classes of the user
-# and before sampling: when the value says something, and transformers' processor for it, with its arguments.
+# Fields of generation_config, in the order in which `generate` applies them before sampling: when the value says
+# something, and transformers' processor for it, with its arguments.
 RULES: tuple[tuple[str, Callable[[Any, Context], bool], str, Callable[[Any, Context], tuple[Any, ...]]], ...] = (
     ("sequence_bias", _is_set, "SequenceBias", lambda v, c: (v,)),
     ("encoder_repetition_penalty", _is_not_one, "EncoderRepetitionPenalty", lambda v, c: (v, c.ids)),
@@ -102,11 +103,11 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 class LogitRules:
     """A Chooser: the processors of one text in front of its sampling, and the text so far.
 
-    host_rules: the fields of generation_config that are applied. ids (1, S): the prompt.
+    rules: the fields of generation_config, and the classes, that are applied. ids (1, S): the prompt.
     """
 
-    def __init__(self, fields: Sequence[str], processors: LogitsProcessorList, ids: Tensor, sampling: Sampling) -> None:
-        self.host_rules = tuple(fields)
+    def __init__(self, rules: Sequence[str], processors: LogitsProcessorList, ids: Tensor, sampling: Sampling) -> None:
+        self.host_rules = tuple(rules)
         self._processors = processors
         self._text = ids
         self._sampling = sampling
@@ -132,27 +133,35 @@ class LogitRules:
 
     def _apply(self, ids: Tensor, logits: Tensor) -> Tensor:
         process: Any = self._processors
-        return process(ids, logits.to(torch.float32, copy=True))
+        return call("decode: logits_processor", process, ids, logits.to(torch.float32, copy=True))
+
+
+def check_refused(whose: str, config: Any, refused: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
+    """whose: the configuration's name. Raises ValueError for a field with a value that it must not have."""
+    for field, (refuses, instead) in refused.items():
+        value = getattr(config, field, None)
+        if value is not None and refuses(value):
+            raise ValueError(f"{whose} must not have {field} = {value!r}: {instead}")
 
 
 def logit_rules(
-    model: PreTrainedModel, ids: Tensor, max_new_tokens: int, eos_token_ids: frozenset[int], sampling: Sampling
-) -> Chooser:
-    """ids (1, S): the prompt -> what chooses as model.generation_config asks for.
+    model: PreTrainedModel, ids: Tensor, max_new_tokens: int, eos_token_ids: frozenset[int], sampling: Sampling,
+    generation_config: Any = None, own: Sequence[Any] = (),
+) -> Chooser:  # fmt: skip
+    """ids (1, S): the prompt -> what chooses as generation_config asks for, None: the model's; own: further processors.
 
     Raises ValueError, naming the field, for what is not supported or does not fit the model.
     """
-    config: Any = model.generation_config
-    if config is None:
-        return sampling
-    for field, (refuses, instead) in REFUSED.items():
-        value = getattr(config, field, None)
-        if value is not None and refuses(value):
-            raise ValueError(f"decode: model.generation_config must not have {field} = {value!r}: {instead}")
+    whose = "decode: generation_config" if generation_config is not None else "decode: model.generation_config"
+    config: Any = generation_config or model.generation_config or GenerationConfig()
+    check_refused(whose, config, REFUSED)
     eos = torch.tensor(sorted(eos_token_ids), device=ids.device) if eos_token_ids else None
     context = Context(ids, ids.shape[1] + max_new_tokens, eos, config)
-    fields, processors = [], LogitsProcessorList()
+    rules, processors = [], LogitsProcessorList()
     for field, active, name, arguments in RULES:
+        if field == "renormalize_logits":  # the last one: in `generate`, too, it comes behind the user's
+            rules += [type(processor).__name__ for processor in own]
+            processors += own
         value = getattr(config, field, None)
         try:
             if not active(value, context):
@@ -162,9 +171,7 @@ def logit_rules(
             # Once, on nothing: token ids that the model does not have are better found before the first token.
             processor(ids, torch.zeros((1, model.get_output_embeddings().weight.shape[0]), device=ids.device))
         except Exception as error:
-            raise ValueError(
-                f"decode: model.generation_config must have a {field} that fits, got {value!r}: {error}"
-            ) from error
-        fields.append(field)
+            raise ValueError(f"{whose} must have a {field} that fits, got {value!r}: {error}") from error
+        rules.append(field)
         processors.append(processor)
-    return LogitRules(fields, processors, ids, sampling) if fields else sampling
+    return LogitRules(rules, processors, ids, sampling) if rules else sampling

@@ -197,7 +197,7 @@ class Runtime:
         """Those that are kept, or new ones. Raises Unrecordable."""
         if chooser.host_rules:
             rules = ", ".join(chooser.host_rules)
-            raise Unrecordable(f"the logits are processed as model.generation_config says ({rules})")
+            raise Unrecordable(f"the logits are processed on the host ({rules})")
         model = self.model
         if model.device.type not in RECORDERS:
             raise Unrecordable(f"the model is on {model.device}, not on a CUDA device")

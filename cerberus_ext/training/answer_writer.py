@@ -39,7 +39,8 @@ class AnswerWriter:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.prompts_in_shard = SHARD_BATCHES * options.rows
         self.context = position_limit(model)
-        self.stop = frozenset({*eos_token_ids(None, model), tokenizer.eos_token_id} - {None})  # an answer's ends
+        ends = eos_token_ids(None, model.generation_config)
+        self.stop = frozenset({*ends, tokenizer.eos_token_id} - {None})  # an answer's ends
         self.questions: list[Question] | None = None
         self.shards: int | None = None
         self.own: PromptWriter | None = None

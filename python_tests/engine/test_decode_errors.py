@@ -13,7 +13,7 @@ import pytest
 import torch
 from stand_ins import RandomHeads
 from tiny_models import VOCAB, prompt, tiny_model
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
 from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
@@ -168,6 +168,15 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"eos_token_id": torch.ones(1, 1)}, TypeError, r"eos_token_id must be .* got tensor\(\[\[1.\]\]\)"),
     ({"stopping_criteria": print}, TypeError, "stopping_criteria must be None or a StoppingCriteriaList, got builtin_"),
     ({"stopping_criteria": [3]}, TypeError, "stopping_criteria must be None or a StoppingCriteriaList, got list"),
+    ({"generation_config": {}}, TypeError, "generation_config must be None or a GenerationConfig, got dict"),
+    ({"generation_config": GenerationConfig(num_beams=2)}, ValueError, "decode: generation_config must not have num_b"),
+    (
+        {"generation_config": GenerationConfig(repetition_penalty=-1.0)},
+        ValueError,
+        "decode: generation_config must have a repetition_penalty that fits",
+    ),
+    ({"logits_processor": print}, TypeError, "logits_processor must be None or a LogitsProcessorList, got builtin_"),
+    ({"logits_processor": [3]}, TypeError, "logits_processor must be None or a LogitsProcessorList, got list"),
     ({"graphs": "yes"}, TypeError, "graphs must be None, True or False, got 'yes'"),
     ({"graphs": 1}, TypeError, "graphs must be None, True or False, got 1"),
     ({"fuse": 1}, TypeError, "fuse must be None, True or False, got 1"),

@@ -226,7 +226,7 @@ def test_draws_from_processed_logits(llama: PreTrainedModel, monkeypatch: pytest
 
 def test_steps_are_not_recorded(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, llama, repetition_penalty=1.3, suppress_tokens=[1])
-    reason = r"processed as model.generation_config says \(repetition_penalty, suppress_tokens\)"
+    reason = r"processed on the host \(repetition_penalty, suppress_tokens\)"
     stats = decode(llama, None, prompt(), max_new_tokens=2).stats
     assert stats.fallback is not None
     with pytest.raises(ValueError, match="decode: graphs must be None or False here, got True: .*" + reason):
