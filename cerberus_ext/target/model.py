@@ -154,7 +154,7 @@ class TargetModel:
         return hidden, logits[:, -1]
 
     def _goes_as_steps(self, ids: Tensor) -> bool:
-        """Whether a prompt is computed as steps are, to the same bits whatever does them.
+        """Whether a prompt is computed as steps are, so that it does not depend on whether they are fused.
 
         On a CPU our products are faster than torch's. Not beyond the positions that the model was made for: some
         change all of them then. Else the model runs with its own attention, as in `generate`.

@@ -62,7 +62,10 @@ class FusedStep:
         if self._weights is None:
             self._weights = _weights_of(products, self._packs)
         biases = [_bias_of(product, self._dtype) for product in products]
-        self._native = NativeStep(*encode(self.program, self._weights, biases))
+        try:
+            self._native = NativeStep(*encode(self.program, self._weights, biases))
+        except RuntimeError as error:
+            raise NotFused(f"its program was refused: {error}") from error
 
     def step(
         self, target: TargetModel, tokens: Tensor, positions: Tensor, ancestors: Tensor, logits_of: int | None = None
