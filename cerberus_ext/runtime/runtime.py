@@ -119,28 +119,18 @@ class Runtime:
 
         in_the_way = obstacle(self.model, "a fused step")  # before a hook of ours is there
 
-        def put_fused(target: TargetModel, prompt: Tensor) -> None:
-            if fuse is False:
-                return
-            try:
-                if in_the_way:
-                    raise NotFused(in_the_way)
-                fused = self._fused_for(target, prompt, pack, stats)
-                if isinstance(drafter, HeadsDrafter) and drafter.context is not None:
-                    drafter.context.fused = self._context_for(drafter.context, target, prompt)
-                    at_end.callback(setattr, drafter.context, "fused", None)
-                target.fused = fused
-            except NotFused as error:
-                if fuse:
-                    raise ValueError(f"decode: fuse must be None or False here, got True: {error}") from error
-                stats.not_fused_because = str(error)
-
         past: Past | None = None
 
         def begin(target: TargetModel, ids: Tensor) -> int:
             nonlocal past
             trials = self._trials
-            put_fused(target, ids)
+            try:
+                if fuse is not False:
+                    self._put_fused(target, ids, drafter, pack, stats, at_end, in_the_way)
+            except NotFused as error:
+                if fuse:
+                    raise ValueError(f"decode: fuse must be None or False here, got True: {error}") from error
+                stats.not_fused_because = str(error)
             if past is None or not (target.goes_as_steps(ids) and stats.exact) or stats.no_drafts_because:
                 past = None
                 return 0
@@ -150,6 +140,7 @@ class Runtime:
         with self.sole():
             past, self._past = self._past, None
             with torch.inference_mode():  # what is kept is made and written in it, whatever the caller's mode is
+                way = self.capability().way
                 drafter = self._bind(drafts)
                 recordings = None
                 if graphs is not False:
@@ -160,7 +151,7 @@ class Runtime:
                         fall_back(error)
                 past = None if recordings else self._past_of(past, prompt, capacity, drafter, (fuse, pack))
                 cache = recordings.memory.cache if recordings else None if past is None else past.cache
-                target = self.target(capacity, cache=cache, context=drafter.has_context)
+                target = TargetModel(self.model, way, capacity, cache=cache, context=drafter.has_context)
             with target, ExitStack() as at_end:
                 stepper = Stepper(target, drafts, drafter, chooser, stats, recordings, give_up, begin)
                 try:
@@ -172,7 +163,7 @@ class Runtime:
     def _past_of(
         self, past: Past | None, prompt: Tensor | None, capacity: int, drafter: Drafter, switches: tuple[Any, ...]
     ) -> Past | None:
-        """What the text of the prompt goes on from, with room for it."""
+        """What the text of the prompt goes on from, with room for it; None: nothing is kept."""
         model = self.model
         if prompt is None or model.device.type != "cpu":
             return None
@@ -198,6 +189,19 @@ class Runtime:
         if not isinstance(drafter, Drafter):
             raise TypeError(f"decode: heads.bind must return a Drafter, got {type(drafter).__name__}")
         return drafter if drafts.drafts else NO_DRAFTER
+
+    def _put_fused(
+        self, target: TargetModel, prompt: Tensor, drafter: Drafter, pack: bool | None, stats: DecodeStats,
+        at_end: ExitStack, in_the_way: str | None,
+    ) -> None:  # fmt: skip
+        """Raises NotFused where there is none."""
+        if in_the_way:
+            raise NotFused(in_the_way)
+        fused = self._fused_for(target, prompt, pack, stats)
+        if isinstance(drafter, HeadsDrafter) and drafter.context is not None:
+            drafter.context.fused = self._context_for(drafter.context, target, prompt)
+            at_end.callback(setattr, drafter.context, "fused", None)
+        target.fused = fused
 
     def _fused_for(self, target: TargetModel, prompt: Tensor, pack: bool | None, stats: DecodeStats) -> FusedStep:
         """What an earlier decode has made, or a new one, tried on the prompt's beginning. Raises NotFused."""
