@@ -65,10 +65,11 @@ def _answer(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, ids: Any, max_
     import torch
     from transformers import TextStreamer
 
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # type: ignore[arg-type]
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    stream: Any = decoder.stream(ids, max_new_tokens=max_new_tokens)
     tokens: list[int] = []
     try:
-        with closing(decoder.stream(ids, max_new_tokens=max_new_tokens)) as stream:
+        with closing(stream):
             for chunk in stream:
                 tokens += chunk.tokens
                 streamer.put(torch.tensor(chunk.tokens))
