@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .failures import fail
 from .shared import Device, DTypeName, HeadsOrNone, Model, Threads, load_any
 
 if TYPE_CHECKING:
@@ -52,8 +53,11 @@ def _lines() -> Iterator[str]:
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
+            line.encode()
         except EOFError:
             return
+        except UnicodeError as error:
+            fail("standard input: must be UTF-8 text", cause=error)
         if line == "exit":
             return
         if line:
@@ -68,12 +72,9 @@ def _answer(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, ids: Any, max_
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     stream: Any = decoder.stream(ids, max_new_tokens=max_new_tokens)
     tokens: list[int] = []
-    try:
-        with closing(stream):
-            for chunk in stream:
-                tokens += chunk.tokens
-                streamer.put(torch.tensor(chunk.tokens))
-    except KeyboardInterrupt:
-        pass
+    with suppress(KeyboardInterrupt), closing(stream):
+        for chunk in stream:
+            tokens += chunk.tokens
+            streamer.put(torch.tensor(chunk.tokens))
     streamer.end()
     return str(tokenizer.decode(tokens, skip_special_tokens=True))

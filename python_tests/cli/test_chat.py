@@ -55,6 +55,12 @@ def test_nothing_is_said(folder: Path, said: str) -> None:
     assert numbers(chat(folder, said)) == []
 
 
+def test_other_bytes(folder: Path) -> None:
+    command = ["chat", "--model", str(folder / "model"), "--heads", "none"]
+    result = CliRunner().invoke(app, command, input=b"w3 \xff\n")
+    assert (result.exit_code, result.stderr) == (2, "cerberus: standard input: must be UTF-8 text\n")
+
+
 def test_an_interrupt_ends_the_answer_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step, steps = Stepper.step, []
 
