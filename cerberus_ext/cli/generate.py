@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .failures import fail
-from .shared import NO_HEADS, Device, DTypeName, Model, Threads, load, load_target
+from .shared import Device, DTypeName, HeadsOrNone, Model, Threads, load_any
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +28,7 @@ ROUNDS = 3  # of --compare
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The question. Read from standard input if left out.")] = None,
     model: Model = None,
-    heads: Annotated[
-        str | None,
-        typer.Option(help="As for the other commands; 'none': draft from the text alone, for any model."),
-    ] = None,
+    heads: HeadsOrNone = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     tree_size: Annotated[
         int | None,
@@ -61,11 +58,7 @@ def generate(
     from ..engine.decode import decode
     from ..io.prompts import encode_chat
 
-    trained: CerberusHeads | None = None
-    if heads == NO_HEADS:
-        target, tokenizer = load_target(model, dtype, device, threads)
-    else:
-        target, tokenizer, trained = load(model, heads, dtype, device, threads)
+    target, tokenizer, trained = load_any(model, heads, dtype, device, threads)
     ids = (tokenizer(text, return_tensors="pt").input_ids if raw else encode_chat(tokenizer, [text])).to(target.device)
     options: dict[str, Any] = {"tree": tree_size, "proposers": None if suffix else []}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -8,6 +8,7 @@ import typer
 
 from .bench import bench
 from .calibrate import calibrate
+from .chat import chat
 from .failures import Commands
 from .generate import generate
 from .info import info
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, train, calibrate, bench, info):
+for command in (generate, chat, train, calibrate, bench, info):
     app.command()(command)
 
 

@@ -29,6 +29,9 @@ Model = Annotated[
 Heads = Annotated[
     str | None, typer.Option(help="Packaged name, local folder or Hub id. Default: those of the default model.")
 ]
+HeadsOrNone = Annotated[
+    str | None, typer.Option(help="As for the other commands; 'none': draft from the text alone, for any model.")
+]
 DTypeName = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 where it is fast.")
 ]
@@ -109,6 +112,15 @@ def load(
         )
     target, tokenizer = load_target(model, dtype, device, threads)
     return target, tokenizer, load_heads(heads, target)
+
+
+def load_any(
+    model: str | None, heads: str | None, dtype: str | None, device: str | None, threads: int | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, CerberusHeads | None]:
+    """The same, with heads or without."""
+    if heads == NO_HEADS:
+        return *load_target(model, dtype, device, threads), None
+    return load(model, heads, dtype, device, threads)
 
 
 def load_target(

@@ -60,7 +60,10 @@ class ContextForward(Protocol):
     """Does in a BoundContext's place what one text's steps ask for. On a CPU, of one row.
 
     States are (A, D), tokens (A,): each state is what led to the token.
+    known: of so many tokens, from the text's beginning on, the pairs are in the cache.
     """
+
+    known: int
 
     def keep_pending(self, before: Tensor, pending: Tensor) -> None:
         """The pending token is about to be verified: it stays. before (1, D), pending (1,)."""
@@ -87,11 +90,18 @@ class BoundContext:
         self.fused: ContextForward | None = None
 
     def keep_prompt(self, cache: TreeCache, hidden: Tensor, tokens: Tensor) -> None:
-        """Puts the prompt's pairs into the cache. hidden (B, T, D): what each token (B, T) led to."""
-        before = torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], 1)
-        begin = torch.zeros_like(cache.length)
+        """Puts the pairs of the cache's last tokens (B, T) into it. hidden (B, T, D): what each of them led to.
+
+        Where they are not all that it holds, the first one's pair is there already.
+        """
+        first = int(cache.committed > tokens.shape[1])
+        before = torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], 1)[:, first:]
+        tokens = tokens[:, first:]
+        begin = cache.length - tokens.shape[1]
         positions = begin[:, None] + torch.arange(tokens.shape[1], device=begin.device)
         self._keep(self.key_value, cache.context_planes(), begin, positions, before, tokens)
+        if self.fused is not None:
+            self.fused.known = cache.committed
 
     def keep_nodes(self, cache: TreeCache, before: Tensor, hidden: Tensor, tokens: Tensor, tree: Topology) -> None:
         """Puts the pairs of a tree's nodes into the cache, behind what is committed.

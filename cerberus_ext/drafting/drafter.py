@@ -37,13 +37,20 @@ class Drafter:
         return hidden
 
     def keep_prompt(self, cache: TreeCache, hidden: Tensor, tokens: Tensor) -> None:
-        """hidden (B, S, D): what each of the prompt's tokens (B, S) led to."""
+        """hidden (B, S, D): what each of the prompt's tokens (B, S) led to.
+
+        Where the cache has held tokens before these, the first one's own keys and values are there already.
+        """
 
     def keep_nodes(self, cache: TreeCache, before: Tensor, hidden: Tensor, tokens: Tensor, tree: Topology) -> None:
         """before (B, D): what node 0 was chosen from; hidden (B, N, D): what the nodes' tokens (B, N) led to."""
 
     def keep_path(self, hidden: Tensor, tokens: Tensor, path: Tensor) -> None:
         """After keep_nodes: hidden, tokens as there; path (B, N) int64: the nodes that were accepted, then -1."""
+
+    def kept(self, cache: TreeCache) -> int:
+        """How many tokens the text may have in common with the next one, for it to go on with the same cache."""
+        return 0 if self.has_context else cache.committed
 
     def renew(self, new: Drafter) -> bool:
         """Takes over the values of `new`, bound to the same heads and model, into the memory that recordings read.

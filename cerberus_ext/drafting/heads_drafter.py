@@ -102,6 +102,10 @@ class HeadsDrafter(Drafter):
         if self.context is not None:
             self.context.keep_prompt(cache, hidden, tokens)
 
+    def kept(self, cache: TreeCache) -> int:
+        fused = None if self.context is None else self.context.fused
+        return cache.committed if fused is None else min(fused.known, cache.committed)
+
     def keep_nodes(self, cache: TreeCache, before: Tensor, hidden: Tensor, tokens: Tensor, tree: Topology) -> None:
         if self.context is not None:
             self.context.keep_nodes(cache, before, hidden, tokens, tree)

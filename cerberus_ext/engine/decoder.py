@@ -107,13 +107,17 @@ class Decoder:
     def decode(
         self, ids: Tensor | Sequence[int] | Mapping[str, Any], *, streamer: Any = None, **options: Unpack[Options]
     ) -> DecodeOutput:
-        """ids, streamer and options: as in `decode`, which says what it returns and raises."""
-        return self.run(ids, streamer=streamer, **options)
+        """ids, streamer and options: as in `decode`, which says what it returns and raises.
 
-    def run(self, ids: Any, *, streamer: Any = None, **options: Unpack[Options]) -> DecodeOutput:
-        """As `decode`, but `streamer.end` is the caller's to call."""
+        On a CPU the text's keys and values are kept: of the next prompt, what it has in common with this text from the
+        beginning on is not read again (`stats.reused_tokens`), and nothing of the result depends on that.
+        """
+        return self.run(ids, streamer=streamer, keep=True, **options)
+
+    def run(self, ids: Any, *, streamer: Any = None, keep: bool = False, **options: Unpack[Options]) -> DecodeOutput:
+        """As `decode`, but `streamer.end` is the caller's to call. keep: the text's keys and values, for the next."""
         request = self._request(ids, streamer, **_known(options))
-        for _ in self._generate(request, 5):
+        for _ in self._generate(request, 5, keep):
             pass
         return DecodeOutput(request.text.sequences(), request.stats)
 
@@ -123,7 +127,7 @@ class Decoder:
         `stats` are those of this text. From the first chunk on, until the stream ends or is closed, the model is
         decoding: no other text can begin. Arguments are checked at once.
         """
-        return self._generate(self._request(ids, None, **_known(options)), 2)
+        return self._generate(self._request(ids, None, **_known(options)), 2, True)
 
     def warm_up(self) -> DecodeStats:
         """Makes the fused step, or records a step of each number of nodes, so that no later text waits for one.
@@ -171,7 +175,7 @@ class Decoder:
             return explained(stepper.target, StaticPolicy.from_widths([nodes - 1] if nodes > 1 else []).tree)
 
     def close(self) -> None:
-        """Frees what is kept for the model: its cache, recorded steps, fused step; the next text makes new ones.
+        """Frees what is kept for the model: its caches, recorded steps, fused step; the next text makes new ones.
 
         They are freed with the model, too. After this, a model of which a step could not be recorded is tried again.
         """
@@ -235,7 +239,7 @@ class Decoder:
         capacity = ids.shape[1] + limit + plan.policy.size
         return _Request(plan, text, chooser, self.stats, capacity, limit, max_new_tokens)
 
-    def _generate(self, request: _Request, stacklevel: int) -> Iterator[Chunk]:
+    def _generate(self, request: _Request, stacklevel: int, keep: bool) -> Iterator[Chunk]:
         """stacklevel: of the user's line, for the warning that the model's positions have ended the text."""
         from ..runtime.runtime import runtime_of
         from .loop import generate
@@ -246,7 +250,10 @@ class Decoder:
             return
         runtime = runtime_of(self.model)
         try:
-            with runtime.steps(plan.drafts, request.chooser, stats, request.capacity, *self._running) as stepper:
+            prompt = text.prompt if keep else None
+            with runtime.steps(
+                plan.drafts, request.chooser, stats, request.capacity, *self._running, prompt
+            ) as stepper:
                 yield from generate(stepper, plan, text)
         finally:
             stats.new_tokens = len(text.tokens)

@@ -17,14 +17,13 @@ from transformers import PreTrainedModel
 from ..drafting.drafter import NO_DRAFTER, Drafter, HeadsLike
 from ..target.attention import layer_windows
 from ..target.cache import TreeCache
-from ..target.model import TargetModel, position_limit, round_capacity
+from ..target.model import TargetModel, lasting_capacity
 from .recorder import RECORDERS, Unrecordable
 from .replayable import memory_of
 from .sampling import Sampling
 from .static_step import StaticResult, StepKind, StepMemory, run_step
 from .stats import DecodeStats
 
-_MIN_CAPACITY = 512
 # Libraries choose algorithms and take workspaces when they first see a shape, which a recording must not contain.
 _WARM_UPS = 2
 _MAX_HEADS = 4  # of one model, kept with their recordings
@@ -37,9 +36,7 @@ class Recordings:
 
     def __init__(self, model: PreTrainedModel, capacity: int, context: bool) -> None:
         """capacity: tokens. context: whether there is room for heads with a context layer."""
-        limit = min(position_limit(model), 1 << 40)
-        bucket = max(_MIN_CAPACITY, 1 << (capacity - 1).bit_length())  # the next power of two
-        capacity = min(bucket, round_capacity(max(capacity, limit)))
+        capacity = lasting_capacity(model, capacity)
         self.recorder = RECORDERS[model.device.type](model.device)
         self.memory = StepMemory(TreeCache(len(layer_windows(model.config)), capacity, 1, model.device, context))
         self._read = memory_of(model)

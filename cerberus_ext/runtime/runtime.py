@@ -17,12 +17,16 @@ from transformers import PreTrainedModel
 from ..drafting.context_layer import BoundContext
 from ..drafting.drafter import NO_DRAFTER, Drafter
 from ..drafting.heads_drafter import HeadsDrafter
-from ..target.model import TargetModel
+from ..target.attention import layer_windows
+from ..target.cache import TreeCache
+from ..target.model import TargetModel, lasting_capacity
+from ..target.step_audit import MAX_PADDING
 from .capability import Capability, examine
 from .fused.context import FusedContext
 from .fused.proof import check_fused
 from .fused.step import FusedStep, versions
 from .fused.trace import NotFused
+from .past import Past
 from .recorder import RECORDERS, Unrecordable, expected_on
 from .recordings import Recordings
 from .replayable import hooks_of, memory_of, obstacle
@@ -47,6 +51,8 @@ class Runtime:
         self._fused: tuple[Any, FusedStep] | None = None
         self._not_fused: tuple[Any, str] | None = None  # why there is none; it is not tried again
         self._fused_context: tuple[BoundContext, FusedContext | None] | None = None  # of the latest heads
+        self._trials = 0  # which have written over a cache
+        self._past: Past | None = None
         self._recordings: Recordings | None = None
         self._failure: tuple[Any, str] | None = None  # why a step could not be recorded; it is not tried again
         self._bound: tuple[weakref.ref[Any], Any, Drafter] | None = None  # the latest heads, bound to the model
@@ -91,12 +97,13 @@ class Runtime:
     @contextmanager
     def steps(
         self, drafts: Drafts, chooser: Chooser, stats: DecodeStats, capacity: int,
-        graphs: bool | None = None, fuse: bool | None = None, pack: bool | None = None,
+        graphs: bool | None = None, fuse: bool | None = None, pack: bool | None = None, prompt: Tensor | None = None,
     ) -> Iterator[Stepper]:  # fmt: skip
         """Steps of one decode, with the model prepared for them while inside.
 
         capacity: tokens that the cache has to hold. graphs, fuse, pack: as in `decode`. Raises ValueError where one of
-        them is True and cannot be had.
+        them is True and cannot be had. prompt: the text's, if it is to go on from the one before and to be kept for the
+        next; None: what is kept is freed.
         """
 
         def fall_back(error: Unrecordable) -> None:
@@ -112,24 +119,28 @@ class Runtime:
 
         in_the_way = obstacle(self.model, "a fused step")  # before a hook of ours is there
 
-        def put_fused(target: TargetModel, prompt: Tensor) -> None:
-            if fuse is False:
-                return
+        past: Past | None = None
+
+        def begin(target: TargetModel, ids: Tensor) -> int:
+            nonlocal past
+            trials = self._trials
             try:
-                if in_the_way:
-                    raise NotFused(in_the_way)
-                fused = self._fused_for(target, prompt, pack, stats)
-                if isinstance(drafter, HeadsDrafter) and drafter.context is not None:
-                    drafter.context.fused = self._context_for(drafter.context, target, prompt)
-                    at_end.callback(setattr, drafter.context, "fused", None)
-                target.fused = fused
+                if fuse is not False:
+                    self._put_fused(target, ids, drafter, pack, stats, at_end, in_the_way)
             except NotFused as error:
                 if fuse:
                     raise ValueError(f"decode: fuse must be None or False here, got True: {error}") from error
                 stats.not_fused_because = str(error)
+            if past is None or not (target.goes_as_steps(ids) and stats.exact) or stats.no_drafts_because:
+                past = None
+                return 0
+            known = len(past.tokens) if self._trials == trials else 0
+            return max(0, known - drafter.has_context)  # a pair needs the state before its token
 
         with self.sole():
+            past, self._past = self._past, None
             with torch.inference_mode():  # what is kept is made and written in it, whatever the caller's mode is
+                way = self.capability().way
                 drafter = self._bind(drafts)
                 recordings = None
                 if graphs is not False:
@@ -138,10 +149,33 @@ class Runtime:
                         drafter = recordings.keep(drafts.heads, drafter)
                     except Unrecordable as error:
                         fall_back(error)
-                cache = None if recordings is None else recordings.memory.cache
-                target = self.target(capacity, cache=cache, context=drafter.has_context)
+                past = None if recordings else self._past_of(past, prompt, capacity, drafter, (fuse, pack))
+                cache = recordings.memory.cache if recordings else None if past is None else past.cache
+                target = TargetModel(self.model, way, capacity, cache=cache, context=drafter.has_context)
             with target, ExitStack() as at_end:
-                yield Stepper(target, drafts, drafter, chooser, stats, recordings, give_up, put_fused)
+                stepper = Stepper(target, drafts, drafter, chooser, stats, recordings, give_up, begin)
+                try:
+                    yield stepper
+                finally:
+                    if past is not None:
+                        past.tokens, self._past = stepper.kept(), past
+
+    def _past_of(
+        self, past: Past | None, prompt: Tensor | None, capacity: int, drafter: Drafter, switches: tuple[Any, ...]
+    ) -> Past | None:
+        """What the text of the prompt goes on from, with room for it; None: nothing is kept."""
+        model = self.model
+        if prompt is None or model.device.type != "cpu":
+            return None
+        weights = versions(chain(model.parameters(), model.buffers()))
+        windows, autocast = layer_windows(model.config), torch.is_autocast_enabled("cpu")
+        setting = (hooks_of(model), model.dtype, torch.get_num_threads(), windows, autocast, *switches)
+        key = (self._memory, weights, setting, drafter if drafter.has_context else None)
+        room = lasting_capacity(model, capacity + MAX_PADDING)
+        if past is None or past.key != key:
+            past = Past(key, TreeCache(len(windows), room, 1, model.device, drafter.has_context))
+        past.cut(prompt, room)
+        return past
 
     def _bind(self, drafts: Drafts) -> Drafter:
         heads, model = drafts.heads, self.model
@@ -156,6 +190,19 @@ class Runtime:
             raise TypeError(f"decode: heads.bind must return a Drafter, got {type(drafter).__name__}")
         return drafter if drafts.drafts else NO_DRAFTER
 
+    def _put_fused(
+        self, target: TargetModel, prompt: Tensor, drafter: Drafter, pack: bool | None, stats: DecodeStats,
+        at_end: ExitStack, in_the_way: str | None,
+    ) -> None:  # fmt: skip
+        """Raises NotFused where there is none."""
+        if in_the_way:
+            raise NotFused(in_the_way)
+        fused = self._fused_for(target, prompt, pack, stats)
+        if isinstance(drafter, HeadsDrafter) and drafter.context is not None:
+            drafter.context.fused = self._context_for(drafter.context, target, prompt)
+            at_end.callback(setattr, drafter.context, "fused", None)
+        target.fused = fused
+
     def _fused_for(self, target: TargetModel, prompt: Tensor, pack: bool | None, stats: DecodeStats) -> FusedStep:
         """What an earlier decode has made, or a new one, tried on the prompt's beginning. Raises NotFused."""
         model = self.model
@@ -165,7 +212,7 @@ class Runtime:
             if self._not_fused is not None and self._not_fused[0] == key:
                 raise NotFused(self._not_fused[1])
             try:
-                with trial(target):
+                with self._trial(target):
                     # A step behind them has to have a position, or a prompt that takes all would leave none fused.
                     target.prefill(prompt[:, : max(1, min(_TRIED, target.max_positions - 1))])
                     fused = FusedStep(target, pack)
@@ -184,7 +231,7 @@ class Runtime:
     def _context_for(self, context: BoundContext, target: TargetModel, prompt: Tensor) -> FusedContext | None:
         """The same for a context layer; None: it runs op by op. Raises as `TargetModel.prefill_all`."""
         if self._fused_context is None or self._fused_context[0] is not context:
-            with trial(target):
+            with self._trial(target):
                 target.prefill_all(prompt[:, :1])
             self._fused_context = (context, None)
             with suppress(NotFused):
@@ -192,6 +239,15 @@ class Runtime:
         if (fused := self._fused_context[1]) is not None:
             fused.begin()
         return fused
+
+    @contextmanager
+    def _trial(self, target: TargetModel) -> Iterator[None]:
+        """What is put into the target's cache while inside is forgotten."""
+        self._trials += 1
+        try:
+            yield
+        finally:
+            target.cache.reset()
 
     def _recorded(self, chooser: Chooser, capacity: int, context: bool) -> Recordings:
         """Those that are kept, or new ones. Raises Unrecordable."""
@@ -216,20 +272,12 @@ class Runtime:
             warnings.warn(message, stacklevel=2)
 
     def release(self) -> None:
-        """Frees the cache, the static tensors, the recorded steps, the fused step; the next decode makes new ones.
+        """Frees the caches, the static tensors, the recorded steps, the fused step; the next decode makes new ones.
 
         After this, a model of which a step could not be recorded or fused is tried again.
         """
         self._recordings = self._failure = self._fused = self._not_fused = self._bound = self._fused_context = None
-
-
-@contextmanager
-def trial(target: TargetModel) -> Iterator[None]:
-    """What is put into the target's cache while inside is forgotten."""
-    try:
-        yield
-    finally:
-        target.cache.reset()
+        self._past = None
 
 
 _runtimes: weakref.WeakKeyDictionary[PreTrainedModel, Runtime] = weakref.WeakKeyDictionary()

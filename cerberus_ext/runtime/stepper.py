@@ -50,8 +50,13 @@ class Chunk(NamedTuple):
         return Chunk(self.tokens[:count], self.proposers[:count])
 
 
-def prefill(target: TargetModel, drafter: Drafter, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """ids (B, S): the prompt, of which the drafter is told -> hidden (B, D) and logits (B, V) of its last position."""
+def prefill(target: TargetModel, drafter: Drafter, ids: Tensor, reused: int = 0) -> tuple[Tensor, Tensor]:
+    """ids (B, S): the prompt, of which the drafter is told -> hidden (B, D) and logits (B, V) of its last position.
+
+    reused: tokens of it that are in the cache, with one pair more of a drafter with a context.
+    """
+    target.cache.extend(reused)
+    ids = ids[:, reused:]
     if not drafter.has_context:
         return target.prefill(ids)
     states, logits = target.prefill_all(ids)  # (B, S, D), (B, V)
@@ -63,14 +68,14 @@ class Stepper:
     """`prefill` once, then `step` as often as needed.
 
     recordings: steps are recorded and replayed; None: they run op by op. give_up: called where a step cannot be
-    recorded; from there on they run op by op. It may raise. fuse: called with the prompt before anything runs,
-    where steps are not recorded.
+    recorded; from there on they run op by op. It may raise. begin: called with the prompt before anything runs,
+    where steps are not recorded -> how much of it is reused, see `prefill`.
     """
 
     def __init__(
         self, target: TargetModel, drafts: Drafts, drafter: Drafter, chooser: Chooser, stats: DecodeStats,
         recordings: Recordings | None, give_up: Callable[[Unrecordable], None],
-        fuse: Callable[[TargetModel, Tensor], None],
+        begin: Callable[[TargetModel, Tensor], int],
     ) -> None:  # fmt: skip
         self.target = target
         self.stats = stats
@@ -80,7 +85,8 @@ class Stepper:
         self._chooser = chooser
         self._recordings = recordings
         self._give_up = give_up
-        self._fuse = fuse
+        self._begin = begin
+        self._text: list[int] = []
         self._memory = StepMemory(target.cache) if recordings is None else recordings.memory
         self._shape = (drafts.heads.config.num_heads, drafts.drafts) if drafts.drafts else None
         self._results: dict[int, StaticResult] = {}
@@ -96,14 +102,19 @@ class Stepper:
 
     def prefill(self, ids: Tensor) -> list[int]:
         """ids (1, S): the prompt -> the first new token."""
-        if self._recordings is None:
-            self._fuse(self.target, ids)
-        hidden, logits = prefill(self.target, self._drafter, ids)  # (B, D), (B, V)
+        reused = self._begin(self.target, ids) if self._recordings is None else 0
+        hidden, logits = prefill(self.target, self._drafter, ids, reused)  # (B, D), (B, V)
+        self.stats.reused_tokens = reused
         pending = self._chooser.first(logits, self.target.cache.length)  # (B,); the cache's length is its position
         self._memory.begin(hidden, pending)
         first = pending.tolist()
         self._chooser.extend(first)
+        self._text = ids[0].tolist() + first
         return first
+
+    def kept(self) -> list[int]:
+        """The tokens whose keys and values are in the cache, whatever has ended the steps; none before the first."""
+        return self._text[: self._drafter.kept(self.target.cache)]
 
     def max_depth(self) -> int:
         """How deep a tree may be at the next step, for no node to have a position that the model does not know."""
@@ -136,6 +147,7 @@ class Stepper:
             self.target.cache.committed += len(path)
             tokens = [target[node] for node in path]
             self._chooser.extend(tokens)
+            self._text += tokens
             proposers = [int(tree.proposers[node]) for node in path[1:]]
             self.stats.count_step(tree.size, path[1:], proposers)
         return Chunk(tokens, [*proposers, None])

@@ -57,6 +57,13 @@ class TreeCache(Cache):
         assert self.tensor is not None and self.context
         return self.tensor[-2], self.tensor[-1]
 
+    def grow(self, capacity: int, kept: int) -> None:
+        """Makes room for so many tokens. Of those that are there, the `kept` first stay."""
+        old, self.capacity = self.tensor, capacity
+        if old is not None:
+            self.allocate(old.shape[1:], old)[:, :, :, :kept] = old[:, :, :, :kept]
+            self.layers = [TreeCacheLayer(self, index) for index in range(len(self.layers))]  # whose keys lie elsewhere
+
     def reset(self) -> None:
         """Forgets everything, so that another prompt can be put in."""
         self.length.zero_()

@@ -25,6 +25,7 @@ from .stand_ins import TreeStep, running
 from .step_audit import MAX_PADDING, padded_nodes
 
 _CAPACITY_STEP = 64
+_MIN_LASTING = 512
 _PROMPT_NODES = 256  # of a prompt's tokens, in one forward: more would need more memory, and take as long
 
 
@@ -60,6 +61,8 @@ class StepForward(Protocol):
 
 class TargetModel:
     """Use as a context manager; inside, first `prefill` once, then `step` as often as needed.
+
+    A cache that holds the beginning of the text already is extended by it before `prefill`, which gets the rest.
 
     Nothing of the model is changed but, while inside, a hook on the input of its LM head, from where the hidden states
     are read; and, while a step runs, what its configs name for its attention and its experts (stand_ins.py).
@@ -122,7 +125,7 @@ class TargetModel:
 
         Raises ValueError where the model does not show them.
         """
-        if self.fused is not None and self._goes_as_steps(ids):
+        if self.fused is not None and self.goes_as_steps(ids):
             return self._run_prompt(ids)
         found: list[Any] = []
         body: Any = self.model.base_model
@@ -144,7 +147,7 @@ class TargetModel:
 
     def _run_prompt(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """-> hidden (B, at least 1, D), the last position's at the end, and its logits (B, V)."""
-        if self._goes_as_steps(ids):
+        if self.goes_as_steps(ids):
             return self._run_steps(ids)
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         only_last = {"logits_to_keep": 1} if self._keeps_logits else {}
@@ -153,7 +156,7 @@ class TargetModel:
         self.cache.whole = True
         return hidden, logits[:, -1]
 
-    def _goes_as_steps(self, ids: Tensor) -> bool:
+    def goes_as_steps(self, ids: Tensor) -> bool:
         """Whether a prompt is computed as steps are, so that it does not depend on whether they are fused.
 
         On a CPU our products are faster than torch's. Not beyond the positions that the model was made for: some
@@ -268,6 +271,12 @@ def chain_ancestors(nodes: int) -> Tensor:
 def round_capacity(tokens: int) -> int:
     """A cache's capacity for so many tokens."""
     return -(-tokens // _CAPACITY_STEP) * _CAPACITY_STEP
+
+
+def lasting_capacity(model: PreTrainedModel, tokens: int) -> int:
+    """The same of a cache that is used again: a power of two, so that it rarely has to grow, up to the model's end."""
+    bucket = max(_MIN_LASTING, 1 << (tokens - 1).bit_length())
+    return min(bucket, round_capacity(max(tokens, min(position_limit(model), 1 << 40))))
 
 
 def position_limit(model: PreTrainedModel) -> int:

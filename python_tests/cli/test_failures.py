@@ -190,7 +190,7 @@ def test_mistakes_of_ours_are_a_line_too(root: Path, monkeypatch: pytest.MonkeyP
     def mistake(*_: object) -> None:
         raise KeyError("x")
 
-    monkeypatch.setattr(generate_command, "load", mistake)
+    monkeypatch.setattr(generate_command, "load_any", mistake)
     failed(root, [*GENERATE, "w3"], "cerberus: KeyError: 'x' (CERBERUS_DEBUG=1 shows where)")
     monkeypatch.setenv("CERBERUS_DEBUG", "1")
     command = [argument.replace("{", f"{root}/").replace("}", "") for argument in GENERATE]

@@ -21,10 +21,10 @@ from cerberus_ext import CerberusConfig, CerberusHeads, Decoder
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, Gate, Signals
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
-from cerberus_ext.runtime import recordings
 from cerberus_ext.runtime.recordings import Recordings
 from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.runtime.stats import DecodeOutput
+from cerberus_ext.target import model as target_model
 
 NEW = 16
 TREE = StaticPolicy.from_paths([(0, 0, 0), (0, 1), (1, 0)])
@@ -100,7 +100,7 @@ def test_a_tree_of_another_size_is_recorded(model: PreTrainedModel) -> None:
 
 
 def test_capacity_grows_in_buckets(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recordings, "_MIN_CAPACITY", 32)
+    monkeypatch.setattr(target_model, "_MIN_LASTING", 32)
     heads = oracle(model)
     capacities, captures = [], []
     for length in (2, 5, 40, 90, 9):

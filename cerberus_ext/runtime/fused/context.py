@@ -36,6 +36,7 @@ class FusedContext:
             raise NotFused("there is one for one text, with heads of the model's dtype")
         self._trace = _trace(context, cache)
         self._make(cache)
+        self.known = 0
         self.begin()
 
     def begin(self) -> None:
@@ -69,6 +70,7 @@ class FusedContext:
             first = cache.length + (begin + 1 - len(tokens))
             places, ancestors = _chain(len(tokens[part]))
             self._native.run(tokens[part], first + places, first, ancestors, planes, states[part], rows[part])
+        self.known = cache.committed + 1
         return rows[-1:]
 
     def _make(self, cache: TreeCache) -> None:
