@@ -15,6 +15,8 @@ namespace cerberus::CERBERUS_ISA {
 constexpr int64_t kFourBitStep = 32;
 constexpr int64_t kFourBitStepBytes = kPackedWeights * (kFourBitStep / 2 + 2 * 4);
 
+static_assert(kPackedWeights == 3 && kFourBitStepBytes == 72, "four_bit_bytes_cpu has these numbers");
+
 static inline int64_t four_bit_tile_bytes(int64_t size) { return size / kFourBitStep * kFourBitStepBytes; }
 
 #if defined(__AVX512F__)

@@ -154,7 +154,7 @@ print(child.process.pid, flush=True)
 input()
 """
     with subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
     ) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
