@@ -55,12 +55,15 @@ def bench(
 
     from ..evaluation.evaluate import begin_folder, evaluate
     from ..evaluation.llama_cpp import llama_cpp_ways
+    from ..evaluation.ways import LLAMA_CPP
     from ..io.default_model import load_model
     from ..io.prompts import read_questions
 
     with option("--questions"):
         asked = read_questions(questions, limit)
     names = None if ways is None else tuple(name.strip() for name in ways.split(","))
+    if names is not None and llama_cpp is not None:  # asked for by that
+        names += tuple(name for name in LLAMA_CPP if name not in names)
     options = BenchOptions(turns=TURNS[turns], ways=names, way_files=tuple(way or ()), **more)
     begin_folder(out)
     target, tokenizer, trained = load(model, heads, dtype, device, threads)

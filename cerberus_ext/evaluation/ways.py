@@ -45,7 +45,7 @@ DYNAMIC = "cerberus-dynamic"
 BOTH = "cerberus"
 ENTROPY = "cerberus-entropy"
 CALIBRATED = "cerberus-calibrated"
-LLAMA_BF16, LLAMA_Q4_1 = "llama.cpp bf16", "llama.cpp q4_1"
+LLAMA_CPP = LLAMA_BF16, LLAMA_Q4_1 = "llama.cpp bf16", "llama.cpp q4_1"
 NO_CALIBRATION = "no calibration is stored for this machine, see cerberus calibrate"
 
 
@@ -153,7 +153,7 @@ def built_in_ways(
         BOTH: open_way(BOTH, "heads and the text's own past", context, heads, dynamic),
         ENTROPY: "there is no threshold",
         CALIBRATED: NO_CALIBRATION,
-        **dict.fromkeys((LLAMA_BF16, LLAMA_Q4_1), "no Python with xllamacpp was given"),
+        **dict.fromkeys(LLAMA_CPP, "no Python with xllamacpp was given"),
         **{way.name: way for way in llama_cpp},
     }
     if draft is not None:
