@@ -55,16 +55,12 @@ def bench(
 
     from ..evaluation.evaluate import begin_folder, evaluate
     from ..evaluation.llama_cpp import llama_cpp_ways
-    from ..evaluation.ways import LLAMA_CPP
     from ..io.default_model import load_model
     from ..io.prompts import read_questions
 
     with option("--questions"):
         asked = read_questions(questions, limit)
-    names = None if ways is None else tuple(name.strip() for name in ways.split(","))
-    if names is not None and llama_cpp is not None:  # asked for by that
-        names += tuple(name for name in LLAMA_CPP if name not in names)
-    options = BenchOptions(turns=TURNS[turns], ways=names, way_files=tuple(way or ()), **more)
+    options = BenchOptions(turns=TURNS[turns], ways=_names(ways, llama_cpp), way_files=tuple(way or ()), **more)
     begin_folder(out)
     target, tokenizer, trained = load(model, heads, dtype, device, threads)
     if llama_cpp is not None and (model is not None or target.device.type != "cpu"):
@@ -82,6 +78,16 @@ def bench(
             target, tokenizer, trained, asked, out, options, names=called, medusa=others, draft=draft, llama_cpp=peers
         )
     finish(summary, out)
+
+
+def _names(ways: str | None, llama_cpp: str | None) -> tuple[str, ...] | None:
+    """Those that are asked for, llama.cpp's by its option; None: all."""
+    from ..evaluation.ways import LLAMA_CPP
+
+    if ways is None:
+        return None
+    names = tuple(name.strip() for name in ways.split(","))
+    return names + tuple(name for name in LLAMA_CPP if llama_cpp is not None and name not in names)
 
 
 def _report_again(folder: Path) -> None:
