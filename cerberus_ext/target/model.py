@@ -261,7 +261,7 @@ def filled(nodes: int, tokens: Tensor, positions: Tensor, ancestors: Tensor) -> 
     return tokens, positions, F.pad(ancestors, (0, -(-nodes // 64) - ancestors.shape[1]))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=128)
 def chain_ancestors(nodes: int) -> Tensor:
     """(N, W) int64, as of a Topology, where every node hangs below the one before."""
     seen = torch.arange(1, nodes + 1)[:, None] - 64 * torch.arange(-(-nodes // 64))  # of each word's 64 nodes

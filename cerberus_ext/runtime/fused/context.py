@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache as cached
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ...drafting.static_policy import StaticPolicy
 from ...ops.step import NativeStep
+from ...target.model import chain_ancestors
 from .lower import lower
 from .program import Product, encode
 from .step import table_positions
@@ -67,9 +66,9 @@ class FusedContext:
         rows, planes = torch.empty_like(states), cache.tensor[-2:]
         for begin in range(0, len(tokens), _MOST_ROWS):
             part = slice(begin, begin + _MOST_ROWS)
-            first = cache.length + (begin + 1 - len(tokens))
-            places, ancestors = _chain(len(tokens[part]))
-            self._native.run(tokens[part], first + places, first, ancestors, planes, states[part], rows[part])
+            first, nodes = cache.length + (begin + 1 - len(tokens)), len(tokens[part])
+            positions, ancestors = first + torch.arange(nodes), chain_ancestors(nodes)
+            self._native.run(tokens[part], positions, first, ancestors, planes, states[part], rows[part])
         self.known = cache.committed + 1
         return rows[-1:]
 
@@ -92,10 +91,3 @@ def _trace(context: BoundContext, cache: TreeCache) -> Trace:
             (keys, values), tracing.length, tracing.positions, before, tracing.tokens, tracing.ancestors
         )
     return tracing.trace(before, rows, given=True)
-
-
-@cached
-def _chain(nodes: int) -> tuple[Tensor, Tensor]:
-    """Places (N,) and ancestors (N, W) of the nodes of one path."""
-    tree = StaticPolicy.chain(nodes - 1).tree.on(torch.device("cpu"))
-    return tree.depths, tree.ancestors
