@@ -253,10 +253,8 @@ int64_t packed_elements_cpu(DType dtype, int64_t rows, int64_t size) {
 void four_bit_linear_cpu(const LinearArgs& a, const Parallel& p) { level().four_bit_linear(a, p); }
 void pack_four_bits_cpu(const PackFourBitsArgs& a, const Parallel& p) { level().pack_four_bits(a, p); }
 int64_t four_bit_bytes_cpu(int64_t rows, int64_t size) {
-  // Three weight rows a tile, 72 bytes for 32 of k: cpu/four_bits.h, which a level includes.
-  constexpr int64_t kRows = 3, kStep = 32, kStepBytes = 72;
-  if (!level().pack_four_bits || rows < 1 || size % kStep) return 0;
-  return (rows + kRows - 1) / kRows * (size / kStep) * kStepBytes;
+  if (!level().pack_four_bits || rows < 1 || size % kFourBitStep) return 0;
+  return (rows + kPackedWeights - 1) / kPackedWeights * (size / kFourBitStep) * kFourBitStepBytes;
 }
 void prefer_large_pages_cpu(void* memory, int64_t bytes) { large_pages(memory, bytes, true); }
 

@@ -43,9 +43,9 @@ bool codes_of(const Weights& w, Scale scale, __m512i& even, __m512i& odd) {
   const auto code = [&](__m512 x, __m512i& q) {
     const __m512i nearest = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(x, m), share));
     q = _mm512_max_epi32(_mm512_min_epi32(nearest, _mm512_set1_epi32(15)), _mm512_setzero_si512());
-    const UIntVec bits = bit_cast<UIntVec>(_mm512_fmadd_ps(_mm512_cvtepi32_ps(q), d, m));
-    const UIntVec rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
-    return _mm512_cmp_ps_mask(bit_cast<__m512>(rounded), x, _CMP_NEQ_UQ) == 0;
+    const __m512 value =
+        round_to_bfloat16(four_bit_constants(), _mm512_fmadd_ps(_mm512_cvtepi32_ps(q), d, m));
+    return _mm512_cmp_ps_mask(value, x, _CMP_NEQ_UQ) == 0;
   };
   return code(w.even, even) && code(w.odd, odd);
 }
@@ -79,7 +79,8 @@ bool find(const Weights& w, Scale& scale, __m512i& even, __m512i& odd) {
   return any_near(furthest / -8, [&](float d) { return to_bfloat16(-8 * d) == furthest && fits(d, -8 * d); });
 }
 
-// As products see them: a zero adds the same to a sum, which is never -0, whatever its sign.
+// As products see them: a zero adds the same to a sum whatever its sign, but to one that has underflowed to
+// -0.
 bool are_same(__m512i words, __m512i weights) {
   const __m512i magnitudes = _mm512_and_si512(_mm512_or_si512(words, weights), _mm512_set1_epi16(0x7fff));
   const __mmask32 apart = _mm512_cmpneq_epi16_mask(words, weights);

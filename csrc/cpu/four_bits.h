@@ -12,11 +12,6 @@
 
 namespace cerberus::CERBERUS_ISA {
 
-constexpr int64_t kFourBitStep = 32;
-constexpr int64_t kFourBitStepBytes = kPackedWeights * (kFourBitStep / 2 + 2 * 4);
-
-static_assert(kPackedWeights == 3 && kFourBitStepBytes == 72, "four_bit_bytes_cpu has these numbers");
-
 static inline int64_t four_bit_tile_bytes(int64_t size) { return size / kFourBitStep * kFourBitStepBytes; }
 
 #if defined(__AVX512F__)
@@ -38,6 +33,11 @@ static inline const FourBitConstants* four_bit_constants() {
   __asm__("" : "+r"(constants));  // so that the compiler reads them anew each time
   return constants;
 }
+// To bfloat16, of finite numbers.
+static inline __m512 round_to_bfloat16(const FourBitConstants* constants, __m512 x) {
+  const UIntVec bits = bit_cast<UIntVec>(x);
+  return bit_cast<__m512>((bits + constants->half + (bits >> 16 & constants->one)) & constants->upper);
+}
 // d q + m for q from 0 to 15, not rounded yet.
 static inline __m512 four_bit_levels(const FourBitConstants* constants, const float* scale) {
   return _mm512_fmadd_ps(_mm512_set1_ps(scale[0]), _mm512_load_ps(constants->levels),
@@ -55,8 +55,7 @@ class FourBitWeights<PairedFloat> {
   FourBitWeights(const char* step, int n) {
     const __m512i codes = four_bit_codes(step, n);
     const FourBitConstants* constants = four_bit_constants();
-    const __m512 values =
-        bit_cast<__m512>(rounded(constants, four_bit_levels(constants, four_bit_scale(step, n))));
+    const __m512 values = round_to_bfloat16(constants, four_bit_levels(constants, four_bit_scale(step, n)));
     parts_[0] = bit_cast<Vec>(_mm512_permutexvar_ps(codes, values));
     parts_[1] = bit_cast<Vec>(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), values));
   }
@@ -69,11 +68,6 @@ class FourBitWeights<PairedFloat> {
   }
 
  private:
-  // To bfloat16, of finite numbers.
-  static UIntVec rounded(const FourBitConstants* constants, __m512 x) {
-    const UIntVec bits = bit_cast<UIntVec>(x);
-    return (bits + constants->half + (bits >> 16 & constants->one)) & constants->upper;
-  }
   Vec parts_[2];
 };
 

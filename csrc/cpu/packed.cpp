@@ -22,53 +22,44 @@ struct Ahead {
   }
 };
 
-// A step over k of a tile's sums, by weights that lie as they are: each row comes once, for all weights.
+// Weights of a step over k that lie as they are, as Product<X> takes them: get<part>(). FourBitWeights are
+// the same, looked up.
 template <typename X, typename W>
-struct DenseStep {
+class DenseWeights {
+ public:
   static constexpr int64_t kBytes = kPackedWeights * Product<X>::kStep * static_cast<int64_t>(sizeof(W));
-  template <int kRows, typename LoadRow>
-  static void add(const char* step, Vec (&sums)[kRows][kPackedWeights], const LoadRow& load_row) {
-    for_each_part<Product<X>>([&](auto part) {
-      constexpr int kPart = decltype(part)::value;
-      const W* w = reinterpret_cast<const W*>(step);
-      decltype(Product<X>::template load_at<kPart>(w)) weights[kPackedWeights];
-#pragma GCC unroll 4
-      for (int n = 0; n < kPackedWeights; ++n)
-        weights[n] = Product<X>::template load_at<kPart>(w + n * Product<X>::kStep);
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) {
-        const auto row = in_register(load_row(part, m));
-#pragma GCC unroll 4
-        for (int n = 0; n < kPackedWeights; ++n) sums[m][n] = Product<X>::add(row, weights[n], sums[m][n]);
-      }
-    });
+  DenseWeights() = default;
+  DenseWeights(const char* step, int n) : w_(reinterpret_cast<const W*>(step) + n * Product<X>::kStep) {}
+  template <int kPart>
+  auto get() const {
+    return Product<X>::template load_at<kPart>(w_);
   }
+
+ private:
+  const W* w_;
 };
 
-#if defined(__AVX512F__)
-// By weights in four bits: looked up once, for all rows.
-template <typename X>
-struct FourBitStep {
-  template <int kRows, typename LoadRow>
-  static void add(const char* step, Vec (&sums)[kRows][kPackedWeights], const LoadRow& load_row) {
-    FourBitWeights<X> weights[kPackedWeights];
+// A step of a tile's sums: weights and rows come once each.
+template <typename X, typename Weights, int kRows, typename LoadRow>
+inline void add_step(const char* step, Vec (&sums)[kRows][kPackedWeights], const LoadRow& load_row) {
+  Weights all[kPackedWeights];
 #pragma GCC unroll 4
-    for (int n = 0; n < kPackedWeights; ++n) weights[n] = FourBitWeights<X>(step, n);
-    for_each_part<Product<X>>([&](auto part) {
-      constexpr int kPart = decltype(part)::value;
+  for (int n = 0; n < kPackedWeights; ++n) all[n] = Weights(step, n);
+  for_each_part<Product<X>>([&](auto part) {
+    constexpr int kPart = decltype(part)::value;
+    decltype(all[0].template get<kPart>()) weights[kPackedWeights];
+#pragma GCC unroll 4
+    for (int n = 0; n < kPackedWeights; ++n) weights[n] = all[n].template get<kPart>();
 #pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) {
-        const auto row = in_register(load_row(part, m));
+    for (int m = 0; m < kRows; ++m) {
+      const auto row = in_register(load_row(part, m));
 #pragma GCC unroll 4
-        for (int n = 0; n < kPackedWeights; ++n)
-          sums[m][n] = Product<X>::add(row, weights[n].template get<kPart>(), sums[m][n]);
-      }
-    });
-  }
-};
-#endif
+      for (int n = 0; n < kPackedWeights; ++n) sums[m][n] = Product<X>::add(row, weights[n], sums[m][n]);
+    }
+  });
+}
 
-template <int kRows, typename Step, typename X>
+template <int kRows, typename Weights, typename X>
 inline void dot_tile(const X* x, int64_t x_stride, const char* w, int64_t step_bytes, int64_t size,
                      Ahead ahead, float (&out)[kRows][kPackedWeights]) {
   using Product = Product<X>;
@@ -76,12 +67,12 @@ inline void dot_tile(const X* x, int64_t x_stride, const char* w, int64_t step_b
   int64_t k = 0;
   for (; k + Product::kStep <= size; k += Product::kStep, w += step_bytes) {
     ahead.prefetch();
-    Step::add(w, sums, [&](auto part, int m) {
+    add_step<X, Weights>(w, sums, [&](auto part, int m) {
       return Product::template load_at<decltype(part)::value>(x + m * x_stride + k);
     });
   }
   if (k < size)
-    Step::add(w, sums, [&](auto part, int m) {
+    add_step<X, Weights>(w, sums, [&](auto part, int m) {
       return Product::template load_part_at<decltype(part)::value>(x + m * x_stride + k, size - k);
     });
   sum_each(sums, out);
@@ -99,8 +90,8 @@ inline void put(const float (&dots)[kRows][kPackedWeights], int64_t m, int64_t n
     }
 }
 
-// Tiles of `tile_bytes` in steps of `step_bytes`, read by `Step`.
-template <typename Step, typename X, typename W>
+// Tiles of `tile_bytes` in steps of `step_bytes`, read as `Weights`.
+template <typename Weights, typename X, typename W>
 void times_tiles(const X* x, int64_t x_stride, int64_t rows, const char* packed, int64_t tile_bytes,
                  int64_t step_bytes, int64_t begin, int64_t end, int64_t size, const Output<W>& output) {
   with_row_tiles<kPackedRows>(rows, kPackedRows, [&](auto most, int64_t tiles) {
@@ -110,7 +101,7 @@ void times_tiles(const X* x, int64_t x_stride, int64_t rows, const char* packed,
       for_each_row_tile<decltype(most)::value>(rows, tiles, [&](int64_t m, auto row_count) {
         constexpr int kRows = decltype(row_count)::value;
         float out[kRows][kPackedWeights];
-        dot_tile<kRows, Step>(x + m * x_stride, x_stride, w, step_bytes, size, ahead, out);
+        dot_tile<kRows, Weights>(x + m * x_stride, x_stride, w, step_bytes, size, ahead, out);
         ahead.p += tile_bytes / tiles;
         put(out, m, n, end, output);
       });
@@ -137,10 +128,10 @@ void rows_times_packed(const Row<T>* x, int64_t x_stride, int64_t rows, const T*
   const int64_t blocks = row_blocks(rows, size * static_cast<int64_t>(sizeof(*x)));
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
-    using Step = DenseStep<Row<T>, T>;
-    times_tiles<Step>(x + first * x_stride, x_stride, count, reinterpret_cast<const char*>(packed),
-                      packed_tile<T>(size) * static_cast<int64_t>(sizeof(T)), Step::kBytes, begin, end, size,
-                      output.from_row(first));
+    using Weights = DenseWeights<Row<T>, T>;
+    times_tiles<Weights>(x + first * x_stride, x_stride, count, reinterpret_cast<const char*>(packed),
+                         packed_tile<T>(size) * static_cast<int64_t>(sizeof(T)), Weights::kBytes, begin, end,
+                         size, output.from_row(first));
   }
 }
 
@@ -158,8 +149,8 @@ void rows_times_four_bits(const Row<BFloat16>* x, int64_t x_stride, int64_t rows
                           int64_t begin, int64_t end, int64_t size, const Output<BFloat16>& output) {
   const int64_t tile_bytes = four_bit_tile_bytes(size);
   if (rows <= kPackedRows)
-    return times_tiles<FourBitStep<Row<BFloat16>>>(x, x_stride, rows, packed, tile_bytes, kFourBitStepBytes,
-                                                   begin, end, size, output);
+    return times_tiles<FourBitWeights<Row<BFloat16>>>(x, x_stride, rows, packed, tile_bytes,
+                                                      kFourBitStepBytes, begin, end, size, output);
   // More than one tile of rows: looked up once for all of them.
   const int64_t count = end - begin, tiles = (count + kPackedWeights - 1) / kPackedWeights;
   Buffer<BFloat16> dense(tiles * packed_tile<BFloat16>(size));

@@ -8,11 +8,10 @@
 #pragma once
 
 #include "cpu/dot.h"
+#include "cpu/parts.h"
 #include "cpu/product.h"
 
 namespace cerberus::CERBERUS_ISA {
-
-constexpr int kPackedWeights = 3;
 
 template <typename T>
 constexpr int64_t packed_tile(int64_t size) {
