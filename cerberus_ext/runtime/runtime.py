@@ -48,6 +48,7 @@ class Runtime:
         self._lock = threading.Lock()
         self._capability: tuple[Any, Capability] | None = None
         self._memory: Any = None  # memory_of the model when its capability was last asked for
+        self._weights: Any = None  # versions of its tensors when the latest text began
         self._fused: tuple[Any, FusedStep] | None = None
         self._not_fused: tuple[Any, str] | None = None  # why there is none; it is not tried again
         self._fused_context: tuple[BoundContext, FusedContext | None] | None = None  # of the latest heads
@@ -141,6 +142,7 @@ class Runtime:
             past, self._past = self._past, None
             with torch.inference_mode():  # what is kept is made and written in it, whatever the caller's mode is
                 way = self.capability().way
+                self._weights = versions(chain(self.model.parameters(), self.model.buffers()))
                 drafter = self._bind(drafts)
                 recordings = None
                 if graphs is not False:
@@ -167,10 +169,9 @@ class Runtime:
         model = self.model
         if prompt is None or model.device.type != "cpu":
             return None
-        weights = versions(chain(model.parameters(), model.buffers()))
         windows, autocast = layer_windows(model.config), torch.is_autocast_enabled("cpu")
         setting = (hooks_of(model), model.dtype, torch.get_num_threads(), windows, autocast, *switches)
-        key = (self._memory, weights, setting, drafter if drafter.has_context else None)
+        key = (self._memory, self._weights, setting, drafter if drafter.has_context else None)
         room = lasting_capacity(model, capacity + MAX_PADDING)
         if past is None or past.key != key:
             past = Past(key, TreeCache(len(windows), room, 1, model.device, drafter.has_context))
@@ -206,7 +207,7 @@ class Runtime:
     def _fused_for(self, target: TargetModel, prompt: Tensor, pack: bool | None, stats: DecodeStats) -> FusedStep:
         """What an earlier decode has made, or a new one, tried on the prompt's beginning. Raises NotFused."""
         model = self.model
-        key = (self._memory, versions(chain(model.parameters(), model.buffers())), model.dtype, pack)
+        key = (self._memory, self._weights, model.dtype, pack)
         if self._fused is None or self._fused[0] != key:
             self._fused = None  # first, so that there is memory for the new one
             if self._not_fused is not None and self._not_fused[0] == key:
