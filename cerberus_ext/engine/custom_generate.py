@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     EosTokenCriteria,
     GenerationConfig,
@@ -32,12 +34,13 @@ from .decoder import Decoder
 from .text import ends_streamer
 
 _ASSISTED = "drafts are those of heads and proposers"
-_ALONE = "nothing but sequences is returned"
-# Fields of the generation_config, as in REFUSED. transformers has made stopping criteria of two of those.
+_INSIDE = "steps keep nothing of what is inside the model"
+# Of REFUSED, what transformers has made rows, processors and stopping criteria of.
+_APPLIED = ("num_return_sequences", "guidance_scale", "watermarking_config", "max_time", "stop_strings")
 _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **{field: row for field, row in REFUSED.items() if field not in ("max_time", "stop_strings")},
+    **{field: row for field, row in REFUSED.items() if field not in _APPLIED},
     **dict.fromkeys(("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"), (bool, _ASSISTED)),
-    **dict.fromkeys((f"output_{what}" for what in ("scores", "logits", "attentions", "hidden_states")), (bool, _ALONE)),
+    **dict.fromkeys(("output_attentions", "output_hidden_states"), (bool, _INSIDE)),
 }
 _PREPARED = ("position_ids", "cache", "past_key_values", "cache_params")  # made by `generate` where the user gives none
 _HARMLESS = ("logits_to_keep", "use_cache")
@@ -71,33 +74,50 @@ def generate(
     """`model.generate(ids, custom_generate=cerberus_ext.generate, heads=heads, ...)`: the same text, in fewer forwards.
 
     heads, tree, gate, proposers, graphs, fuse, pack: as in `decode`. All other arguments are those of `model.generate`
-    with a prompt of one row, ids (1, S); transformers prepares them and calls this. Its logits processors must look at
-    nothing but their arguments: those of the same place may be called more than once.
+    with one prompt, ids (1, S); transformers prepares them and calls this.
     do_sample: tokens are drawn from the same probabilities as by `generate`, but with the noise of `decode`, by seed
         and position: other tokens than those of `generate`, and the same with and without drafts. seed None: one is
         drawn from torch's generator, so that torch.manual_seed determines the text here, too.
+    num_return_sequences: R texts, one after the other, with seed, seed + 1, ...
     streamer: gets what `generate` gives it; its `end` is called once, also where this raises.
 
-    Returns sequences (1, S + new) int64, or a GenerateDecoderOnlyOutput with nothing but them where
-    return_dict_in_generate is set. Raises ValueError, naming the argument, for what there is not: beams, assisted
-    generation, contrastive search, a cache or mask of one's own, scores ...; otherwise as `decode`. For stop_strings
+    Returns sequences (R, S + new) int64, padded as by `generate`. Where return_dict_in_generate is set, a
+    GenerateDecoderOnlyOutput with them, and for each new token with scores and logits, (R, V) float32, where they are
+    asked for; 0 for rows that have ended. Raises ValueError, naming the argument, for what there is not: beams,
+    assisted generation, contrastive search, a cache or mask of one's own ...; otherwise as `decode`. For stop_strings
     give stopping_criteria=[StopStringCriteria(tokenizer, ...)]: transformers takes no tokenizer beside custom_generate.
     """
     given = _arguments_of_generate()
+    returned = generation_config.num_return_sequences or 1
 
     @ends_streamer
-    def decoded(*, streamer: Any) -> Any:
+    def texts(*, streamer: Any) -> list[dict[str, Any]]:
         decoder = Decoder(model, heads, tree=tree, gate=gate, proposers=proposers, graphs=graphs, fuse=fuse, pack=pack)
         check_refused("generate: generation_config", generation_config, _REFUSED)
         _check_arguments(model_kwargs, given)
-        options = _options(input_ids.shape[1], logits_processor, stopping_criteria)
-        if generation_config.do_sample:
-            options |= _sampling(options["logits_processor"], seed)
-        put_to = None if streamer is None else _AfterPrompt(streamer)
-        return decoder.run(input_ids, streamer=put_to, attention_mask=model_kwargs.get("attention_mask"), **options)
+        if streamer is not None and returned > 1:
+            raise ValueError(f"generate: streamer must be None with num_return_sequences = {returned}")
+        options = {
+            "streamer": None if streamer is None else _AfterPrompt(streamer),
+            "attention_mask": model_kwargs.get("attention_mask"),
+        }
+        first: Any = int(torch.randint(2**63 - 1, ())) if seed is None and generation_config.do_sample else seed
+        return [
+            _text(
+                decoder, input_ids[row::returned], logits_processor, stopping_criteria, generation_config,
+                first + row if row else first, options,
+            )
+            for row in range(returned)
+        ]  # fmt: skip
 
-    sequences = decoded(streamer=given.get("streamer") if streamer is None else streamer).sequences
-    return GenerateDecoderOnlyOutput(sequences) if generation_config.return_dict_in_generate else sequences
+    made = texts(streamer=given.get("streamer") if streamer is None else streamer)
+    padding = getattr(generation_config, "_pad_token_tensor", None)
+    rows = [row for text in made for row in text.pop("sequences")]
+    sequences = pad_sequence(rows, batch_first=True, padding_value=0 if padding is None else int(padding))
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    kept: dict[str, Any] = {name: _by_token([text[name] for text in made]) for name in made[0]}
+    return GenerateDecoderOnlyOutput(sequences=sequences, **kept)  # type: ignore[arg-type]
 
 
 def _arguments_of_generate() -> Mapping[str, Any]:
@@ -125,31 +145,70 @@ def _check_arguments(model_kwargs: dict[str, Any], given: Mapping[str, Any]) -> 
         raise ValueError(f"generate: {name} must not be given: with cerberus_ext.generate the model gets tokens alone")
 
 
-def _options(length: int, processors: LogitsProcessorList, criteria: StoppingCriteriaList) -> dict[str, Any]:
+def _text(
+    decoder: Decoder, ids: Tensor, processors: LogitsProcessorList, criteria: StoppingCriteriaList,
+    config: GenerationConfig, seed: Any, options: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """sequences (1, S + new), and scores and logits of each new token, (1, V), if config asks for them."""
+    length = ids.shape[1]
+    options = options | _options(length, criteria)
+    own, warpers = list(processors), list[Any]()
+    if config.do_sample:
+        options |= _sampling(own, seed)
+        warpers = processors[len(own) :]
+    kept: dict[str, _Kept] = {}
+    if config.return_dict_in_generate and config.output_logits:
+        own.insert(0, kept.setdefault("logits", _Kept([])))
+    if config.return_dict_in_generate and config.output_scores:
+        own.append(kept.setdefault("scores", scores := _Kept(warpers)))
+        if stops := StoppingCriteriaList(options["stopping_criteria"]):
+            options["stopping_criteria"] = [lambda ids, _: stops(ids, tuple(scores.rows[: ids.shape[1] - length]))]
+    sequences = decoder.run(ids, logits_processor=own, **options).sequences
+    return {"sequences": sequences} | {name: of.rows[: sequences.shape[1] - length] for name, of in kept.items()}
+
+
+def _options(length: int, criteria: StoppingCriteriaList) -> dict[str, Any]:
     """What transformers has made of the arguments, as options of `decode`. length: the prompt's."""
     max_length = min(c.max_length for c in criteria if type(c) is MaxLengthCriteria)
     return {
         "max_new_tokens": max(1, max_length - length),  # `generate` writes a token before it looks
         "eos_token_id": [token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.tolist()],
         "stopping_criteria": [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)],
-        "generation_config": GenerationConfig(),  # what it asks for is in the lists
-        "logits_processor": LogitsProcessorList(processors),
+        "generation_config": GenerationConfig(),  # what it asks for is in the processors and criteria
     }
 
 
-def _sampling(processors: LogitsProcessorList, seed: int | None) -> dict[str, Any]:
+def _sampling(processors: list[Any], seed: Any) -> dict[str, Any]:
     """Options of `decode` for drawing as the processors do; those at their end that it knows are taken off.
 
     The other ways of cutting probabilities off (min_p, ...) stay: they are applied like rules.
     """
-    options: dict[str, Any] = {"temperature": 1.0}
-    options["seed"] = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+    options: dict[str, Any] = {"temperature": 1.0, "seed": seed}
     for name, kind in _WARPERS.items():
         last: Any = processors[-1] if processors else None
         if type(last) is kind and vars(last) == vars(kind(getattr(last, name))):  # as `generate` makes it
             options[name] = getattr(last, name)
             processors.pop()
     return options
+
+
+def _by_token(texts: list[list[Tensor]]) -> tuple[Tensor, ...]:
+    """Of each text, (1, V) by token -> (R, V) by token."""
+    return tuple(torch.cat(rows) for rows in zip_longest(*texts, fillvalue=torch.zeros_like(texts[0][0])))
+
+
+class _Kept:
+    """A logits processor that keeps what comes to it, as the warpers, which follow, make it: rows, (1, V) by token."""
+
+    def __init__(self, warpers: list[Any]) -> None:
+        self.rows: list[Tensor] = []
+        self._warpers = LogitsProcessorList(warpers)
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        with torch.inference_mode(False):  # what the caller gets he may compute with
+            warp: Any = self._warpers
+            self.rows.append(warp(ids, scores.clone()))
+        return scores
 
 
 class _AfterPrompt:

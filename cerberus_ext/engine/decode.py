@@ -66,8 +66,9 @@ def decode(
         and the gate; top_k and top_p are those of `ops.choose_tokens`.
     generation_config: None: the model's. What it says about the logits (penalties, forbidden tokens, ...) is applied
         before a token is chosen, as in `generate`, see logit_rules.py; the other arguments do not come from it.
-    logits_processor: transformers' own, applied after those: to the logits of each place with the text up to there, and
-        perhaps more than once; they must look at nothing else. Steps with processors are not recorded.
+    logits_processor: transformers' own, applied after those, and called as by `generate`: once for each token, in
+        order, with the text before it; perhaps also for tokens behind the one at which a stopping criterion ends the
+        text. Steps with processors are not recorded.
     eos_token_id: token or tokens that end the text, included in it; None: those of the generation_config.
     stopping_criteria, streamer: transformers' own. A criterion gets None as its scores, as from `generate` without
         output_scores. The streamer gets the prompt when nothing more is refused; its `end` is called once, also where

@@ -257,6 +257,7 @@ class Decoder:
                 yield from generate(stepper, plan, text)
         finally:
             stats.new_tokens = len(text.tokens)
+            stats.processor_seconds = request.chooser.seconds
         if len(text.tokens) == request.limit < request.asked and not text.stopped:
             warnings.warn(
                 f"decode: max_new_tokens is {request.asked}, but the text ends after {request.limit} tokens:"

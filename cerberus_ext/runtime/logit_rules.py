@@ -6,7 +6,8 @@ never depends on the other nodes of the tree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -99,33 +100,48 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "stop_strings": (lambda v: True, "give stopping_criteria=[StopStringCriteria(tokenizer, ...)]"),
 }
 
+_NOTHING = -2  # no token of the model's, nor what stands for a draft that there is not
+
 
 class LogitRules:
     """A Chooser: the processors of one text in front of its sampling, and the text so far.
 
-    rules: the fields of generation_config, and the classes, that are applied. ids (1, S): the prompt.
+    rules: the fields of generation_config, and the classes, that are applied. ids (1, S): the prompt. eos: tokens that
+    end the text. seconds: what the processors took so far.
     """
 
-    def __init__(self, rules: Sequence[str], processors: LogitsProcessorList, ids: Tensor, sampling: Sampling) -> None:
+    def __init__(
+        self, rules: Sequence[str], processors: LogitsProcessorList, ids: Tensor, eos: Set[int], sampling: Sampling
+    ) -> None:
         self.host_rules = tuple(rules)
+        self.seconds = 0.0
         self._processors = processors
         self._text = ids
+        self._eos = eos
         self._sampling = sampling
 
     def first(self, logits: Tensor, positions: Tensor) -> Tensor:
         return self._sampling.choose(self._apply(self._text, logits), positions)
 
     def targets(self, logits: Tensor, tokens: Tensor, tree: Tree | None, positions: Tensor) -> Tensor:
-        """-1 after nodes that are not accepted, for which nothing is computed: as many logits are processed as tokens
-        are accepted."""
+        """_NOTHING after nodes that are not accepted, or that end the text: nothing is computed there.
+
+        So processors are called as by `generate`, also those that count their calls or follow the text: for each token
+        once, in order. Nodes of equal depth that are accepted have the same text, and what follows the first one
+        follows all of them.
+        """
         assert tree is not None
-        drafts, chosen = tokens[0].tolist(), [-1] * tree.size
-        contexts = {-1: self._text[:, :-1]}  # of the accepted nodes, themselves included
-        for node, parent in enumerate(tree.parents.tolist()):
-            if parent in contexts and (node == 0 or drafts[node] == chosen[parent]):
-                contexts[node] = torch.cat([contexts[parent], tokens[:, node : node + 1]], 1)
-                processed = self._apply(contexts[node], logits[:, node])
-                chosen[node] = int(self._sampling.choose(processed, positions[:, node]))
+        drafts, chosen = tokens[0].tolist(), [_NOTHING] * tree.size
+        text, follows = self._text[:, :-1], list[int]()  # the accepted path so far, and the token behind each depth
+        for node, (parent, depth) in enumerate(zip(tree.parents.tolist(), tree.depths.tolist(), strict=True)):
+            accepted = node == 0 or 0 <= chosen[parent] == drafts[node]
+            if not accepted or node and drafts[node] in self._eos:
+                continue
+            if depth == len(follows):
+                text = torch.cat([text, tokens[:, node : node + 1]], 1)
+                processed = self._apply(text, logits[:, node])
+                follows.append(int(self._sampling.choose(processed, positions[:, node])))
+            chosen[node] = follows[depth]
         return tokens.new_tensor([chosen])
 
     def extend(self, tokens: list[int]) -> None:
@@ -133,7 +149,11 @@ class LogitRules:
 
     def _apply(self, ids: Tensor, logits: Tensor) -> Tensor:
         process: Any = self._processors
-        return call("decode: logits_processor", process, ids, logits.to(torch.float32, copy=True))
+        begin = time.perf_counter()
+        try:
+            return call("decode: logits_processor", process, ids, logits.to(torch.float32, copy=True))
+        finally:
+            self.seconds += time.perf_counter() - begin
 
 
 def check_refused(whose: str, config: Any, refused: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
@@ -174,4 +194,4 @@ def logit_rules(
             raise ValueError(f"{whose} must have a {field} that fits, got {value!r}: {error}") from error
         rules.append(field)
         processors.append(processor)
-    return LogitRules(rules, processors, ids, sampling) if rules else sampling
+    return LogitRules(rules, processors, ids, eos_token_ids, sampling) if rules else sampling

@@ -15,11 +15,15 @@ from ..drafting.tree import Tree
 class Chooser(Protocol):
     """Chooses the tokens of one text.
 
-    host_rules: what the host applies to the logits on the way, by name; a step with any is not recorded.
+    host_rules: what the host applies to the logits on the way, by name; a step with any is not recorded. seconds: what
+    that took so far.
     """
 
     @property
     def host_rules(self) -> Sequence[str]: ...
+
+    @property
+    def seconds(self) -> float: ...
 
     def first(self, logits: Tensor, positions: Tensor) -> Tensor:
         """logits (B, V) after the prompt, positions (B,) of the tokens to choose -> tokens (B,)."""
@@ -41,6 +45,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     host_rules: ClassVar[Sequence[str]] = ()
+    seconds: ClassVar[float] = 0.0
 
     def choose(self, logits: Tensor, positions: Tensor) -> Tensor:
         """logits (..., V), positions (...) of the tokens to choose -> tokens (...)."""

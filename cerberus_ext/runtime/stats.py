@@ -51,6 +51,7 @@ class DecodeStats(StepCounts):
     seconds            per phase, by the host's clock: prefill; draft (gate, heads, tree); verify (the step on the
                        device, until the host has read what came out); commit (counting, handing out tokens). Heads
                        that are part of a recording count as verify
+    processor_seconds  what logits processors took, part of the prefill's and verify's `seconds`
     graphed_steps      steps that were replayed from CUDA graphs
     captures           graphs that had to be recorded; none where an earlier decode left those that are needed
     capture_seconds    what recording them took; not part of `seconds`
@@ -71,6 +72,7 @@ class DecodeStats(StepCounts):
     trace: list[tuple[int, list[int]]] = field(default_factory=list)
     trace_proposers: list[list[int]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    processor_seconds: float = 0.0
     graphed_steps: int = 0
     captures: int = 0
     capture_seconds: float = 0.0

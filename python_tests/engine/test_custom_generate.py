@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from generate_cases import CASES, EOS, NEW, Ban, cerberus, run
 from stand_ins import OracleHeads, RandomHeads
 from tiny_models import VOCAB, generated, prompt, tiny_model
 from tokenizers import Tokenizer
@@ -17,16 +18,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import (
     DynamicCache,
-    EosTokenCriteria,
     GenerationConfig,
     GenerationMixin,
-    LogitsProcessor,
     LogitsProcessorList,
-    MaxLengthCriteria,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
     StopStringCriteria,
     T5Config,
     T5ForConditionalGeneration,
@@ -42,25 +37,6 @@ from cerberus_ext.drafting.gate import AlwaysClosed
 from cerberus_ext.engine.custom_generate import _sampling
 from cerberus_ext.engine.decode import decode
 
-NEW = 24
-EOS = 26  # the tiny llama writes it soon
-
-
-class Ban(LogitsProcessor):
-    """Forbids the token two places back: depends on the prefix."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores.scatter(1, input_ids[:, -2:-1], -torch.inf)
-
-
-class EndsWith(StoppingCriteria):
-    def __init__(self, token: int) -> None:
-        self.token = token
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        assert scores is None
-        return input_ids[:, -1] == self.token
-
 
 class Recording(BaseStreamer):
     def __init__(self) -> None:
@@ -71,68 +47,6 @@ class Recording(BaseStreamer):
 
     def end(self) -> None:
         self.calls.append("end")
-
-
-CASES: dict[str, dict[str, Any]] = {
-    "max_new_tokens": {"max_new_tokens": NEW},
-    "one token": {"max_new_tokens": 1},
-    "max_length": {"max_length": 20, "max_new_tokens": None},
-    "eos_token_id": {"eos_token_id": EOS},
-    "several eos_token_id": {"eos_token_id": [EOS, 61, 97]},
-    "eos_token_id that the model lacks": {"eos_token_id": [EOS, VOCAB + 3]},
-    "attention_mask": {"attention_mask": torch.ones(1, 9, dtype=torch.int64)},
-    "max_time": {"max_time": 1000.0},
-    "max_time is over": {"max_time": -1.0},
-    "repetition_penalty": {"repetition_penalty": 1.3},
-    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
-    "bad_words_ids": {"bad_words_ids": [[61, 61], [97]]},
-    "suppress_tokens": {"suppress_tokens": [61, 97]},
-    "begin_suppress_tokens": {"begin_suppress_tokens": [97]},
-    "sequence_bias": {"sequence_bias": {(61, 61): -9.0, (40,): 3.0}},
-    "min_new_tokens": {"min_new_tokens": 22, "eos_token_id": EOS},
-    "min_length": {"min_length": 31, "eos_token_id": EOS},
-    "forced_eos_token_id": {"forced_eos_token_id": 7},
-    "exponential_decay_length_penalty": {"exponential_decay_length_penalty": (3, 1.6), "eos_token_id": 7},
-    "encoder_repetition_penalty": {"encoder_repetition_penalty": 1.5},
-    "renormalize_logits": {"renormalize_logits": True, "repetition_penalty": 1.2},
-    "generation_config": {"generation_config": GenerationConfig(max_new_tokens=11, repetition_penalty=1.4)},
-    "logits_processor": {"logits_processor": [Ban()]},
-    "logits_processor in the place of a field's": {
-        "logits_processor": [RepetitionPenaltyLogitsProcessor(1.5), Ban()],
-        "repetition_penalty": 1.1,
-    },
-    "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": lambda _, ids: [int(ids[-1]) * 3 % VOCAB, 7, 61]},
-    "stopping_criteria": {"stopping_criteria": [EndsWith(61)]},
-    "MaxLengthCriteria": {"stopping_criteria": [MaxLengthCriteria(14)]},
-    "MaxLengthCriteria within the prompt": {"stopping_criteria": [MaxLengthCriteria(5)]},
-    "EosTokenCriteria": {"stopping_criteria": [EosTokenCriteria(EOS)], "eos_token_id": 61},
-    "return_dict_in_generate": {"return_dict_in_generate": True},
-    "use_cache": {"use_cache": False},
-    "static cache": {"cache_implementation": "static"},
-    "sampling options without do_sample": {"temperature": 0.3, "top_k": 3, "top_p": 0.5},
-    "logits_to_keep": {"logits_to_keep": 1},
-    "several": {
-        "repetition_penalty": 1.2,
-        "no_repeat_ngram_size": 3,
-        "logits_processor": [Ban()],
-        "stopping_criteria": [EndsWith(40)],
-        "eos_token_id": [EOS, 7],
-        "min_new_tokens": 12,
-        "return_dict_in_generate": True,
-    },
-}  # fmt: skip
-
-
-def run(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
-    """`generate`, greedily where nothing else is said. Warnings about what is set beside do_sample=False, and about
-    processors that stand in the place of a field's, are transformers' own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return model.generate(ids, **{"do_sample": False, "pad_token_id": 0, "max_new_tokens": NEW} | options)
-
-
-def cerberus(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
-    return run(model, ids, custom_generate=cerberus_ext.generate, **options)
 
 
 def tokens(result: Any) -> list[list[int]]:
@@ -245,7 +159,7 @@ def test_a_refusal_ends_the_streamer() -> None:
 
     def refused() -> None:
         try:
-            cerberus(tiny_model("llama"), prompt(), streamer=streamer, output_scores=True)
+            cerberus(tiny_model("llama"), prompt(), streamer=streamer, output_attentions=True)
         except ValueError as error:
             errors.append(error)
 
@@ -260,15 +174,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "num_beams": ({"num_beams": 2}, "generate: generation_config must not have num_beams = 2: there are no beams"),
     "num_return_sequences": (
         {"num_return_sequences": 2, "do_sample": True},
-        "generation_config must not have num_return_sequences = 2: one text is returned",
+        "generate: streamer must be None with num_return_sequences = 2",
     ),
     "penalty_alpha": ({"penalty_alpha": 0.6, "top_k": 4}, "not have penalty_alpha = 0.6: contrastive search"),
     "dola_layers": ({"dola_layers": "low"}, "not have dola_layers = 'low'"),
-    "guidance_scale": ({"guidance_scale": 1.5}, "not have guidance_scale = 1.5"),
     "prompt_lookup_num_tokens": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens = 3: drafts are those"),
-    "output_scores": ({"output_scores": True}, "output_scores = True: nothing but sequences"),
-    "output_logits": ({"output_logits": True, "return_dict_in_generate": True}, "output_logits = True"),
-    "output_attentions": ({"output_attentions": True}, "output_attentions = True"),
+    "output_attentions": ({"output_attentions": True}, "output_attentions = True: steps keep nothing of what"),
     "output_hidden_states": ({"output_hidden_states": True}, "output_hidden_states = True"),
     "synced_gpus": ({"synced_gpus": True}, "generate: synced_gpus must not be set"),
     "past_key_values": ({"past_key_values": DynamicCache()}, "generate: (cache|past_key_values) must not be given"),

@@ -1,0 +1,145 @@
+"""What `generate` returns beside one text, with cerberus_ext.generate: scores, logits, several texts of a prompt."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from generate_cases import CASES, EOS, NEW, Ban, cerberus, run
+from stand_ins import OracleHeads
+from tiny_models import VOCAB, prompt, tiny_model
+from torch import Tensor
+from transformers import StoppingCriteria, WatermarkingConfig
+from transformers.generation import GenerateDecoderOnlyOutput
+
+import cerberus_ext
+from cerberus_ext.drafting.gate import AlwaysClosed
+
+ALL: dict[str, Any] = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+SAMPLED: dict[str, dict[str, Any]] = {
+    "temperature, top_k, top_p": {"temperature": 0.7, "top_k": 9, "top_p": 0.9},
+    "min_p": {"min_p": 0.1, "temperature": 1.4, "top_k": 0},
+    "typical_p": {"typical_p": 0.6, "top_k": 0},
+    "epsilon_cutoff": {"epsilon_cutoff": 0.01, "top_k": 0},
+    "eta_cutoff": {"eta_cutoff": 0.02, "top_k": 0},
+    "all": {"repetition_penalty": 1.3, "top_p": 0.9, "typical_p": 0.9, "min_p": 0.05, "logits_processor": [Ban()]},
+    "renormalized": {"top_p": 0.9, "renormalize_logits": True},
+    "watermark": {"watermarking_config": WatermarkingConfig(bias=3.0, seeding_scheme="selfhash"), "top_k": 0},
+}
+
+
+def close(got: Any, want: Any) -> None:
+    """Tuples of (1, V) for each token, up to the rounding of other kernels."""
+    assert len(got) == len(want)
+    torch.testing.assert_close(torch.cat(got), torch.cat(want), rtol=1e-4, atol=1e-4)
+
+
+def same(got: Any, want: Any) -> bool:
+    return len(got) == len(want) and all(a.equal(b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scores_and_logits_are_those_of_generate(case: str) -> None:
+    model, options = tiny_model("llama"), {**CASES[case], **ALL}
+    if "generation_config" in options:
+        options = {"max_new_tokens": None, **options}
+    want = run(model, prompt(), **options)
+    heads = OracleHeads(want.sequences, 3, VOCAB)
+    got = cerberus(model, prompt(), heads=heads, tree=9, streamer=heads, **options)
+    assert type(got) is GenerateDecoderOnlyOutput and got.sequences.equal(want.sequences)
+    assert {name for name in want if name in ("sequences", "scores", "logits")} == set(got)
+    close(got.scores, want.scores)
+    close(got.logits, want.logits)
+    assert not got.scores[0].is_inference()
+
+
+def test_only_what_is_asked_for() -> None:
+    model = tiny_model("llama")
+    assert set(cerberus(model, prompt(), return_dict_in_generate=True)) == {"sequences"}
+    for what in ("scores", "logits"):
+        got = cerberus(model, prompt(), return_dict_in_generate=True, **{f"output_{what}": True})
+        assert set(got) == {"sequences", what}
+    assert isinstance(cerberus(model, prompt(), output_scores=True), Tensor), "as generate: it has no place for them"
+
+
+@pytest.mark.parametrize("sampled", [{}, {"do_sample": True, "seed": 4, "min_p": 0.02, "top_p": 0.9}])
+def test_bits_of_scores_do_not_depend_on_drafts(sampled: dict[str, Any]) -> None:
+    model, options = tiny_model("llama", dtype=torch.bfloat16), {"repetition_penalty": 1.2, **ALL, **sampled}
+    want = cerberus(model, prompt(), gate=AlwaysClosed(), **options)
+    heads = OracleHeads(want.sequences, 3, VOCAB)
+    for more in ({"heads": heads, "streamer": heads, "tree": 9}, {"tree": 24}, {"fuse": False}):
+        got = cerberus(model, prompt(), **options, **more)
+        assert got.sequences.equal(want.sequences)
+        assert same(got.scores, want.scores) and same(got.logits, want.logits)
+
+
+@pytest.mark.parametrize("case", SAMPLED)
+def test_sampled_scores_are_those_of_generate(case: str) -> None:
+    """At places of the text that was drawn: what `generate` would draw from there."""
+    model, options = tiny_model("llama"), {"do_sample": True, **SAMPLED[case]}
+    plain = cerberus(model, prompt(), seed=3, gate=AlwaysClosed(), **options)
+    heads = OracleHeads(plain, 3, VOCAB)
+    got = cerberus(model, prompt(), heads=heads, streamer=heads, seed=3, tree=9, **options, **ALL)
+    assert got.sequences.equal(plain), "that scores are returned changes nothing"
+    for new in (0, 1, 2, 3, 9, NEW - 1):
+        want = run(model, plain[:, : 9 + new], **{**options, **ALL, "max_new_tokens": 1})
+        close(got.scores[new : new + 1], want.scores)
+        close(got.logits[new : new + 1], want.logits)
+
+
+def test_stopping_criteria_get_the_scores() -> None:
+    """Of every token so far, also in the middle of what a step has accepted, as from `generate`."""
+
+    class Sure(StoppingCriteria):
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            self.seen.append(scores)
+            return torch.tensor([len(scores) > 6 and bool(scores[-1].max() > scores[0].max())])
+
+    model, theirs, ours = tiny_model("llama"), Sure(), Sure()
+    want = run(model, prompt(), stopping_criteria=[theirs], **ALL)
+    assert 5 < len(want.scores) < NEW, "the case tests nothing"
+    text = run(model, prompt())
+    heads = OracleHeads(text, 3, VOCAB)
+    got = cerberus(model, prompt(), stopping_criteria=[ours], heads=heads, streamer=heads, tree=9, **ALL)
+    assert got.sequences.equal(want.sequences) and len(ours.seen) == len(theirs.seen)
+    for mine, their in zip(ours.seen, theirs.seen, strict=True):
+        close(mine, their)
+    close(got.scores, want.scores)
+
+
+def test_several_texts() -> None:
+    """Each that of its own seed; those that have ended are padded, and have no scores any more."""
+    model, options = (
+        tiny_model("llama"),
+        {"do_sample": True, "eos_token_id": EOS, "pad_token_id": 5, "temperature": 1.2},
+    )
+    rows = [cerberus(model, prompt(), seed=7 + row, **options, **ALL) for row in range(4)]
+    lengths = [row.sequences.shape[1] for row in rows]
+    assert len(set(lengths)) > 1, "the case tests nothing"
+    got = cerberus(model, prompt(), seed=7, num_return_sequences=4, **options, **ALL)
+    assert got.sequences.shape == (4, max(lengths)) and len(got.scores) == len(got.logits) == max(lengths) - 9
+    for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        assert got.sequences[number, :length].equal(row.sequences[0]) and (got.sequences[number, length:] == 5).all()
+        for name in ("scores", "logits"):
+            kept = [part[number] for part in got[name]]
+            assert same(kept[: length - 9], [part[0] for part in row[name]])
+            assert not any(part.any() for part in kept[length - 9 :])
+    assert cerberus(model, prompt(), seed=7, num_return_sequences=4, **options).equal(got.sequences)
+    torch.manual_seed(0)
+    first = cerberus(model, prompt(), num_return_sequences=2, **options)
+    torch.manual_seed(0)
+    assert cerberus(model, prompt(), num_return_sequences=2, **options).equal(first)
+
+
+def test_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="decode: ids must have 1 row"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiny_model("llama").generate(
+            prompt().expand(2, -1), num_return_sequences=2, do_sample=True, max_new_tokens=4, pad_token_id=0,
+            custom_generate=cerberus_ext.generate,
+        )  # fmt: skip
