@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from starlette.exceptions import HTTPException
+from starlette.exceptions import HTTPException as AnyHTTPException
 
 from .answers import CHAT, COMPLETION, Answer, Kind, error
 from .choice import Choice
@@ -143,7 +143,7 @@ def create_app(engine: Engine, tokenizer: PreTrainedTokenizerBase, settings: Set
     server = Server(engine, tokenizer, settings)
     app = FastAPI(title="cerberus", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyLimit, most=settings.max_body)
-    app.exception_handler(HTTPException)(_error)
+    app.exception_handler(AnyHTTPException)(_error)  # starlette's own, too
     app.exception_handler(RequestValidationError)(_invalid)
 
     def authorized(request: Request) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ class Job:
         """Nobody reads it any more: it ends within a step."""
         self.cancelled.set()
 
-    async def tokens(self) -> AsyncIterator[list[int]]:
+    async def tokens(self) -> AsyncGenerator[list[int], None]:
         """As steps add them. Raises Refused, asyncio.TimeoutError, or what went wrong."""
         while (chunk := await asyncio.wait_for(self.chunks.get(), self.end - self.loop.time())) is not None:
             if isinstance(chunk, BaseException):

@@ -23,7 +23,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def url(loaded: Any) -> Iterator[str]:
     with Decoder(loaded[0]) as decoder, served(decoder, loaded[1], key="k") as client:
-        yield f"{client.base_url}v1"
+        yield f"{client.base_url}/v1"
 
 
 def want(loaded: Any, **options: Any) -> str:
