@@ -12,6 +12,7 @@ from .chat import chat
 from .failures import Commands
 from .generate import generate
 from .info import info
+from .serve import serve
 from .train import train
 
 app = typer.Typer(
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, chat, train, calibrate, bench, info):
+for command in (generate, chat, serve, train, calibrate, bench, info):
     app.command()(command)
 
 

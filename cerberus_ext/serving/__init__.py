@@ -1,0 +1,1 @@
+"""`cerberus serve`: an HTTP server with the interface of OpenAI's."""

@@ -1,0 +1,124 @@
+"""What a client may ask for: OpenAI's names; what would change an answer and is not there is refused by name."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MAX_CHOICES, MAX_STOPS = 16, 16
+Ids: TypeAlias = list[Annotated[int, Field(ge=0)]]
+# Of OpenAI's, with the only values that they may have here: with another one an answer would be another.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False, 0),
+    "modalities": (["text"],),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
+_WITHOUT_EFFECT = ("metadata", "parallel_tool_calls", "prediction", "service_tier", "store", "user")
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    include_usage: bool = False
+    include_obfuscation: bool = False  # of no use here: there is none
+
+
+class Request(BaseModel):
+    """What both kinds have. temperature: as OpenAI has it, 1 where none is given; 0: greedy."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = Field(default_factory=lambda: secrets.randbits(62))
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    stop: list[str] = []
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_not_there(cls, given: Any) -> Any:
+        """null is what is not given."""
+        if not isinstance(given, dict):
+            return given
+        given = {name: value for name, value in given.items() if value is not None and name not in _WITHOUT_EFFECT}
+        for name, allowed in _REFUSED.items():
+            if name in given and given.pop(name) not in allowed:
+                raise ValueError(f"{name}: is not supported")
+        return given
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_or_several(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str) else stop
+
+    @field_validator("stop")
+    @classmethod
+    def _stops(cls, stop: list[str]) -> list[str]:
+        if len(stop) > MAX_STOPS or not all(stop):
+            raise ValueError(f"must be at most {MAX_STOPS} texts that are not empty")
+        return stop
+
+    def options(self, choice: int) -> dict[str, Any]:
+        """Of `decode`, for one of the n answers."""
+        seed = (self.seed + choice + 2**63) % 2**64 - 2**63
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "seed": seed}
+        return sampling if self.temperature else {}
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="ignore")  # name, refusal: no template knows them
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates have it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatRequest(Request):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _newer_name(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("max_completion_tokens") is not None:
+            given = {**given, "max_tokens": given["max_completion_tokens"]}
+            del given["max_completion_tokens"]
+        return given
+
+
+class CompletionRequest(Request):
+    """POST /v1/completions: one or several prompts, as text or as tokens."""
+
+    prompt: (
+        str | Annotated[Ids, Field(min_length=1)] | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=64)]
+    )
+
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt  # type: ignore[return-value]
