@@ -38,6 +38,7 @@ struct HeadStackArgs {
   const void* bias;    // (L, K, D)
   void* scratch;       // (2, B, K, D): the states of the layers in between, alternating
   void* states;        // (B, K, D): the states after the last layer
+  bool eight_bits;     // the weights of each layer and head as pack_eight_bits packs them; CPU only
 };
 
 // The P largest of log_softmax(projection @ state), best first, ties to the lowest id.
@@ -55,6 +56,18 @@ struct DraftTopkArgs {
   int32_t* part_ids;   // rows * parts * P
   int64_t* ids;        // (rows, P)
   float* logprobs;     // (rows, P)
+  bool eight_bits;     // the projection as pack_eight_bits packs it; CPU only
+};
+
+// head_stack and draft_topk in one, of weights in eight bits. CPU only.
+struct DraftArgs {
+  HeadStackArgs stack;        // its anchor: null where it is the hidden state, else memory for B rows
+  DraftTopkArgs topk;         // of the stack's states
+  int64_t tokens;             // V
+  const int64_t* pending;     // (B,): of others than 0 .. V - 1, the nearest
+  const void* embeddings;     // (V, D)
+  const void* anchor_scale;   // (): the anchor is the pending token's embedding times this
+  const int64_t* vocabulary;  // (Vd,): the tokens that the projection's rows are of; null: their numbers
 };
 
 // temperature 0: argmax. Else Gumbel-max over the tokens that top_k and top_p keep, with Philox noise keyed
@@ -197,6 +210,14 @@ struct PackFourBitsArgs {
   const void* weight;
   void* packed;
   int32_t* fits;
+};
+
+// The same in eight bits a weight, nearly, of any size, see cpu/eight_bits.h: for what only drafts depend on.
+struct PackEightBitsArgs {
+  DType dtype;
+  int64_t rows, size;  // O, I
+  const void* weight;  // (O, I)
+  void* packed;        // eight_bit_bytes_cpu
 };
 
 // What a step does for each node by itself: row instructions, see step/code.h. CPU only.

@@ -86,18 +86,21 @@ int64_t make_step(std::vector<Tensor> tensors, Tensor code) {
     on_cpu(check, tensor, "tensors");
     const ScalarType type = dtype_of(tensor);
     const int64_t width = tensor.dim() > 0 ? tensor.size(tensor.dim() - 1) : 1;
-    const Packing packing = tensor.dim() != 1          ? Packing::kNone
-                            : type == ScalarType::Byte ? Packing::kPacked
-                            : type == ScalarType::Char ? Packing::kFourBits
-                                                       : Packing::kNone;
+    const Packing packing = tensor.dim() != 1           ? Packing::kNone
+                            : type == ScalarType::Byte  ? Packing::kPacked
+                            : type == ScalarType::Char  ? Packing::kFourBits
+                            : type == ScalarType::Short ? Packing::kEightBits
+                                                        : Packing::kNone;
     const int64_t bytes = dtype == DType::kFloat32 ? 4 : 2;
     const bool is_float32 = type == ScalarType::Float;
-    const bool is_bytes = type == ScalarType::Byte || type == ScalarType::Char;
+    const bool is_bytes = type == ScalarType::Byte || type == ScalarType::Char || type == ScalarType::Short;
     if (packing == Packing::kNone && !is_float32 && (dtype_of_type(type) != dtype || is_bytes))
       check.fail("tensors", std::string("torch.float32, ") + name_of(dtype) + " or packed", dtype_text(type));
     constants.push_back({const_cast<void*>(tensor.const_data_ptr()),
-                         packing == Packing::kNone ? tensor.numel() : tensor.numel() / bytes, width,
-                         is_float32, packing});
+                         packing == Packing::kNone
+                             ? tensor.numel()
+                             : tensor.numel() * static_cast<int64_t>(tensor.element_size()) / bytes,
+                         width, is_float32, packing});
   }
   Step step(std::move(constants), numbers, code.size(0));
   const ScalarType type = dtype == DType::kBFloat16  ? ScalarType::BFloat16

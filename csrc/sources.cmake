@@ -3,6 +3,6 @@
 set(CUDA_OPS tree_attention choose_tokens draft_topk head_stack hidden_entropy write_cache verify_tree commit_cache)
 
 # What is compiled for each level of the instruction set, so that dispatch.cpp finds it there.
-set(CPU_PRODUCTS gemm linear draft_topk head_stack tree_attention)
+set(CPU_PRODUCTS gemm linear eight_bits draft_topk head_stack tree_attention)
 set(CPU_KERNELS ${CPU_PRODUCTS} choose_tokens activation hidden_entropy rows)
-set(CPU_MOVES write_cache verify_tree commit_cache grouped_linear)  # vectors gain nothing here: level portable alone
+set(CPU_MOVES write_cache verify_tree commit_cache grouped_linear draft)  # vectors gain nothing here: level portable alone

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.draft import eight_bit_linear
 
 if TYPE_CHECKING:
     from ..target.attention import Topology
@@ -79,15 +80,22 @@ class BoundContext:
     """A context layer bound to a model. Its tensors are the drafter's, and shared with it.
 
     tensors: of a ContextLayer, by name, with anchor_scale (), see CerberusHeads, and embeddings (V, D).
+    packed: what it multiplies with in their place, by name, with key_value, rows of qkv; None: they themselves.
     fused: does the steps of a decode, where there is one: a tree is then the pending token alone.
     """
 
-    def __init__(self, sizes: tuple[int, int, int], tensors: dict[str, Tensor]) -> None:
-        self.sizes, self.tensors = sizes, tensors
-        self.qkv, self.output, self.mixer, self.bias = (tensors[name] for name in ("qkv", "output", "mixer", "bias"))
-        self.embeddings, self.anchor_scale = tensors["embeddings"], tensors["anchor_scale"]
-        self.key_value = self.qkv[sizes[0] * sizes[2] :]  # its rows for keys and values, in the same memory
+    def __init__(
+        self, sizes: tuple[int, int, int], tensors: dict[str, Tensor], packed: dict[str, Tensor] | None = None
+    ) -> None:
+        self.sizes, self.tensors, self.packed = sizes, tensors, packed
+        self.embeddings, self.anchor_scale, self.bias = (tensors[n] for n in ("embeddings", "anchor_scale", "bias"))
+        self._weights = weights_of(sizes, tensors)
         self.fused: ContextForward | None = None
+
+    @property
+    def read_tensors(self) -> list[Tensor]:
+        """All that it reads."""
+        return [*(self.packed or self._weights).values(), self.bias, self.embeddings, self.anchor_scale]
 
     def keep_prompt(self, cache: TreeCache, hidden: Tensor, tokens: Tensor) -> None:
         """Puts the pairs of the cache's last tokens (B, T) into it. hidden (B, T, D): what each of them led to.
@@ -99,7 +107,7 @@ class BoundContext:
         tokens = tokens[:, first:]
         begin = cache.length - tokens.shape[1]
         positions = begin[:, None] + torch.arange(tokens.shape[1], device=begin.device)
-        self._keep(self.key_value, cache.context_planes(), begin, positions, before, tokens)
+        self._keep("key_value", cache.context_planes(), begin, positions, before, tokens)
         if self.fused is not None:
             self.fused.known = cache.committed
 
@@ -114,7 +122,7 @@ class BoundContext:
         parents = hidden.index_select(1, tree.parents[1:])
         led = torch.cat([before[:, None], parents], 1)
         positions = cache.length[:, None] + tree.depths
-        self._keep(self.key_value, cache.context_planes(), cache.length, positions, led, tokens)
+        self._keep("key_value", cache.context_planes(), cache.length, positions, led, tokens)
 
     def read(
         self, cache: TreeCache, before: Tensor, tokens: Tensor, tree: Topology, begin: Tensor | None = None
@@ -135,31 +143,43 @@ class BoundContext:
     ) -> Tensor:  # fmt: skip
         """planes (B, Hkv, S, E): keys and values; begin (B,), positions (B, N), before (B, N, D), tokens (B, N),
         ancestors (N, W) -> x (B, N, D)."""
-        q, anchor = self._keep(self.qkv, planes, begin, positions, before, tokens)
+        q, anchor = self._keep("qkv", planes, begin, positions, before, tokens)
         q, scale = q.to(planes[0].dtype), self.sizes[2] ** -0.5
         rows = ops.tree_attention(q, *planes, begin, ancestors, scale, 0).flatten(2)
-        state = before.to(anchor.dtype) + product(rows.to(anchor.dtype), self.output)
-        return state + silu(product(torch.cat([state, anchor], -1), self.mixer) + self.bias)
+        state = before.to(anchor.dtype) + self._product(rows.to(anchor.dtype), "output")
+        return state + silu(self._product(torch.cat([state, anchor], -1), "mixer") + self.bias)
 
     def _keep(
-        self, weight: Tensor, planes: tuple[Tensor, Tensor], begin: Tensor, positions: Tensor, before: Tensor,
+        self, weight: str, planes: tuple[Tensor, Tensor], begin: Tensor, positions: Tensor, before: Tensor,
         tokens: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Puts pairs into slots begin, begin + 1 ... -> their queries (B, N, Hq, E) and anchors (B, N, D).
 
-        weight: qkv, or key_value where nobody asks: then there are no queries, (B, N, 0, E).
+        weight: "qkv", or "key_value" where nobody asks: then there are no queries, (B, N, 0, E).
         """
         _, kv_heads, size = self.sizes
-        anchor = F.embedding(tokens, self.embeddings).to(weight.dtype) * self.anchor_scale
-        found = product(torch.cat([before.to(weight.dtype), anchor], -1), weight).unflatten(-1, (-1, size))
+        anchor = F.embedding(tokens, self.embeddings).to(self.bias.dtype) * self.anchor_scale
+        inputs = torch.cat([before.to(self.bias.dtype), anchor], -1)
+        found = self._product(inputs, weight).unflatten(-1, (-1, size))
         turned = rotate(found[:, :, :-kv_heads], positions)
         q, keys = turned.split([turned.shape[2] - kv_heads, kv_heads], 2)
         keys, values = (part.to(planes[0].dtype).contiguous() for part in (keys, found[:, :, -kv_heads:]))
         ops.write_cache(*planes, keys, values, begin)
         return q.contiguous(), anchor
 
+    def _product(self, rows: Tensor, name: str) -> Tensor:
+        """rows (B, N, I) times a weight -> (B, N, O). On a CPU a row does not depend on the others, as everywhere in a
+        step."""
+        weight = self._weights[name]
+        if rows.device.type != "cpu":
+            return F.linear(rows, weight)
+        flat = rows.flatten(0, 1).contiguous()
+        if self.packed is None:
+            return ops.linear(flat, weight, None).unflatten(0, rows.shape[:2])
+        return eight_bit_linear(flat, self.packed[name], len(weight)).unflatten(0, rows.shape[:2])
+
     def like(self, tensors: dict[str, Tensor]) -> BoundContext:
-        """The same layer with other tensors."""
+        """The same layer with other tensors, which it multiplies with as they are."""
         return BoundContext(self.sizes, tensors)
 
 
@@ -168,11 +188,10 @@ def silu(rows: Tensor) -> Tensor:
     return F.silu(rows) if rows.device.type != "cpu" else ops.activation(rows.contiguous(), "silu")
 
 
-def product(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows (B, N, I) @ weight (O, I)^T. On a CPU a row does not depend on the others, as everywhere in a step."""
-    if rows.device.type != "cpu":
-        return F.linear(rows, weight)
-    return ops.linear(rows.flatten(0, 1).contiguous(), weight, None).unflatten(0, rows.shape[:2])
+def weights_of(sizes: tuple[int, int, int], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a layer of these sizes multiplies with; key_value: rows of qkv, in the same memory."""
+    weights = {name: tensors[name] for name in ("qkv", "output", "mixer")}
+    return weights | {"key_value": weights["qkv"][sizes[0] * sizes[2] :]}
 
 
 def rotate(rows: Tensor, positions: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .. import ops
-from ..ops.step import prefer_large_pages
-from .context_layer import BoundContext
+from ..ops.draft import draft, in_eight_bits
+from .context_layer import BoundContext, weights_of
 from .drafter import Drafter
 from .dynamic_policy import MAX_DRAFTS
 from .tree import ALONE
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class HeadsDrafter(Drafter):
     """Heads bound to one model. Holds references and, where needed, copies; changes neither.
 
-    config: the heads'. dtype, device: of every tensor here. projection (Vd, D): the rows of the LM head.
+    config: the heads'. dtype, device: of what is computed here; on a CPU the model's dtype.
+    weight (L, K, D, 2D or D), projection (Vd, D): of the heads, rows of the LM head; on a CPU in eight bits.
     context: what the hidden states go through before they are drafted from; None: nothing.
     """
 
@@ -30,28 +31,38 @@ class HeadsDrafter(Drafter):
     def __init__(self, heads: Any, lm_head: Tensor, embeddings: Tensor) -> None:
         """heads: CerberusHeads; lm_head, embeddings: of a model that they fit."""
         self.config = heads.config
-        self.dtype, self.device = heads.weight.dtype, lm_head.device
-        self.weight = heads.weight.detach().to(self.device)
-        self.bias = heads.bias.detach().to(self.device)
+        self.device = lm_head.device
+        self._in_eight_bits = self.device.type == "cpu"
+        self.dtype = embeddings.dtype if self._in_eight_bits else heads.weight.dtype
+        self.weight = self._kept(heads.weight)
+        self.bias = heads.bias.detach().to(self.device, self.dtype)
         self.embeddings = embeddings.detach()
-        self.anchor_scale = None if heads.anchor_scale is None else heads.anchor_scale.detach().to(self.device)
+        scale = heads.anchor_scale
+        self.anchor_scale = None if scale is None else scale.detach().to(self.device, self.dtype)
         self.draft_vocab = None if heads.draft_vocab is None else heads.draft_vocab.to(self.device)
         self.context = None
         if heads.context is not None:
             assert self.anchor_scale is not None  # of such heads
-            layer = {name: tensor.detach().to(self.device) for name, tensor in heads.context.named_parameters()}
-            layer |= {"embeddings": self.embeddings, "anchor_scale": self.anchor_scale}
-            self.context = BoundContext(heads.context.sizes, layer)
+            layer = heads.context.named_parameters()
+            tensors = {name: tensor.detach().to(self.device, self.dtype) for name, tensor in layer}
+            tensors |= {"embeddings": self.embeddings, "anchor_scale": self.anchor_scale}
+            weights = weights_of(heads.context.sizes, tensors).items()
+            packed = {name: in_eight_bits(weight) for name, weight in weights} if self._in_eight_bits else None
+            self.context = BoundContext(heads.context.sizes, tensors, packed)
         self.has_context = self.context is not None
         self._alone = ALONE.on(self.device)
         rows = lm_head.detach() if self.draft_vocab is None else lm_head.detach()[self.draft_vocab]
-        self.projection = rows.to(self.dtype).contiguous()
-        if self.device.type == "cpu":
-            for tensor in (self.weight, self.projection):  # what is streamed at every step
-                prefer_large_pages(tensor)
+        self._known = len(rows)
+        self.projection = self._kept(rows)
         self._shared = {
             tensor.data_ptr() for tensor in (*heads.parameters(), *heads.buffers(), lm_head, embeddings)
         }  # the memory of others: never written
+
+    def _kept(self, weight: Tensor) -> Tensor:
+        """What is read at every step."""
+        if self._in_eight_bits:
+            return in_eight_bits(weight.detach().to(self.device))
+        return weight.detach().to(self.device, self.dtype).contiguous()
 
     def renew(self, new: Drafter) -> bool:
         copies = []
@@ -73,25 +84,30 @@ class HeadsDrafter(Drafter):
     def _tensors(self) -> list[Tensor | None]:
         """All that drafting reads."""
         context = self.context
-        layer = [] if context is None else [context.qkv, context.output, context.mixer, context.bias]
+        layer = [] if context is None else context.read_tensors
         return [self.weight, self.bias, self.embeddings, self.anchor_scale, self.draft_vocab, self.projection, *layer]
-
-    def states(self, hidden: Tensor, pending: Tensor) -> Tensor:
-        """hidden (B, D): what produced pending (B,) int64 -> the heads' final states (B, K, D)."""
-        hidden = hidden.to(self.dtype).contiguous()
-        anchor = hidden
-        if self.anchor_scale is not None:
-            anchor = self.embeddings.index_select(0, pending).to(self.dtype) * self.anchor_scale
-        return ops.head_stack(hidden, anchor, self.weight, self.bias)
 
     def draft(self, hidden: Tensor, pending: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
         """The `drafts` best tokens of every head: ids of the model's vocabulary, and their log-probabilities within the
         draft vocabulary. Raises ValueError where that does not have so many."""
-        known = min(MAX_DRAFTS, self.projection.shape[0])
+        known = min(MAX_DRAFTS, self._known)
         if not 1 <= drafts <= known:
             raise ValueError(f"decode: tree must have 1 to {known} drafts of each head, got {drafts}")
-        ids, logprobs = ops.draft_topk(self.states(hidden, pending), self.projection, drafts)
+        hidden = hidden.to(self.dtype).contiguous()
+        if self._in_eight_bits:
+            heads = self.embeddings, self.anchor_scale, self.weight, self.bias, self.projection, self._known
+            return draft(hidden, pending, *heads, self.draft_vocab, drafts)
+        anchor = hidden
+        if self.anchor_scale is not None:
+            anchor = self.embeddings.index_select(0, pending).to(self.dtype) * self.anchor_scale
+        states = ops.head_stack(hidden, anchor, self.weight, self.bias)
+        ids, logprobs = ops.draft_topk(states, self.projection, drafts)
         return (ids if self.draft_vocab is None else self.draft_vocab.take(ids)), logprobs
+
+    def propose(self, cache: TreeCache, hidden: Tensor, pending: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
+        if not self._in_eight_bits:
+            return super().propose(cache, hidden, pending, drafts)
+        return self.draft(self.read(cache, hidden, pending), pending, drafts)  # which ids are none is known there
 
     def read(self, cache: TreeCache, hidden: Tensor, pending: Tensor) -> Tensor:
         if self.context is None:

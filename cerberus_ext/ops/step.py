@@ -17,7 +17,8 @@ class NativeStep:
     """A step made of its code; freed with this object.
 
     tensors: what the code names by index: contiguous, on the CPU, float32 or of the step's dtype, or packed weights
-        (uint8, or int8 in four bits; one axis). They are kept alive, and read where they lie: their values may change.
+        (uint8, int8 in four bits, int16 in eight; one axis). They are kept alive, and read where they lie: their values
+        may change.
     code: (n,) int64.
     Raises RuntimeError where the code names what is not there, or would read or write outside of it.
     """

@@ -34,7 +34,7 @@ Vec logits_at(const T* logits, int64_t id, int64_t vocab) {
 
 // The largest logit, -inf if there is none.
 template <typename T>
-float largest(const T* logits, int64_t vocab) {
+float largest_logit(const T* logits, int64_t vocab) {
   constexpr int kChains = 4;  // a comparison waits for the one before
   Vec tops[kChains];
   for (Vec& top : tops) top = broadcast(-kInfinity);
@@ -50,11 +50,8 @@ float largest(const T* logits, int64_t vocab) {
     const Vec x = logits_at(logits, id, vocab);
     tops[0] = select(x > tops[0], x, tops[0]);
   }
-  float top = -kInfinity;
-  for (const Vec& each : tops)
-    for (int lane = 0; lane < kLanes; ++lane)
-      if (each[lane] > top) top = each[lane];
-  return top;
+  for (int i = 1; i < kChains; ++i) tops[0] = select(tops[i] > tops[0], tops[i], tops[0]);
+  return largest(tops[0]);
 }
 
 // The first token with that logit, 0 if there is none.
@@ -75,7 +72,7 @@ int64_t best_token(const T* logits, int64_t vocab) {
   float top = -kInfinity;
   int64_t best = 0;
   for (int64_t begin = 0; begin < vocab; begin += kPiece) {
-    const float here = largest(logits + begin, smaller(kPiece, vocab - begin));
+    const float here = largest_logit(logits + begin, smaller(kPiece, vocab - begin));
     if (here > top) {
       top = here;
       best = begin;
@@ -113,7 +110,7 @@ uint32_t word_of(const ChooseTokensArgs& a, int64_t position, int64_t id) {
 template <typename T>
 int64_t sample_all(const ChooseTokensArgs& a, const T* logits, int64_t position) {
   constexpr int64_t kChunk = 64;
-  const float top = largest(logits, a.vocab);
+  const float top = largest_logit(logits, a.vocab);
   const int64_t likely = first_with(top, logits, a.vocab);
   if (!(to_float(logits[likely]) == top)) return 0;  // nothing but NaN
   Choice best{a.temperature};
@@ -209,7 +206,8 @@ template <typename T>
 int64_t sample_limited(const ChooseTokensArgs& a, const T* logits, int64_t position) {
   // top_k counts tokens, so that their distance in logits serves; top_p sums masses, and these depend on the
   // temperature.
-  const float top = largest(logits, a.vocab), scale = Buckets::kPerNat / (a.top_k > 0 ? 1.0f : a.temperature);
+  const float top = largest_logit(logits, a.vocab),
+              scale = Buckets::kPerNat / (a.top_k > 0 ? 1.0f : a.temperature);
   Buckets buckets;
   int last = Buckets::kCount - 1;
   // Infinities have no distance: then everything is sorted.

@@ -28,6 +28,13 @@ void four_bit_linear_cpu(const LinearArgs& args, const Parallel& parallel);
 void pack_four_bits_cpu(const PackFourBitsArgs& args, const Parallel& parallel);
 int64_t four_bit_bytes_cpu(int64_t rows, int64_t size);
 
+// What drafts depend on, in eight bits, which every level has: a product with them, packing, how many bytes
+// that takes; and the heads' drafts by such weights.
+void eight_bit_linear_cpu(const LinearArgs& args, const Parallel& parallel);
+void pack_eight_bits_cpu(const PackEightBitsArgs& args, const Parallel& parallel);
+int64_t eight_bit_bytes_cpu(int64_t rows, int64_t size);
+void draft_cpu(const DraftArgs& args, const Parallel& parallel);
+
 // Asks the system for pages of 2 MiB under the memory: translating addresses of 4 KiB pages costs a virtual
 // machine a third of its bandwidth. What has been written to already is moved there at once, where the system
 // can do so.

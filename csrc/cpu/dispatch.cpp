@@ -51,6 +51,8 @@ struct Level {
   int64_t (*packed_elements)(DType, int64_t rows, int64_t size);
   void (*four_bit_linear)(const LinearArgs&, const Parallel&);
   void (*pack_four_bits)(const PackFourBitsArgs&, const Parallel&);
+  void (*eight_bit_linear)(const LinearArgs&, const Parallel&);
+  void (*pack_eight_bits)(const PackEightBitsArgs&, const Parallel&);
 };
 
 bool always() { return true; }
@@ -134,7 +136,9 @@ int64_t packed_elements_amx(DType dtype, int64_t rows, int64_t size) {
    pack_weights,                                                                                            \
    packed_elements,                                                                                         \
    four_bit_linear,                                                                                         \
-   pack_four_bits}
+   pack_four_bits,                                                                                          \
+   &isa::eight_bit_linear,                                                                                  \
+   &isa::pack_eight_bits}
 #define CERBERUS_WHOLE_LEVEL(isa, runs_here, four_bit_linear, pack_four_bits)                          \
   CERBERUS_LEVEL(#isa, isa, runs_here, &isa::linear, &isa::head_stack, &isa::draft_topk,               \
                  &isa::tree_attention, &isa::packed_linear, &isa::pack_weights, &isa::packed_elements, \
@@ -256,6 +260,13 @@ int64_t four_bit_bytes_cpu(int64_t rows, int64_t size) {
   if (!level().pack_four_bits || rows < 1 || size % kFourBitStep) return 0;
   return (rows + kPackedWeights - 1) / kPackedWeights * (size / kFourBitStep) * kFourBitStepBytes;
 }
+void eight_bit_linear_cpu(const LinearArgs& a, const Parallel& p) { level().eight_bit_linear(a, p); }
+void pack_eight_bits_cpu(const PackEightBitsArgs& a, const Parallel& p) { level().pack_eight_bits(a, p); }
+int64_t eight_bit_bytes_cpu(int64_t rows, int64_t size) {
+  const int64_t tile = kEightBitRows * (static_cast<int64_t>(sizeof(float)) + (size + 1) / 2 * 2);
+  return (rows + kEightBitRows - 1) / kEightBitRows * tile;
+}
+void draft_cpu(const DraftArgs& a, const Parallel& p) { portable::draft(a, p); }
 void prefer_large_pages_cpu(void* memory, int64_t bytes) { large_pages(memory, bytes, true); }
 
 std::string cpu_isa() { return level().name; }

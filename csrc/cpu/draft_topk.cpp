@@ -1,9 +1,9 @@
 // The P largest of log_softmax(projection @ state). A task owns one part of the vocabulary: logits of a few
 // rows at a time in the L1 cache, of which it keeps maximum, sum of exponentials and the P best. Then the
 // parts are merged in order.
+#include "cpu/eight_bits.h"
 #include "cpu/kernels.h"
 #include "cpu/parts.h"
-#include "cpu/product.h"
 
 namespace cerberus::CERBERUS_ISA {
 namespace {
@@ -40,9 +40,7 @@ void softmax_sums(float* x, int64_t count, float& top, float& mass) {
     const Vec here = load(x + i);
     tops = select(here > tops, here, tops);  // never a NaN
   }
-  top = tops[0];
-  for (int lane = 1; lane < kLanes; ++lane)
-    if (tops[lane] > top) top = tops[lane];
+  top = largest(tops);
   const float shift = top == -__builtin_inff() ? 0.0f : top;
   Vec sums{};
   for (int64_t i = 0; i < count; i += kLanes) sums += exp(load(x + i) - shift);
@@ -77,17 +75,14 @@ void raise_limit(float* limit, float to) {
   }
 }
 
-template <typename T>
-void part(const DraftTopkArgs& a, const Row<T>* states, float* limits, int64_t index) {
+template <typename T, typename Blocks>
+void part(const DraftTopkArgs& a, const Blocks& blocks, float* limits, int64_t index) {
   const int64_t begin = index * kDraftTopkPart, count = smaller(kDraftTopkPart, a.vocab - begin);
   constexpr int64_t stride = kDraftTopkPart + kLanes;
   float logits[kRowsAtOnce * stride];
   for (int64_t row = 0; row < a.rows; row += kRowsAtOnce) {
     const int64_t rows = smaller(kRowsAtOnce, a.rows - row);
-    const int64_t elements = row_elements<T>(a.size);
-    rows_times_weights(states + row * elements, elements, rows,
-                       static_cast<const T*>(a.projection) + begin * a.size, 0, count, a.size,
-                       Output<T>{nullptr, logits, stride, nullptr});
+    blocks.multiply(row, rows, 0, begin, begin + count, Output<T>{nullptr, logits, stride, nullptr});
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t slot = (row + m) * a.parts + index;
       float* best = a.part_logits + slot * a.drafts;
@@ -125,19 +120,22 @@ void merge(const DraftTopkArgs& a, int64_t row) {
   }
 }
 
+template <typename T, typename Blocks>
+void all_parts(const DraftTopkArgs& a, const Parallel& parallel) {
+  Blocks blocks(a.projection, a.vocab, a.size, a.rows);
+  for (int64_t row = 0; row < a.rows; ++row) blocks.lay(row, static_cast<const T*>(a.states) + row * a.size);
+  Scratch limits(a.rows);
+  for (int64_t row = 0; row < a.rows; ++row) limits.data[row] = -__builtin_inff();
+  parallel_tasks(parallel, a.parts, [&](int64_t index) { part<T>(a, blocks, limits.data, index); });
+}
+
 }  // namespace
 
 void draft_topk(const DraftTopkArgs& a, const Parallel& parallel) {
   if (a.rows == 0) return;
   with_type(a.dtype, [&](auto type) {
     using T = decltype(type);
-    const int64_t elements = row_elements<T>(a.size);
-    Buffer<Row<T>> states(a.rows * elements);
-    for (int64_t row = 0; row < a.rows; ++row)
-      lay_row(static_cast<const T*>(a.states) + row * a.size, a.size, states.data + row * elements);
-    Scratch limits(a.rows);
-    for (int64_t row = 0; row < a.rows; ++row) limits.data[row] = -__builtin_inff();
-    parallel_tasks(parallel, a.parts, [&](int64_t index) { part<T>(a, states.data, limits.data, index); });
+    (a.eight_bits ? all_parts<T, EightBitBlocks<T>> : all_parts<T, DenseBlocks<T>>)(a, parallel);
   });
   // A few microseconds: less than it takes to wake a thread.
   const bool is_short = a.rows * a.parts * a.drafts < kSharedEntries;

@@ -1,8 +1,8 @@
 // x[k,l] = x[k,l-1] + silu(W[l,k] @ concat(x[k,l-1], n[k,l]) + b[l,k]). One parallel pass a layer; a task
 // owns a range of one head's outputs for all rows. The concatenated inputs are a few KiB of scratch; only
 // the weights are large.
+#include "cpu/eight_bits.h"
 #include "cpu/kernels.h"
-#include "cpu/product.h"
 
 namespace cerberus::CERBERUS_ISA {
 namespace {
@@ -26,17 +26,14 @@ void add_update(const float* dots, const T* bias, const T* state, int64_t count,
   }
 }
 
-template <typename T>
+template <typename T, typename Blocks>
 void run(const HeadStackArgs& a, const Parallel& parallel) {
   const int64_t size = a.size, width = a.chained ? 2 * size : size;
   const T* hidden = static_cast<const T*>(a.hidden);
   const T* anchor = static_cast<const T*>(a.anchor);
-  const T* weight = static_cast<const T*>(a.weight);
   const T* bias = static_cast<const T*>(a.bias);
   T* buffers[2] = {static_cast<T*>(a.scratch), static_cast<T*>(a.scratch) + a.rows * a.heads * size};
-  // (K, B, width): what each head reads in this layer
-  const int64_t elements = row_elements<T>(width);
-  Buffer<Row<T>> inputs(a.heads * a.rows * elements);
+  Blocks blocks(a.weight, size, width, a.heads * a.rows);  // rows: (K, B), what each head reads in this layer
   Buffer<T> both(width);
 
   const T* below = nullptr;  // (B, K, D): states of the layer below; null at layer 1, where they are all h
@@ -52,19 +49,18 @@ void run(const HeadStackArgs& a, const Parallel& parallel) {
         const T* neighbour = head == 0 || !below ? anchor + row * size : state(row, head - 1);
         __builtin_memcpy(both.data, state(row, head), static_cast<size_t>(size) * sizeof(T));
         if (a.chained) __builtin_memcpy(both.data + size, neighbour, static_cast<size_t>(size) * sizeof(T));
-        lay_row(both.data, width, inputs.data + (head * a.rows + row) * elements);
+        blocks.lay(head * a.rows + row, both.data);
       }
     }
-    const int64_t per_task = weight_rows_per_task(width, sizeof(T));
+    const int64_t per_task = Blocks::rows_per_task(width);
     const int64_t tasks_per_head = (size + per_task - 1) / per_task;
     parallel_tasks(parallel, a.heads * tasks_per_head, [&](int64_t task) {
       const int64_t head = task / tasks_per_head, begin = task % tasks_per_head * per_task;
-      const Row<T>* input = inputs.data + (below ? head : 0) * a.rows * elements;
       const int64_t block = layer * a.heads + head;
       const int64_t outputs = smaller(size, begin + per_task) - begin;
       Scratch dots(a.rows * outputs);
-      rows_times_weights(input, elements, a.rows, weight + (block * size + begin) * width, 0, outputs, width,
-                         Output<T>{nullptr, dots.data, outputs, nullptr});
+      blocks.multiply((below ? head : 0) * a.rows, a.rows, block, begin, begin + outputs,
+                      Output<T>{nullptr, dots.data, outputs, nullptr});
       for (int64_t row = 0; row < a.rows; ++row)
         add_update(dots.data + row * outputs, bias + block * size + begin, state(row, head) + begin, outputs,
                    above + (row * a.heads + head) * size + begin);
@@ -77,7 +73,10 @@ void run(const HeadStackArgs& a, const Parallel& parallel) {
 
 void head_stack(const HeadStackArgs& a, const Parallel& parallel) {
   if (a.rows == 0) return;
-  with_type(a.dtype, [&](auto type) { run<decltype(type)>(a, parallel); });
+  with_type(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    (a.eight_bits ? run<T, EightBitBlocks<T>> : run<T, DenseBlocks<T>>)(a, parallel);
+  });
 }
 
 }  // namespace cerberus::CERBERUS_ISA

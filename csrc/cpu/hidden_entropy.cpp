@@ -9,25 +9,22 @@ namespace {
 // With y = x - max: log sum e^y - sum e^y y / sum e^y; nothing overflows, and what is -inf adds nothing.
 template <typename T>
 float entropy(const T* x, int64_t size) {
-  Vec largest = broadcast(-__builtin_inff());  // never a NaN: one makes the sums NaN
+  Vec tops = broadcast(-__builtin_inff());  // never a NaN: one makes the sums NaN
   int64_t whole = 0;
   for (; whole + kLanes <= size; whole += kLanes) {
     const Vec here = load(x + whole);
-    largest = select(here > largest, here, largest);
+    tops = select(here > tops, here, tops);
   }
-  float top = -__builtin_inff();
-  for (int lane = 0; lane < kLanes; ++lane)
-    if (largest[lane] > top) top = largest[lane];
+  float top = largest(tops);
   for (int64_t i = whole; i < size; ++i) {
     const float value = to_float(x[i]);
     if (value > top) top = value;
   }
   Vec mass{}, weighted{};
-  const Vec tops = broadcast(top);
   const Vec low = broadcast(-87.0f);
   for (int64_t i = 0; i < size; i += kLanes) {
     const bool whole = i + kLanes <= size;
-    Vec y = (whole ? load(x + i) : load_part(x + i, size - i)) - tops;
+    Vec y = (whole ? load(x + i) : load_part(x + i, size - i)) - top;
     if (!whole)
       for (int lane = static_cast<int>(size - i); lane < kLanes; ++lane) y[lane] = -100.0f;
     const Vec e = exp(y);

@@ -14,4 +14,7 @@ constexpr int64_t kDraftTopkPart = 512;
 constexpr int kPackedWeights = 3;
 constexpr int64_t kFourBitStep = 32, kFourBitStepBytes = kPackedWeights * (kFourBitStep / 2 + 2 * 4);
 
+// Weight rows of a tile in eight bits, see eight_bits.h.
+constexpr int kEightBitRows = 16;
+
 }  // namespace cerberus

@@ -199,18 +199,6 @@ Vec exp_of_negative(Vec x) {
 #endif
 }
 
-// The largest lane; none is NaN.
-float largest(Vec v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps(bit_cast<__m512>(v));
-#else
-  float top = v[0];
-  for (int lane = 1; lane < kLanes; ++lane)
-    if (v[lane] > top) top = v[lane];
-  return top;
-#endif
-}
-
 // Calls body(i, Count<n>) for n queries from i on, kTogether as long as there are so many.
 template <typename Body>
 void some_together(int64_t begin, int64_t end, const Body& body) {

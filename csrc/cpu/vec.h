@@ -370,6 +370,18 @@ static inline bool any(IntVec condition) {
 #endif
 }
 
+// The largest lane; none is NaN.
+static inline float largest(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(bit_cast<__m512>(v));
+#else
+  float top = v[0];
+  for (int lane = 1; lane < kLanes; ++lane)
+    if (v[lane] > top) top = v[lane];
+  return top;
+#endif
+}
+
 // e^x to about 1 ulp; 0 below -87, infinite above 88; NaN stays. 2^n e^r with |r| <= ln(2) / 2 and the Taylor
 // polynomial of degree 7.
 static inline Vec exp(Vec x) {

@@ -117,7 +117,8 @@ void Step::read_product(Reader& code, Product& p) const {
 void Step::read_grouped(Reader& code, Grouped& g) const {
   Product& p = g.product;
   read_weight(code, p);
-  code.that(p.packing != Packing::kFourBits, "packing", "0 or 1 in a grouped product", 2);
+  code.that(p.packing <= Packing::kPacked, "packing", "0 or 1 in a grouped product",
+            static_cast<int64_t>(p.packing));
   g.transposed = code.next("transposed", 0, p.packing == Packing::kNone ? 1 : 0) == 1;
   g.groups = code.next("groups", 1, kMostElements);
   g.chosen = code.next("the buffer of the groups", 0, static_cast<int64_t>(buffers_.size()) - 1);
@@ -144,7 +145,7 @@ void Step::read_weight(Reader& code, Product& p) const {
   p.in_size = code.next("I", 0, kMostOutputs);
   p.out_size = code.next("O", 0, kMostOutputs);
   p.bias = code.next("a product's bias", -1, constants - 1);
-  p.packing = static_cast<Packing>(code.next("packing", 0, 2));
+  p.packing = static_cast<Packing>(code.next("packing", 0, 3));
   code.that(!buffers_[p.input].is_float32 && !buffers_[p.output].is_float32, "a product's buffers",
             "of the model's dtype", 1);
   code.that(p.input != p.output, "a product's output", "another buffer than its input", p.output);
@@ -159,6 +160,8 @@ void Step::check_weight(Reader& code, const Product& p, int64_t groups) const {
   if (p.packing == Packing::kPacked) elements = packed_elements_cpu(dtype_, p.out_size, p.in_size);
   if (p.packing == Packing::kFourBits)
     elements = dtype_ == DType::kBFloat16 ? four_bit_bytes_cpu(p.out_size, p.in_size) / 2 : 0;
+  if (p.packing == Packing::kEightBits)
+    elements = eight_bit_bytes_cpu(p.out_size, p.in_size) / element_bytes(dtype_ == DType::kFloat32);
   code.that(elements > 0 || packing == 0, "packing", "0, where this processor has no other", packing);
   code.that(weight.elements / groups >= elements, "a weight's elements",
             std::to_string(groups) + " times " + std::to_string(elements), weight.elements);

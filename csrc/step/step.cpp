@@ -181,9 +181,10 @@ void Step::run(const StepCall& call, const Parallel& parallel) {
                             p.bias < 0 ? nullptr : constants_[p.bias].data,
                             nullptr,
                             rows_from(p.output, first)};
-      (p.packing == Packing::kNone     ? linear_cpu
-       : p.packing == Packing::kPacked ? packed_linear_cpu
-                                       : four_bit_linear_cpu)(args, parallel);
+      (p.packing == Packing::kNone       ? linear_cpu
+       : p.packing == Packing::kPacked   ? packed_linear_cpu
+       : p.packing == Packing::kFourBits ? four_bit_linear_cpu
+                                         : eight_bit_linear_cpu)(args, parallel);
     } else if (stage.kind == kRowsStage) {
       const Rows& r = stage.rows;
       rows_cpu({dtype_, first, call.nodes, r.count, r.scratch, resolved_.data() + r.first, call.positions,

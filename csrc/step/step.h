@@ -31,8 +31,9 @@
 
 namespace cerberus {
 
-// How a product's weights lie: as the model has them, as pack_weights or as pack_four_bits puts them.
-enum class Packing : int64_t { kNone, kPacked, kFourBits };
+// How a product's weights lie: as the model has them, or as pack_weights, pack_four_bits or, nearly the same,
+// pack_eight_bits puts them.
+enum class Packing : int64_t { kNone, kPacked, kFourBits, kEightBits };
 
 // A tensor that a step reads: contiguous, in float32 or in the model's dtype.
 struct StepConstant {

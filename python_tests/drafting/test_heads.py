@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from eight_bits import through_eight_bits
 from safetensors.torch import load_file, save_file
 from tiny_llama import SIZE, VOCAB, make_llama, tiny_llama
 from transformers import LlamaForCausalLM
@@ -317,12 +318,6 @@ def test_bind_leaves_model_and_heads_alone(llama: LlamaForCausalLM) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
 
 
-def test_projection_is_the_models_own_where_nothing_needs_a_copy(llama: LlamaForCausalLM) -> None:
-    assert random_heads().bind(llama).projection.data_ptr() == llama.lm_head.weight.data_ptr()
-    drafter = random_heads(draft_vocab=40).bind(llama)
-    assert torch.equal(drafter.projection, llama.lm_head.weight[drafter.draft_vocab])
-
-
 # ---------------------------------------------------------------- drafting
 
 
@@ -330,7 +325,7 @@ def test_projection_is_the_models_own_where_nothing_needs_a_copy(llama: LlamaFor
 def test_new_heads_predict_what_the_base_model_does(llama: LlamaForCausalLM, changes: dict) -> None:
     heads = CerberusHeads(config(**changes))
     hidden = torch.randn(2, SIZE, generator=torch.Generator().manual_seed(0))
-    logits = hidden @ llama.lm_head.weight.detach().T
+    logits = hidden @ through_eight_bits(llama.lm_head.weight).T
     if heads.draft_vocab is not None:
         logits = logits[:, :40]  # new heads hold the lowest ids
     ids, logprobs = heads.bind(llama).draft(hidden, torch.tensor([5, 6]), drafts=7)
@@ -347,22 +342,19 @@ def test_draft_is_the_formula_of_the_design(llama: LlamaForCausalLM, anchor: str
     root = torch.tensor([7, 100])
     embedded = llama.model.embed_tokens.weight.detach()[root]
     start = hidden if heads.anchor_scale is None else embedded * heads.anchor_scale
-    states = reference.head_stack(hidden, start, heads.weight, heads.bias)
-    index, logprobs = reference.draft_topk(states, llama.lm_head.weight.detach()[heads.draft_vocab], 5)
+    states = reference.head_stack(hidden, start, through_eight_bits(heads.weight), heads.bias)
+    index, logprobs = reference.draft_topk(states, through_eight_bits(llama.lm_head.weight)[heads.draft_vocab], 5)
 
-    drafter = heads.bind(llama)
-    ids, got = drafter.draft(hidden, root, drafts=5)
-    torch.testing.assert_close(drafter.states(hidden, root), states, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(heads(hidden, start), states, rtol=1e-4, atol=1e-4)
+    ids, got = heads.bind(llama).draft(hidden, root, drafts=5)
+    expected = reference.head_stack(hidden, start, heads.weight, heads.bias)
+    torch.testing.assert_close(heads(hidden, start), expected, rtol=1e-4, atol=1e-4)
     assert ids.shape == (2, 3, 5) and torch.equal(ids, heads.draft_vocab[index])
-    torch.testing.assert_close(got, logprobs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, logprobs, rtol=1e-3, atol=1e-3)  # rows are rounded, too
 
 
 def test_heads_of_another_dtype_than_the_model(llama: LlamaForCausalLM) -> None:
     heads = random_heads().bfloat16()
-    drafter = heads.bind(llama)
-    ids, logprobs = drafter.draft(torch.randn(1, SIZE), torch.tensor([3]), drafts=2)
-    assert drafter.projection.dtype == torch.bfloat16
+    ids, logprobs = heads.bind(llama).draft(torch.randn(1, SIZE), torch.tensor([3]), drafts=2)
     assert ids.dtype == torch.int64 and logprobs.dtype == torch.float32
 
 

@@ -166,7 +166,7 @@ def test_pairs_that_waited_are_those_of_one_pass(dtype: torch.dtype, waiting: in
     tokens = torch.arange(waiting + 1)[None] % VOCAB
     with torch.inference_mode(), runtime_of(model).target(256, context=True) as base:
         base.prefill(prompt())
-        states = torch.randn(1, waiting + 1, context.output.shape[0]).to(dtype)
+        states = torch.randn(1, waiting + 1, len(context.bias)).to(dtype)
         want = context.read(base.cache, states, tokens, StaticPolicy.chain(waiting).tree.on(tokens.device))
         planes = torch.stack(base.cache.context_planes())
         for plane in base.cache.context_planes():
@@ -182,7 +182,7 @@ def test_pairs_that_waited_are_those_of_one_pass(dtype: torch.dtype, waiting: in
 
 
 def test_decodes_use_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless steps are not fused, or the heads have another dtype than the model's cache."""
+    """Unless steps are not fused; of heads of another dtype than the model's, too."""
     calls: list[int] = []
     read = FusedContext.read
     monkeypatch.setattr(FusedContext, "read", lambda *arguments: (calls.append(0), read(*arguments))[1])
@@ -190,7 +190,7 @@ def test_decodes_use_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     heads = heads_for(model)
     for options, used in (
         ({"heads": heads}, True), ({"heads": heads, "fuse": False}, False), ({"heads": heads}, True),
-        ({"heads": heads_for(model, torch.bfloat16)}, False),
+        ({"heads": heads_for(model, torch.bfloat16)}, True),
     ):  # fmt: skip
         calls.clear()
         run("llama", tree=TREES["dynamic"], **options)

@@ -349,8 +349,8 @@ def test_renewing_sees_new_values(changes: dict[str, Any], model: PreTrainedMode
 
 def test_renewing_refuses_what_moved(model: PreTrainedModel) -> None:
     heads = trained()
-    drafter, before = heads.bind(model), heads.weight.detach()
-    heads.weight = torch.nn.Parameter(heads.weight + 1)
+    drafter, before = heads.bind(model), heads.bias.detach()
+    heads.bias = torch.nn.Parameter(heads.bias + 1)
     kept = before.clone()
     assert not drafter.renew(heads.bind(model)) and before.equal(kept)
     smaller = trained(draft_vocab=30)
@@ -364,7 +364,7 @@ def test_renewing_refuses_what_moved(model: PreTrainedModel) -> None:
 def test_heads_that_moved_are_recorded_again(model: PreTrainedModel) -> None:
     heads = trained()
     run(model, heads)
-    heads.weight = torch.nn.Parameter(heads.weight * -1, requires_grad=False)
+    heads.bias = torch.nn.Parameter(heads.bias - 1, requires_grad=False)
     assert run(model, heads).stats.captures == 1  # the step with the draft
     assert len(kept_of(model)._heads) == 1
 

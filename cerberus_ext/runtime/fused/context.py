@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class FusedContext:
-    """One context layer's, for one text at a time; it reads the layer's weights where they lie.
+    """One context layer's, for one text at a time, with its weights in eight bits.
 
     Pairs of tokens that are kept wait until the heads ask again: all of them then take one run, and none is made for a
     node that was not accepted.
@@ -32,8 +32,10 @@ class FusedContext:
         """cache: after the prompt. Raises NotFused."""
         assert cache.tensor is not None
         if len(cache.length) != 1 or any(tensor.dtype != cache.tensor.dtype for tensor in context.tensors.values()):
-            raise NotFused("there is one for one text, with heads of the model's dtype")
+            raise NotFused("there is one for one text, in the cache's dtype")
         self._trace = _trace(context, cache)
+        assert context.packed is not None  # on a CPU
+        self._packed = {context.tensors[name].data_ptr(): context.packed[name] for name in ("qkv", "output", "mixer")}
         self._make(cache)
         self.known = 0
         self.begin()
@@ -78,13 +80,13 @@ class FusedContext:
         self._positions = table_positions(cache)
         program = lower(self._trace, cache.tensor.dtype, heads, size, False, self._positions)
         products = [stage for stage in program.stages if isinstance(stage, Product)]
-        weights = [product.weights[0] for product in products]
+        weights = [self._packed[product.weights[0].data_ptr()] for product in products]
         self._native = NativeStep(*encode(program, weights, [None] * len(weights)))
 
 
 def _trace(context: BoundContext, cache: TreeCache) -> Trace:
     tracing = Tracing(context.tensors.items(), cache, 1)
-    before = tracing.input(*tracing.tokens.shape, context.output.shape[0], dtype=context.output.dtype)
+    before = tracing.input(*tracing.tokens.shape, len(context.bias), dtype=context.bias.dtype)
     keys, values = tracing.planes
     with tracing.recording():
         rows = context.like(tracing.fakes).compute(

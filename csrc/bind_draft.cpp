@@ -1,0 +1,185 @@
+// Registers what drafts on a CPU: packing in eight bits, and all that the heads compute in one call.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <optional>
+
+#include "check.h"
+#include "cpu/cpu.h"
+#include "cpu/team.h"
+
+namespace cerberus {
+namespace {
+
+Parallel threads() { return team(torch::stable::get_num_threads()); }
+
+void on_cpu(const Check& check, const Tensor& tensor, const char* argument) {
+  if (device_type(tensor) != aoti_torch_device_type_cpu())
+    check.fail(argument, "on cpu", device_text(tensor));
+}
+
+int64_t eight_bit_bytes(int64_t rows, int64_t size) {
+  Check check("eight_bit_bytes");
+  constexpr int64_t kMost = int64_t{1} << 30;
+  check.that(rows >= 0 && rows <= kMost, "rows", "0 to 2^30", rows);
+  check.that(size >= 0 && size <= kMost, "size", "0 to 2^30", size);
+  return eight_bit_bytes_cpu(rows, size);
+}
+
+void pack_eight_bits(Tensor weight, Tensor packed) {
+  Check check("pack_eight_bits");
+  check.floating(weight, "weight", 2, "(O, I)");
+  on_cpu(check, weight, "weight");
+  check.integer(packed, "packed", 1, "(n,)", ScalarType::Short);
+  const int64_t count = eight_bit_bytes_cpu(weight.size(0), weight.size(1)) / 2;
+  check.sizes(packed, "packed", "(n,)", {count});
+  pack_eight_bits_cpu(
+      {check.dtype(), weight.size(0), weight.size(1), weight.const_data_ptr(), packed.mutable_data_ptr()},
+      threads());
+}
+
+void eight_bit_linear(Tensor input, Tensor weight, Tensor output) {
+  Check check("eight_bit_linear");
+  check.floating(input, "input", 2, "(M, I)");
+  on_cpu(check, input, "input");
+  check.floating(output, "output", 2, "(M, O)");
+  check.sizes(output, "output", "(M, O)", {input.size(0), output.size(1)});
+  check.integer(weight, "weight", 1, "(n,)", ScalarType::Short);
+  check.sizes(weight, "weight", "(n,)", {eight_bit_bytes_cpu(output.size(1), input.size(1)) / 2});
+  LinearArgs args{};
+  args.dtype = check.dtype();
+  args.rows = input.size(0);
+  args.in_size = input.size(1);
+  args.out_size = output.size(1);
+  args.groups = 1;
+  args.input = input.const_data_ptr();
+  args.weight = weight.const_data_ptr();
+  args.output = output.mutable_data_ptr();
+  eight_bit_linear_cpu(args, threads());
+}
+
+// Memory of one call, a piece after the other.
+class Pieces {
+ public:
+  template <typename T>
+  T* take(int64_t count) {
+    pieces_.emplace_back(new char[std::max<int64_t>(1, count * static_cast<int64_t>(sizeof(T)))]);
+    return reinterpret_cast<T*>(pieces_.back().get());
+  }
+
+ private:
+  std::vector<std::unique_ptr<char[]>> pieces_;
+};
+
+HeadStackArgs stack_args(Check& check, const Tensor& hidden, const Tensor& stack, const Tensor& bias) {
+  check.floating(hidden, "hidden", 2, "(B, D)");
+  on_cpu(check, hidden, "hidden");
+  check.not_empty(hidden, "hidden", "(B, D)", 1, "D");
+  check.floating(bias, "bias", 3, "(L, K, D)");
+  const int64_t size = hidden.size(1), layers = bias.size(0), heads = bias.size(1);
+  check.sizes(bias, "bias", "(L, K, D)", {layers, heads, size});
+  check.not_empty(bias, "bias", "(L, K, D)", 0, "L");
+  check.not_empty(bias, "bias", "(L, K, D)", 1, "K");
+  check.integer(stack, "stack", 1, "(n,)", ScalarType::Short);
+  const int64_t chained = layers * heads * eight_bit_bytes_cpu(size, 2 * size) / 2;
+  if (stack.size(0) != chained)
+    check.sizes(stack, "stack", "(n,)", {layers * heads * eight_bit_bytes_cpu(size, size) / 2});
+  HeadStackArgs args{};
+  args.dtype = check.dtype();
+  args.rows = hidden.size(0);
+  args.heads = heads;
+  args.layers = layers;
+  args.size = size;
+  args.chained = stack.size(0) == chained;
+  args.hidden = args.anchor = hidden.const_data_ptr();
+  args.weight = stack.const_data_ptr();
+  args.bias = bias.const_data_ptr();
+  args.eight_bits = true;
+  return args;
+}
+
+DraftTopkArgs topk_args(Check& check, const HeadStackArgs& stack, const Tensor& projection, int64_t vocab,
+                        const Tensor& ids, const Tensor& logprobs) {
+  check.that(vocab >= 1 && vocab <= std::numeric_limits<int32_t>::max(), "vocab", "1 to 2^31 - 1", vocab);
+  check.integer(projection, "projection", 1, "(n,)", ScalarType::Short);
+  check.sizes(projection, "projection", "(n,)", {eight_bit_bytes_cpu(vocab, stack.size) / 2});
+  check.integer(ids, "ids", 3, "(B, K, P)", ScalarType::Long);
+  const int64_t drafts = ids.size(2);
+  check.that(drafts >= 1 && drafts <= std::min<int64_t>(32, vocab), "ids",
+             "(B, K, P) with P from 1 to 32, Vd", drafts);
+  check.sizes(ids, "ids", "(B, K, P)", {stack.rows, stack.heads, drafts});
+  check.integer(logprobs, "logprobs", 3, "(B, K, P)", ScalarType::Float);
+  check.sizes(logprobs, "logprobs", "(B, K, P)", {stack.rows, stack.heads, drafts});
+  DraftTopkArgs args{};
+  args.dtype = stack.dtype;
+  args.rows = stack.rows * stack.heads;
+  args.size = stack.size;
+  args.vocab = vocab;
+  args.drafts = drafts;
+  args.projection = projection.const_data_ptr();
+  args.parts = draft_topk_parts_cpu(vocab);
+  args.ids = static_cast<int64_t*>(ids.mutable_data_ptr());
+  args.logprobs = static_cast<float*>(logprobs.mutable_data_ptr());
+  args.eight_bits = true;
+  return args;
+}
+
+void draft(Tensor hidden, Tensor pending, Tensor embeddings, std::optional<Tensor> anchor_scale, Tensor stack,
+           Tensor bias, Tensor projection, int64_t vocab, std::optional<Tensor> vocabulary, Tensor ids,
+           Tensor logprobs) {
+  Check check("draft");
+  DraftArgs args{};
+  args.stack = stack_args(check, hidden, stack, bias);
+  args.topk = topk_args(check, args.stack, projection, vocab, ids, logprobs);
+  HeadStackArgs& heads = args.stack;
+  DraftTopkArgs& topk = args.topk;
+  check.integer(pending, "pending", 1, "(B,)", ScalarType::Long);
+  check.sizes(pending, "pending", "(B,)", {heads.rows});
+  args.pending = static_cast<const int64_t*>(pending.const_data_ptr());
+  if (vocabulary) {
+    check.integer(*vocabulary, "vocabulary", 1, "(Vd,)", ScalarType::Long);
+    check.sizes(*vocabulary, "vocabulary", "(Vd,)", {vocab});
+    args.vocabulary = static_cast<const int64_t*>(vocabulary->const_data_ptr());
+  }
+  const int64_t element = check.element_bytes();
+  Pieces pieces;
+  if (anchor_scale) {
+    check.floating(*anchor_scale, "anchor_scale", 0, "()");
+    check.floating(embeddings, "embeddings", 2, "(V, D)");
+    check.not_empty(embeddings, "embeddings", "(V, D)", 0, "V");
+    check.sizes(embeddings, "embeddings", "(V, D)", {embeddings.size(0), heads.size});
+    args.anchor_scale = anchor_scale->const_data_ptr();
+    args.embeddings = embeddings.const_data_ptr();
+    args.tokens = embeddings.size(0);
+    heads.anchor = pieces.take<char>(heads.rows * heads.size * element);
+  }
+  heads.scratch = pieces.take<char>(2 * topk.rows * heads.size * element);
+  topk.states = heads.states = pieces.take<char>(topk.rows * heads.size * element);
+  topk.part_max = pieces.take<float>(topk.rows * topk.parts);
+  topk.part_sum = pieces.take<float>(topk.rows * topk.parts);
+  topk.part_logits = pieces.take<float>(topk.rows * topk.parts * topk.drafts);
+  topk.part_ids = pieces.take<int32_t>(topk.rows * topk.parts * topk.drafts);
+  draft_cpu(args, threads());
+}
+
+}  // namespace
+}  // namespace cerberus
+
+STABLE_TORCH_LIBRARY_FRAGMENT(cerberus_ext, m) {
+  m.def("eight_bit_bytes(int rows, int size) -> int");
+  m.def("pack_eight_bits(Tensor weight, Tensor(a!) packed) -> ()");
+  m.def("eight_bit_linear(Tensor input, Tensor weight, Tensor(a!) output) -> ()");
+  m.def(
+      "draft(Tensor hidden, Tensor pending, Tensor embeddings, Tensor? anchor_scale, Tensor stack, Tensor "
+      "bias, Tensor projection, int vocab, Tensor? vocabulary, Tensor(a!) ids, Tensor(b!) logprobs) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CompositeExplicitAutograd, m) {
+  m.impl("eight_bit_bytes", TORCH_BOX(&cerberus::eight_bit_bytes));
+  m.impl("pack_eight_bits", TORCH_BOX(&cerberus::pack_eight_bits));
+  m.impl("eight_bit_linear", TORCH_BOX(&cerberus::eight_bit_linear));
+  m.impl("draft", TORCH_BOX(&cerberus::draft));
+}
