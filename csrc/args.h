@@ -108,6 +108,13 @@ struct TreeAttentionArgs {
   float* part_output;  // (B, N, Hq, splits, E): sum of 2^(score - part_max) v
 };
 
+// Of several texts at once, each with its own cache, length and topology: the same dtype and head size.
+struct TreeAttentionsArgs {
+  DType dtype;
+  int64_t count;
+  const TreeAttentionArgs* each;
+};
+
 // Puts the nodes' keys and values into slots length .. length + N of each row.
 // Rows whose slots would lie outside the cache are left out from there on: never a write past the end.
 struct WriteCacheArgs {
@@ -269,7 +276,7 @@ struct RowsArgs {
   const RowInstruction* instructions;
   const int64_t* positions;  // (N,)
   const int64_t* tokens;     // (N,)
-  int64_t length;            // node n is in slot length + n
+  int64_t length;            // node n is in slot length + n - first
 };
 
 }  // namespace cerberus

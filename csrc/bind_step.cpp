@@ -109,29 +109,56 @@ int64_t make_step(std::vector<Tensor> tensors, Tensor code) {
   return steps().add(std::shared_ptr<Held>(new Held{std::move(tensors), std::move(step), type, {}}));
 }
 
-void run_step(int64_t number, Tensor tokens, Tensor positions, Tensor length, Tensor ancestors, Tensor cache,
-              Tensor hidden, Tensor logits) {
+const int64_t* integers(const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); }
+
+// The texts of a call, one behind the other.
+std::vector<StepText> texts_of(Check& check, const Held& held, int64_t nodes,
+                               const std::vector<Tensor>& length, const std::vector<Tensor>& ancestors,
+                               const std::vector<Tensor>& cache) {
+  const int64_t count = static_cast<int64_t>(length.size()), planes = 2 * held.step.layers();
+  check.that(count >= 1, "length", "one or more tensors", count);
+  for (const auto* others : {&ancestors, &cache})
+    check.that(static_cast<int64_t>(others->size()) == count, others == &cache ? "cache" : "ancestors",
+               "a tensor for each of length, " + std::to_string(count), static_cast<int64_t>(others->size()));
+  std::vector<StepText> texts;
+  int64_t first = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    check.integer(length[i], "length", 1, "(1,)", ScalarType::Long);
+    check.sizes(length[i], "length", "(1,)", {1});
+    check.integer(ancestors[i], "ancestors", 2, "(N, W)", ScalarType::Long);
+    const int64_t own = ancestors[i].size(0), words = (own + 63) / 64;
+    check.that(own >= 1 && own <= nodes - first, "ancestors",
+               "(N, W) with N from 1 to the " + std::to_string(nodes - first) + " tokens that are left", own);
+    check.sizes(ancestors[i], "ancestors", "(N, W)", {own, words});
+    check.floating(cache[i], "cache", 5, "(C, 1, Hkv, S, E)");
+    check.that(cache[i].scalar_type() == held.type, "cache", dtype_text(held.type) + " like the step",
+               dtype_text(cache[i].scalar_type()));
+    check.that(cache[i].size(0) >= planes, "cache", "(C, 1, Hkv, S, E) with C >= " + std::to_string(planes),
+               cache[i].size(0));
+    const int64_t capacity = cache[i].size(3);
+    check.sizes(cache[i], "cache", "(C, 1, Hkv, S, E)",
+                {cache[i].size(0), 1, held.step.kv_heads(), capacity, held.step.head_size()});
+    texts.push_back({first, own, words, capacity, integers(length[i]), integers(ancestors[i]),
+                     cache[i].mutable_data_ptr()});
+    first += own;
+  }
+  check.that(first == nodes, "ancestors", "of " + std::to_string(nodes) + " nodes in all, like tokens",
+             first);
+  return texts;
+}
+
+void run_step(int64_t number, Tensor tokens, Tensor positions, std::vector<Tensor> length,
+              std::vector<Tensor> ancestors, std::vector<Tensor> cache, Tensor hidden, Tensor logits) {
   const std::shared_ptr<Held> held = steps().find("run_step", number);
   const Step& step = held->step;
   Check check("run_step");
   check.integer(tokens, "tokens", 1, "(N,)", ScalarType::Long);
   on_cpu(check, tokens, "tokens");
-  const int64_t nodes = tokens.size(0), words = (nodes + 63) / 64;
+  const int64_t nodes = tokens.size(0);
   check.that(nodes >= 1 && nodes <= 1 << 16, "tokens", "(N,) with N from 1 to 65536", nodes);
   check.integer(positions, "positions", 1, "(N,)", ScalarType::Long);
   check.sizes(positions, "positions", "(N,)", {nodes});
-  check.integer(length, "length", 1, "(1,)", ScalarType::Long);
-  check.sizes(length, "length", "(1,)", {1});
-  check.integer(ancestors, "ancestors", 2, "(N, W)", ScalarType::Long);
-  check.sizes(ancestors, "ancestors", "(N, W)", {nodes, words});
-  check.floating(cache, "cache", 5, "(C, 1, Hkv, S, E)");
-  const int64_t planes = 2 * step.layers(), capacity = cache.size(3);
-  check.that(cache.scalar_type() == held->type, "cache", dtype_text(held->type) + " like the step",
-             dtype_text(cache.scalar_type()));
-  check.that(cache.size(0) >= planes, "cache", "(C, 1, Hkv, S, E) with C >= " + std::to_string(planes),
-             cache.size(0));
-  check.sizes(cache, "cache", "(C, 1, Hkv, S, E)",
-              {cache.size(0), 1, step.kv_heads(), capacity, step.head_size()});
+  std::vector<StepText> texts = texts_of(check, *held, nodes, length, ancestors, cache);
   check.floating(hidden, "hidden", 2, "(N, D)");
   check.sizes(hidden, "hidden", "(N, D)", {nodes, step.hidden_size()});
   check.floating(logits, "logits", 2, "(R, V)");
@@ -139,10 +166,8 @@ void run_step(int64_t number, Tensor tokens, Tensor positions, Tensor length, Te
   check.that(logit_rows >= fewest && logit_rows <= nodes, "logits",
              "(R, V) with R from " + std::to_string(fewest) + " to " + std::to_string(nodes), logit_rows);
   check.sizes(logits, "logits", "(R, V)", {logit_rows, step.vocabulary()});
-  const auto integers = [](const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); };
   std::lock_guard<std::mutex> lock(held->running);
-  held->step.run({nodes, words, planes, capacity, integers(tokens), integers(positions), integers(length),
-                  integers(ancestors), cache.mutable_data_ptr(), hidden.mutable_data_ptr(),
+  held->step.run({nodes, integers(tokens), integers(positions), std::move(texts), hidden.mutable_data_ptr(),
                   logits.mutable_data_ptr(), logit_rows},
                  threads());
 }
@@ -236,7 +261,7 @@ void prefer_large_pages(Tensor memory) {
 STABLE_TORCH_LIBRARY_FRAGMENT(cerberus_ext, m) {
   m.def("make_step(Tensor[] tensors, Tensor code) -> int");
   m.def(
-      "run_step(int step, Tensor tokens, Tensor positions, Tensor length, Tensor ancestors, Tensor(a!) "
+      "run_step(int step, Tensor tokens, Tensor positions, Tensor[] length, Tensor[] ancestors, Tensor(a!)[] "
       "cache, "
       "Tensor(b!) hidden, Tensor(c!) logits) -> ()");
   m.def("free_step(int step) -> ()");

@@ -28,18 +28,19 @@ class NativeStep:
         weakref.finalize(self, native.free_step, self._number)
 
     def run(
-        self, tokens: Tensor, positions: Tensor, length: Tensor, ancestors: Tensor, cache: Tensor, hidden: Tensor,
-        logits: Tensor,
+        self, tokens: Tensor, positions: Tensor, length: Sequence[Tensor], ancestors: Sequence[Tensor],
+        cache: Sequence[Tensor], hidden: Tensor, logits: Tensor,
     ) -> None:  # fmt: skip
-        """A forward over N nodes, whose keys and values go to slots length .. length + N.
+        """A forward over N nodes of one or more texts, those of a text one behind the other; the weights are read once.
 
         tokens, positions: (N,) int64; what lies outside of a table reads its nearest row.
-        length: (1,) int64, committed tokens. ancestors: (N, W) int64, as for `tree_attention`.
-        cache: (C, 1, Hkv, S, E), planes of keys and values in turn.
+        Of each text, with Nt nodes: length (1,) int64, committed tokens; ancestors (Nt, W) int64, as for
+        `tree_attention`; cache (C, 1, Hkv, S, E), planes of keys and values in turn, another one for each text: the
+        nodes' keys and values go to slots length .. length + Nt.
         hidden (N, D), logits (R, V): the results, of the cache's dtype; logits of the last R nodes.
         Raises RuntimeError on other shapes or dtypes, on a non-contiguous tensor.
         """
-        native.run_step(self._number, tokens, positions, length, ancestors, cache, hidden, logits)
+        native.run_step(self._number, tokens, positions, list(length), list(ancestors), list(cache), hidden, logits)
 
     def times(self, on: bool) -> list[int]:
         """Nanoseconds of each stage since they were last asked for; on: whether to measure from now on."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -49,14 +49,21 @@ class StepWay:
         return StepWay(names, sees_all=not names)
 
 
+class StepRow(NamedTuple):
+    """What a step computes of one text, whose cache has one row: tokens, positions (N,) int64, ancestors (N, W)."""
+
+    cache: TreeCache
+    tokens: Tensor
+    positions: Tensor
+    ancestors: Tensor
+
+
 class StepForward(Protocol):
     """Does the steps of a TargetModel in the model's place."""
 
-    def step(
-        self, target: TargetModel, tokens: Tensor, positions: Tensor, ancestors: Tensor, logits_of: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """tokens, positions (B, N), ancestors (N, W) -> hidden (B, N, D), logits (B, R, V) of the last `logits_of`
-        nodes, None: of all."""
+    def step(self, target: TargetModel, rows: Sequence[StepRow], logits_of: int | None = None) -> tuple[Tensor, Tensor]:
+        """rows: of texts of the target's model -> hidden (N, D), logits (R, V) of all their nodes, a row behind the
+        other; logits of the last `logits_of` nodes, None: of all."""
 
 
 class TargetModel:
@@ -181,12 +188,17 @@ class TargetModel:
         """tokens (B, N) of the tree's nodes -> hidden (B, N, D), logits (B, N, V). Nothing is committed."""
         return self._run_nodes(tokens, self.cache.length[:, None] + tree.depths, tree.ancestors)
 
+    def row(self, tokens: Tensor, tree: Topology) -> StepRow:
+        """tokens (1, N) -> what a StepForward is to compute of them."""
+        return StepRow(self.cache, tokens[0], self.cache.length + tree.depths, tree.ancestors)
+
     def _run_nodes(
         self, tokens: Tensor, positions: Tensor, ancestors: Tensor, logits_of: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """See StepForward; with logits_of, hidden may be that of the nodes with logits alone."""
         if self.fused is not None:
-            return self.fused.step(self, tokens, positions, ancestors, logits_of)
+            hidden, logits = self.fused.step(self, [StepRow(self.cache, tokens[0], positions[0], ancestors)], logits_of)
+            return hidden[None], logits[None]
         nodes = tokens.shape[1]
         size = nodes
         if self.way.widths:

@@ -15,8 +15,10 @@ namespace cerberus {
 CERBERUS_OPS(CERBERUS_DECLARE)
 #undef CERBERUS_DECLARE
 
-// Of steps: the row instructions; a product whose `weight` is packed, to the bits of linear; packing, and how
-// many elements that takes. 0: this level has no packed products, and the other two are not to be called.
+// Of steps: the attention of several texts; the row instructions; a product whose `weight` is packed, to the
+// bits of linear; packing, and how many elements that takes. 0: this level has no packed products, and the
+// other two are not to be called.
+void tree_attentions_cpu(const TreeAttentionsArgs& args, const Parallel& parallel);
 void rows_cpu(const RowsArgs& args, const Parallel& parallel);
 void packed_linear_cpu(const LinearArgs& args, const Parallel& parallel);
 void pack_weights_cpu(const PackWeightsArgs& args, const Parallel& parallel);

@@ -44,6 +44,7 @@ struct Level {
 #define KERNEL(op, Op, schema) void (*op)(const Op##Args&, const Parallel&);
   CERBERUS_OPS(KERNEL)
 #undef KERNEL
+  void (*tree_attentions)(const TreeAttentionsArgs&, const Parallel&);
   void (*rows)(const RowsArgs&, const Parallel&);
   // Null: none.
   void (*packed_linear)(const LinearArgs&, const Parallel&);
@@ -94,6 +95,7 @@ bool in_bfloat16(const LinearArgs& a) { return a.dtype == DType::kBFloat16 && !a
 bool in_bfloat16(const HeadStackArgs& a) { return a.dtype == DType::kBFloat16; }
 bool in_bfloat16(const DraftTopkArgs& a) { return a.dtype == DType::kBFloat16; }
 bool in_bfloat16(const TreeAttentionArgs& a) { return a.dtype == DType::kBFloat16; }
+bool in_bfloat16(const TreeAttentionsArgs& a) { return a.dtype == DType::kBFloat16; }
 bool in_bfloat16(const PackWeightsArgs& a) { return a.dtype == DType::kBFloat16; }
 
 template <typename Args, void (*kBFloat16)(const Args&, const Parallel&),
@@ -116,33 +118,35 @@ int64_t packed_elements_amx(DType dtype, int64_t rows, int64_t size) {
 
 // A level, in the order of ops.h: its products are those named, its other kernels those of `isa`. Those of
 // `portable` only move or compare integers.
-#define CERBERUS_LEVEL(name, isa, runs_here, linear, head_stack, draft_topk, tree_attention, packed_linear, \
-                       pack_weights, packed_elements, four_bit_linear, pack_four_bits)                      \
-  {name,                                                                                                    \
-   runs_here,                                                                                               \
-   &isa::hidden_entropy,                                                                                    \
-   head_stack,                                                                                              \
-   draft_topk,                                                                                              \
-   &isa::choose_tokens,                                                                                     \
-   tree_attention,                                                                                          \
-   &portable::write_cache,                                                                                  \
-   &portable::verify_tree,                                                                                  \
-   &portable::commit_cache,                                                                                 \
-   linear,                                                                                                  \
-   &portable::grouped_linear, /* by the products of the level */                                            \
-   &isa::activation,                                                                                        \
-   &isa::rows,                                                                                              \
-   packed_linear,                                                                                           \
-   pack_weights,                                                                                            \
-   packed_elements,                                                                                         \
-   four_bit_linear,                                                                                         \
-   pack_four_bits,                                                                                          \
-   &isa::eight_bit_linear,                                                                                  \
+#define CERBERUS_LEVEL(name, isa, runs_here, linear, head_stack, draft_topk, tree_attention,           \
+                       tree_attentions, packed_linear, pack_weights, packed_elements, four_bit_linear, \
+                       pack_four_bits)                                                                 \
+  {name,                                                                                               \
+   runs_here,                                                                                          \
+   &isa::hidden_entropy,                                                                               \
+   head_stack,                                                                                         \
+   draft_topk,                                                                                         \
+   &isa::choose_tokens,                                                                                \
+   tree_attention,                                                                                     \
+   &portable::write_cache,                                                                             \
+   &portable::verify_tree,                                                                             \
+   &portable::commit_cache,                                                                            \
+   linear,                                                                                             \
+   &portable::grouped_linear, /* by the products of the level */                                       \
+   &isa::activation,                                                                                   \
+   tree_attentions,                                                                                    \
+   &isa::rows,                                                                                         \
+   packed_linear,                                                                                      \
+   pack_weights,                                                                                       \
+   packed_elements,                                                                                    \
+   four_bit_linear,                                                                                    \
+   pack_four_bits,                                                                                     \
+   &isa::eight_bit_linear,                                                                             \
    &isa::pack_eight_bits}
 #define CERBERUS_WHOLE_LEVEL(isa, runs_here, four_bit_linear, pack_four_bits)                          \
   CERBERUS_LEVEL(#isa, isa, runs_here, &isa::linear, &isa::head_stack, &isa::draft_topk,               \
-                 &isa::tree_attention, &isa::packed_linear, &isa::pack_weights, &isa::packed_elements, \
-                 four_bit_linear, pack_four_bits)
+                 &isa::tree_attention, &isa::tree_attentions, &isa::packed_linear, &isa::pack_weights, \
+                 &isa::packed_elements, four_bit_linear, pack_four_bits)
 
 // Best first.
 const Level kLevels[] = {
@@ -150,14 +154,16 @@ const Level kLevels[] = {
     CERBERUS_LEVEL("amx_bf16", avx512, has_amx_bf16, CERBERUS_BFLOAT16(amx_bf16, linear, LinearArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, head_stack, HeadStackArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, draft_topk, DraftTopkArgs),
-                   CERBERUS_BFLOAT16(avx512_bf16, tree_attention, TreeAttentionArgs), &avx512::packed_linear,
-                   &avx512::pack_weights, packed_elements_amx, nullptr, nullptr),
+                   CERBERUS_BFLOAT16(avx512_bf16, tree_attention, TreeAttentionArgs),
+                   CERBERUS_BFLOAT16(avx512_bf16, tree_attentions, TreeAttentionsArgs),
+                   &avx512::packed_linear, &avx512::pack_weights, packed_elements_amx, nullptr, nullptr),
 #endif
 #if defined(__x86_64__)
     CERBERUS_LEVEL("avx512_bf16", avx512, has_avx512_bf16, CERBERUS_BFLOAT16(avx512_bf16, linear, LinearArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, head_stack, HeadStackArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, draft_topk, DraftTopkArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, tree_attention, TreeAttentionArgs),
+                   CERBERUS_BFLOAT16(avx512_bf16, tree_attentions, TreeAttentionsArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, packed_linear, LinearArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, pack_weights, PackWeightsArgs), packed_elements_bf16,
                    &avx512_bf16::four_bit_linear, &avx512_bf16::pack_four_bits),
@@ -165,8 +171,8 @@ const Level kLevels[] = {
     CERBERUS_WHOLE_LEVEL(avx2, has_avx2, nullptr, nullptr),
 #endif
     CERBERUS_LEVEL("portable", portable, always, &portable::linear, &portable::head_stack,
-                   &portable::draft_topk, &portable::tree_attention, nullptr, nullptr, nullptr, nullptr,
-                   nullptr),
+                   &portable::draft_topk, &portable::tree_attention, &portable::tree_attentions, nullptr,
+                   nullptr, nullptr, nullptr, nullptr),
 };
 
 // Whether the level is better than the one that follows. On Intel's processors vdpbf16ps does two
@@ -248,6 +254,7 @@ CERBERUS_OPS(CHOSEN)
 
 int64_t draft_topk_parts_cpu(int64_t vocab) { return (vocab + kDraftTopkPart - 1) / kDraftTopkPart; }
 
+void tree_attentions_cpu(const TreeAttentionsArgs& a, const Parallel& p) { level().tree_attentions(a, p); }
 void rows_cpu(const RowsArgs& a, const Parallel& p) { level().rows(a, p); }
 void packed_linear_cpu(const LinearArgs& a, const Parallel& p) { level().packed_linear(a, p); }
 void pack_weights_cpu(const PackWeightsArgs& a, const Parallel& p) { level().pack_weights(a, p); }

@@ -15,18 +15,19 @@
 // void <op>(const <Op>Args&, const Parallel&) of every op, and what steps have besides, see cpu.h; which of
 // them a level defines is said in CMakeLists.txt.
 #define CERBERUS_DECLARE_KERNEL(name, Name, schema) void name(const Name##Args&, const Parallel&);
-#define CERBERUS_DECLARE_KERNELS(isa)                              \
-  namespace cerberus::isa {                                        \
-  CERBERUS_OPS(CERBERUS_DECLARE_KERNEL)                            \
-  void rows(const RowsArgs&, const Parallel&);                     \
-  void packed_linear(const LinearArgs&, const Parallel&);          \
-  void pack_weights(const PackWeightsArgs&, const Parallel&);      \
-  int64_t packed_elements(DType, int64_t rows, int64_t size);      \
-  void four_bit_linear(const LinearArgs&, const Parallel&);        \
-  void pack_four_bits(const PackFourBitsArgs&, const Parallel&);   \
-  void eight_bit_linear(const LinearArgs&, const Parallel&);       \
-  void pack_eight_bits(const PackEightBitsArgs&, const Parallel&); \
-  void draft(const DraftArgs&, const Parallel&);                   \
+#define CERBERUS_DECLARE_KERNELS(isa)                               \
+  namespace cerberus::isa {                                         \
+  CERBERUS_OPS(CERBERUS_DECLARE_KERNEL)                             \
+  void tree_attentions(const TreeAttentionsArgs&, const Parallel&); \
+  void rows(const RowsArgs&, const Parallel&);                      \
+  void packed_linear(const LinearArgs&, const Parallel&);           \
+  void pack_weights(const PackWeightsArgs&, const Parallel&);       \
+  int64_t packed_elements(DType, int64_t rows, int64_t size);       \
+  void four_bit_linear(const LinearArgs&, const Parallel&);         \
+  void pack_four_bits(const PackFourBitsArgs&, const Parallel&);    \
+  void eight_bit_linear(const LinearArgs&, const Parallel&);        \
+  void pack_eight_bits(const PackEightBitsArgs&, const Parallel&);  \
+  void draft(const DraftArgs&, const Parallel&);                    \
   }
 
 #ifdef CERBERUS_ISA

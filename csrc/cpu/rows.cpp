@@ -166,8 +166,8 @@ Place place(const RowOperand& o, const RowsArgs& a, int64_t node, float* scratch
       row = larger(0, smaller(a.tokens[node], o.rows - 1));
       break;
     case RowOperand::Row::kSlot:
-      row = a.length + node;
-      if (a.length < 0 || row >= o.rows) return found;
+      row = a.length + node - a.first;
+      if (a.length < 0 || a.length >= o.rows || row >= o.rows) return found;
       break;
   }
   const int64_t size = o.kind == Kind::kModel ? sizeof(T) : sizeof(float);

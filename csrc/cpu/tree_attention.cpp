@@ -613,20 +613,46 @@ int64_t tiles_per_task(int64_t heads, int64_t tiles, int64_t threads) {
   return best;
 }
 
+// The tasks of one call: heads of its rows, in tiles of queries.
+struct Tasks {
+  Tasks(const TreeAttentionArgs& a, int64_t threads) {
+    if (a.rows == 0 || a.nodes == 0 || a.query_heads == 0 || a.head_size == 0) return;
+    queries = a.nodes * (a.query_heads / a.kv_heads);
+    const int64_t tiles = (queries + kTogether - 1) / kTogether;
+    per_task = tiles_per_task(a.rows * a.kv_heads, tiles, larger(1, threads)) * kTogether;
+    per_head = (queries + per_task - 1) / per_task;
+    count = a.rows * a.kv_heads * per_head;
+  }
+  template <typename T>
+  void run(const TreeAttentionArgs& a, int64_t task) const {
+    const int64_t head = task / per_head, begin = task % per_head * per_task;
+    Task<T>(a, head / a.kv_heads, head % a.kv_heads, begin, smaller(queries, begin + per_task)).run();
+  }
+
+  int64_t queries = 0, per_task = 1, per_head = 1, count = 0;
+};
+
 }  // namespace
 
 void tree_attention(const TreeAttentionArgs& a, const Parallel& parallel) {
-  if (a.rows == 0 || a.nodes == 0 || a.query_heads == 0 || a.head_size == 0) return;
-  const int64_t queries = a.nodes * (a.query_heads / a.kv_heads),
-                tiles = (queries + kTogether - 1) / kTogether;
-  const int64_t per_task =
-      tiles_per_task(a.rows * a.kv_heads, tiles, larger(1, parallel.threads)) * kTogether;
-  const int64_t tasks_per_head = (queries + per_task - 1) / per_task;
+  const Tasks tasks(a, parallel.threads);
   with_type(a.dtype, [&](auto type) {
-    parallel_tasks(parallel, a.rows * a.kv_heads * tasks_per_head, [&](int64_t task) {
-      const int64_t head = task / tasks_per_head, begin = task % tasks_per_head * per_task;
-      Task<decltype(type)>(a, head / a.kv_heads, head % a.kv_heads, begin, smaller(queries, begin + per_task))
-          .run();
+    parallel_tasks(parallel, tasks.count, [&](int64_t task) { tasks.run<decltype(type)>(a, task); });
+  });
+}
+
+void tree_attentions(const TreeAttentionsArgs& all, const Parallel& parallel) {
+  if (all.count == 1) return tree_attention(all.each[0], parallel);
+  Buffer<int64_t> ends(all.count);
+  int64_t count = 0;
+  // Each call has its share of the threads: cut for all of them, its heads would be in more pieces than pay.
+  const int64_t threads = (parallel.threads + all.count - 1) / all.count;
+  for (int64_t i = 0; i < all.count; ++i) ends.data[i] = count += Tasks(all.each[i], threads).count;
+  with_type(all.dtype, [&](auto type) {
+    parallel_tasks(parallel, count, [&](int64_t task) {
+      int64_t i = 0;
+      while (task >= ends.data[i]) ++i;
+      Tasks(all.each[i], threads).run<decltype(type)>(all.each[i], task - (i ? ends.data[i - 1] : 0));
     });
   });
 }

@@ -177,11 +177,15 @@ void Step::read_rows(Reader& code, Rows& rows) {
   rows.scratch = code.next("scratch", 0, int64_t{1} << 28);
   rows.count = code.count("the number of instructions");
   rows.first = static_cast<int64_t>(instructions_.size());
+  rows.slots = -1;
   for (int64_t i = 0; i < rows.count; ++i) {
     Instruction instruction{};
     read_instruction(code, rows.scratch, instruction);
     instructions_.push_back(instruction);
+    const int64_t space = instruction.operands[0].space;
+    if (space == kKeysSpace || space == kValuesSpace) rows.slots = slots_;
   }
+  if (rows.slots >= 0) slots_ += rows.count;
 }
 
 void Step::read_instruction(Reader& code, int64_t scratch, Instruction& in) const {

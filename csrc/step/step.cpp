@@ -21,12 +21,12 @@ void Step::time_stages(bool on) {
   times_.assign(stages_.size(), 0);
 }
 
-void* Step::plane(const StepCall& call, int64_t index) const {
-  const int64_t bytes = kv_heads_ * call.capacity * head_size_ * element_bytes(false);
-  return static_cast<char*>(call.cache) + index * bytes;
+void* Step::plane(const StepText& text, int64_t index) const {
+  const int64_t bytes = kv_heads_ * text.capacity * head_size_ * element_bytes(false);
+  return static_cast<char*>(text.cache) + index * bytes;
 }
 
-RowOperand Step::resolve(const Operand& o, const StepCall& call) const {
+RowOperand Step::resolve(const Operand& o, const StepText& text) const {
   using Kind = RowOperand::Kind;
   using Row = RowOperand::Row;
   RowOperand to{
@@ -57,10 +57,10 @@ RowOperand Step::resolve(const Operand& o, const StepCall& call) const {
     case kKeysSpace:
     case kValuesSpace:
       to.row = Row::kSlot;
-      to.data = plane(call, 2 * o.index + (o.space == kValuesSpace));
+      to.data = plane(text, 2 * o.index + (o.space == kValuesSpace));
       to.row_stride = head_size_;
-      to.rows = call.capacity;
-      to.stride[1] = call.capacity * head_size_;
+      to.rows = text.capacity;
+      to.stride[1] = text.capacity * head_size_;
       break;
     default: {
       const StepConstant& constant = constants_[o.index];
@@ -113,11 +113,25 @@ void* Step::rows_from(int64_t buffer, int64_t node) const {
   return static_cast<char*>(b.data) + row * b.width * element_bytes(b.is_float32);
 }
 
+// The instructions of a stage with their addresses, behind those that are in `to`.
+void Step::resolve_rows(const Rows& rows, const StepText& text, std::vector<RowInstruction>& to) const {
+  for (int64_t i = rows.first; i < rows.first + rows.count; ++i) {
+    const Instruction& in = instructions_[i];
+    to.push_back({static_cast<RowOp>(in.op),
+                  in.round == 1,
+                  {in.size[0], in.size[1], in.size[2]},
+                  resolve(in.operands[0], text),
+                  resolve(in.operands[1], text),
+                  resolve(in.operands[2], text)});
+  }
+}
+
 // Room for the nodes, and every address in its place.
 void Step::provide(const StepCall& call) {
   const int64_t without_logits = call.nodes - call.logit_rows;
-  bool moved = call.cache != cache_ || call.capacity != capacity_ || without_logits != without_logits_ ||
-               resolved_.empty();
+  std::vector<std::pair<void*, int64_t>> caches;
+  for (const StepText& text : call.texts) caches.push_back({text.cache, text.capacity});
+  bool moved = caches != caches_ || without_logits != without_logits_;
   without_logits_ = without_logits;
   const bool grows = call.nodes > nodes_;
   const int64_t count = static_cast<int64_t>(buffers_.size());
@@ -135,16 +149,15 @@ void Step::provide(const StepCall& call) {
   }
   if (grows) nodes_ = call.nodes;
   if (!moved) return;
-  cache_ = call.cache;
-  capacity_ = call.capacity;
+  caches_ = std::move(caches);
   resolved_.clear();
-  for (const Instruction& in : instructions_)
-    resolved_.push_back({static_cast<RowOp>(in.op),
-                         in.round == 1,
-                         {in.size[0], in.size[1], in.size[2]},
-                         resolve(in.operands[0], call),
-                         resolve(in.operands[1], call),
-                         resolve(in.operands[2], call)});
+  by_text_.assign(call.texts.size(), {});
+  for (const Stage& stage : stages_) {
+    if (stage.kind != kRowsStage) continue;
+    resolve_rows(stage.rows, call.texts[0], resolved_);
+    if (stage.rows.slots < 0) continue;
+    for (size_t i = 0; i < call.texts.size(); ++i) resolve_rows(stage.rows, call.texts[i], by_text_[i]);
+  }
 }
 
 void Step::run_grouped(const Grouped& g, int64_t nodes, const Parallel& parallel) {
@@ -162,60 +175,82 @@ void Step::run_grouped(const Grouped& g, int64_t nodes, const Parallel& parallel
       parallel);
 }
 
+void Step::run_product(const Product& p, int64_t first, int64_t nodes, const Parallel& parallel) const {
+  const LinearArgs args{dtype_,
+                        nodes - first,
+                        p.in_size,
+                        p.out_size,
+                        1,
+                        false,
+                        rows_from(p.input, first),
+                        constants_[p.weight].data,
+                        p.bias < 0 ? nullptr : constants_[p.bias].data,
+                        nullptr,
+                        rows_from(p.output, first)};
+  (p.packing == Packing::kNone       ? linear_cpu
+   : p.packing == Packing::kPacked   ? packed_linear_cpu
+   : p.packing == Packing::kFourBits ? four_bit_linear_cpu
+                                     : eight_bit_linear_cpu)(args, parallel);
+}
+
+// What is written to a cache goes to that of the node's text; all else is the same for all texts.
+void Step::run_rows(const Rows& r, int64_t first, const StepCall& call, const Parallel& parallel) const {
+  const auto run = [&](int64_t begin, int64_t end, const RowInstruction* instructions, int64_t length,
+                       const Parallel& threads) {
+    rows_cpu({dtype_, begin, end, r.count, r.scratch, instructions, call.positions, call.tokens, length},
+             threads);
+  };
+  if (r.slots < 0) return run(first, call.nodes, resolved_.data() + r.first, 0, parallel);
+  const auto run_text = [&](int64_t i, const Parallel& threads) {
+    const StepText& text = call.texts[i];
+    run(text.first, text.first + text.nodes, by_text_[i].data() + r.slots, *text.length, threads);
+  };
+  if (call.texts.size() == 1) return run_text(0, parallel);
+  // A thread has whole texts: there is too little to do for a second one.
+  const auto body = [](const void* state, int64_t i) {
+    (*static_cast<const decltype(run_text)*>(state))(i, Parallel{nullptr, 1});
+  };
+  parallel.run(static_cast<int64_t>(call.texts.size()), body, &run_text);
+}
+
+void Step::run_attention(const Attention& a, const StepCall& call, const Parallel& parallel) {
+  attentions_.clear();
+  for (const StepText& text : call.texts) {
+    TreeAttentionArgs args{};
+    args.dtype = dtype_;
+    args.rows = 1;
+    args.nodes = text.nodes;
+    args.query_heads = a.query_heads;
+    args.kv_heads = kv_heads_;
+    args.head_size = head_size_;
+    args.capacity = text.capacity;
+    args.words = text.words;
+    args.scale = a.scale;
+    args.softcap = a.softcap;
+    args.window = a.window;
+    args.query = rows_from(a.query, text.first);
+    args.keys = plane(text, 2 * a.layer);
+    args.values = plane(text, 2 * a.layer + 1);
+    args.length = text.length;
+    args.ancestors = text.ancestors;
+    args.sinks = a.sinks < 0 ? nullptr : constants_[a.sinks].data;
+    args.output = rows_from(a.output, text.first);
+    args.splits = 1;
+    attentions_.push_back(args);
+  }
+  tree_attentions_cpu({dtype_, static_cast<int64_t>(attentions_.size()), attentions_.data()}, parallel);
+}
+
 void Step::run(const StepCall& call, const Parallel& parallel) {
   provide(call);
   for (size_t i = 0; i < stages_.size(); ++i) {
     const int64_t begin = timed_ ? nanoseconds() : 0;
     const Stage& stage = stages_[i];
     const int64_t first = static_cast<int64_t>(i) < end_ ? 0 : without_logits_;
-    if (stage.kind == kProductStage) {
-      const Product& p = stage.product;
-      const LinearArgs args{dtype_,
-                            call.nodes - first,
-                            p.in_size,
-                            p.out_size,
-                            1,
-                            false,
-                            rows_from(p.input, first),
-                            constants_[p.weight].data,
-                            p.bias < 0 ? nullptr : constants_[p.bias].data,
-                            nullptr,
-                            rows_from(p.output, first)};
-      (p.packing == Packing::kNone       ? linear_cpu
-       : p.packing == Packing::kPacked   ? packed_linear_cpu
-       : p.packing == Packing::kFourBits ? four_bit_linear_cpu
-                                         : eight_bit_linear_cpu)(args, parallel);
-    } else if (stage.kind == kRowsStage) {
-      const Rows& r = stage.rows;
-      rows_cpu({dtype_, first, call.nodes, r.count, r.scratch, resolved_.data() + r.first, call.positions,
-                call.tokens, *call.length},
-               parallel);
-    } else if (stage.kind == kGroupedStage) {
-      run_grouped(stage.grouped, call.nodes, parallel);
-    } else {
-      const Attention& a = stage.attention;
-      TreeAttentionArgs args{};
-      args.dtype = dtype_;
-      args.rows = 1;
-      args.nodes = call.nodes;
-      args.query_heads = a.query_heads;
-      args.kv_heads = kv_heads_;
-      args.head_size = head_size_;
-      args.capacity = call.capacity;
-      args.words = call.words;
-      args.scale = a.scale;
-      args.softcap = a.softcap;
-      args.window = a.window;
-      args.query = buffers_[a.query].data;
-      args.keys = plane(call, 2 * a.layer);
-      args.values = plane(call, 2 * a.layer + 1);
-      args.length = call.length;
-      args.ancestors = call.ancestors;
-      args.sinks = a.sinks < 0 ? nullptr : constants_[a.sinks].data;
-      args.output = buffers_[a.output].data;
-      args.splits = 1;
-      tree_attention_cpu(args, parallel);
-    }
+    if (stage.kind == kProductStage) run_product(stage.product, first, call.nodes, parallel);
+    if (stage.kind == kRowsStage) run_rows(stage.rows, first, call, parallel);
+    if (stage.kind == kGroupedStage) run_grouped(stage.grouped, call.nodes, parallel);
+    if (stage.kind == kAttentionStage) run_attention(stage.attention, call, parallel);
     if (timed_) times_[i] += nanoseconds() - begin;
   }
 }

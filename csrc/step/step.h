@@ -24,6 +24,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "args.h"
@@ -43,14 +44,20 @@ struct StepConstant {
   Packing packing;  // of bytes, of which `elements` counts those of the model's dtype
 };
 
+// What a run needs of one text: its nodes follow those of the text before.
+struct StepText {
+  int64_t first, nodes, words, capacity;
+  const int64_t* length;     // (1,)
+  const int64_t* ancestors;  // (nodes, words)
+  void* cache;               // (planes, 1, Hkv, S, E)
+};
+
 // What a run reads and writes, see run_step.
 struct StepCall {
-  int64_t nodes, words, planes, capacity;
+  int64_t nodes;  // N, of all texts
   const int64_t* tokens;
   const int64_t* positions;
-  const int64_t* length;
-  const int64_t* ancestors;
-  void* cache;   // (planes, 1, Hkv, S, E)
+  std::vector<StepText> texts;
   void* hidden;  // (N, D)
   void* logits;  // (logit_rows, V): of the last nodes
   int64_t logit_rows;
@@ -102,6 +109,7 @@ class Step {
   };
   struct Rows {
     int64_t scratch, first, count;  // of instructions_
+    int64_t slots;  // where those of a text begin, see by_text_; -1: nothing is written to a cache
   };
   struct Attention {
     int64_t layer, query, output, query_heads, window, sinks;
@@ -130,9 +138,13 @@ class Step {
   bool is_used(const Stage& stage, int64_t buffer) const;
   void provide(const StepCall& call);
   void* rows_from(int64_t buffer, int64_t node) const;
+  void run_product(const Product& product, int64_t first, int64_t nodes, const Parallel& parallel) const;
+  void run_rows(const Rows& rows, int64_t first, const StepCall& call, const Parallel& parallel) const;
+  void run_attention(const Attention& attention, const StepCall& call, const Parallel& parallel);
   void run_grouped(const Grouped& grouped, int64_t nodes, const Parallel& parallel);
-  RowOperand resolve(const Operand& operand, const StepCall& call) const;
-  void* plane(const StepCall& call, int64_t index) const;
+  void resolve_rows(const Rows& rows, const StepText& text, std::vector<RowInstruction>& to) const;
+  RowOperand resolve(const Operand& operand, const StepText& text) const;
+  void* plane(const StepText& text, int64_t index) const;
   int64_t element_bytes(bool is_float32) const { return is_float32 || dtype_ == DType::kFloat32 ? 4 : 2; }
 
   std::vector<StepConstant> constants_;
@@ -142,14 +154,16 @@ class Step {
   std::vector<Stage> stages_;
   std::vector<Instruction> instructions_;
   std::vector<RowInstruction> resolved_;
+  std::vector<std::vector<RowInstruction>> by_text_;  // of the stages that write to a cache
+  int64_t slots_ = 0;                                 // instructions of those stages
   // Stages from here on only lead from the hidden states to the logits: they run for nodes that have logits.
   int64_t end_ = 0;
   bool ends_with_logits_ = false;
-  int64_t nodes_ = 0;           // that the buffers hold
-  int64_t without_logits_ = 0;  // the first nodes of the latest run
-  void* cache_ = nullptr;
-  int64_t capacity_ = 0;
-  std::vector<int64_t> chosen_;  // by the nodes, of the stage that runs
+  int64_t nodes_ = 0;                              // that the buffers hold
+  int64_t without_logits_ = 0;                     // the first nodes of the latest run
+  std::vector<std::pair<void*, int64_t>> caches_;  // of the latest run's texts, and their capacities
+  std::vector<TreeAttentionArgs> attentions_;      // of the texts, of the stage that runs
+  std::vector<int64_t> chosen_;                    // by the nodes, of the stage that runs
   bool timed_ = false;
   std::vector<int64_t> times_;
 };

@@ -36,7 +36,9 @@ def multiply(weights: Tensor, shape: torch.Size, x: Tensor, bias: Tensor | None 
     step = NativeStep(tensors, torch.tensor(code))
     hidden, logits = torch.empty_like(x), torch.empty(nodes, out_size, dtype=x.dtype)
     ancestors, index = torch.zeros(nodes, -(-nodes // 64), dtype=torch.int64), torch.arange(nodes)
-    step.run(index, index, torch.tensor([0]), ancestors, torch.zeros(2, 1, 1, 8, 4, dtype=x.dtype), hidden, logits)
+    step.run(
+        index, index, [torch.tensor([0])], [ancestors], [torch.zeros(2, 1, 1, 8, 4, dtype=x.dtype)], hidden, logits
+    )
     return logits
 
 

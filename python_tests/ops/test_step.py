@@ -71,7 +71,7 @@ def run(step: NativeStep, nodes: int, dtype: torch.dtype, outputs: int = OUT) ->
     tokens = torch.arange(nodes) * 5 % VOCAB
     hidden, logits = torch.empty(nodes, WIDTH, dtype=dtype), torch.empty(nodes, outputs, dtype=dtype)
     ancestors, cache = torch.zeros(nodes, -(-nodes // 64), dtype=torch.int64), torch.zeros(2, 1, 1, 8, 4, dtype=dtype)
-    step.run(tokens, torch.arange(nodes), torch.tensor([3]), ancestors, cache, hidden, logits)
+    step.run(tokens, torch.arange(nodes), [torch.tensor([3])], [ancestors], [cache], hidden, logits)
     return tokens, hidden, logits
 
 
@@ -118,7 +118,7 @@ def test_the_largest_of_a_row_are_torchs(size: int, count: int, different: int) 
     step, nodes = NativeStep([values], torch.tensor(code)), torch.arange(40)
     places, found = torch.empty(40, count), torch.empty(40, count)
     ancestors = torch.zeros(40, 1, dtype=torch.int64)
-    step.run(nodes, nodes, torch.tensor([0]), ancestors, torch.zeros(2, 1, 1, 8, 4), places, found)
+    step.run(nodes, nodes, [torch.tensor([0])], [ancestors], [torch.zeros(2, 1, 1, 8, 4)], places, found)
     want = values.topk(count)
     assert places.equal(want.indices.float())
     assert found.view(torch.int32).equal(want.values.view(torch.int32))
@@ -133,7 +133,7 @@ def test_an_expert_that_there_is_not(place: float) -> None:
     code += [3, 0, 1, 0, 1, 3, -1, 0, 0, EXPERTS, 2, 1, 1]
     step = NativeStep([weight, table, torch.tensor([place])], torch.tensor(code))
     tokens, hidden, logits = torch.zeros(1, dtype=torch.int64), torch.empty(1, 1), torch.full((1, 3), 7.0)
-    step.run(tokens, tokens, tokens, tokens[None], torch.zeros(2, 1, 1, 8, 4), hidden, logits)
+    step.run(tokens, tokens, [tokens], [tokens[None]], [torch.zeros(2, 1, 1, 8, 4)], hidden, logits)
     assert logits.equal(torch.zeros(1, 3))
 
 
@@ -146,7 +146,7 @@ def test_a_mean_has_torchs_bits(size: int) -> None:
     step = NativeStep([values], torch.tensor(code))
     mean, other = torch.empty(4, 1), torch.empty(4, 1)
     ancestors, nodes = torch.zeros(4, 1, dtype=torch.int64), torch.arange(4)
-    step.run(nodes, nodes, torch.tensor([0]), ancestors, torch.zeros(2, 1, 1, 8, 4), mean, other)
+    step.run(nodes, nodes, [torch.tensor([0])], [ancestors], [torch.zeros(2, 1, 1, 8, 4)], mean, other)
     assert mean.equal(values.mean(-1, keepdim=True))
 
 

@@ -70,7 +70,7 @@ class FusedContext:
             part = slice(begin, begin + _MOST_ROWS)
             first, nodes = cache.length + (begin + 1 - len(tokens)), len(tokens[part])
             positions, ancestors = first + torch.arange(nodes), chain_ancestors(nodes)
-            self._native.run(tokens[part], positions, first, ancestors, planes, states[part], rows[part])
+            self._native.run(tokens[part], positions, [first], [ancestors], [planes], states[part], rows[part])
         self.known = cache.committed + 1
         return rows[-1:]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ...target.cache import TreeCache
-    from ...target.model import TargetModel
+    from ...target.model import StepRow, TargetModel
 
 _ALIGNMENT = 4096  # bytes, of the packed weights of a product
 _MIN_POSITIONS = 1024  # that the tables know
@@ -45,14 +45,15 @@ class FusedStep:
         self._weights: list[Tensor] | None = None
         self._packs = pack is not False and (pack or _has_room(target.model))
         self._most_positions = _ALL_POSITIONS
-        self._make(target)
+        self._make(target, [])
         self.seconds = time.perf_counter() - begin
 
-    def _make(self, target: TargetModel) -> None:
-        """The program, for as many positions as the cache has room for; its weights stay where they are."""
+    def _make(self, target: TargetModel, rows: Sequence[StepRow]) -> None:
+        """The program, for as many positions as the caches have room for; its weights stay where they are."""
         assert target.cache.tensor is not None
         _, _, heads, _, size = target.cache.tensor.shape
-        sizes, positions = (self._trace, self._dtype, heads, size, self._packs), table_positions(target.cache)
+        sizes = (self._trace, self._dtype, heads, size, self._packs)
+        positions = max(table_positions(cache) for cache in (target.cache, *(row.cache for row in rows)))
         try:
             self.program: Program = lower(*sizes, positions)
         except IndexError:  # the model looks its positions up, and has no more; nor is there a step beyond them
@@ -67,20 +68,18 @@ class FusedStep:
         except RuntimeError as error:
             raise NotFused(f"its program was refused: {error}") from error
 
-    def step(
-        self, target: TargetModel, tokens: Tensor, positions: Tensor, ancestors: Tensor, logits_of: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def step(self, target: TargetModel, rows: Sequence[StepRow], logits_of: int | None = None) -> tuple[Tensor, Tensor]:
         """See StepForward; hidden and logits are written over by the next step."""
-        nodes, cache = tokens.shape[1], target.cache
-        cache.check_room(nodes)
-        if min(cache.capacity, self._most_positions) > self.program.positions:
-            self._make(target)
-        assert cache.tensor is not None
-        hidden, logits = self._memory(nodes, nodes if logits_of is None else logits_of)
-        self._native.run(
-            tokens[0].contiguous(), positions[0].contiguous(), cache.length, ancestors, cache.tensor, hidden, logits
-        )
-        return hidden[None], logits[None]
+        for row in rows:
+            row.cache.check_room(len(row.tokens))
+        if min(max(row.cache.capacity for row in rows), self._most_positions) > self.program.positions:
+            self._make(target, rows)
+        tokens, positions = _joined([row.tokens for row in rows]), _joined([row.positions for row in rows])
+        hidden, logits = self._memory(len(tokens), len(tokens) if logits_of is None else logits_of)
+        lengths, ancestors = [row.cache.length for row in rows], [row.ancestors for row in rows]
+        caches = [row.cache.tensor for row in rows if row.cache.tensor is not None]
+        self._native.run(tokens, positions, lengths, ancestors, caches, hidden, logits)
+        return hidden, logits
 
     def prepare(self, cache: TreeCache) -> None:
         """Gives the cache its memory, which it has from a model's first forward on."""
@@ -107,6 +106,10 @@ class FusedStep:
                 if len(self._results[place]) < count:
                     self._results[place] = torch.empty((count, result.width), dtype=self._dtype)
         return self._results[0][: rows[0]], self._results[1][: rows[1]]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
 
 def table_positions(cache: TreeCache) -> int:
