@@ -19,12 +19,15 @@ from ..io.checks import as_number, check_integer, check_number
 from ..runtime.sampling import Sampling
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What wraps a model, by what it has: of peft (the adapters are in the model), of torch.compile.
+_INSIDE = {"get_base_model": "its get_base_model()", "_orig_mod": "the model as it was before torch.compile"}
 
 
 def check_model(model: Any) -> None:
     """A decoder-only model with an LM head, in evaluation mode, on one CPU or GPU, of a dtype of the ops."""
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"decode: model must be a transformers PreTrainedModel, got {type(model).__name__}")
+        instead = next((f": give {what}" for name, what in _INSIDE.items() if hasattr(model, name)), "")
+        raise TypeError(f"decode: model must be a transformers PreTrainedModel, got {type(model).__name__}{instead}")
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"decode: model must be decoder-only, {name} is an encoder-decoder")
