@@ -165,15 +165,16 @@ def check_proposers(proposers: Any) -> None:
         )
 
 
-def check_sampling(temperature: Any, top_k: Any, top_p: Any, seed: Any) -> Sampling:
+def check_sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any, seed: Any) -> Sampling:
     temperature = check_number(
         "decode: temperature", temperature, ">= 0 and finite", lambda number: 0 <= number < math.inf
     )
     top_p = check_number("decode: top_p", top_p, "> 0 and <= 1", lambda number: 0 < number <= 1)
+    min_p = check_number("decode: min_p", min_p, ">= 0 and <= 1", lambda number: 0 <= number <= 1)
     top_k = check_integer("decode: top_k", top_k, 0)
     seed = check_integer("decode: seed", seed, -(2**63), 2**63 - 1)
     # Greedily all seeds are alike, and so are recordings of a step.
-    return Sampling(seed, temperature, top_k, top_p) if temperature else Sampling()
+    return Sampling(seed, temperature, top_k, top_p, min_p) if temperature else Sampling()
 
 
 def eos_token_ids(eos_token_id: Any, generation_config: GenerationConfig | None) -> frozenset[int]:

@@ -38,6 +38,7 @@ class Options(TypedDict, total=False):
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
     seed: int
     eos_token_id: int | Sequence[int] | Tensor | None
     stopping_criteria: list[Any] | None
@@ -205,6 +206,7 @@ class Decoder:
         temperature: Any = 0.0,
         top_k: Any = 0,
         top_p: Any = 1.0,
+        min_p: Any = 0.0,
         seed: Any = 0,
         eos_token_id: Any = None,
         stopping_criteria: Any = None,
@@ -221,7 +223,7 @@ class Decoder:
         checks.check_autocast(model)
         ids = checks.prompt_ids(ids, attention_mask, model)
         max_new_tokens = checks.check_integer("decode: max_new_tokens", max_new_tokens, 0)
-        sampling = checks.check_sampling(temperature, top_k, top_p, seed)
+        sampling = checks.check_sampling(temperature, top_k, top_p, min_p, seed)
         checks.check_streamer(put_to)
         plan = self._make_plan()
         stopping = checks.stopping_criteria_list(stopping_criteria)

@@ -1,4 +1,4 @@
-"""What is drawn through trees of drafts has exactly the model's probabilities: Pearson's chi-square over 100 000 draws."""
+"""What is drawn through trees of drafts has the model's probabilities: Pearson's chi-square over 100 000 draws."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from generate_cases import NEW, cerberus
+from stand_ins import OracleHeads
+from tiny_models import VOCAB, prompt, tiny_model
 from torch import Tensor
 
-from cerberus_ext import ops
+from cerberus_ext import decode, ops
 from cerberus_ext.drafting.static_policy import StaticPolicy
+from cerberus_ext.runtime.sampling import Sampling
 
 WORDS, DRAWS, ROWS = 10, 100_000, 2000
 TREE = StaticPolicy.from_widths([4, 3, 2]).tree
 SAMPLING: dict[str, dict[str, Any]] = {
-    "plain": {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
+    "plain": {"temperature": 1.0},
     "cut": {"temperature": 0.8, "top_k": 6, "top_p": 0.9},
+    "min_p": {"temperature": 1.3, "min_p": 0.15, "top_p": 0.95},
 }
 
 
@@ -26,11 +31,12 @@ def logits() -> Tensor:
     return torch.randn(WORDS, WORDS, generator=torch.Generator().manual_seed(2)) * 1.5
 
 
-def probabilities(temperature: float, top_k: int, top_p: float) -> Tensor:
+def probabilities(temperature: float, top_k: int = WORDS, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
     """(WORDS, WORDS) float64, of the next word after each."""
     wanted = (logits().double() / temperature).softmax(-1)
     ranked, order = wanted.sort(-1, descending=True)
-    ranked[:, top_k or WORDS :] = 0
+    ranked[ranked < min_p * ranked[:, :1]] = 0
+    ranked[:, top_k:] = 0
     ranked /= ranked.sum(-1, keepdim=True)
     ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
     return torch.zeros_like(wanted).scatter(-1, order, ranked / ranked.sum(-1, keepdim=True))
@@ -48,8 +54,7 @@ def drawn(sampling: dict[str, Any], lenient: bool = False) -> Tensor:
         tokens = torch.multinomial(model[last].softmax(-1), TREE.size, replacement=True, generator=generator)
         tokens[:, 0] = last
         positions = length[:, None] + topology.depths + 1
-        rows = model[tokens].reshape(-1, WORDS).contiguous()
-        target = ops.choose_tokens(rows, positions.reshape(-1).contiguous(), 3, **sampling).view(tokens.shape)
+        target = Sampling(seed=3, **sampling).choose(model[tokens], positions)
         if lenient:
             target = with_likely_drafts(tokens, target)
         path, accepted = ops.verify_tree(tokens, target, topology.parents, topology.ancestors, TREE.depth)
@@ -96,3 +101,14 @@ def test_a_wrong_rule_is_seen(case: str) -> None:
 
 def test_a_wrong_temperature_is_seen() -> None:
     assert p_value(drawn({**SAMPLING["plain"], "temperature": 1.03}), probabilities(**SAMPLING["plain"])) < 1e-6
+
+
+def test_min_p_of_decode() -> None:
+    """With and without drafts, and as transformers' own processor applies it."""
+    model, options = tiny_model("llama"), {"temperature": 1.4, "min_p": 0.1, "seed": 3}
+    want = cerberus(model, prompt(), do_sample=True, top_k=0, **options)
+    assert decode(model, None, prompt(), max_new_tokens=NEW, **options).sequences.equal(want)
+    heads = OracleHeads(want, 3, VOCAB)
+    out = decode(model, heads, prompt(), max_new_tokens=NEW, tree=9, streamer=heads, **options)
+    assert out.sequences.equal(want) and out.stats.tokens_per_step > 2
+    assert not decode(model, None, prompt(), max_new_tokens=NEW, **options | {"min_p": 0.0}).sequences.equal(want)
