@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .drafts import show_drafts
 from .failures import fail
 from .shared import Device, DTypeName, HeadsOrNone, Model, Threads, load_any
 
@@ -43,6 +44,10 @@ def generate(
         bool,
         typer.Option(help="Measure plain decoding and transformers' model.generate, too, and print the speed-ups."),
     ] = False,
+    show: Annotated[
+        bool,
+        typer.Option("--show-drafts", help="Colour each token by who has drafted it: nobody, the heads, the text."),
+    ] = False,
     raw: Annotated[bool, typer.Option(help="Give the prompt as it is, without the chat template.")] = False,
     dtype: DTypeName = None,
     device: Device = None,
@@ -56,14 +61,17 @@ def generate(
     from transformers import TextStreamer
 
     from ..engine.decode import decode
+    from ..engine.decoder import Decoder
     from ..io.prompts import encode_chat
 
     target, tokenizer, trained = load_any(model, heads, dtype, device, threads)
     ids = (tokenizer(text, return_tensors="pt").input_ids if raw else encode_chat(tokenizer, [text])).to(target.device)
     options: dict[str, Any] = {"tree": tree_size, "proposers": None if suffix else []}
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    output = decode(target, trained, ids, streamer=streamer, max_new_tokens=max_new_tokens, **options)
-    stats = output.stats
+    if show:
+        stats = show_drafts(Decoder(target, trained, **options), tokenizer, ids, max_new_tokens)
+    else:
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stats = decode(target, trained, ids, streamer=streamer, max_new_tokens=max_new_tokens, **options).stats
     speed, line, right = stats.tokens_per_second, "", True
     if compare and stats.new_tokens:
         speed, line, right = compared(ways(target, trained, options), ids, stats.new_tokens, target.dtype)

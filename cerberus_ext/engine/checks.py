@@ -19,12 +19,15 @@ from ..io.checks import as_number, check_integer, check_number
 from ..runtime.sampling import Sampling
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What wraps a model, by what it has: of peft (the adapters are in the model), of torch.compile.
+_INSIDE = {"get_base_model": "its get_base_model()", "_orig_mod": "the model as it was before torch.compile"}
 
 
 def check_model(model: Any) -> None:
     """A decoder-only model with an LM head, in evaluation mode, on one CPU or GPU, of a dtype of the ops."""
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"decode: model must be a transformers PreTrainedModel, got {type(model).__name__}")
+        instead = next((f": give {what}" for name, what in _INSIDE.items() if hasattr(model, name)), "")
+        raise TypeError(f"decode: model must be a transformers PreTrainedModel, got {type(model).__name__}{instead}")
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"decode: model must be decoder-only, {name} is an encoder-decoder")
@@ -162,15 +165,16 @@ def check_proposers(proposers: Any) -> None:
         )
 
 
-def check_sampling(temperature: Any, top_k: Any, top_p: Any, seed: Any) -> Sampling:
+def check_sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any, seed: Any) -> Sampling:
     temperature = check_number(
         "decode: temperature", temperature, ">= 0 and finite", lambda number: 0 <= number < math.inf
     )
     top_p = check_number("decode: top_p", top_p, "> 0 and <= 1", lambda number: 0 < number <= 1)
+    min_p = check_number("decode: min_p", min_p, ">= 0 and <= 1", lambda number: 0 <= number <= 1)
     top_k = check_integer("decode: top_k", top_k, 0)
     seed = check_integer("decode: seed", seed, -(2**63), 2**63 - 1)
     # Greedily all seeds are alike, and so are recordings of a step.
-    return Sampling(seed, temperature, top_k, top_p) if temperature else Sampling()
+    return Sampling(seed, temperature, top_k, top_p, min_p) if temperature else Sampling()
 
 
 def eos_token_ids(eos_token_id: Any, generation_config: GenerationConfig | None) -> frozenset[int]:

@@ -94,18 +94,16 @@ def generate(
     def texts(*, streamer: Any) -> list[dict[str, Any]]:
         decoder = Decoder(model, heads, tree=tree, gate=gate, proposers=proposers, graphs=graphs, fuse=fuse, pack=pack)
         check_refused("generate: generation_config", generation_config, _REFUSED)
-        _check_arguments(model_kwargs, given)
+        _check_arguments(model, model_kwargs, given)
         if streamer is not None and returned > 1:
             raise ValueError(f"generate: streamer must be None with num_return_sequences = {returned}")
-        options = {
-            "streamer": None if streamer is None else _AfterPrompt(streamer),
-            "attention_mask": model_kwargs.get("attention_mask"),
-        }
+        put_to, mask = None if streamer is None else _AfterPrompt(streamer), model_kwargs.get("attention_mask")
         first: Any = int(torch.randint(2**63 - 1, ())) if seed is None and generation_config.do_sample else seed
         return [
             _text(
                 decoder, input_ids[row::returned], logits_processor, stopping_criteria, generation_config,
-                first + row if row else first, options,
+                first + row if row else first, streamer=put_to,
+                attention_mask=None if mask is None else mask[row::returned],
             )
             for row in range(returned)
         ]  # fmt: skip
@@ -133,7 +131,9 @@ def _arguments_of_generate() -> Mapping[str, Any]:
     return {} if frame is None else frame.f_locals
 
 
-def _check_arguments(model_kwargs: dict[str, Any], given: Mapping[str, Any]) -> None:
+def _check_arguments(model: PreTrainedModel, model_kwargs: dict[str, Any], given: Mapping[str, Any]) -> None:
+    if getattr(vars(model).get("prepare_inputs_for_generation", model), "__self__", model) is not model:
+        raise ValueError("generate: model must make its inputs of tokens alone, another one makes them: prompt tuning?")
     if given.get("assistant_model") is not None:
         raise ValueError(f"generate: assistant_model must be None: {_ASSISTED}")
     if given.get("synced_gpus"):
@@ -147,11 +147,11 @@ def _check_arguments(model_kwargs: dict[str, Any], given: Mapping[str, Any]) -> 
 
 def _text(
     decoder: Decoder, ids: Tensor, processors: LogitsProcessorList, criteria: StoppingCriteriaList,
-    config: GenerationConfig, seed: Any, options: dict[str, Any],
+    config: GenerationConfig, seed: Any, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """sequences (1, S + new), and scores and logits of each new token, (1, V), if config asks for them."""
     length = ids.shape[1]
-    options = options | _options(length, criteria)
+    options |= _options(length, criteria)
     own, warpers = list(processors), list[Any]()
     if config.do_sample:
         options |= _sampling(own, seed)

@@ -33,6 +33,7 @@ def decode(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     seed: int = 0,
     eos_token_id: int | Sequence[int] | Tensor | None = None,
     stopping_criteria: list[Any] | None = None,
@@ -63,7 +64,8 @@ def decode(
         a DynamicPolicy; a StaticPolicy has none.
     temperature: 0 takes the most likely token, as `model.generate(do_sample=False)` does. Above 0, tokens are drawn,
         with noise determined by seed and position, so that for a seed the text is the same whatever the heads, the tree
-        and the gate; top_k and top_p are those of `ops.choose_tokens`.
+        and the gate; of those that are at least min_p times as probable as the best one, with the top_k and top_p of
+        `ops.choose_tokens`.
     generation_config: None: the model's. What it says about the logits (penalties, forbidden tokens, ...) is applied
         before a token is chosen, as in `generate`, see logit_rules.py; the other arguments do not come from it.
     logits_processor: transformers' own, applied after those, and called as by `generate`: once for each token, in
@@ -87,6 +89,6 @@ def decode(
     decoder = Decoder(model, heads, tree=tree, gate=gate, proposers=proposers, graphs=graphs, fuse=fuse, pack=pack)
     return decoder.run(
         ids, streamer=streamer, attention_mask=attention_mask, max_new_tokens=max_new_tokens, temperature=temperature,
-        top_k=top_k, top_p=top_p, seed=seed, eos_token_id=eos_token_id, stopping_criteria=stopping_criteria,
-        generation_config=generation_config, logits_processor=logits_processor,
+        top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, eos_token_id=eos_token_id, logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria, generation_config=generation_config,
     )  # fmt: skip

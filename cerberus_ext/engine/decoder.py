@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -38,6 +40,7 @@ class Options(TypedDict, total=False):
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
     seed: int
     eos_token_id: int | Sequence[int] | Tensor | None
     stopping_criteria: list[Any] | None
@@ -101,6 +104,7 @@ class Decoder:
         self.stats: DecodeStats | None = None  # of the latest text, also while it is generated
         self._drafting = (tree, gate, proposers)
         self._running = (graphs, fuse, pack)
+        self._streams: WeakSet[Generator[Chunk]] = WeakSet()
         self._make_plan()
 
     @ends_streamer
@@ -127,7 +131,9 @@ class Decoder:
         `stats` are those of this text. From the first chunk on, until the stream ends or is closed, the model is
         decoding: no other text can begin. Arguments are checked at once.
         """
-        return self._generate(self._request(ids, None, **_known(options)), 2, True)
+        stream = self._generate(self._request(ids, None, **_known(options)), 2, True)
+        self._streams.add(stream)
+        return stream
 
     def warm_up(self) -> DecodeStats:
         """Makes the fused step, or records a step of each number of nodes, so that no later text waits for one.
@@ -175,12 +181,16 @@ class Decoder:
             return explained(stepper.target, StaticPolicy.from_widths([nodes - 1] if nodes > 1 else []).tree)
 
     def close(self) -> None:
-        """Frees what is kept for the model: its caches, recorded steps, fused step; the next text makes new ones.
+        """Ends the streams, and frees what is kept for the model: its caches, recorded steps, fused step; the next text
+        makes new ones.
 
         They are freed with the model, too. After this, a model of which a step could not be recorded is tried again.
         """
         from ..runtime.runtime import runtime_of
 
+        for stream in list(self._streams):
+            with suppress(ValueError):  # it is running: this is called from one of its callbacks
+                stream.close()
         runtime_of(self.model).release()
 
     def __enter__(self) -> Decoder:
@@ -205,6 +215,7 @@ class Decoder:
         temperature: Any = 0.0,
         top_k: Any = 0,
         top_p: Any = 1.0,
+        min_p: Any = 0.0,
         seed: Any = 0,
         eos_token_id: Any = None,
         stopping_criteria: Any = None,
@@ -221,7 +232,7 @@ class Decoder:
         checks.check_autocast(model)
         ids = checks.prompt_ids(ids, attention_mask, model)
         max_new_tokens = checks.check_integer("decode: max_new_tokens", max_new_tokens, 0)
-        sampling = checks.check_sampling(temperature, top_k, top_p, seed)
+        sampling = checks.check_sampling(temperature, top_k, top_p, min_p, seed)
         checks.check_streamer(put_to)
         plan = self._make_plan()
         stopping = checks.stopping_criteria_list(stopping_criteria)
@@ -239,7 +250,7 @@ class Decoder:
         capacity = ids.shape[1] + limit + plan.policy.size
         return _Request(plan, text, chooser, self.stats, capacity, limit, max_new_tokens)
 
-    def _generate(self, request: _Request, stacklevel: int, keep: bool) -> Iterator[Chunk]:
+    def _generate(self, request: _Request, stacklevel: int, keep: bool) -> Generator[Chunk]:
         """stacklevel: of the user's line, for the warning that the model's positions have ended the text."""
         from ..runtime.runtime import runtime_of
         from .loop import generate

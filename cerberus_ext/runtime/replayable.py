@@ -38,8 +38,8 @@ def _hooked(model: PreTrainedModel) -> str | None:
 def memory_of(model: PreTrainedModel) -> tuple[Any, ...]:
     """Changes when recordings of the model are of no use any more, but not when its weights change in place.
 
-    Where its tensors lie; and the types, switches and names in its modules, with which adapters are turned on and off,
-    and the forwards that were put in the place of their own.
+    Where its tensors lie; and the types, switches, numbers and names in its modules, also in lists and dictionaries, by
+    which adapters are chosen, scaled and turned off, and the forwards that were put in the place of their own.
     """
     tensors, modules = [], []
     for module in _modules(model):
@@ -48,7 +48,12 @@ def memory_of(model: PreTrainedModel) -> tuple[Any, ...]:
             tensors += [tensor.data_ptr() for tensor in kept.values() if tensor is not None]
         # What its call runs: its class's forward, or the one that somebody gave this module alone.
         modules += [type(module), id(own.get("forward"))]
-        modules += [value for value in own.values() if isinstance(value, _PLAIN)]
+        for name, value in own.items():
+            if isinstance(value, _PLAIN):
+                modules.append(value)
+            elif value and isinstance(value, (dict, list)) and name not in _OF_ALL:
+                values = value.items() if isinstance(value, dict) else enumerate(value)
+                modules += [(key, one) for key, one in values if isinstance(one, _PLAIN)]
     products = (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled())
     return tensors, modules, products
 
@@ -64,6 +69,7 @@ def hooks_of(model: PreTrainedModel) -> tuple[int, ...]:
 
 
 _PLAIN = (int, float, str)
+_OF_ALL = vars(nn.Module()).keys()  # what every module has: its parameters, hooks ...
 
 
 def _modules(model: PreTrainedModel) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -38,18 +39,22 @@ class Chooser(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """The Chooser that takes the logits as they are, see `ops.choose_tokens`."""
+    """The Chooser that takes the logits as they are, see `ops.choose_tokens`; min_p: as in `decode`."""
 
     seed: int = 0
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     host_rules: ClassVar[Sequence[str]] = ()
     seconds: ClassVar[float] = 0.0
 
     def choose(self, logits: Tensor, positions: Tensor) -> Tensor:
         """logits (..., V), positions (...) of the tokens to choose -> tokens (...)."""
         flat = logits.reshape(-1, logits.shape[-1]).contiguous()
+        if self.min_p:
+            lowest = flat.amax(-1, keepdim=True).float() + self.temperature * math.log(self.min_p)
+            flat = flat.masked_fill(flat.float() < lowest, -math.inf)
         chosen = ops.choose_tokens(
             flat, positions.reshape(-1).contiguous(), self.seed, self.temperature, self.top_k, self.top_p
         )

@@ -58,6 +58,17 @@ def test_generate_prints_the_answer_and_one_line(folders: tuple[str, str]) -> No
     assert re.fullmatch(r"\[\d+ tokens, [\d.]+ tokens/s, [\d.]+ tokens per step\]", line)
 
 
+def test_generate_shows_who_drafted(folders: tuple[str, str]) -> None:
+    """Without colours, as no terminal is there."""
+    result, plain = generate(folders, "--show-drafts", "w3 w4 w5"), generate(folders, "w3 w4 w5")
+    assert result.exit_code == 0 and "\x1b" not in result.stdout
+    answer, legend, line = result.stdout.strip().rsplit("\n", 2)
+    assert answer.split() == plain.stdout.rsplit("\n", 2)[0].split()
+    assert re.fullmatch(r"\[tokens: (\d+ of [a-z' ]+(, )?)+\]", legend)
+    total = sum(map(int, re.findall(r"\d+", legend)))
+    assert line.startswith(f"[{total} tokens, ")
+
+
 COMPARED = r"\[[\d.]+x plain decoding: [\d.]+ tokens/s, (.+); [\d.]+x model\.generate: [\d.]+ tokens/s, (.+)\]"
 
 

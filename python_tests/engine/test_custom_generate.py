@@ -8,20 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from byte_tokenizer import byte_tokenizer
 from generate_cases import CASES, EOS, NEW, Ban, cerberus, run
 from stand_ins import OracleHeads, RandomHeads
 from tiny_models import VOCAB, generated, prompt, tiny_model
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
-    PreTrainedTokenizerFast,
     StopStringCriteria,
     T5Config,
     T5ForConditionalGeneration,
@@ -100,10 +96,7 @@ def test_the_end_of_the_positions() -> None:
 
 def test_stop_strings() -> None:
     """A StopStringCriteria is applied; transformers itself refuses stop_strings beside custom_generate."""
-    model, letters = tiny_model("llama"), sorted(ByteLevel.alphabet())[:VOCAB]
-    backend = Tokenizer(BPE({letter: token for token, letter in enumerate(letters)}, []))
-    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    model, tokenizer = tiny_model("llama"), byte_tokenizer(VOCAB)
     stop = [tokenizer.decode(generated("llama", "cpu", NEW)[0, 17:19])]
     want = run(model, prompt(), stop_strings=stop, tokenizer=tokenizer)
     assert 12 < want.shape[1] <= 19

@@ -159,6 +159,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"top_k": 1.5}, TypeError, "top_k must be an integer, got 1.5"),
     ({"top_p": 0.0}, ValueError, "top_p must be > 0 and <= 1, got 0.0"),
     ({"top_p": 1.1}, ValueError, "top_p must be > 0 and <= 1, got 1.1"),
+    ({"min_p": -0.1}, ValueError, "min_p must be >= 0 and <= 1, got -0.1"),
     ({"top_p": None}, TypeError, "top_p must be a number, got None"),
     ({"seed": 2**63}, ValueError, rf"seed must be in -{2**63}\.\.{2**63 - 1}, got {2**63}"),
     ({"seed": "1"}, TypeError, "seed must be an integer, got '1'"),

@@ -88,6 +88,24 @@ def test_closed_early_the_model_is_as_it_was(llama: PreTrainedModel) -> None:
     is_as_it_was(llama)
 
 
+def test_close_ends_a_stream(llama: PreTrainedModel) -> None:
+    """And what it holds is free, its cache, too."""
+    with Decoder(llama, heads()) as decoder:
+        stream = decoder.stream(prompt(), max_new_tokens=NEW)
+        next(stream)
+    assert list(stream) == [] and runtime_of(llama)._past is None
+    is_as_it_was(llama)
+
+    class Closing(Gate):
+        def decide(self, signals: Signals) -> int:
+            decoder.close()
+            return 0
+
+    decoder = Decoder(llama, heads(), gate=Closing())
+    tokens = [token for chunk in decoder.stream(prompt(), max_new_tokens=NEW) for token in chunk.tokens]
+    assert tokens == new_tokens(generated("llama", "cpu", NEW))
+
+
 def test_forgotten_the_model_is_free(llama: PreTrainedModel) -> None:
     for _ in Decoder(llama, heads()).stream(prompt(), max_new_tokens=NEW):
         break

@@ -56,10 +56,8 @@ CASES: dict[str, dict[str, Any]] = {
     "in place": {"logits_processor": InPlace},
     "prefix": {"logits_processor": Ban, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
     "bad words": {"bad_words_ids": [[61, 61], [97]], "sequence_bias": {(40,): 3.0}, "suppress_tokens": [100]},
-    "lengths": {
-        "min_new_tokens": 9, "eos_token_id": EOS, "forced_eos_token_id": 7,
-        "exponential_decay_length_penalty": (3, 1.6),
-    },
+    "shortest": {"min_new_tokens": 17, "eos_token_id": EOS, "forced_eos_token_id": 7},
+    "decay": {"eos_token_id": EOS, "exponential_decay_length_penalty": (3, 1.6)},
     "watermark": {"watermarking_config": WatermarkingConfig(bias=4.0, seeding_scheme="selfhash")},
     "SynthID": {"watermarking_config": SYNTH_ID},
     "guidance": {"guidance_scale": 1.7},

@@ -12,7 +12,7 @@ from ...target.model import chain_ancestors
 from .lower import lower
 from .program import Product, encode
 from .step import table_positions
-from .trace import NotFused, Trace, Tracing
+from .trace import NotFused, Trace, Tracing, uninterrupted
 
 _MOST_ROWS = 64  # of a run: so many have ancestors of one word
 
@@ -84,6 +84,7 @@ class FusedContext:
         self._native = NativeStep(*encode(program, weights, [None] * len(weights)))
 
 
+@uninterrupted()
 def _trace(context: BoundContext, cache: TreeCache) -> Trace:
     tracing = Tracing(context.tensors.items(), cache, 1)
     before = tracing.input(*tracing.tokens.shape, len(context.bias), dtype=context.bias.dtype)

@@ -6,6 +6,8 @@ the axis of the nodes is known by its size wherever it goes.
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -117,6 +119,26 @@ class _Recorder(TorchDispatchMode):
         return value
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """While inside, Ctrl-C waits for the end: torch's stack of modes would stay as the interrupt has found it.
+
+    In other threads there is none, and where another language handles it, it is left alone.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    if not here or (handler := signal.getsignal(signal.SIGINT)) is None:
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
 class Tracing:
     """What something is traced with: tensors without data, each with a number.
 
@@ -167,6 +189,7 @@ class Tracing:
         )  # fmt: skip
 
 
+@uninterrupted()
 def trace_step(target: TargetModel) -> Trace:
     """target: after its prompt, so that the sizes of its cache are known. Raises NotFused."""
     model, layers = target.model, len(target.cache.layers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -30,6 +32,31 @@ def test_an_interrupt_leaves_the_model_its_parameters(monkeypatch: pytest.Monkey
             decode(model, None, prompt(), max_new_tokens=4)
     assert all(tensor is own[name] for name, tensor in model.named_parameters())
     assert decode(model, None, prompt(), max_new_tokens=4).stats.fused
+
+
+def test_ctrl_c_waits_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any of torch's own lines, it would leave torch's stack of modes as it is."""
+    model, real, done = make_family("llama"), torch.func.functional_call, []
+
+    def interrupted(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        done.append(real(*arguments))
+        return done[-1]
+
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.func, "functional_call", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            decode(model, None, prompt(), max_new_tokens=4)
+        assert len(done) == 1 and signal.getsignal(signal.SIGINT) is handler
+        assert torch._C._len_torch_dispatch_stack() == 0 and not torch.is_inference_mode_enabled()
+    assert decode(model, None, prompt(), max_new_tokens=4).stats.fused
+
+
+def test_in_another_thread() -> None:
+    """Where no signal arrives."""
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(decode, make_family("llama"), None, prompt(), max_new_tokens=2).result().stats.fused
 
 
 def test_a_prompt_that_takes_all_positions_is_tried_by_its_beginning() -> None:
