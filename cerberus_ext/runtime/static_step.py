@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import _host, ops
 from ..drafting.drafter import NO_DRAFTER, Drafter
 from ..drafting.tree import Tree
+from ..ops.step import settle
 from ..target.cache import TreeCache
 from ..target.model import TargetModel
 from .sampling import Chooser
@@ -250,6 +251,9 @@ def _settle(
         state.hidden.copy_(hidden[:, 0])
         state.pending.copy_(target[:, 0])
         return
+    if tokens.device.type == "cpu" and len(tokens) == 1 and cache.tensor is not None:
+        step = tokens, target.contiguous(), nodes.parents, nodes.ancestors, cache.tensor, cache.length, hidden.contiguous()
+        return settle(*step, state.hidden, state.pending, result.path)
     # However deep the tree is, its longest path has no more than N nodes.
     path, accepted = ops.verify_tree(tokens, target, nodes.parents, nodes.ancestors, kind.nodes - 1)
     cache.commit(path, accepted)
