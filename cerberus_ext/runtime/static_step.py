@@ -252,8 +252,9 @@ def _settle(
         state.pending.copy_(target[:, 0])
         return
     if tokens.device.type == "cpu" and len(tokens) == 1 and cache.tensor is not None:
-        step = tokens, target.contiguous(), nodes.parents, nodes.ancestors, cache.tensor, cache.length, hidden.contiguous()
-        return settle(*step, state.hidden, state.pending, result.path)
+        tree = tokens, target.contiguous(), nodes.parents, nodes.ancestors
+        written = state.hidden, state.pending, result.path
+        return settle(*tree, cache.tensor, cache.length, hidden.contiguous(), *written)
     # However deep the tree is, its longest path has no more than N nodes.
     path, accepted = ops.verify_tree(tokens, target, nodes.parents, nodes.ancestors, kind.nodes - 1)
     cache.commit(path, accepted)
