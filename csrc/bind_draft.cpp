@@ -1,11 +1,14 @@
-// Registers what drafts on a CPU: packing in eight bits, and all that the heads compute in one call.
+// Registers what a step on a CPU does besides its forward, each in one call: settling which path was right,
+// and drafting what follows, with weights in eight bits.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "check.h"
 #include "cpu/cpu.h"
@@ -73,6 +76,51 @@ class Pieces {
  private:
   std::vector<std::unique_ptr<char[]>> pieces_;
 };
+
+void settle(Tensor draft, Tensor target, Tensor parents, Tensor ancestors, Tensor cache, Tensor length,
+            Tensor hidden, Tensor state, Tensor pending, Tensor path) {
+  Check check("settle");
+  check.integer(draft, "draft", 2, "(1, N)", ScalarType::Long);
+  on_cpu(check, draft, "draft");
+  const int64_t nodes = draft.size(1);
+  check.that(nodes >= 1, "draft", "(1, N) with N >= 1", nodes);
+  check.sizes(draft, "draft", "(1, N)", {1, nodes});
+  check.integer(target, "target", 2, "(1, N)", ScalarType::Long);
+  check.sizes(target, "target", "(1, N)", {1, nodes});
+  check.integer(parents, "parents", 1, "(N,)", ScalarType::Long);
+  check.sizes(parents, "parents", "(N,)", {nodes});
+  check.integer(ancestors, "ancestors", 2, "(N, W)", ScalarType::Long);
+  check.sizes(ancestors, "ancestors", "(N, W)", {nodes, (nodes + 63) / 64});
+  check.floating(cache, "cache", 5, "(C, 1, Hkv, S, E)");
+  check.sizes(cache, "cache", "(C, 1, Hkv, S, E)", {cache.size(0), 1});
+  check.integer(length, "length", 1, "(1,)", ScalarType::Long);
+  check.sizes(length, "length", "(1,)", {1});
+  Check states("settle");  // whose dtype is their own
+  states.floating(hidden, "hidden", 3, "(1, N, D)");
+  on_cpu(states, hidden, "hidden");
+  states.sizes(hidden, "hidden", "(1, N, D)", {1, nodes});
+  states.floating(state, "state", 2, "(1, D)");
+  states.sizes(state, "state", "(1, D)", {1, hidden.size(2)});
+  check.integer(pending, "pending", 1, "(1,)", ScalarType::Long);
+  check.sizes(pending, "pending", "(1,)", {1});
+  check.integer(path, "path", 2, "(1, N)", ScalarType::Long);
+  check.sizes(path, "path", "(1, N)", {1, nodes});
+  const auto integers = [](const Tensor& t) { return static_cast<int64_t*>(t.mutable_data_ptr()); };
+  std::vector<int32_t> right(nodes);  // the path
+  int32_t accepted = 0;
+  const Parallel alone{nullptr, 1};  // less than it takes to wake a thread
+  verify_tree_cpu({1, nodes, ancestors.size(1), nodes - 1, integers(draft), integers(target),
+                   integers(parents), integers(ancestors), right.data(), &accepted},
+                  alone);
+  commit_cache_cpu({check.element_bytes(), cache.size(0), 1, cache.size(2), cache.size(3), cache.size(4),
+                    nodes, cache.mutable_data_ptr(), integers(length), right.data(), &accepted},
+                   alone);
+  const int64_t last = right[accepted], bytes = hidden.size(2) * states.element_bytes();
+  std::memcpy(state.mutable_data_ptr(), static_cast<const char*>(hidden.const_data_ptr()) + last * bytes,
+              bytes);
+  *integers(pending) = integers(target)[last];
+  std::copy(right.begin(), right.end(), integers(path));
+}
 
 HeadStackArgs stack_args(Check& check, const Tensor& hidden, const Tensor& stack, const Tensor& bias) {
   check.floating(hidden, "hidden", 2, "(B, D)");
@@ -169,6 +217,9 @@ void draft(Tensor hidden, Tensor pending, Tensor embeddings, std::optional<Tenso
 }  // namespace cerberus
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cerberus_ext, m) {
+  m.def(
+      "settle(Tensor draft, Tensor target, Tensor parents, Tensor ancestors, Tensor(a!) cache, Tensor(b!) "
+      "length, Tensor hidden, Tensor(c!) state, Tensor(d!) pending, Tensor(e!) path) -> ()");
   m.def("eight_bit_bytes(int rows, int size) -> int");
   m.def("pack_eight_bits(Tensor weight, Tensor(a!) packed) -> ()");
   m.def("eight_bit_linear(Tensor input, Tensor weight, Tensor(a!) output) -> ()");
@@ -178,6 +229,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cerberus_ext, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CompositeExplicitAutograd, m) {
+  m.impl("settle", TORCH_BOX(&cerberus::settle));
   m.impl("eight_bit_bytes", TORCH_BOX(&cerberus::eight_bit_bytes));
   m.impl("pack_eight_bits", TORCH_BOX(&cerberus::pack_eight_bits));
   m.impl("eight_bit_linear", TORCH_BOX(&cerberus::eight_bit_linear));

@@ -47,6 +47,21 @@ class NativeStep:
         return list(native.step_times(self._number, on))
 
 
+def settle(
+    draft: Tensor, target: Tensor, parents: Tensor, ancestors: Tensor, cache: Tensor, length: Tensor, hidden: Tensor,
+    state: Tensor, pending: Tensor, path: Tensor,
+) -> None:  # fmt: skip
+    """`verify_tree` and `commit_cache` of one text on a CPU, and what the next step begins with, in one call.
+
+    draft, target: (1, N) int64, parents (N,), ancestors (N, W), cache (C, 1, Hkv, S, E), length (1,): as there; depth
+        is N - 1. hidden: (1, N, D).
+    Written: cache and length; path (1, N) int64, the accepted nodes, then -1; state (1, D) and pending (1,) int64,
+        hidden and target of the last of them.
+    Raises RuntimeError on other shapes, dtypes, devices, on a non-contiguous tensor.
+    """
+    native.settle(draft, target, parents, ancestors, cache, length, hidden, state, pending, path)
+
+
 def packed_bytes(weight: Tensor, rows: int) -> int:
     """Of so many packed rows like those of weight (O, I); 0: this processor reads such weights as they are."""
     return int(native.packed_bytes(weight, rows))

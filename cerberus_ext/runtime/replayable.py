@@ -26,11 +26,12 @@ def obstacle(model: PreTrainedModel, what: str) -> str | None:
 
 def _hooked(model: PreTrainedModel) -> str | None:
     """A module with hooks on its forward, those of accelerate's offloading included."""
-    for name, module in model.named_modules():
+    for module in _modules(model):
         hooks = chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
         # transformers leaves its own where somebody once asked for hidden states; while nobody asks, they do nothing.
         calling = [hook for hook in hooks if getattr(hook, "__module__", None) != output_capturing.__name__]
-        if hasattr(module, "_hf_hook") or calling:
+        if "_hf_hook" in vars(module) or calling:
+            name = next(name for name, found in model.named_modules() if found is module)
             return name or type(module).__name__
     return None
 

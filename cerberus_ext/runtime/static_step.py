@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import _host, ops
 from ..drafting.drafter import NO_DRAFTER, Drafter
 from ..drafting.tree import Tree
+from ..ops.step import settle
 from ..target.cache import TreeCache
 from ..target.model import TargetModel
 from .sampling import Chooser
@@ -250,6 +251,10 @@ def _settle(
         state.hidden.copy_(hidden[:, 0])
         state.pending.copy_(target[:, 0])
         return
+    if tokens.device.type == "cpu" and len(tokens) == 1 and cache.tensor is not None:
+        tree = tokens, target.contiguous(), nodes.parents, nodes.ancestors
+        written = state.hidden, state.pending, result.path
+        return settle(*tree, cache.tensor, cache.length, hidden.contiguous(), *written)
     # However deep the tree is, its longest path has no more than N nodes.
     path, accepted = ops.verify_tree(tokens, target, nodes.parents, nodes.ancestors, kind.nodes - 1)
     cache.commit(path, accepted)

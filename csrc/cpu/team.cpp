@@ -28,9 +28,10 @@ using std::chrono::milliseconds;
 
 constexpr auto kSpin = microseconds(50);
 // A wait for the others' last tasks that takes so long means that one of them is not running. The caller then
-// works alone, so long that the lost time is a small share of it.
+// works alone, so long that the lost time is a small share of it: twice as long each time that the helpers
+// are late again soon after.
 constexpr auto kLate = microseconds(1000);
-constexpr auto kAlone = milliseconds(30);
+constexpr auto kAlone = milliseconds(30), kLongestAlone = milliseconds(500);
 constexpr int64_t kMaxTasks = (int64_t{1} << 20) - 1;  // of one round, see Share
 
 inline void pause() {
@@ -142,7 +143,11 @@ class Team {
     if (done()) return;
     const auto begin = Clock::now();
     if (!spin(done)) finished_.sleep_until(done);
-    if (const auto now = Clock::now(); now - begin > kLate) alone_until_ = now + kAlone;
+    if (const auto now = Clock::now(); now - begin > kLate) {
+      const bool again = now - alone_until_ < alone_;
+      alone_ = again ? std::min<Clock::duration>(2 * alone_, kLongestAlone) : kAlone;
+      alone_until_ = now + alone_;
+    }
   }
 
   // All tasks of the round, those of share `own` first.
@@ -178,6 +183,7 @@ class Team {
   Parallel::Body body_ = nullptr;
   const void* state_ = nullptr;
   Clock::time_point alone_until_{};
+  Clock::duration alone_ = kAlone;  // how long the latest time was
   Sleepers called_, finished_;
 };
 

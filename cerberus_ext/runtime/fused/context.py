@@ -53,10 +53,10 @@ class FusedContext:
 
     def keep_path(self, hidden: Tensor, tokens: Tensor, path: Tensor) -> None:
         self._knows_pending = False
-        nodes = path[path >= 0]
-        if len(nodes) > 1:
-            self._states.append(hidden.index_select(0, nodes[:-1]))
-            self._tokens.append(tokens.index_select(0, nodes[1:]))
+        accepted = sum(node >= 0 for node in path.tolist())  # in less time than by torch's ops
+        if accepted > 1:
+            self._states.append(hidden.index_select(0, path[: accepted - 1]))
+            self._tokens.append(tokens.index_select(0, path[1:accepted]))
 
     def read(self, cache: TreeCache, before: Tensor, pending: Tensor) -> Tensor:
         assert cache.tensor is not None
