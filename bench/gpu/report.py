@@ -150,6 +150,7 @@ def steps(record: Record) -> str:
         "context": text("context"),
         "nodes": text("nodes"),
         "ms a step": lambda row: row["error"] if "error" in row else of("milliseconds", "{:.3f}")(row),
+        "expected ms": of("expected_milliseconds", "{:.3f}"),
         "weights' floor, ms": of("floor_milliseconds", "{:.3f}"),
         "floor / step": of("share_of_floor", "{:.0%}"),
         "over 1 node": of("over_autoregressive", "{:.2f}x"),

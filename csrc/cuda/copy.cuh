@@ -62,6 +62,15 @@ __device__ inline Pack<T, kVector> load(const T* from) {
   return {*reinterpret_cast<const Bits*>(from)};
 }
 
+// The same, or zeros where `valid` is false.
+template <int kVector, typename T>
+__device__ inline Pack<T, kVector> load_if(bool valid, const T* from) {
+  if constexpr (kVector > 1) return {load16(from, valid)};
+  Pack<T, kVector> pack = {};
+  if (valid) pack = load<kVector>(from);
+  return pack;
+}
+
 // For what is read once, such as weights: marked as the first to leave the caches.
 template <int kVector, typename T>
 __device__ inline Pack<T, kVector> load_once(const T* from) {

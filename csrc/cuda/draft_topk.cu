@@ -105,9 +105,13 @@ class DraftTopk {
   SoftmaxSum softmax_[kWarpRows];  // of the vocabulary rows that were this lane's
 };
 
+// The best candidates of 64 rows take the registers of the second block of a multiprocessor.
+template <typename Product>
+constexpr int kPartBlocks = Product::kRows > 32 ? 1 : Product::kResidentBlocks;
+
 // Blocks of one part run side by side, each with other state rows, and share its weights in the L2 cache.
 template <typename Product>
-__global__ void __launch_bounds__(kProductThreads, Product::kResidentBlocks)
+__global__ void __launch_bounds__(kProductThreads, kPartBlocks<Product>)
     draft_topk_parts_kernel(const DraftTopkArgs a, const ProductSplit split) {
   allow_next_launch();  // which waits for the end of this one before it reads
   const int groups = static_cast<int>((a.rows + Product::kRows - 1) / Product::kRows);
@@ -178,10 +182,10 @@ cudaError_t draft_topk_cuda(const DraftTopkArgs& a, cudaStream_t stream) {
         const ProductSplit split(divide_up(a.vocab, kTileRows), a.parts, divide_up(a.size, Product::kChunk),
                                  1);
         parts = split.blocks;
-        return launch(draft_topk_parts_kernel<Product>,
-                      {split.blocks * divide_up(a.rows, Product::kRows), kProductThreads,
-                       split.shared_bytes(Product::kRows)},
-                      stream, a, split);
+        return launch(
+            draft_topk_parts_kernel<Product>,
+            {split.blocks * divide_up(a.rows, Product::kRows), kProductThreads, Product::kSharedBytes},
+            stream, a, split);
       },
       a.states, a.projection);
   if (error != cudaSuccess) return error;

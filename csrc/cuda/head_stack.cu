@@ -3,7 +3,7 @@
 // One launch for all layers and heads, of as many blocks as the device holds at once. In each layer a block
 // computes the same rows of the K * D (skinny.cuh has the product), and a barrier of the whole grid separates
 // the layers: a state is read by blocks that did not write it. Weights do not depend on states, so that every
-// warp already waits for its first weights of the next layer while it waits at the barrier. The two operands
+// warp's first weights of the next layer are on their way while it waits at the barrier. The two operands
 // are the two parts of the product's columns and are read where they lie, never concatenated.
 #include "args.h"
 #include "copy.cuh"
@@ -158,16 +158,16 @@ cudaError_t head_stack_cuda(const HeadStackArgs& a, cudaStream_t stream) {
         const int64_t tiles = a.heads * divide_up(a.size, kTileRows);
         ProductSplit split(tiles, 2 * limits.multiprocessors, divide_up(a.size, Product::kChunk),
                            a.chained ? 2 : 1);
-        const int64_t shared_bytes = split.shared_bytes(Product::kRows);
         const bool cooperative = a.layers > 1;  // one layer has no barrier
         if (cooperative) {
           int64_t resident = 0;
-          error = resident_blocks(kernel, kProductThreads, shared_bytes, resident);
+          error = resident_blocks(kernel, kProductThreads, Product::kSharedBytes, resident);
           if (error != cudaSuccess) return error;
           if (resident == 0) return cudaErrorLaunchOutOfResources;
           if (resident < split.blocks) split.share(tiles, resident);
         }
-        return launch(kernel, {split.blocks, kProductThreads, shared_bytes, cooperative}, stream, a, split);
+        return launch(kernel, {split.blocks, kProductThreads, Product::kSharedBytes, cooperative}, stream, a,
+                      split);
       },
       a.hidden, a.anchor, a.weight, a.scratch, a.states);
 }

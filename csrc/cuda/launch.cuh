@@ -28,6 +28,15 @@ inline Launch overlapping(int64_t blocks, int threads, int64_t shared_bytes = 0)
   return {blocks, threads, shared_bytes, false, true};
 }
 
+// A kernel may have 48 KB of dynamic shared memory without being asked for more. Until it is, such a launch
+// is refused, and said to find room nowhere.
+template <typename... Parameters>
+cudaError_t allow_shared_bytes(void (*kernel)(Parameters...), int64_t bytes) {
+  constexpr int64_t kWithoutAsking = 48 << 10;
+  if (bytes <= kWithoutAsking) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
 // Unlike <<<>>> and cudaGetLastError it returns the error of this launch only, never one that somebody else
 // left behind.
 template <typename... Parameters, typename... Arguments>
@@ -36,12 +45,8 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, cudaStream_
   if (how.blocks == 0) return cudaSuccess;
   if (how.blocks > std::numeric_limits<int32_t>::max())
     return cudaErrorInvalidConfiguration;  // grid.x ends there
-  constexpr int64_t kWithoutAsking = 48 << 10;
-  if (how.shared_bytes > kWithoutAsking) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(how.shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  if (const cudaError_t error = allow_shared_bytes(kernel, how.shared_bytes); error != cudaSuccess)
+    return error;
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(how.blocks));
@@ -53,11 +58,12 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, cudaStream_
     attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
     attributes[config.numAttrs++].val.cooperative = 1;
   }
-  DeviceLimits limits = {};
+  bool may_overlap = false;
   if (how.overlaps) {
-    if (const cudaError_t error = device_limits(limits); error != cudaSuccess) return error;
+    const cudaError_t error = waits_for_previous_launch(reinterpret_cast<const void*>(kernel), may_overlap);
+    if (error != cudaSuccess) return error;
   }
-  if (limits.overlaps_launches) {
+  if (may_overlap) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
@@ -70,6 +76,7 @@ cudaError_t resident_blocks(void (*kernel)(Parameters...), int threads, int64_t 
                             int64_t& blocks) {
   DeviceLimits limits = {};
   if (const cudaError_t error = device_limits(limits); error != cudaSuccess) return error;
+  if (const cudaError_t error = allow_shared_bytes(kernel, shared_bytes); error != cudaSuccess) return error;
   int each = 0;
   const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads,
                                                                           static_cast<size_t>(shared_bytes));

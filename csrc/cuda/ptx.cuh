@@ -28,9 +28,9 @@ __device__ inline uint32_t shared_address(const void* pointer) {
 // 16 bytes from global to shared memory, both at multiples of 16 bytes, or 16 zero bytes where `valid` is
 // false, and then nothing is read. The thread goes on at once; the bytes are there for it after end_copies
 // and wait_for_copies, and for the other threads of the block after a barrier that follows. Not kept in the
-// L1 cache.
+// L1 cache; into the L2 cache come all 128 bytes around them, for who reads 16 bytes will read those, too.
 __device__ inline void start_copy16(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                :
                : "r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
@@ -41,6 +41,27 @@ __device__ inline void end_copies() { asm volatile("cp.async.commit_group;" ::: 
 template <int kPending>
 __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kPending) : "memory");
+}
+
+// 16 bytes of global memory, or 16 zero bytes where `valid` is false, and then nothing is read. Into the
+// registers where they belong: of a load in an `if` the compiler makes one into others and a move behind it,
+// which waits.
+__device__ inline uint4 load16(const void* global, bool valid) {
+  uint4 bits;
+  asm volatile(
+      "{\n"
+      "  .reg .pred valid;\n"
+      "  setp.ne.b32 valid, %5, 0;\n"
+      "  mov.b32 %0, 0;\n"
+      "  mov.b32 %1, 0;\n"
+      "  mov.b32 %2, 0;\n"
+      "  mov.b32 %3, 0;\n"
+      "  @valid ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "=&r"(bits.x), "=&r"(bits.y), "=&r"(bits.z), "=&r"(bits.w)
+      : "l"(global), "r"(static_cast<int>(valid))
+      : "memory");
+  return bits;
 }
 
 // Asks for the 128 bytes around `pointer` to be brought into the L2 cache. A hint.

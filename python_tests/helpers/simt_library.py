@@ -114,9 +114,10 @@ class Emulation:
         """Of the schedule of what follows."""
         self.ops.seed(seed)
 
-    def device(self, multiprocessors: int = 3, blocks_each: int = 2) -> None:
-        """How much of a device there is; blocks_each: resident on a multiprocessor at once, at most."""
-        self.ops.device(multiprocessors, blocks_each)
+    def device(self, multiprocessors: int = 3, blocks_each: int = 2, ptx_version: int = 90) -> None:
+        """How much of a device there is; blocks_each: resident on a multiprocessor at once, at most. ptx_version: what
+        the kernels were compiled for, which is all that they can do."""
+        self.ops.device(multiprocessors, blocks_each, ptx_version)
 
     def __call__(self, name: str, *arguments: Any, offset: int = 0) -> Any:
         op = getattr(self.ops, name).default

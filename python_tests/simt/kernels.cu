@@ -317,8 +317,10 @@ const char* test_run(const TestLaunch* launches, int64_t count, int32_t* data, i
   return error.c_str();
 }
 
-int test_resident(int64_t threads, int64_t shared_bytes) {
+int test_resident(int64_t threads, int64_t shared_bytes, int64_t ask_for_shared) {
   int blocks = -1;
+  cudaFuncSetAttribute(reverse<true>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       static_cast<int>(ask_for_shared));
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reverse<true>, static_cast<int>(threads),
                                                 static_cast<size_t>(shared_bytes));
   return blocks;

@@ -99,6 +99,14 @@ def test_schedules(schedule, heads, dtype, simt):
     check_exact(simt, *exact(1, heads, 32, 90, dtype), 6)
 
 
+@pytest.mark.parametrize("schedule", range(6))
+def test_code_that_cannot_wait_does_not_overlap(schedule, simt):
+    """Compiled for 8.0 alone, whatever device it runs on."""
+    simt.device(ptx_version=80)
+    simt.seed(schedule)
+    check_exact(simt, *exact(1, 4, 32, 90, torch.float32), 6)
+
+
 @dtypes
 @pytest.mark.parametrize("size", [32, 9])
 def test_rows_are_computed_alike(size, dtype, simt):

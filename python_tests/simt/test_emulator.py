@@ -200,11 +200,13 @@ def test_limits(launch, error, kernels):
 
 
 @pytest.mark.parametrize(
-    ("threads", "shared_bytes", "expected"), [(128, 0, 9), (256, 0, 8), (1024, 0, 2), (32, 60000, 3)]
+    ("threads", "shared_bytes", "asked", "expected"),
+    [(128, 0, 0, 9), (256, 0, 0, 8), (1024, 0, 0, 2), (32, 60000, 60000, 3), (32, 60000, 0, 0)],
 )
-def test_occupancy(threads, shared_bytes, expected, kernels):
+def test_occupancy(threads, shared_bytes, asked, expected, kernels):
+    """None where more shared memory is needed than was asked for."""
     kernels.set(multiprocessors=1, blocks_each=9)
-    assert kernels.library.test_resident(ctypes.c_int64(threads), ctypes.c_int64(shared_bytes)) == expected
+    assert kernels.library.test_resident(*map(ctypes.c_int64, (threads, shared_bytes, asked))) == expected
 
 
 # ---------------------------------------------------------------- numbers

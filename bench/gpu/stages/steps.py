@@ -15,6 +15,7 @@ import machine
 import stage
 import torch
 from shapes import SHAPES, Shapes
+from step_model import PROGRAMS, step_time
 from subject import our_way, random_heads
 from timing import tried
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -131,6 +132,7 @@ def measure(
         "nodes": nodes,
         "weight_bytes": steps.bytes,
         "floor_milliseconds": steps.bytes / copy_speed * 1e3,
+        "expected_milliseconds": step_time(steps.shapes, context, nodes, PROGRAMS["op by op"]).seconds * 1e3,
     }
     graphs = not run.on_cpu
     found, failure = tried(lambda: steps.seconds(context, nodes, graphs), run.device)

@@ -1,6 +1,6 @@
 // Every op with its CUDA kernel under emulation, on CPU tensors: torch.ops.cerberus_simt.<op>, with the
 // schema that ops.cpp gives torch.ops.cerberus_ext.<op>: it is compiled here once more, under the other name.
-// Then what a test sets: seed(int), device(multiprocessors, blocks_each).
+// Then what a test sets: seed(int), device(multiprocessors, blocks_each, ptx_version).
 #include <torch/csrc/stable/library.h>
 
 #include <mutex>
@@ -41,8 +41,9 @@ struct Emulated {
 
 void seed(int64_t seed) { simt::seed(static_cast<uint64_t>(seed)); }
 
-void device(int64_t multiprocessors, int64_t blocks_each) {
-  simt::set_device({static_cast<int>(multiprocessors), static_cast<int>(blocks_each)});
+void device(int64_t multiprocessors, int64_t blocks_each, int64_t ptx_version) {
+  simt::set_device(
+      {static_cast<int>(multiprocessors), static_cast<int>(blocks_each), static_cast<int>(ptx_version)});
 }
 
 }  // namespace
@@ -57,7 +58,7 @@ STABLE_TORCH_LIBRARY_IMPL(cerberus_simt, CPU, m) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cerberus_simt, m) {
   m.def("seed(int seed) -> ()");
-  m.def("device(int multiprocessors, int blocks_each) -> ()");
+  m.def("device(int multiprocessors, int blocks_each, int ptx_version) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cerberus_simt, CompositeExplicitAutograd, m) {

@@ -574,6 +574,7 @@ void wait_for_copies(int pending) {
 }
 
 void wait_for_previous_launch() {
+  if (emulator.device.ptx_version < 90) return;
   emulator.current->where = __builtin_return_address(0);
   const Grid* previous = emulator.current->block->grid->previous;
   if (previous != nullptr && !previous->is_done()) wait_here(kPreviousLaunch);

@@ -59,6 +59,8 @@ void allow_next_launch();
 struct Device {
   int multiprocessors = 3;
   int blocks_each = 2;  // resident on a multiprocessor at once, at most
+  // What the kernels were compiled for: below 90 they have no instruction that waits for the launch before.
+  int ptx_version = 90;
 };
 void set_device(const Device& device);
 const Device& device();

@@ -16,6 +16,12 @@ constexpr size_t kSharedOfMultiprocessor = 228 << 10, kSharedOfBlock = 227 << 10
 
 std::map<const void*, int64_t> dynamic_shared_limit;  // of a kernel, where it asked
 
+bool is_allowed(const void* kernel, size_t shared_bytes) {
+  const auto limit = dynamic_shared_limit.find(kernel);
+  return shared_bytes <= kSharedWithoutAsking ||
+         (limit != dynamic_shared_limit.end() && shared_bytes <= static_cast<size_t>(limit->second));
+}
+
 }  // namespace
 
 cudaError_t limit_dynamic_shared(const void* kernel, int64_t bytes) {
@@ -24,8 +30,10 @@ cudaError_t limit_dynamic_shared(const void* kernel, int64_t bytes) {
   return cudaSuccess;
 }
 
-cudaError_t resident_blocks(int* blocks, int threads, size_t shared_bytes) {
+cudaError_t resident_blocks(int* blocks, const void* kernel, int threads, size_t shared_bytes) {
   if (threads < 1 || threads > kMaxBlockThreads) return cudaErrorInvalidValue;
+  *blocks = 0;
+  if (!is_allowed(kernel, shared_bytes)) return cudaSuccess;
   const size_t by_shared = kSharedOfMultiprocessor / (shared_bytes + 1024), by_threads = 2048 / threads;
   *blocks = static_cast<int>(std::min({by_shared, by_threads, static_cast<size_t>(device().blocks_each)}));
   return cudaSuccess;
@@ -50,14 +58,10 @@ cudaError_t check_and_enqueue(const cudaLaunchConfig_t& config, const void* kern
       launch.blocks == 0 || launch.blocks > INT32_MAX || launch.threads == 0 ||
       launch.threads > kMaxBlockThreads || launch.threads % kWarpLanes != 0)
     return cudaErrorInvalidConfiguration;
-  const auto limit = dynamic_shared_limit.find(kernel);
-  const size_t allowed = limit == dynamic_shared_limit.end()
-                             ? kSharedWithoutAsking
-                             : std::max<size_t>(kSharedWithoutAsking, limit->second);
-  if (launch.shared_bytes > allowed) return cudaErrorInvalidValue;
+  if (!is_allowed(kernel, launch.shared_bytes)) return cudaErrorInvalidValue;
   if (launch.cooperative) {
     int each = 0;
-    resident_blocks(&each, static_cast<int>(launch.threads), launch.shared_bytes);
+    resident_blocks(&each, kernel, static_cast<int>(launch.threads), launch.shared_bytes);
     if (launch.blocks > static_cast<unsigned>(each * device().multiprocessors))
       return cudaErrorCooperativeLaunchTooLarge;
   }
@@ -89,13 +93,15 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = simt::device().ptx_version;
+  return cudaSuccess;
+}
+
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       *value = simt::device().multiprocessors;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
       return cudaSuccess;
   }
   return cudaErrorInvalidValue;

@@ -129,7 +129,7 @@ namespace simt {
 cudaError_t limit_dynamic_shared(const void* kernel, int64_t bytes);
 cudaError_t check_and_enqueue(const cudaLaunchConfig_t& config, const void* kernel,
                               std::function<void()> body);
-cudaError_t resident_blocks(int* blocks, int threads, size_t shared_bytes);
+cudaError_t resident_blocks(int* blocks, const void* kernel, int threads, size_t shared_bytes);
 }  // namespace simt
 
 template <typename... Parameters>
@@ -138,9 +138,9 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
 }
 
 template <typename... Parameters>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(Parameters...), int threads,
-                                                          size_t shared_bytes) {
-  return simt::resident_blocks(blocks, threads, shared_bytes);
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*kernel)(Parameters...),
+                                                          int threads, size_t shared_bytes) {
+  return simt::resident_blocks(blocks, reinterpret_cast<const void*>(kernel), threads, shared_bytes);
 }
 
 template <typename... Parameters, typename... Arguments>

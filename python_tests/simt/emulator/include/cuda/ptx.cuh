@@ -28,6 +28,9 @@ inline void wait_for_copies() {
   simt::wait_for_copies(kPending);
 }
 
+inline uint4 load16(const void* global, bool valid) {
+  return valid ? *static_cast<const uint4*>(global) : uint4{};
+}
 inline void prefetch_l2(const void*) {}
 inline void assume_global(const void*) {}
 

@@ -1,0 +1,90 @@
+"""How long a step should take on an H200, from counts alone: to be compared with what is measured.
+
+    python bench/shared/step_model.py
+
+A step's time is that of its launches, one after the other, and of the bytes and the operations of its products:
+
+    launches * 2 us + bytes / 4.3 TB/s + operations / 500 TFLOP/s
+
+2 us is what a kernel of a CUDA graph takes that has nothing to do; 4.3 TB/s is 90 % of the memory's 4.8; 500 TFLOP/s is
+what mma.sync reaches for bfloat16, about half of the tensor cores' peak. Nothing is taken to overlap. None of this has
+been measured here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from shapes import SHAPES, Shapes
+
+LAUNCH_SECONDS = 2e-6
+BYTES_PER_SECOND = 4.3e12
+OPERATIONS_PER_SECOND = 500e12
+ELEMENT_BYTES = 2  # bfloat16
+CONTEXTS, NODES = (512, 2048, 8192), (1, 8, 32, 64)
+
+
+class Launches(NamedTuple):
+    """How many kernels a step is."""
+
+    of_layer: int
+    others: int  # embeddings, LM head, choice, verification, move of the cache, heads
+
+    def of_step(self, shapes: Shapes) -> int:
+        return shapes.layers * self.of_layer + self.others
+
+
+PROGRAMS = {"op by op": Launches(40, 50), "fused": Launches(12, 20)}
+
+
+class StepTime(NamedTuple):
+    """Seconds of one step, by cause."""
+
+    launches: float
+    memory: float
+    arithmetic: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(self)
+
+
+def layer_weights(shapes: Shapes) -> int:
+    """Elements that a product of one layer reads."""
+    attention = 2 * shapes.hidden * (shapes.query_heads + shapes.kv_heads) * shapes.head_size
+    return attention + 3 * shapes.hidden * shapes.intermediate
+
+
+def head_weights(shapes: Shapes) -> int:
+    """Of the draft heads and of their projection, which each of them is multiplied with."""
+    stack = shapes.head_layers * shapes.num_heads * shapes.hidden * 2 * shapes.hidden
+    return stack + shapes.draft_vocabs[0] * shapes.hidden
+
+
+def step_time(shapes: Shapes, context: int, nodes: int, launches: Launches) -> StepTime:
+    """Of one sequence. context: tokens in the cache; nodes: of the tree, 1 for a step without drafts."""
+    weights = shapes.layers * layer_weights(shapes) + shapes.vocab * shapes.hidden
+    cache = shapes.layers * 2 * shapes.kv_heads * shapes.head_size * context
+    heads = head_weights(shapes) if nodes > 1 else 0
+    products = 2 * nodes * weights + 2 * heads
+    attention = 4 * nodes * shapes.layers * shapes.query_heads * shapes.head_size * context
+    return StepTime(
+        launches.of_step(shapes) * LAUNCH_SECONDS,
+        (weights + cache + heads) * ELEMENT_BYTES / BYTES_PER_SECOND,
+        (products + attention) / OPERATIONS_PER_SECOND,
+    )
+
+
+def main() -> None:
+    print("milliseconds: launches + memory + arithmetic = step")
+    for name in ("135M", "1B", "8B"):
+        for program, launches in PROGRAMS.items():
+            for context in CONTEXTS:
+                for nodes in NODES:
+                    time = step_time(SHAPES[name], context, nodes, launches)
+                    terms = " + ".join(f"{1e3 * part:.3f}" for part in time)
+                    print(f"{name} {program}, context {context}, {nodes} nodes: {terms} = {1e3 * time.seconds:.3f}")
+
+
+if __name__ == "__main__":
+    main()
