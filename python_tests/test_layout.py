@@ -9,7 +9,7 @@ from pathlib import Path
 import cerberus_ext
 
 PACKAGE = Path(cerberus_ext.__file__).parent
-ROOMS = "cli serving calibration evaluation training engine runtime drafting target io ops".split()  # noqa: SIM905
+ROOMS = "cli serving vllm calibration evaluation training engine runtime drafting target io ops".split()  # noqa: SIM905
 MAX_FILE, MAX_FUNCTION = 300, 60  # lines
 FILES = {file.relative_to(PACKAGE): ast.parse(file.read_text()) for file in sorted(PACKAGE.rglob("*.py"))}
 MODULES = {".".join(file.with_suffix("").parts).removesuffix(".__init__") for file in FILES}
