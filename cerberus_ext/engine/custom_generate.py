@@ -71,14 +71,14 @@ def generate(
     """`model.generate(ids, custom_generate=cerberus_ext.generate, heads=heads, ...)`: the same text, in fewer forwards.
 
     heads, tree, gate, proposers, graphs, fuse, pack: as in `decode`. All other arguments are those of `model.generate`
-    with a prompt of one row, ids (1, S); transformers prepares them and calls this. Its logits processors must look at
-    nothing but their arguments: those of the same place may be called more than once.
+    with prompts (B, S), padded left or right; transformers prepares them and calls this. Its logits processors must
+    look at nothing but their arguments: those of the same place may be called more than once.
     do_sample: tokens are drawn from the same probabilities as by `generate`, but with the noise of `decode`, by seed
         and position: other tokens than those of `generate`, and the same with and without drafts. seed None: one is
         drawn from torch's generator, so that torch.manual_seed determines the text here, too.
-    streamer: gets what `generate` gives it; its `end` is called once, also where this raises.
+    streamer: gets what `generate` gives it, of one prompt; its `end` is called once, also where this raises.
 
-    Returns sequences (1, S + new) int64, or a GenerateDecoderOnlyOutput with nothing but them where
+    Returns sequences (B, S + new) int64, or a GenerateDecoderOnlyOutput with nothing but them where
     return_dict_in_generate is set. Raises ValueError, naming the argument, for what there is not: beams, assisted
     generation, contrastive search, a cache or mask of one's own, scores ...; otherwise as `decode`. For stop_strings
     give stopping_criteria=[StopStringCriteria(tokenizer, ...)]: transformers takes no tokenizer beside custom_generate.
@@ -90,7 +90,7 @@ def generate(
         decoder = Decoder(model, heads, tree=tree, gate=gate, proposers=proposers, graphs=graphs, fuse=fuse, pack=pack)
         check_refused("generate: generation_config", generation_config, _REFUSED)
         _check_arguments(model_kwargs, given)
-        options = _options(input_ids.shape[1], logits_processor, stopping_criteria)
+        options = _options(input_ids.shape[1], logits_processor, stopping_criteria, generation_config.pad_token_id)
         if generation_config.do_sample:
             options |= _sampling(options["logits_processor"], seed)
         put_to = None if streamer is None else _AfterPrompt(streamer)
@@ -125,14 +125,16 @@ def _check_arguments(model_kwargs: dict[str, Any], given: Mapping[str, Any]) -> 
         raise ValueError(f"generate: {name} must not be given: with cerberus_ext.generate the model gets tokens alone")
 
 
-def _options(length: int, processors: LogitsProcessorList, criteria: StoppingCriteriaList) -> dict[str, Any]:
-    """What transformers has made of the arguments, as options of `decode`. length: the prompt's."""
+def _options(
+    length: int, processors: LogitsProcessorList, criteria: StoppingCriteriaList, pad: int | None
+) -> dict[str, Any]:
+    """What transformers has made of the arguments, as options of `decode`. length: the prompts'. pad: their padding."""
     max_length = min(c.max_length for c in criteria if type(c) is MaxLengthCriteria)
     return {
         "max_new_tokens": max(1, max_length - length),  # `generate` writes a token before it looks
         "eos_token_id": [token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.tolist()],
         "stopping_criteria": [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)],
-        "generation_config": GenerationConfig(),  # what it asks for is in the lists
+        "generation_config": GenerationConfig(pad_token_id=pad),  # all else that it asks for is in the lists
         "logits_processor": LogitsProcessorList(processors),
     }
 
