@@ -38,8 +38,10 @@ def costs_of(gate: Gate | None, device: torch.device, dtype: torch.dtype) -> Map
 
 def heads_pay(texts: int, costs: Mapping[int, float]) -> bool:
     """Whether the heads are asked at a step of so many texts; of a single one they always are."""
+    if texts < 2:
+        return True
     plain, larger = cost(costs, np.array([texts, texts + 1]))
-    return texts < 2 or bool(larger - plain < _HEADS_PAY_BELOW * plain / texts)
+    return bool(larger - plain < _HEADS_PAY_BELOW * plain / texts)
 
 
 def share(trees: Sequence[Tree], costs: Mapping[int, float]) -> list[Tree]:
@@ -66,7 +68,7 @@ def share(trees: Sequence[Tree], costs: Mapping[int, float]) -> list[Tree]:
 
 
 def cost(costs: Mapping[int, float], nodes: np.ndarray) -> np.ndarray:
-    """By straight lines between the sizes that are known; beyond, the last one goes on."""
+    """By straight lines between the sizes that are known; beyond, as steeply as the last one, or all of them."""
     sizes, times = np.array(sorted(costs)), np.array([costs[size] for size in sorted(costs)])
-    slope = (times[-1] - times[-2]) / (sizes[-1] - sizes[-2]) if len(sizes) > 1 else 0.0
-    return np.asarray(np.interp(nodes, sizes, times) + max(0.0, slope) * np.clip(nodes - sizes[-1], 0, None))
+    slopes = [(times[-1] - times[place]) / (sizes[-1] - sizes[place]) for place in (0, -2) if len(sizes) > 1]
+    return np.asarray(np.interp(nodes, sizes, times) + max(0.0, *slopes, 0.0) * np.clip(nodes - sizes[-1], 0, None))

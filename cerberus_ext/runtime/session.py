@@ -51,6 +51,7 @@ class Session:
             self._way = runtime.capability().way
             runtime.weights = versions(chain(model.parameters(), model.buffers()))
             self._drafter = runtime.bind(drafts)
+        self._target: TargetModel | None = None  # the first text's
         self.texts: list[Stepper] = []
         self._pasts: dict[Stepper, Past] = {}  # of the texts that are kept
 
@@ -66,7 +67,11 @@ class Session:
             if past is None:  # it would be in the way of this text's memory
                 self._runtime.pasts.clear()
             cache = recordings.memory.cache if recordings else None if past is None else past.cache
-            target = TargetModel(self._runtime.model, self._way, capacity, cache=cache, context=drafter.has_context)
+            if self._target is None:
+                model, context = self._runtime.model, drafter.has_context
+                target = self._target = TargetModel(model, self._way, capacity, cache=cache, context=context)
+            else:
+                target = self._target.beside(capacity, cache)
         give_up, begin = self._giving_up(stats), self._beginning(stats, past)
         stepper = Stepper(target, self._drafts, drafter, chooser, stats, recordings, give_up, begin, self.texts)
         target.__enter__()
