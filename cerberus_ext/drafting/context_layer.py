@@ -16,6 +16,7 @@ Letters: B rows, N nodes, D hidden size, Hq / Hkv attention heads, E head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -74,6 +75,9 @@ class ContextForward(Protocol):
 
     def read(self, cache: TreeCache, before: Tensor, pending: Tensor) -> Tensor:
         """What the heads read, (1, D). before (1, D): what pending (1,) was chosen from."""
+
+    def read_together(self, texts: Sequence[tuple[Any, TreeCache, Tensor, Tensor]]) -> Tensor:
+        """(B, D): the same of several texts, each with the one that does its steps, of the same layer."""
 
 
 class BoundContext:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -65,8 +67,26 @@ class Drafter:
 
         On the device. Id -1 where the probability is 0 or no number: such a draft is none.
         """
-        ids, logprobs = self.draft(self.read(cache, hidden, pending), pending, drafts)
+        return self.propose_together([DraftRow(self, cache, hidden, pending)], drafts)
+
+    def propose_together(self, rows: Sequence[DraftRow], drafts: int) -> tuple[Tensor, Tensor]:
+        """The same for texts with drafters of the same heads: ids, logprobs (B, K, P), a text behind the other."""
+        pending = torch.cat([row.pending for row in rows])
+        ids, logprobs = self.draft(self.read_together(rows), pending, drafts)
         return ids.masked_fill(logprobs - logprobs != 0, -1), logprobs  # isfinite, in fewer ops
+
+    def read_together(self, rows: Sequence[DraftRow]) -> Tensor:
+        """What `read` gives for each of the texts, (B, D)."""
+        return torch.cat([row.drafter.read(row.cache, row.hidden, row.pending) for row in rows])
+
+
+class DraftRow(NamedTuple):
+    """Where a text stands when its drafter is asked, as in `Drafter.propose`."""
+
+    drafter: Drafter
+    cache: TreeCache
+    hidden: Tensor
+    pending: Tensor
 
 
 class HeadsLike(Protocol):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .. import ops
 from ..ops.draft import draft, in_eight_bits
-from .context_layer import BoundContext, weights_of
-from .drafter import Drafter
+from .context_layer import BoundContext, ContextForward, weights_of
+from .drafter import Drafter, DraftRow
 from .dynamic_policy import MAX_DRAFTS
 from .tree import ALONE
 
@@ -104,15 +107,35 @@ class HeadsDrafter(Drafter):
         ids, logprobs = ops.draft_topk(states, self.projection, drafts)
         return (ids if self.draft_vocab is None else self.draft_vocab.take(ids)), logprobs
 
-    def propose(self, cache: TreeCache, hidden: Tensor, pending: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
+    def of_text(self, fused: ContextForward | None) -> HeadsDrafter:
+        """The same heads for one text, whose context layer `fused` runs; None: it runs op by op."""
+        drafter = copy(self)
+        if self.context is not None:
+            drafter.context = copy(self.context)
+            drafter.context.fused = fused
+        return drafter
+
+    def propose_together(self, rows: Sequence[DraftRow], drafts: int) -> tuple[Tensor, Tensor]:
         if not self._in_eight_bits:
-            return super().propose(cache, hidden, pending, drafts)
-        return self.draft(self.read(cache, hidden, pending), pending, drafts)  # which ids are none is known there
+            return super().propose_together(rows, drafts)
+        pending = torch.cat([row.pending for row in rows])
+        return self.draft(self.read_together(rows), pending, drafts)  # which ids are none is known there
 
     def read(self, cache: TreeCache, hidden: Tensor, pending: Tensor) -> Tensor:
         if self.context is None:
             return hidden
         return self.context.read(cache, hidden[:, None], pending[:, None], self._alone)[:, 0]
+
+    def read_together(self, rows: Sequence[DraftRow]) -> Tensor:
+        contexts = [row.drafter.context for row in rows if isinstance(row.drafter, HeadsDrafter)]
+        texts = [
+            (context.fused, *row[1:])
+            for context, row in zip(contexts, rows, strict=True)
+            if context is not None and context.fused is not None
+        ]
+        if len(rows) == 1 or len(texts) < len(rows):
+            return super().read_together(rows)
+        return texts[0][0].read_together(texts)
 
     def keep_prompt(self, cache: TreeCache, hidden: Tensor, tokens: Tensor) -> None:
         if self.context is not None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
@@ -69,68 +68,6 @@ def check_heads(heads: Any) -> None:
         )
     if not callable(getattr(heads, "bind", None)) or not hasattr(getattr(heads, "config", None), "num_heads"):
         raise TypeError(f"decode: heads must be CerberusHeads, got {type(heads).__name__}")
-
-
-def prompt_ids(ids: Any, attention_mask: Any, model: PreTrainedModel) -> Tensor:
-    """decode's `ids` and `attention_mask`, checked -> (1, S) int64 on the model's device."""
-    if isinstance(ids, Mapping):
-        ids, attention_mask = _from_mapping(ids, attention_mask)
-    tensor = _integer_tensor(ids, model.device)
-    if tensor is None:
-        got = str(ids.dtype) if isinstance(ids, Tensor | np.ndarray) else type(ids).__name__
-        raise TypeError(f"decode: ids must be a tensor or a list of integers, or have them as input_ids, got {got}")
-    if tensor.dim() not in (1, 2) or tensor.shape[-1] == 0:
-        raise ValueError(f"decode: ids must be (1, S) or (S,) with S >= 1, got shape {tuple(tensor.shape)}")
-    tensor = tensor if tensor.dim() == 2 else tensor[None]
-    if tensor.shape[0] != 1:
-        raise ValueError(f"decode: ids must have 1 row, more are not supported yet, got {tensor.shape[0]}")
-    if tensor.device != model.device:
-        raise ValueError(f"decode: ids must be on the model's device, {model.device}, got {tensor.device}")
-    embeddings = model.get_input_embeddings().weight
-    assert isinstance(embeddings, Tensor)
-    lowest, highest, vocab = int(tensor.min()), int(tensor.max()), embeddings.shape[0]
-    if lowest < 0 or highest >= vocab:
-        raise ValueError(f"decode: ids must be in 0..{vocab - 1}, got {lowest if lowest < 0 else highest}")
-    _check_attention_mask(attention_mask, tensor)
-    return tensor.to(torch.int64)
-
-
-def _from_mapping(inputs: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any]:
-    """What a tokenizer returns -> ids and mask; a mask that `decode` was given itself counts."""
-    others = set(inputs) - {"input_ids", "attention_mask"}
-    types = inputs.get("token_type_ids")
-    if types is not None and not torch.as_tensor(types).any():
-        others.discard("token_type_ids")  # of many tokenizers: all tokens are of the same kind
-    if others or "input_ids" not in inputs:
-        raise ValueError(f"decode: ids must have input_ids, and attention_mask at most, got {sorted(map(str, inputs))}")
-    return inputs["input_ids"], inputs.get("attention_mask") if attention_mask is None else attention_mask
-
-
-def _integer_tensor(values: Any, device: torch.device) -> Tensor | None:
-    """A tensor, an array or (nested) lists of integers -> a tensor; None: they are something else."""
-    if not isinstance(values, Tensor):
-        if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
-            return None
-        try:
-            array = np.asarray(values)
-        except (TypeError, ValueError, RuntimeError):  # lists of several lengths; tensors of a GPU
-            return None
-        if array.size and array.dtype.kind not in "iu":
-            return None
-        values = torch.from_numpy(array.astype(np.int64)).to(device)
-    return None if values.dtype == torch.bool or values.is_floating_point() or values.is_complex() else values
-
-
-def _check_attention_mask(attention_mask: Any, ids: Tensor) -> None:
-    """None, or all ones: with one row there is no padding. ids: (1, S)."""
-    if attention_mask is None:
-        return
-    mask = attention_mask if isinstance(attention_mask, Tensor) else _integer_tensor(attention_mask, ids.device)
-    if mask is None or mask.shape not in (ids.shape, ids.shape[1:]):
-        got = type(attention_mask).__name__ if mask is None else tuple(mask.shape)
-        raise ValueError(f"decode: attention_mask must be a tensor of ids' shape, {tuple(ids.shape)}, got {got}")
-    if not bool(mask.to(torch.bool).all()):
-        raise ValueError("decode: attention_mask must be all ones, since ids has one row without padding, got zeros")
 
 
 def check_tree(tree: Any) -> TreePolicy:

@@ -74,38 +74,39 @@ def generate(
     """`model.generate(ids, custom_generate=cerberus_ext.generate, heads=heads, ...)`: the same text, in fewer forwards.
 
     heads, tree, gate, proposers, graphs, fuse, pack: as in `decode`. All other arguments are those of `model.generate`
-    with one prompt, ids (1, S); transformers prepares them and calls this.
+    with prompts (B, S), padded left or right; transformers prepares them and calls this. Of several, logits processors
+    must look at nothing but their arguments.
     do_sample: tokens are drawn from the same probabilities as by `generate`, but with the noise of `decode`, by seed
         and position: other tokens than those of `generate`, and the same with and without drafts. seed None: one is
         drawn from torch's generator, so that torch.manual_seed determines the text here, too.
-    num_return_sequences: R texts, one after the other, with seed, seed + 1, ...
-    streamer: gets what `generate` gives it; its `end` is called once, also where this raises.
+    num_return_sequences: R texts of each prompt; row r of all has the seed `seed + r`.
+    streamer: gets what `generate` gives it, of one text; its `end` is called once, also where this raises.
 
-    Returns sequences (R, S + new) int64, padded as by `generate`. Where return_dict_in_generate is set, a
-    GenerateDecoderOnlyOutput with them, and for each new token with scores and logits, (R, V) float32, where they are
+    Returns sequences (B R, S + new) int64, padded as by `generate`. Where return_dict_in_generate is set, a
+    GenerateDecoderOnlyOutput with them, and for each new token with scores and logits, (B R, V) float32, where they are
     asked for; 0 for rows that have ended. Raises ValueError, naming the argument, for what there is not: beams,
     assisted generation, contrastive search, a cache or mask of one's own ...; otherwise as `decode`. For stop_strings
     give stopping_criteria=[StopStringCriteria(tokenizer, ...)]: transformers takes no tokenizer beside custom_generate.
     """
     given = _arguments_of_generate()
-    returned = generation_config.num_return_sequences or 1
 
     @ends_streamer
     def texts(*, streamer: Any) -> list[dict[str, Any]]:
         decoder = Decoder(model, heads, tree=tree, gate=gate, proposers=proposers, graphs=graphs, fuse=fuse, pack=pack)
         check_refused("generate: generation_config", generation_config, _REFUSED)
         _check_arguments(model, model_kwargs, given)
-        if streamer is not None and returned > 1:
-            raise ValueError(f"generate: streamer must be None with num_return_sequences = {returned}")
+        if streamer is not None and len(input_ids) > 1:
+            raise ValueError(f"generate: streamer must be None with {len(input_ids)} texts")
         put_to, mask = None if streamer is None else _AfterPrompt(streamer), model_kwargs.get("attention_mask")
         first: Any = int(torch.randint(2**63 - 1, ())) if seed is None and generation_config.do_sample else seed
+        at_once = 1 if _keeps(generation_config) else len(input_ids)
         return [
             _text(
-                decoder, input_ids[row::returned], logits_processor, stopping_criteria, generation_config,
+                decoder, input_ids[row : row + at_once], logits_processor, stopping_criteria, generation_config,
                 first + row if row else first, streamer=put_to,
-                attention_mask=None if mask is None else mask[row::returned],
+                attention_mask=None if mask is None else mask[row : row + at_once],
             )
-            for row in range(returned)
+            for row in range(0, len(input_ids), at_once)
         ]  # fmt: skip
 
     made = texts(streamer=given.get("streamer") if streamer is None else streamer)
@@ -145,21 +146,28 @@ def _check_arguments(model: PreTrainedModel, model_kwargs: dict[str, Any], given
         raise ValueError(f"generate: {name} must not be given: with cerberus_ext.generate the model gets tokens alone")
 
 
+def _keeps(config: GenerationConfig) -> list[str]:
+    """What is kept of each token, for which texts are decoded one by one."""
+    return [
+        name for name in ("logits", "scores") if config.return_dict_in_generate and getattr(config, f"output_{name}")
+    ]
+
+
 def _text(
     decoder: Decoder, ids: Tensor, processors: LogitsProcessorList, criteria: StoppingCriteriaList,
     config: GenerationConfig, seed: Any, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """sequences (1, S + new), and scores and logits of each new token, (1, V), if config asks for them."""
+    """sequences (B, S + new), and of one text scores and logits of each new token, (1, V), if config asks for them."""
     length = ids.shape[1]
-    options |= _options(length, criteria)
+    options |= _options(length, criteria, config.pad_token_id)
     own, warpers = list(processors), list[Any]()
     if config.do_sample:
         options |= _sampling(own, seed)
         warpers = processors[len(own) :]
     kept: dict[str, _Kept] = {}
-    if config.return_dict_in_generate and config.output_logits:
+    if "logits" in _keeps(config):
         own.insert(0, kept.setdefault("logits", _Kept([])))
-    if config.return_dict_in_generate and config.output_scores:
+    if "scores" in _keeps(config):
         own.append(kept.setdefault("scores", scores := _Kept(warpers)))
         if stops := StoppingCriteriaList(options["stopping_criteria"]):
             options["stopping_criteria"] = [lambda ids, _: stops(ids, tuple(scores.rows[: ids.shape[1] - length]))]
@@ -167,14 +175,14 @@ def _text(
     return {"sequences": sequences} | {name: of.rows[: sequences.shape[1] - length] for name, of in kept.items()}
 
 
-def _options(length: int, criteria: StoppingCriteriaList) -> dict[str, Any]:
-    """What transformers has made of the arguments, as options of `decode`. length: the prompt's."""
+def _options(length: int, criteria: StoppingCriteriaList, pad: int | None) -> dict[str, Any]:
+    """What transformers has made of the arguments, as options of `decode`. length: the prompts'. pad: their padding."""
     max_length = min(c.max_length for c in criteria if type(c) is MaxLengthCriteria)
     return {
         "max_new_tokens": max(1, max_length - length),  # `generate` writes a token before it looks
         "eos_token_id": [token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.tolist()],
         "stopping_criteria": [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)],
-        "generation_config": GenerationConfig(),  # what it asks for is in the processors and criteria
+        "generation_config": GenerationConfig(pad_token_id=pad),  # all else that it asks for is in the lists
     }
 
 

@@ -12,7 +12,7 @@ from ..drafting.gate import Gate
 from ..drafting.proposers import ProposerFactory
 from ..drafting.tree import TreePolicy
 from ..runtime.stats import DecodeOutput
-from .decoder import MAX_NEW_TOKENS, Decoder
+from .decoder import MAX_NEW_TOKENS, SLOTS, Decoder
 from .text import ends_streamer
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def decode(
     generation_config: GenerationConfig | None = None,
     logits_processor: list[Any] | None = None,
     streamer: Any = None,
+    slots: int = SLOTS,
     graphs: bool | None = None,
     fuse: bool | None = None,
     pack: bool | None = None,
@@ -50,8 +51,9 @@ def decode(
         one device. It is left as it was, also when this raises.
     heads: CerberusHeads, or anything else that drafts; None: only `proposers` draft. They never change the text. What
         is no draft (a probability that is 0 or no number, a token that the model does not have) is left out.
-    ids: (1, S) or (S,) integers on the model's device, a list of them, or what a tokenizer returns (input_ids, and
-        attention_mask): the prompt. attention_mask: None or all ones.
+    ids: (B, S) or (S,) integers on the model's device, a list of them, a list of prompts of several lengths, or what a
+        tokenizer returns (input_ids, and attention_mask): the prompts. attention_mask: None, or (B, S), zeros where a
+        row has padding, at its left or right. Every row gets the text that it gets alone.
     max_new_tokens: at most so many tokens are generated, >= 0; fewer, with a warning, where a model that looks up its
         positions in a table has no more of them.
     tree: which drafts a step checks: a DynamicPolicy, or its number of nodes, those that are most likely right at this
@@ -64,8 +66,8 @@ def decode(
         a DynamicPolicy; a StaticPolicy has none.
     temperature: 0 takes the most likely token, as `model.generate(do_sample=False)` does. Above 0, tokens are drawn,
         with noise determined by seed and position, so that for a seed the text is the same whatever the heads, the tree
-        and the gate; of those that are at least min_p times as probable as the best one, with the top_k and top_p of
-        `ops.choose_tokens`.
+        and the gate; of several prompts, row r has the seed `seed + r`. Of those that are at least min_p times as
+        probable as the best one, with the top_k and top_p of `ops.choose_tokens`.
     generation_config: None: the model's. What it says about the logits (penalties, forbidden tokens, ...) is applied
         before a token is chosen, as in `generate`, see logit_rules.py; the other arguments do not come from it.
     logits_processor: transformers' own, applied after those, and called as by `generate`: once for each token, in
@@ -74,14 +76,17 @@ def decode(
     eos_token_id: token or tokens that end the text, included in it; None: those of the generation_config.
     stopping_criteria, streamer: transformers' own. A criterion gets None as its scores, as from `generate` without
         output_scores. The streamer gets the prompt when nothing more is refused; its `end` is called once, also where
-        this raises or is interrupted.
+        this raises or is interrupted. Of several prompts, a criterion sees each text by itself, (1, S), and there is no
+        streamer: see `Decoder.stream`.
+    slots: so many prompts are decoded at once, at most; a text that ends makes room for the next prompt.
     graphs: steps as CUDA graphs, see recordings.py. None: where possible; True: or an error; False: not.
     fuse: on a CPU, the target model's step as one native program, see runtime/fused. The first decode with a model
         traces it, in less than a second. None: where possible; True: or an error; False: op by op.
     pack: whether a fused step copies the weights for the processor, which reads them faster then; None: where there is
         memory for it; False: it reads the model's own.
 
-    Returns sequences (1, S + new) int64 and stats; `stats.exact` tells whether drafts can never change a token, see
+    Returns sequences (B, S + new) int64, shorter texts filled up with the pad token as by `generate`, and stats, of
+    several prompts their sum, with `stats.rows`; `stats.exact` tells whether drafts can never change a token, see
     capability.py. Raises TypeError or ValueError, naming the argument, where one is wrong or the generation_config
     asks for what there is not (beams, ...), and RuntimeError while the same model is already decoding.
     Source: arXiv 2410.13344.
@@ -90,5 +95,5 @@ def decode(
     return decoder.run(
         ids, streamer=streamer, attention_mask=attention_mask, max_new_tokens=max_new_tokens, temperature=temperature,
         top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, eos_token_id=eos_token_id, logits_processor=logits_processor,
-        stopping_criteria=stopping_criteria, generation_config=generation_config,
+        stopping_criteria=stopping_criteria, generation_config=generation_config, slots=slots,
     )  # fmt: skip

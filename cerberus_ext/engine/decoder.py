@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 from weakref import WeakSet
 
@@ -16,20 +14,20 @@ from ..drafting.drafter import HeadsLike
 from ..drafting.gate import Gate
 from ..drafting.proposers import ProposerFactory
 from ..drafting.tree import MAX_NODES, TreePolicy
-from ..runtime.stats import DecodeOutput, DecodeStats
+from ..runtime.stats import DecodeOutput, DecodeStats, stats_of
 from .forked import threads_after_fork
-from .text import GeneratedText, ends_streamer
+from .text import ends_streamer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
     from typing_extensions import Unpack
 
-    from ..runtime.sampling import Chooser
     from ..runtime.stepper import Chunk
     from .plan import Plan
-
+    from .request import Requests
 
 MAX_NEW_TOKENS = 256  # where nothing else is said
+SLOTS = 8  # the same
 
 
 class Options(TypedDict, total=False):
@@ -46,6 +44,7 @@ class Options(TypedDict, total=False):
     stopping_criteria: list[Any] | None
     generation_config: GenerationConfig | None
     logits_processor: list[Any] | None
+    slots: int
 
 
 def _known(options: Options) -> Options:
@@ -55,19 +54,6 @@ def _known(options: Options) -> Options:
         if name not in known:
             raise TypeError(f"decode: got an unexpected option {name!r}, those of a text are {', '.join(known)}")
     return options
-
-
-@dataclass
-class _Request:
-    """One text that is to be generated, checked."""
-
-    plan: Plan
-    text: GeneratedText
-    chooser: Chooser
-    stats: DecodeStats
-    capacity: int
-    limit: int  # tokens for which the model has positions, at most as many as were asked for
-    asked: int
 
 
 class Decoder:
@@ -120,10 +106,12 @@ class Decoder:
 
     def run(self, ids: Any, *, streamer: Any = None, keep: bool = False, **options: Unpack[Options]) -> DecodeOutput:
         """As `decode`, but `streamer.end` is the caller's to call. keep: the text's keys and values, for the next."""
-        request = self._request(ids, streamer, **_known(options))
-        for _ in self._generate(request, 5, keep):
+        requests = self._requests(ids, streamer, _known(options))
+        for _ in self._generate(requests, 5, keep):
             pass
-        return DecodeOutput(request.text.sequences(), request.stats)
+        assert self.stats is not None
+        new = [request.text.tokens for request in requests.texts]
+        return DecodeOutput(requests.prompts.sequences(new, requests.pad), self.stats)
 
     def stream(self, ids: Tensor | Sequence[int] | Mapping[str, Any], **options: Unpack[Options]) -> Iterator[Chunk]:
         """As `decode`, but yields tokens as they are accepted, and who drafted each of them, see Chunk.
@@ -131,7 +119,7 @@ class Decoder:
         `stats` are those of this text. From the first chunk on, until the stream ends or is closed, the model is
         decoding: no other text can begin. Arguments are checked at once.
         """
-        stream = self._generate(self._request(ids, None, **_known(options)), 2, True)
+        stream = self._generate(self._requests(ids, None, _known(options)), 2, True)
         self._streams.add(stream)
         return stream
 
@@ -143,6 +131,7 @@ class Decoder:
         """
         from ..runtime.runtime import runtime_of
         from ..runtime.sampling import Sampling
+        from ..runtime.session import Running
         from . import checks
 
         threads_after_fork()
@@ -152,7 +141,10 @@ class Decoder:
         if runtime.capability().no_drafts_because:
             plan = plan.without_drafts()
         capacity = 1 + plan.policy.size
-        with runtime.steps(plan.drafts, Sampling(), stats, capacity, *self._running) as stepper, torch.inference_mode():
+        with (
+            runtime.steps(plan.drafts, Sampling(), stats, capacity, Running(*self._running)) as stepper,
+            torch.inference_mode(),
+        ):
             stepper.prefill(torch.zeros((1, 1), dtype=torch.int64, device=self.model.device))
             for size in plan.policy.sizes:
                 stepper.prepare(size)
@@ -167,14 +159,15 @@ class Decoder:
         from ..runtime.fused.measure import explained
         from ..runtime.runtime import runtime_of
         from ..runtime.sampling import Sampling
+        from ..runtime.session import Running
         from . import checks
 
         nodes = checks.check_integer("decode: nodes", nodes, 1, MAX_NODES)
         threads_after_fork()
         checks.check_model(self.model)
-        plan, stats, running = self._make_plan(), DecodeStats(), (False, True, self._running[2])
+        plan, stats, running = self._make_plan(), DecodeStats(), Running(False, True, self._running[2])
         with (
-            runtime_of(self.model).steps(plan.drafts, Sampling(), stats, 1 + nodes, *running) as stepper,
+            runtime_of(self.model).steps(plan.drafts, Sampling(), stats, 1 + nodes, running) as stepper,
             torch.inference_mode(),
         ):
             stepper.prefill(torch.zeros((1, 1), dtype=torch.int64))
@@ -205,73 +198,37 @@ class Decoder:
 
         return make_plan(self.model, self.heads, *self._drafting)
 
-    def _request(
-        self,
-        ids: Any,
-        put_to: Any,
-        *,
-        attention_mask: Any = None,
-        max_new_tokens: Any = MAX_NEW_TOKENS,
-        temperature: Any = 0.0,
-        top_k: Any = 0,
-        top_p: Any = 1.0,
-        min_p: Any = 0.0,
-        seed: Any = 0,
-        eos_token_id: Any = None,
-        stopping_criteria: Any = None,
-        generation_config: Any = None,
-        logits_processor: Any = None,
-    ) -> _Request:
-        from ..runtime.logit_rules import logit_rules
-        from ..runtime.runtime import runtime_of
+    def _requests(self, ids: Any, put_to: Any, options: Mapping[str, Any]) -> Requests:
         from . import checks
+        from .request import make_requests
 
         threads_after_fork()
-        model = self.model
-        checks.check_model(model)
-        checks.check_autocast(model)
-        ids = checks.prompt_ids(ids, attention_mask, model)
-        max_new_tokens = checks.check_integer("decode: max_new_tokens", max_new_tokens, 0)
-        sampling = checks.check_sampling(temperature, top_k, top_p, min_p, seed)
-        checks.check_streamer(put_to)
-        plan = self._make_plan()
-        stopping = checks.stopping_criteria_list(stopping_criteria)
-        checks.check_generation_config(generation_config)
-        config = model.generation_config if generation_config is None else generation_config
-        eos = checks.eos_token_ids(eos_token_id, config)
-        own = checks.callables("logits_processor", logits_processor, "LogitsProcessorList")
-        chooser = logit_rules(model, ids, max_new_tokens, eos, sampling, generation_config, own)
-        limit = checks.max_new_tokens(model, ids, max_new_tokens)
-        capability = runtime_of(model).capability()
-        if capability.no_drafts_because:
-            plan = plan.without_drafts()
-        text = GeneratedText(ids, limit, eos, stopping, put_to)
-        self.stats = capability.stats()
-        capacity = ids.shape[1] + limit + plan.policy.size
-        return _Request(plan, text, chooser, self.stats, capacity, limit, max_new_tokens)
+        checks.check_model(self.model)
+        checks.check_autocast(self.model)
+        requests = make_requests(self.model, self._make_plan(), ids, put_to, **options)
+        self.stats = stats_of([request.stats for request in requests.texts])
+        return requests
 
-    def _generate(self, request: _Request, stacklevel: int, keep: bool) -> Generator[Chunk]:
-        """stacklevel: of the user's line, for the warning that the model's positions have ended the text."""
+    def _generate(self, requests: Requests, stacklevel: int, keep: bool) -> Generator[Chunk]:
+        """stacklevel: of the user's line, for the warning that the model's positions have ended a text."""
         from ..runtime.runtime import runtime_of
+        from ..runtime.session import Running
         from .loop import generate
 
-        plan, text, stats = request.plan, request.text, request.stats
-        if text.ended:  # not a token is asked for
-            text.begin()
+        texts, stats = requests.texts, self.stats
+        assert stats is not None
+        if texts[0].text.ended:  # not a token is asked for
+            for request in texts:
+                request.text.begin()
             return
-        runtime = runtime_of(self.model)
+        running = Running(*self._running, requests.slots)
         try:
-            prompt = text.prompt if keep else None
-            with runtime.steps(
-                plan.drafts, request.chooser, stats, request.capacity, *self._running, prompt
-            ) as stepper:
-                yield from generate(stepper, plan, text)
+            with runtime_of(self.model).session(requests.plan.drafts, running) as session:
+                yield from generate(session, requests, keep)
         finally:
-            stats.new_tokens = len(text.tokens)
-            stats.processor_seconds = request.chooser.seconds
-        if len(text.tokens) == request.limit < request.asked and not text.stopped:
-            warnings.warn(
-                f"decode: max_new_tokens is {request.asked}, but the text ends after {request.limit} tokens:"
-                f" {type(self.model).__name__} has no more positions, or would have to read all of it again",
-                stacklevel=stacklevel,
-            )
+            for request in texts:
+                request.stats.new_tokens = len(request.text.tokens)
+                request.stats.processor_seconds = request.chooser.seconds
+            stats.sum_rows()
+        for request in texts:
+            request.warn_where_positions_ended(self.model, stacklevel)

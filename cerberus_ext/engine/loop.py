@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..drafting.gate import Gate, Signals
 from ..drafting.proposers import HeadsSignals
 from ..drafting.tree import ALONE, Tree, TreePolicy, Trees
 from ..io.checks import call, check_integer
-from ..runtime.stepper import Chunk, Stepper
+from ..runtime.session import Session
+from ..runtime.stats import shared_phase
+from ..runtime.stepper import Chunk, Stepper, step_together
+from .budget import heads_pay, share
 from .plan import Plan
-from .text import GeneratedText
+from .request import Request, Requests
 
 
 class StepSignals(HeadsSignals, Protocol):
@@ -48,25 +55,80 @@ def propose(step: StepSignals, policy: TreePolicy, gate: Gate, trees: Trees, max
     return (tree or trees.grow(step, max_depth, False)).first(nodes)
 
 
-def generate(stepper: Stepper, plan: Plan, text: GeneratedText) -> Iterator[Chunk]:
-    """Generates the text, step by step -> the tokens that it takes of each, first that of the prompt's forward."""
-    stats = stepper.stats
+class WithoutHeads:
+    """A step whose heads are not asked."""
+
+    def __init__(self, step: StepSignals) -> None:
+        self._step = step
+
+    @property
+    def hidden(self) -> Tensor:
+        return self._step.hidden
+
+    def entropy(self) -> float:
+        return self._step.entropy()
+
+    def drafts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
+
+
+@dataclass
+class Row:
+    """A text that is being generated, in a slot of its own."""
+
+    request: Request
+    stepper: Stepper
+    trees: Trees
+
+    def propose(self, plan: Plan, asks_heads: bool) -> Tree:
+        """A step adds one token more than it accepts drafts. asks_heads: where the policy does without them."""
+        max_depth = min(self.request.text.remaining - 1, self.stepper.max_depth())
+        step = self.stepper if asks_heads or not plan.policy.looks else WithoutHeads(self.stepper)
+        return propose(step, plan.policy, plan.gate, self.trees, max_depth)
+
+    def add(self, chunk: Chunk) -> Chunk:
+        """The tokens of a step -> what the text takes of them."""
+        with self.stepper.stats.phase("commit"):
+            taken = self.request.text.add(chunk.tokens)
+            self.trees.extend(taken)
+        return chunk.first(len(taken), self.request.row)
+
+
+def begin(session: Session, plan: Plan, request: Request, keep: bool) -> tuple[Row, Chunk]:
+    """Reads a prompt -> the text's row, and the token of the prompt's forward."""
+    text, stats = request.text, request.stats
     with torch.inference_mode():
+        stepper = session.open(request.chooser, stats, request.capacity, text.prompt if keep else None)
         with stats.phase("prefill"):
             first = stepper.prefill(text.prompt)
         with stats.phase("draft"):
             trees = plan.begin(text.prompt[0].tolist() + first)
         with stats.phase("prefill"):
             text.begin()
-            chunk = Chunk(text.add(first), [None])
-    yield chunk
-    while not text.ended:
-        with torch.inference_mode():  # not where the caller goes on: it would be his mode, too
-            with stats.phase("draft"):  # a step adds one token more than it accepts drafts
-                max_depth = min(text.remaining - 1, stepper.max_depth())
-                tree = propose(stepper, plan.policy, plan.gate, trees, max_depth)
-            chunk = stepper.step(tree)  # forward, verify, commit
-            with stats.phase("commit"):
-                taken = text.add(chunk.tokens)
-                trees.extend(taken)
-        yield chunk.first(len(taken))
+            return Row(request, stepper, trees), Chunk(text.add(first), [None], request.row)
+
+
+def generate(session: Session, requests: Requests, keep: bool) -> Iterator[Chunk]:
+    """Generates the texts, step by step -> the tokens that they take of each, first that of the prompt's forward.
+
+    A text that ends frees its slot, which the next one takes before the next step. One alone is a batch of one.
+    """
+    plan, waiting = requests.plan, deque(requests.texts)
+    rows: list[Row] = []
+    while waiting or rows:
+        if waiting and len(rows) < requests.slots:
+            row, chunk = begin(session, plan, waiting.popleft(), keep)
+            rows.append(row)
+            chunks = [chunk]
+        else:
+            with torch.inference_mode():  # not where the caller goes on: it would be his mode, too
+                with shared_phase([row.stepper.stats for row in rows], "draft"):
+                    asks_heads = heads_pay(len(rows), plan.costs)
+                    trees = [row.propose(plan, asks_heads) for row in rows]
+                    trees = share(trees, plan.costs) if len(rows) > 1 else trees
+                found = step_together([row.stepper for row in rows], trees)  # forward, verify, commit
+                chunks = [row.add(chunk) for row, chunk in zip(rows, found, strict=True)]
+        for row in [row for row in rows if row.request.text.ended]:
+            rows.remove(row)
+            session.close(row.stepper)
+        yield from chunks

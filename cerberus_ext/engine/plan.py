@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -19,6 +19,7 @@ from ..drafting.tree import TreePolicy, Trees
 from ..runtime.runtime import runtime_of
 from ..runtime.stepper import Drafts
 from . import checks
+from .budget import costs_of
 from .calibration_store import find
 
 _MIN_DYNAMIC = 6  # nodes; a CPU without AMX computes each of them, and was fastest with so many (calibrated, AVX2)
@@ -35,13 +36,14 @@ class NoHeads:
 
 @dataclass(frozen=True)
 class Plan:
-    """makers: of the proposers besides the heads. vocabulary: the model's, in tokens."""
+    """makers: of the proposers besides the heads. vocabulary: the model's, in tokens. costs: see budget.py."""
 
     heads: HeadsLike
     policy: TreePolicy
     gate: Gate
     makers: tuple[ProposerFactory, ...]
     vocabulary: int
+    costs: Mapping[int, float]
 
     @property
     def drafts(self) -> Drafts:
@@ -58,7 +60,7 @@ class Plan:
 
     def without_drafts(self) -> Plan:
         """For a model that cannot verify any."""
-        return Plan(NoHeads(), StaticPolicy.root(), AlwaysClosed(), (), self.vocabulary)
+        return Plan(NoHeads(), StaticPolicy.root(), AlwaysClosed(), (), self.vocabulary, self.costs)
 
     def begin(self, text: list[int]) -> Trees:
         """text: the prompt and the first token behind it -> what makes the trees of this text."""
@@ -98,4 +100,5 @@ def make_plan(
     makers = policy.default_proposers() if proposers is None else tuple(proposers)
     if isinstance(gate, AlwaysClosed):  # nothing is to be drafted
         policy, makers = StaticPolicy.root(), ()
-    return Plan(heads, policy, gate or AlwaysOpen(), makers, input_matrix(model).shape[0])
+    costs = costs_of(gate, model.device, model.dtype)
+    return Plan(heads, policy, gate or AlwaysOpen(), makers, input_matrix(model).shape[0], costs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..target.cache import TreeCache
@@ -22,14 +23,33 @@ class Past:
     cache: TreeCache
     tokens: list[int] = field(default_factory=list)
 
-    def cut(self, prompt: Tensor, capacity: int) -> None:
-        """For the text of a prompt (1, S): keeps what it begins with, and gives the cache room for so many tokens.
-
-        The prompt's last token is left out: what it leads to has to be computed.
-        """
-        ids = prompt[0, :-1].tolist()
+    def common(self, ids: list[int]) -> int:
+        """How many tokens the two have in common, from the beginning on."""
         pairs = enumerate(zip(self.tokens, ids, strict=False))
-        common = next((place for place, (old, new) in pairs if old != new), min(len(self.tokens), len(ids)))
+        return next((place for place, (old, new) in pairs if old != new), min(len(self.tokens), len(ids)))
+
+    def cut(self, ids: list[int], capacity: int) -> None:
+        """For a text of `ids` and more: keeps what it begins with, and gives the cache room for so many tokens."""
+        common = self.common(ids)
         self.tokens = self.tokens[:common]
         if self.cache.capacity < capacity:
             self.cache.grow(capacity, common)
+
+
+def take_past(
+    pasts: list[Past], key: tuple[Any, ...], prompt: Tensor, capacity: int, device: torch.device, layers: int,
+    context: bool,
+) -> Past:  # fmt: skip
+    """Takes from `pasts` what has most in common with the text of a prompt (1, S), cut for it; a new one, where there
+    is none. Those of another key are freed.
+
+    The prompt's last token is left out: what it leads to has to be computed.
+    """
+    pasts[:] = [past for past in pasts if past.key == key]
+    ids = prompt[0, :-1].tolist()
+    if not pasts:
+        return Past(key, TreeCache(layers, capacity, 1, device, context))
+    best = max(pasts, key=lambda past: past.common(ids))
+    pasts.remove(best)
+    best.cut(ids, capacity)
+    return best

@@ -6,8 +6,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from itertools import chain
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,23 +16,22 @@ from transformers import PreTrainedModel
 from ..drafting.context_layer import BoundContext
 from ..drafting.drafter import NO_DRAFTER, Drafter
 from ..drafting.heads_drafter import HeadsDrafter
-from ..target.attention import layer_windows
-from ..target.cache import TreeCache
-from ..target.model import TargetModel, lasting_capacity
-from ..target.step_audit import MAX_PADDING
+from ..target.model import TargetModel
 from .capability import Capability, examine
-from .fused.context import FusedContext
+from .fused.context import ContextProgram, FusedContext
 from .fused.proof import check_fused
 from .fused.step import FusedStep, versions
 from .fused.trace import NotFused
 from .past import Past
-from .recorder import RECORDERS, Unrecordable, expected_on
+from .recorder import RECORDERS, Unrecordable
 from .recordings import Recordings
 from .replayable import hooks_of, memory_of, obstacle
 from .sampling import Chooser
+from .session import Running, Session
 from .stats import DecodeStats
 from .stepper import Drafts, Stepper
 
+ALONE = Running()
 _TRIED = 64  # tokens of a prompt that a new fused step is tried behind
 
 
@@ -48,12 +46,12 @@ class Runtime:
         self._lock = threading.Lock()
         self._capability: tuple[Any, Capability] | None = None
         self._memory: Any = None  # memory_of the model when its capability was last asked for
-        self._weights: Any = None  # versions of its tensors when the latest text began
+        self.weights: Any = None  # versions of its tensors when the latest text began
         self._fused: tuple[Any, FusedStep] | None = None
         self._not_fused: tuple[Any, str] | None = None  # why there is none; it is not tried again
-        self._fused_context: tuple[BoundContext, FusedContext | None] | None = None  # of the latest heads
-        self._trials = 0  # which have written over a cache
-        self._past: Past | None = None
+        self._fused_context: tuple[BoundContext, ContextProgram | None] | None = None  # of the latest heads
+        self.trials = 0  # which have written over a cache
+        self.pasts: list[Past] = []  # of the latest texts
         self._recordings: Recordings | None = None
         self._failure: tuple[Any, str] | None = None  # why a step could not be recorded; it is not tried again
         self._bound: tuple[weakref.ref[Any], Any, Drafter] | None = None  # the latest heads, bound to the model
@@ -96,89 +94,31 @@ class Runtime:
             self._lock.release()
 
     @contextmanager
-    def steps(
-        self, drafts: Drafts, chooser: Chooser, stats: DecodeStats, capacity: int,
-        graphs: bool | None = None, fuse: bool | None = None, pack: bool | None = None, prompt: Tensor | None = None,
-    ) -> Iterator[Stepper]:  # fmt: skip
-        """Steps of one decode, with the model prepared for them while inside.
-
-        capacity: tokens that the cache has to hold. graphs, fuse, pack: as in `decode`. Raises ValueError where one of
-        them is True and cannot be had. prompt: the text's, if it is to go on from the one before and to be kept for the
-        next; None: what is kept is freed.
-        """
-
-        def fall_back(error: Unrecordable) -> None:
-            if graphs:
-                raise ValueError(f"decode: graphs must be None or False here, got True: {error}") from error
-            stats.fallback = str(error)
-            if expected_on(self.model.device):
-                self.warn_once(f"decode: no CUDA graphs, each op is launched by itself: {error}")
-
-        def give_up(error: Unrecordable) -> None:
-            self._recordings, self._failure = None, (memory_of(self.model), str(error))
-            fall_back(error)
-
-        in_the_way = obstacle(self.model, "a fused step")  # before a hook of ours is there
-
-        past: Past | None = None
-
-        def begin(target: TargetModel, ids: Tensor) -> int:
-            nonlocal past
-            trials = self._trials
-            try:
-                if fuse is not False:
-                    self._put_fused(target, ids, drafter, pack, stats, at_end, in_the_way)
-            except NotFused as error:
-                if fuse:
-                    raise ValueError(f"decode: fuse must be None or False here, got True: {error}") from error
-                stats.not_fused_because = str(error)
-            if past is None or not (target.goes_as_steps(ids) and stats.exact) or stats.no_drafts_because:
-                past = None
-                return 0
-            known = len(past.tokens) if self._trials == trials else 0
-            return max(0, known - drafter.has_context)  # a pair needs the state before its token
-
+    def session(self, drafts: Drafts, running: Running) -> Iterator[Session]:
+        """A decode: texts may be opened while inside, each with the model prepared for its steps."""
         with self.sole():
-            past, self._past = self._past, None
-            with torch.inference_mode():  # what is kept is made and written in it, whatever the caller's mode is
-                way = self.capability().way
-                self._weights = versions(chain(self.model.parameters(), self.model.buffers()))
-                drafter = self._bind(drafts)
-                recordings = None
-                if graphs is not False:
-                    try:
-                        recordings = self._recorded(chooser, capacity, drafter.has_context)
-                        drafter = recordings.keep(drafts.heads, drafter)
-                    except Unrecordable as error:
-                        fall_back(error)
-                past = None if recordings else self._past_of(past, prompt, capacity, drafter, (fuse, pack))
-                cache = recordings.memory.cache if recordings else None if past is None else past.cache
-                target = TargetModel(self.model, way, capacity, cache=cache, context=drafter.has_context)
-            with target, ExitStack() as at_end:
-                stepper = Stepper(target, drafts, drafter, chooser, stats, recordings, give_up, begin)
-                try:
-                    yield stepper
-                finally:
-                    if past is not None:
-                        past.tokens, self._past = stepper.kept(), past
+            session = Session(self, drafts, running)
+            try:
+                yield session
+            finally:
+                session.close_all()
 
-    def _past_of(
-        self, past: Past | None, prompt: Tensor | None, capacity: int, drafter: Drafter, switches: tuple[Any, ...]
-    ) -> Past | None:
-        """What the text of the prompt goes on from, with room for it; None: nothing is kept."""
-        model = self.model
-        if prompt is None or model.device.type != "cpu":
-            return None
-        windows, autocast = layer_windows(model.config), torch.is_autocast_enabled("cpu")
-        setting = (hooks_of(model), model.dtype, torch.get_num_threads(), windows, autocast, *switches)
-        key = (self._memory, self._weights, setting, drafter if drafter.has_context else None)
-        room = lasting_capacity(model, capacity + MAX_PADDING)
-        if past is None or past.key != key:
-            past = Past(key, TreeCache(len(windows), room, 1, model.device, drafter.has_context))
-        past.cut(prompt, room)
-        return past
+    @contextmanager
+    def steps(
+        self, drafts: Drafts, chooser: Chooser, stats: DecodeStats, capacity: int, running: Running = ALONE,
+        prompt: Tensor | None = None,
+    ) -> Iterator[Stepper]:  # fmt: skip
+        """Steps of a decode of one text, see `Session.open`."""
+        with self.session(drafts, running) as session:
+            yield session.open(chooser, stats, capacity, prompt)
 
-    def _bind(self, drafts: Drafts) -> Drafter:
+    @property
+    def state(self) -> tuple[Any, Any]:
+        """Changes with the model's modules and tensors, as the latest decode has found them."""
+        return self._memory, self.weights
+
+    def bind(self, drafts: Drafts) -> Drafter:
+        """The drafter of the heads, the same as long as these and the model stay as they are."""
         heads, model = drafts.heads, self.model
         tensors = [*heads.parameters(), *heads.buffers()] if isinstance(heads, torch.nn.Module) else []
         key = None if not tensors else (versions(tensors), versions(model.parameters()), model.dtype)
@@ -191,23 +131,21 @@ class Runtime:
             raise TypeError(f"decode: heads.bind must return a Drafter, got {type(drafter).__name__}")
         return drafter if drafts.drafts else NO_DRAFTER
 
-    def _put_fused(
-        self, target: TargetModel, prompt: Tensor, drafter: Drafter, pack: bool | None, stats: DecodeStats,
-        at_end: ExitStack, in_the_way: str | None,
-    ) -> None:  # fmt: skip
-        """Raises NotFused where there is none."""
-        if in_the_way:
-            raise NotFused(in_the_way)
+    def put_fused(
+        self, target: TargetModel, prompt: Tensor, drafter: Drafter, pack: bool | None, stats: DecodeStats
+    ) -> Drafter:
+        """Has the target's steps fused -> the drafter of this text. Raises NotFused where there is no such step."""
         fused = self._fused_for(target, prompt, pack, stats)
         if isinstance(drafter, HeadsDrafter) and drafter.context is not None:
-            drafter.context.fused = self._context_for(drafter.context, target, prompt)
-            at_end.callback(setattr, drafter.context, "fused", None)
+            program = self._context_for(drafter.context, target, prompt)
+            drafter = drafter.of_text(None if program is None else FusedContext(program))
         target.fused = fused
+        return drafter
 
     def _fused_for(self, target: TargetModel, prompt: Tensor, pack: bool | None, stats: DecodeStats) -> FusedStep:
         """What an earlier decode has made, or a new one, tried on the prompt's beginning. Raises NotFused."""
         model = self.model
-        key = (self._memory, self._weights, model.dtype, pack)
+        key = (self._memory, self.weights, model.dtype, pack)
         if self._fused is None or self._fused[0] != key:
             self._fused = None  # first, so that there is memory for the new one
             if self._not_fused is not None and self._not_fused[0] == key:
@@ -229,28 +167,26 @@ class Runtime:
         self._fused[1].prepare(target.cache)
         return self._fused[1]
 
-    def _context_for(self, context: BoundContext, target: TargetModel, prompt: Tensor) -> FusedContext | None:
+    def _context_for(self, context: BoundContext, target: TargetModel, prompt: Tensor) -> ContextProgram | None:
         """The same for a context layer; None: it runs op by op. Raises as `TargetModel.prefill_all`."""
         if self._fused_context is None or self._fused_context[0] is not context:
             with self._trial(target):
                 target.prefill_all(prompt[:, :1])
             self._fused_context = (context, None)
             with suppress(NotFused):
-                self._fused_context = (context, FusedContext(context, target.cache))
-        if (fused := self._fused_context[1]) is not None:
-            fused.begin()
-        return fused
+                self._fused_context = (context, ContextProgram(context, target.cache))
+        return self._fused_context[1]
 
     @contextmanager
     def _trial(self, target: TargetModel) -> Iterator[None]:
         """What is put into the target's cache while inside is forgotten."""
-        self._trials += 1
+        self.trials += 1
         try:
             yield
         finally:
             target.cache.reset()
 
-    def _recorded(self, chooser: Chooser, capacity: int, context: bool) -> Recordings:
+    def recorded(self, chooser: Chooser, capacity: int, context: bool) -> Recordings:
         """Those that are kept, or new ones. Raises Unrecordable."""
         if chooser.host_rules:
             rules = ", ".join(chooser.host_rules)
@@ -267,6 +203,10 @@ class Runtime:
             self._recordings = Recordings(model, capacity, context)
         return self._recordings
 
+    def give_up_recording(self, error: Unrecordable) -> None:
+        """A step could not be recorded: none is tried again while the model stays as it is."""
+        self._recordings, self._failure = None, (memory_of(self.model), str(error))
+
     def warn_once(self, message: str) -> None:
         if message not in self._said:
             self._said.add(message)
@@ -278,7 +218,7 @@ class Runtime:
         After this, a model of which a step could not be recorded or fused is tried again.
         """
         self._recordings = self._failure = self._fused = self._not_fused = self._bound = self._fused_context = None
-        self._past = None
+        self.pasts.clear()
 
 
 _runtimes: weakref.WeakKeyDictionary[PreTrainedModel, Runtime] = weakref.WeakKeyDictionary()

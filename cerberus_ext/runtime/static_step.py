@@ -212,25 +212,47 @@ class StepMemory:
         return [self.state.hidden, self.state.pending, self.cache.length, *drafts]
 
 
+class StepInputs(NamedTuple):
+    """tokens (B, N): of the nodes; known (B, N): the same with token 0 for those that the model does not have."""
+
+    tokens: Tensor
+    known: Tensor
+
+
 def run_step(target: TargetModel, kind: StepKind, memory: StepMemory, result: StaticResult) -> None:
     """A whole step: propose, forward, verify, commit. With a chooser without host_rules and a drafter that is
     recordable, nothing here depends on a tensor's values, or waits for them."""
-    cache, state, nodes = memory.cache, memory.state, memory.nodes(kind.nodes)
+    inputs = begin_step(target, kind, memory)
+    hidden, logits = target.step(inputs.known, memory.nodes(kind.nodes))  # (B, N, D), (B, N, V)
+    end_step(kind, memory, inputs, hidden, logits, result)
+
+
+def begin_step(target: TargetModel, kind: StepKind, memory: StepMemory) -> StepInputs:
+    """What comes before the forward of `run_step`."""
+    state, nodes = memory.state, memory.nodes(kind.nodes)
     drafts = None if kind.shape is None else memory.drafts(kind.shape)
     if drafts is not None and kind.drafting is Drafting.BEFORE:
-        drafts.put(*kind.drafter.propose(cache, state.hidden, state.pending, drafts.ids.shape[2]))
+        drafts.put(*kind.drafter.propose(memory.cache, state.hidden, state.pending, drafts.ids.shape[2]))
     tokens = known = state.pending[:, None]  # (B, 1)
     if kind.nodes > 1:
         tokens = known = nodes.tokens(state.pending, None if drafts is None else drafts.ids)  # (B, N)
         if drafts is not None:
             known = embeddable(tokens, target)
-    hidden, logits = target.step(known, nodes)  # (B, N, D), (B, N, V)
-    kind.drafter.keep_nodes(cache, state.hidden, hidden, known, nodes)
-    _settle(kind, cache, nodes, tokens, hidden, logits, state, result)
-    kind.drafter.keep_path(hidden, known, result.path)
+    return StepInputs(tokens, known)
+
+
+def end_step(
+    kind: StepKind, memory: StepMemory, inputs: StepInputs, hidden: Tensor, logits: Tensor, result: StaticResult
+) -> None:
+    """What comes behind the forward of `run_step`, which gave hidden (B, N, D) and logits (B, N, V)."""
+    cache, state, nodes = memory.cache, memory.state, memory.nodes(kind.nodes)
+    kind.drafter.keep_nodes(cache, state.hidden, hidden, inputs.known, nodes)
+    _settle(kind, cache, nodes, inputs.tokens, hidden, logits, state, result)
+    kind.drafter.keep_path(hidden, inputs.known, result.path)
     result.entropy.copy_(ops.hidden_entropy(state.hidden))
-    if drafts is not None and kind.drafting is Drafting.AFTER:
+    if kind.shape is not None and kind.drafting is Drafting.AFTER:
         assert result.ids is not None and result.logprobs is not None
+        drafts = memory.drafts(kind.shape)
         drafts.put(*kind.drafter.propose(cache, state.hidden, state.pending, drafts.ids.shape[2]))
         result.ids.copy_(drafts.ids)
         result.logprobs.copy_(drafts.logprobs)

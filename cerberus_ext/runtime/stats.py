@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -63,6 +63,8 @@ class DecodeStats(StepCounts):
     inexact_because    why not, naming what of the model could depend on the number of tokens in a step
     no_drafts_because  why no step had drafts though they were asked for; None: nothing was in their way
     fallback           why steps were not replayed though graphs were not switched off; None: they were
+    rows               of several prompts, what happened on the way of each; the rest is then their sum, and `steps` are
+                       steps of a row. Where a forward served several rows, each has the same part of its seconds
     """
 
     new_tokens: int = 0
@@ -83,6 +85,7 @@ class DecodeStats(StepCounts):
     inexact_because: str | None = None
     no_drafts_because: str | None = None
     fallback: str | None = None
+    rows: list[DecodeStats] = field(default_factory=list)
 
     @property
     def tokens_per_step(self) -> float:
@@ -115,6 +118,22 @@ class DecodeStats(StepCounts):
         self.trace.append((nodes, path))
         self.trace_proposers.append(proposers)
 
+    def sum_rows(self) -> None:
+        """Adds the counts and times of `rows` up, where there are some."""
+        if not self.rows:
+            return
+        for name in ("new_tokens", "reused_tokens", "step_tokens", "steps", "open_steps", "zero_accept_steps",
+                     "fuse_seconds", "processor_seconds", "trace", "trace_proposers"):  # fmt: skip
+            parts = [getattr(row, name) for row in self.rows]
+            setattr(self, name, sum(parts[1:], parts[0]))
+        for name in ("not_fused_because", "inexact_because", "no_drafts_because", "fallback"):
+            setattr(self, name, next((why for row in self.rows if (why := getattr(row, name))), None))
+        self.fused, self.exact = all(row.fused for row in self.rows), all(row.exact for row in self.rows)
+        self.seconds = {name: sum(row.seconds[name] for row in self.rows) for name in PHASES}
+        longest = max(len(row.accepted_histogram) for row in self.rows)
+        padded = [row.accepted_histogram + [0] * (longest - len(row.accepted_histogram)) for row in self.rows]
+        self.accepted_histogram = [sum(counts) for counts in zip(*padded, strict=True)]
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time spent inside to seconds[name]."""
@@ -125,9 +144,26 @@ class DecodeStats(StepCounts):
             self.seconds[name] += time.perf_counter() - begin
 
 
+@contextmanager
+def shared_phase(texts: Sequence[DecodeStats], name: str) -> Iterator[None]:
+    """As `DecodeStats.phase`, of what is done for several texts at once: each takes the same part of the time."""
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds = (time.perf_counter() - begin) / len(texts)
+        for stats in texts:
+            stats.seconds[name] += seconds
+
+
+def stats_of(rows: list[DecodeStats]) -> DecodeStats:
+    """Of one text its own; of several what becomes their sum."""
+    return rows[0] if len(rows) == 1 else DecodeStats(rows=rows)
+
+
 @dataclass
 class DecodeOutput:
-    """sequences (1, S) int64: the prompt and what was generated, as from `generate`; stats: how."""
+    """sequences (B, S) int64: the prompts and what was generated, as from `generate`; stats: how."""
 
     sequences: Tensor
     stats: DecodeStats

@@ -1,11 +1,13 @@
 """The steps of one decode, as the host sees them: it hands over a tree and gets the tokens that the step added.
 
-Letters: B rows (1 so far), N nodes of the step's tree, K heads, P drafts per head, D hidden size, V vocabulary.
+Texts that are decoded together have a Stepper each, and share what reads weights: the forward and the heads' drafts.
+
+Letters: B rows (1 of a Stepper), N nodes of the step's tree, K heads, P drafts per head, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,14 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import ops
-from ..drafting.drafter import NO_DRAFTER, Drafter, HeadsLike
+from ..drafting.drafter import NO_DRAFTER, Drafter, DraftRow, HeadsLike
 from ..drafting.tree import ALONE, Tree, filled_size, tree_of_ranks
 from ..target.model import TargetModel
 from .recorder import Unrecordable
 from .recordings import Recordings
 from .sampling import Chooser
-from .static_step import Drafting, StaticResult, StepKind, StepMemory, run_step
-from .stats import DecodeStats
+from .static_step import Drafting, StaticResult, StepKind, StepMemory, begin_step, end_step, run_step
+from .stats import DecodeStats, shared_phase
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,23 @@ class Drafts:
 
 class Chunk(NamedTuple):
     """Tokens that were accepted together, and who drafted each: HEADS (0), the first of decode's `proposers` (1) ...;
-    None: nobody, it is the target model's own."""
+    None: nobody, it is the target model's own. row: of the prompts, from 0 on, which these tokens belong to."""
 
     tokens: list[int]
     proposers: list[int | None]
+    row: int = 0
 
-    def first(self, count: int) -> Chunk:
-        return Chunk(self.tokens[:count], self.proposers[:count])
+    def first(self, count: int, row: int = 0) -> Chunk:
+        return Chunk(self.tokens[:count], self.proposers[:count], row)
+
+
+class BegunStep(NamedTuple):
+    """A step that is ready to run. replay: runs it whole, where that is not left to `step_together`."""
+
+    tree: Tree
+    kind: StepKind
+    result: StaticResult
+    replay: Callable[[], None] | None
 
 
 def prefill(target: TargetModel, drafter: Drafter, ids: Tensor, reused: int = 0) -> tuple[Tensor, Tensor]:
@@ -69,13 +81,14 @@ class Stepper:
 
     recordings: steps are recorded and replayed; None: they run op by op. give_up: called where a step cannot be
     recorded; from there on they run op by op. It may raise. begin: called with the prompt before anything runs,
-    where steps are not recorded -> how much of it is reused, see `prefill`.
+    where steps are not recorded -> how much of it is reused, see `prefill`, and the drafter of this text.
+    texts: the Steppers of the texts that are decoded at this moment.
     """
 
     def __init__(
         self, target: TargetModel, drafts: Drafts, drafter: Drafter, chooser: Chooser, stats: DecodeStats,
         recordings: Recordings | None, give_up: Callable[[Unrecordable], None],
-        begin: Callable[[TargetModel, Tensor], int],
+        begin: Callable[[TargetModel, Tensor], tuple[int, Drafter]], texts: Sequence[Stepper] = (),
     ) -> None:  # fmt: skip
         self.target = target
         self.stats = stats
@@ -86,6 +99,7 @@ class Stepper:
         self._recordings = recordings
         self._give_up = give_up
         self._begin = begin
+        self._texts = texts
         self._text: list[int] = []
         self._memory = StepMemory(target.cache) if recordings is None else recordings.memory
         self._shape = (drafts.heads.config.num_heads, drafts.drafts) if drafts.drafts else None
@@ -102,7 +116,9 @@ class Stepper:
 
     def prefill(self, ids: Tensor) -> list[int]:
         """ids (1, S): the prompt -> the first new token."""
-        reused = self._begin(self.target, ids) if self._recordings is None else 0
+        reused = 0
+        if self._recordings is None:
+            reused, self._drafter = self._begin(self.target, ids)
         hidden, logits = prefill(self.target, self._drafter, ids, reused)  # (B, D), (B, V)
         self.stats.reused_tokens = reused
         pending = self._chooser.first(logits, self.target.cache.length)  # (B,); the cache's length is its position
@@ -135,13 +151,20 @@ class Stepper:
 
     def step(self, tree: Tree) -> Chunk:
         """One forward over `tree` -> the tokens that it adds to the text, at least one."""
+        return step_together([self], [tree])[0]
+
+    def begin(self, tree: Tree) -> BegunStep:
+        """Puts everything where the step with `tree` finds it."""
         with self.stats.phase("draft"):
             tree = self._with_drafts(tree)
-        tree, result, run = self._prepare(tree)
+        return self._prepare(tree)
+
+    def finish(self, step: BegunStep) -> Chunk:
+        """After the step has run -> the tokens that it adds to the text."""
         with self.stats.phase("verify"):
-            run()
-            self._fetch(result)
-            target, path, entropy, fetched = result.read()
+            self._fetch(step.result)
+            target, path, entropy, fetched = step.result.read()
+        tree = step.tree
         with self.stats.phase("commit"):
             self._drafted, self._fetched, self._entropy = None, fetched, entropy
             self.target.cache.committed += len(path)
@@ -187,16 +210,15 @@ class Stepper:
         size = filled_size(nodes, self._drafts.sizes)
         return StepKind(size, self._chooser, self._drafter if involved else NO_DRAFTER, shape, drafting)
 
-    def _prepare(self, tree: Tree) -> tuple[Tree, StaticResult, Callable[[], None]]:
-        """Puts everything where the step with `tree` finds it -> the tree, the result, and what runs the step."""
+    def _prepare(self, tree: Tree) -> BegunStep:
+        """With a tree whose drafts are where they have to be."""
         kind = self._kind(tree.size, tree.ranks is not None)
         with self.stats.phase("draft"):
             self._memory.nodes(kind.nodes).put(tree, self.max_drafts)
         if self._recordings is None:
             if kind.nodes not in self._results:
                 self._results[kind.nodes] = self._memory.result(kind)
-            result = self._results[kind.nodes]
-            return tree, result, lambda: run_step(self.target, kind, self._memory, result)
+            return BegunStep(tree, kind, self._results[kind.nodes], None)
         cache = self.target.cache
         assert cache.committed + kind.nodes <= cache.capacity  # nothing checks it in a replay
         try:
@@ -206,7 +228,7 @@ class Stepper:
             self._give_up(error)
             return self._prepare(self._with_drafts(tree))
         self.stats.graphed_steps += 1
-        return tree, result, replay
+        return BegunStep(tree, kind, result, replay)
 
     def _fetch(self, result: StaticResult) -> None:
         """The one place where the host waits."""
@@ -216,8 +238,39 @@ class Stepper:
             result.host.copy_(result.buffer)
 
     def _draft(self) -> tuple[Tensor, Tensor]:
-        """The heads' drafts and their log-probabilities, (B, K, P) each; made once a step."""
+        """The heads' drafts and their log-probabilities, (B, K, P) each; made once a step, for all texts at once where
+        that is the same."""
         if self._drafted is None:
-            state = self._memory.state
-            self._drafted = self._drafter.propose(self.target.cache, state.hidden, state.pending, self.max_drafts)
+            others = self._texts if self._drafter.recordable and self._recordings is None else ()
+            texts = [self, *(text for text in others if text is not self and text._drafted is None)]
+            rows = [DraftRow(text._drafter, text.target.cache, *text._memory.state) for text in texts]
+            ids, logprobs = self._drafter.propose_together(rows, self.max_drafts)
+            for text, *drafted in zip(texts, ids.split(1), logprobs.split(1), strict=True):
+                text._drafted = (drafted[0], drafted[1])
+        assert self._drafted is not None
         return self._drafted
+
+
+def step_together(texts: Sequence[Stepper], trees: Sequence[Tree]) -> list[Chunk]:
+    """A step of each text, with its tree -> the tokens that it adds to each, at least one. The forwards are one where
+    steps are fused, and come one after the other where they are not."""
+    steps = [text.begin(tree) for text, tree in zip(texts, trees, strict=True)]
+    fused = texts[0].target.fused
+    with shared_phase([text.stats for text in texts], "verify"):
+        if len(texts) > 1 and fused is not None:
+            inputs = [begin_step(text.target, step.kind, text._memory) for text, step in zip(texts, steps, strict=True)]
+            rows = [
+                text.target.row(given.known, text._memory.nodes(step.kind.nodes))
+                for text, step, given in zip(texts, steps, inputs, strict=True)
+            ]
+            sizes = [step.kind.nodes for step in steps]
+            parts = [part.split(sizes) for part in fused.step(texts[0].target, rows)]  # (N, D), (N, V)
+            for text, step, given, hidden, logits in zip(texts, steps, inputs, *parts, strict=True):
+                end_step(step.kind, text._memory, given, hidden[None], logits[None], step.result)
+        else:
+            for text, step in zip(texts, steps, strict=True):
+                if step.replay is None:
+                    run_step(text.target, step.kind, text._memory, step.result)
+                else:
+                    step.replay()
+    return [text.finish(step) for text, step in zip(texts, steps, strict=True)]

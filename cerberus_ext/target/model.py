@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from .experts import experts_switch
 from .row_invariant import RowInvariant, prompt_forward, step_forward
 from .stand_ins import TreeStep, running
 from .step_audit import MAX_PADDING, padded_nodes
+from .step_row import StepForward, StepRow
 
 _CAPACITY_STEP = 64
 _MIN_LASTING = 512
@@ -47,23 +49,6 @@ class StepWay:
         """As far as it can be told without running the model."""
         names = names_attention(model)
         return StepWay(names, sees_all=not names)
-
-
-class StepRow(NamedTuple):
-    """What a step computes of one text, whose cache has one row: tokens, positions (N,) int64, ancestors (N, W)."""
-
-    cache: TreeCache
-    tokens: Tensor
-    positions: Tensor
-    ancestors: Tensor
-
-
-class StepForward(Protocol):
-    """Does the steps of a TargetModel in the model's place."""
-
-    def step(self, target: TargetModel, rows: Sequence[StepRow], logits_of: int | None = None) -> tuple[Tensor, Tensor]:
-        """rows: of texts of the target's model -> hidden (N, D), logits (R, V) of all their nodes, a row behind the
-        other; logits of the last `logits_of` nodes, None: of all."""
 
 
 class TargetModel:
@@ -95,10 +80,7 @@ class TargetModel:
         self.windows = layer_windows(model.config)
         embeddings: Any = model.get_input_embeddings()
         self.vocabulary = len(embeddings.weight)
-        if cache is None:
-            capacity = round_capacity(capacity + MAX_PADDING * bool(way.widths))
-            cache = TreeCache(len(self.windows), capacity, 1, model.device, context)
-        self.cache = cache
+        self.cache = self._cache_for(capacity, context) if cache is None else cache
         self.cache.reset()
         self.max_positions = position_limit(model)
         self._step_forward = step_forward(model, mode if way.sees_all else None)
@@ -111,6 +93,18 @@ class TargetModel:
         self._mask = None if way.names_attention else torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
         self._thread: int | None = None  # that runs the model for us at this moment
         self._hidden: Tensor | None = None
+
+    def beside(self, capacity: int, cache: TreeCache | None) -> TargetModel:
+        """Another one, for another text of the same model as it is now: to look through its modules takes a while."""
+        other = copy(self)
+        other.cache = self._cache_for(capacity, self.cache.context) if cache is None else cache
+        other.cache.reset()
+        other.fused = other._thread = other._hidden = None
+        return other
+
+    def _cache_for(self, capacity: int, context: bool) -> TreeCache:
+        capacity = round_capacity(capacity + MAX_PADDING * bool(self.way.widths))
+        return TreeCache(len(self.windows), capacity, 1, self.model.device, context)
 
     def __enter__(self) -> TargetModel:
         self._hook = self.model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)

@@ -62,14 +62,14 @@ def test_other_bytes(folder: Path) -> None:
 
 
 def test_an_interrupt_ends_the_answer_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, steps = Stepper.step, []
+    begin, steps = Stepper.begin, []
 
     def interrupted(*arguments: Any) -> Any:
         steps.append(1)
         if len(steps) == 2:
             raise KeyboardInterrupt
-        return step(*arguments)
+        return begin(*arguments)
 
-    monkeypatch.setattr(Stepper, "step", interrupted)
+    monkeypatch.setattr(Stepper, "begin", interrupted)
     first, second = numbers(chat(folder, "w3 w4\nw5\n"))
     assert 2 <= first[0] < 12 and second == (12, 2 + first[0] - 1, 2 + first[0] + 1)

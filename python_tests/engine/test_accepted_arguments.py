@@ -58,7 +58,7 @@ def test_attention_mask(mask: Any, ids: Any, llama: PreTrainedModel) -> None:
     out = decode(llama, None, ids, attention_mask=mask, max_new_tokens=2)
     assert out.sequences.tolist() == generated("llama", "cpu", NEW)[:, :11].tolist()
     if isinstance(ids, Mapping):
-        with pytest.raises(ValueError, match="decode: attention_mask must be all ones"):
+        with pytest.raises(ValueError, match="decode: attention_mask must have a one in every row"):
             decode(llama, None, ids, max_new_tokens=2)
 
 

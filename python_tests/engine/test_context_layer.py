@@ -25,7 +25,7 @@ from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate,
 from cerberus_ext.drafting.heads_drafter import HeadsDrafter
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
-from cerberus_ext.runtime.fused.context import FusedContext
+from cerberus_ext.runtime.fused.context import ContextProgram, FusedContext
 from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.runtime.stats import DecodeOutput
 from cerberus_ext.target.model import TargetModel
@@ -171,7 +171,7 @@ def test_pairs_that_waited_are_those_of_one_pass(dtype: torch.dtype, waiting: in
         planes = torch.stack(base.cache.context_planes())
         for plane in base.cache.context_planes():
             plane.zero_()
-        fused = FusedContext(context, base.cache)
+        fused = FusedContext(ContextProgram(context, base.cache))
         if waiting:
             fused.keep_pending(states[0, :1], tokens[0, :1])
             fused.keep_path(states[0, 1:], tokens[0], torch.tensor([*range(waiting), -1, -1]))
@@ -184,8 +184,8 @@ def test_pairs_that_waited_are_those_of_one_pass(dtype: torch.dtype, waiting: in
 def test_decodes_use_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless steps are not fused; of heads of another dtype than the model's, too."""
     calls: list[int] = []
-    read = FusedContext.read
-    monkeypatch.setattr(FusedContext, "read", lambda *arguments: (calls.append(0), read(*arguments))[1])
+    run_program = ContextProgram.run
+    monkeypatch.setattr(ContextProgram, "run", lambda *arguments: (calls.append(0), run_program(*arguments))[1])
     model = tiny_model("llama")
     heads = heads_for(model)
     for options, used in (

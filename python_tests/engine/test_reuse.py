@@ -41,15 +41,15 @@ def llama() -> PreTrainedModel:
 
 def kept(model: PreTrainedModel) -> tuple[list[int], Tensor]:
     """The tokens, and the model's keys and values of them."""
-    past = runtime_of(model)._past
-    assert past is not None and past.cache.tensor is not None
+    (past,) = runtime_of(model).pasts
+    assert past.cache.tensor is not None
     planes = past.cache.tensor[: 2 * len(past.cache.layers)]
     return past.tokens, planes[:, :, :, : len(past.tokens)].clone()
 
 
 def forget(model: PreTrainedModel) -> None:
     decode(model, None, prompt(length=1), max_new_tokens=1)
-    assert runtime_of(model)._past is None
+    assert not runtime_of(model).pasts
 
 
 Text = Callable[[Tensor], DecodeOutput]
@@ -119,8 +119,7 @@ def test_turns(llama: PreTrainedModel, heads: str, monkeypatch: pytest.MonkeyPat
         known = len(kept(llama)[0]) if turn else 0
         out = text(ids)
         assert out.stats.reused_tokens == max(0, known - (heads == "context")) <= ids.shape[1]
-        past = runtime_of(llama)._past
-        assert past is not None
+        (past,) = runtime_of(llama).pasts
         capacities.append(past.cache.capacity)
         check(llama, text, ids)
         ids = torch.cat([out.sequences, prompt(length=3 + turn)], 1)
@@ -183,11 +182,11 @@ def test_heads_with_a_context_that_change(llama: PreTrainedModel) -> None:
 
 def test_only_a_decoder_keeps_something(llama: PreTrainedModel) -> None:
     decode(llama, None, prompt(), max_new_tokens=NEW)
-    assert runtime_of(llama)._past is None
+    assert not runtime_of(llama).pasts
     with Decoder(llama) as decoder:
         decoder.decode(prompt(), max_new_tokens=NEW)
-        assert runtime_of(llama)._past is not None
-    assert runtime_of(llama)._past is None
+        assert runtime_of(llama).pasts
+    assert not runtime_of(llama).pasts
 
 
 def test_prompts_with_the_models_own_attention_are_read_whole(llama: PreTrainedModel) -> None:
@@ -196,7 +195,7 @@ def test_prompts_with_the_models_own_attention_are_read_whole(llama: PreTrainedM
     short, long = prompt(length=250), prompt(length=260)
     first = decoder.decode(short, max_new_tokens=NEW).sequences  # which ends beyond them
     assert decoder.decode(first, max_new_tokens=2).stats.reused_tokens == 0
-    assert runtime_of(llama)._past is None
+    assert not runtime_of(llama).pasts
     assert decoder.decode(long, max_new_tokens=2).stats.reused_tokens == 0
     decoder.decode(short, max_new_tokens=NEW)
     check(llama, lambda ids: decoder.decode(ids, max_new_tokens=NEW), first[:, :255], reused=254)

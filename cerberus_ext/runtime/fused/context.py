@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,27 +22,82 @@ if TYPE_CHECKING:
     from ...target.cache import TreeCache
 
 
-class FusedContext:
-    """One context layer's, for one text at a time, with its weights in eight bits.
-
-    Pairs of tokens that are kept wait until the heads ask again: all of them then take one run, and none is made for a
-    node that was not accepted.
-    """
+class ContextProgram:
+    """One context layer's, with its weights in eight bits."""
 
     def __init__(self, context: BoundContext, cache: TreeCache) -> None:
         """cache: after the prompt. Raises NotFused."""
         assert cache.tensor is not None
         if len(cache.length) != 1 or any(tensor.dtype != cache.tensor.dtype for tensor in context.tensors.values()):
-            raise NotFused("there is one for one text, in the cache's dtype")
+            raise NotFused("there is one for texts of their own, in the cache's dtype")
         self._trace = _trace(context, cache)
         assert context.packed is not None  # on a CPU
         self._packed = {context.tensors[name].data_ptr(): context.packed[name] for name in ("qkv", "output", "mixer")}
         self._make(cache)
-        self.known = 0
-        self.begin()
 
-    def begin(self) -> None:
-        """Another text, whose prompt's pairs are in the cache."""
+    def run(self, texts: Sequence[Pairs]) -> list[Tensor]:
+        """Puts the pairs into their caches -> what each text's last one is read as, (1, D)."""
+        largest = max((text.cache for text in texts), key=lambda cache: cache.capacity)
+        if largest.capacity > self._positions:
+            self._make(largest)
+        last: list[Tensor] = [text.states[-1:] for text in texts]
+        for begin in range(0, max(len(text.tokens) for text in texts), _MOST_ROWS):
+            left = [number for number, text in enumerate(texts) if len(text.tokens) > begin]
+            parts = [texts[number].part(begin) for number in left]
+            firsts = [
+                part.cache.length + (begin + 1 - len(texts[number].tokens))
+                for number, part in zip(left, parts, strict=True)
+            ]
+            sizes = [len(part.tokens) for part in parts]
+            positions = [first + torch.arange(size) for first, size in zip(firsts, sizes, strict=True)]
+            states = torch.cat([part.states for part in parts])
+            planes = [part.cache.tensor[-2:] for part in parts if part.cache.tensor is not None]
+            rows = torch.empty_like(states)
+            self._native.run(
+                torch.cat([part.tokens for part in parts]), torch.cat(positions), firsts,
+                [chain_ancestors(size) for size in sizes], planes, states, rows,
+            )  # fmt: skip
+            for number, found in zip(left, rows.split(sizes), strict=True):
+                last[number] = found[-1:]
+        return last
+
+    def _make(self, cache: TreeCache) -> None:
+        assert cache.tensor is not None
+        _, _, heads, _, size = cache.tensor.shape
+        self._positions = table_positions(cache)
+        program = lower(self._trace, cache.tensor.dtype, heads, size, False, self._positions)
+        products = [stage for stage in program.stages if isinstance(stage, Product)]
+        weights = [self._packed[product.weights[0].data_ptr()] for product in products]
+        self._native = NativeStep(*encode(program, weights, [None] * len(weights)))
+
+
+class Pairs(NamedTuple):
+    """Of one text, the pending token's the last: states (A, D) led to tokens (A,)."""
+
+    cache: TreeCache
+    states: Tensor
+    tokens: Tensor
+
+    def part(self, begin: int) -> Pairs:
+        """Those of one run."""
+        here = slice(begin, begin + _MOST_ROWS)
+        return Pairs(self.cache, self.states[here], self.tokens[here])
+
+
+class FusedContext:
+    """The context layer of one text.
+
+    Pairs of tokens that are kept wait until the heads ask again: all of them then take one run, and none is made for a
+    node that was not accepted.
+    """
+
+    def __init__(self, program: ContextProgram) -> None:
+        self.known = 0
+        self._program = program
+        self._begin()
+
+    def _begin(self) -> None:
+        """All pairs that are kept are in the cache."""
         self._states: list[Tensor] = []  # (A, D) each: those that led to
         self._tokens: list[Tensor] = []  # (A,) each, behind which the pending token comes
         self._knows_pending = False  # whether its pair is in the cache already
@@ -59,29 +115,19 @@ class FusedContext:
             self._tokens.append(tokens.index_select(0, path[1:accepted]))
 
     def read(self, cache: TreeCache, before: Tensor, pending: Tensor) -> Tensor:
-        assert cache.tensor is not None
-        if cache.capacity > self._positions:
-            self._make(cache)
-        states, tokens = torch.cat([*self._states, before]), torch.cat([*self._tokens, pending])
-        self.begin()
-        self._knows_pending = True
-        rows, planes = torch.empty_like(states), cache.tensor[-2:]
-        for begin in range(0, len(tokens), _MOST_ROWS):
-            part = slice(begin, begin + _MOST_ROWS)
-            first, nodes = cache.length + (begin + 1 - len(tokens)), len(tokens[part])
-            positions, ancestors = first + torch.arange(nodes), chain_ancestors(nodes)
-            self._native.run(tokens[part], positions, [first], [ancestors], [planes], states[part], rows[part])
-        self.known = cache.committed + 1
-        return rows[-1:]
+        return self.read_together([(self, cache, before, pending)])
 
-    def _make(self, cache: TreeCache) -> None:
-        assert cache.tensor is not None
-        _, _, heads, _, size = cache.tensor.shape
-        self._positions = table_positions(cache)
-        program = lower(self._trace, cache.tensor.dtype, heads, size, False, self._positions)
-        products = [stage for stage in program.stages if isinstance(stage, Product)]
-        weights = [self._packed[product.weights[0].data_ptr()] for product in products]
-        self._native = NativeStep(*encode(program, weights, [None] * len(weights)))
+    def read_together(self, texts: Sequence[tuple[FusedContext, TreeCache, Tensor, Tensor]]) -> Tensor:
+        return torch.cat(
+            self._program.run([text._take(cache, before, pending) for text, cache, before, pending in texts])
+        )
+
+    def _take(self, cache: TreeCache, before: Tensor, pending: Tensor) -> Pairs:
+        """The pairs that wait, and the pending token's."""
+        pairs = Pairs(cache, torch.cat([*self._states, before]), torch.cat([*self._tokens, pending]))
+        self._begin()
+        self._knows_pending, self.known = True, cache.committed + 1
+        return pairs
 
 
 @uninterrupted()

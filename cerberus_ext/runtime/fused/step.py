@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ...target.cache import TreeCache
-    from ...target.model import StepRow, TargetModel
+    from ...target.model import TargetModel
+    from ...target.step_row import StepRow
 
 _ALIGNMENT = 4096  # bytes, of the packed weights of a product
 _MIN_POSITIONS = 1024  # that the tables know
@@ -29,7 +30,7 @@ _SPARE = 2 << 30  # bytes of memory that packing leaves free
 
 
 class FusedStep:
-    """A step of one model: a StepForward, see target/model.py. seconds: what making it took, in all.
+    """A step of one model: a StepForward, see target/step_row.py. seconds: what making it took, in all.
 
     pack: whether the weights are copied for the processor; None: where there is memory for it.
     """

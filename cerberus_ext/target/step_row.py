@@ -1,0 +1,29 @@
+"""What a step computes of each text, and who may do that in the model's place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .cache import TreeCache
+    from .model import TargetModel
+
+
+class StepRow(NamedTuple):
+    """What a step computes of one text, whose cache has one row: tokens, positions (N,) int64, ancestors (N, W)."""
+
+    cache: TreeCache
+    tokens: Tensor
+    positions: Tensor
+    ancestors: Tensor
+
+
+class StepForward(Protocol):
+    """Does the steps of a TargetModel in the model's place."""
+
+    def step(self, target: TargetModel, rows: Sequence[StepRow], logits_of: int | None = None) -> tuple[Tensor, Tensor]:
+        """rows: of texts of the target's model -> hidden (N, D), logits (R, V) of all their nodes, a row behind the
+        other; logits of the last `logits_of` nodes, None: of all."""
