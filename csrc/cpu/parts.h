@@ -9,9 +9,10 @@ namespace cerberus {
 // cache.
 constexpr int64_t kDraftTopkPart = 512;
 
-// Weight rows that lie side by side in packed weights. In four bits: k of a step, and its bytes, see
-// four_bits.h.
+// Weight rows that lie side by side in packed weights. In four bits: k of a step, its bytes, and those at the
+// end of a tile, see four_bits.h.
 constexpr int kPackedWeights = 3;
-constexpr int64_t kFourBitStep = 32, kFourBitStepBytes = kPackedWeights * (kFourBitStep / 2 + 2 * 4);
+constexpr int64_t kFourBitStep = 32, kFourBitStepBytes = kPackedWeights * (kFourBitStep / 2 + 2 * 4),
+                  kFourBitTileEnd = 8;
 
 }  // namespace cerberus
