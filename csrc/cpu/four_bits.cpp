@@ -35,20 +35,24 @@ constexpr __mmask16 kAll = 0xffff, kButTheMiddle = 0xfeff;
 
 // A step of one weight row: its place in a tile that it is packed into, and the weights.
 struct Block {
-  char* step;
+  char* tile;
+  int64_t size, step;
   int n;
   const BFloat16* weight;
-  FourBitTile tile;
 
   // Packs it with d and m. Returns whether what is looked up then has the bits of the weights.
   bool fits(float d, float m) const {
     const float scale[2] = {d, m};
-    __builtin_memcpy(step + kPackedWeights * 16 + n * sizeof(scale), scale, sizeof(scale));
+    char* scales = tile + four_bit_code_bytes(size) + step * kFourBitScaleBytes;
+    __builtin_memcpy(scales + n * sizeof(scale), scale, sizeof(scale));
     const Pairs pairs = load_pairs(weight);
     const __m512i both = _mm512_or_si512(codes(bit_cast<__m512>(pairs.even()), d, m),
                                          _mm512_slli_epi32(codes(bit_cast<__m512>(pairs.odd()), d, m), 4));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(step) + n, _mm512_cvtepi32_epi8(both));
-    const __m512i words = FourBitWeights<Row<BFloat16>>(step, n, tile).words();
+    char bytes[16], *to = tile + four_bit_code_place(step, n);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8(both));
+    for (int i = 0; i < 16; ++i) to[4 * i] = bytes[i];
+    const FourBitTile all(tile, size);
+    const __m512i words = FourBitWeights<Row<BFloat16>>(all, step, n).words();
     return _mm512_cmpneq_epi16_mask(words, _mm512_loadu_si512(weight)) == 0;
   }
 
@@ -101,7 +105,7 @@ bool pack_row(const BFloat16* weight, int64_t size, int64_t row, char* packed, _
   __builtin_memcpy(tile + tile_bytes - kFourBitTileEnd + n * sizeof(rounded), &rounded, sizeof(rounded));
   for (int64_t k = 0; k < size; k += kFourBitStep) {
     const Weights w(weight + k);
-    Block block{tile + k / kFourBitStep * kFourBitStepBytes, n, weight + k, FourBitTile(tile, size)};
+    const Block block{tile, size, k / kFourBitStep, n, weight + k};
     const bool fits = rounded == kAll ? fits_with_least(w, block) || fits_without_least(w, block)
                                       : fits_without_least(w, block);
     if (!fits) return false;

@@ -1,9 +1,12 @@
 // Weights of bfloat16 in four bits each, where every 32 of a row along k are d (q - 8) + m, rounded, for some
 // d and m and q from 0 to 15: those that came out of a 4-bit file.
 //
-//   packed (tiles, steps of 32 k), 72 bytes each: 16 bytes of codes of each of kPackedWeights weight rows
-//   (byte i: q of element 2 i, above it that of 2 i + 1), then d and m of each, float32;
-//   behind the steps of a tile for each row which of the 16 values are rounded, a bit each, see below
+//   packed (tiles): the codes of all steps of 32 k, then d and m (float32) of each step's weight rows, then
+//   for each row which of the 16 values are rounded, a bit each, see below
+//
+// 16 bytes of codes belong to a step of one weight row: byte i is q of element 2 i, above it that of 2 i + 1.
+// Four of these lie in one another, a byte in each 32-bit word, since the look-up sees the lowest bits of a
+// word alone: whatever stands above them, a load from a byte further on is all that it takes.
 //
 // What is looked up has the bits of the weights: pack_four_bits compares all of them, so that sums are those
 // of rows_times_packed, to the same bits.
@@ -13,8 +16,10 @@
 
 namespace cerberus::CERBERUS_ISA {
 
-static inline int64_t four_bit_tile_bytes(int64_t size) {
-  return size / kFourBitStep * kFourBitStepBytes + kFourBitTileEnd;
+// Where the first of the codes of a step's weight row n is, and then every fourth byte.
+static inline int64_t four_bit_code_place(int64_t step, int n) {
+  const int64_t place = step * kPackedWeights + n;
+  return place / 4 * 64 + place % 4;
 }
 
 #if defined(__AVX512F__)
@@ -30,12 +35,6 @@ static inline const FourBitConstants* four_bit_constants() {
   return constants;
 }
 
-// The 16 values of a step's weight row n, not rounded yet.
-static inline __m512 four_bit_values(const FourBitConstants* constants, const char* step, int n) {
-  const float* scale = reinterpret_cast<const float*>(step + kPackedWeights * 16) + 2 * n;
-  return _mm512_fmadd_ps(_mm512_set1_ps(scale[0]), _mm512_load_ps(constants->levels),
-                         _mm512_set1_ps(scale[1]));
-}
 // To bfloat16, to nearest, ties to even. 65537 x is rounded where bfloat16 is, 16 bits further up; without
 // 65536 x, which is exact, x is left, rounded. A zero becomes +0, and what is beyond 2^111 no number: which
 // of the values are rounded is said in `which`, and pack_four_bits leaves alone what comes out wrong.
@@ -43,17 +42,26 @@ static inline __m512 round_to_bfloat16(const FourBitConstants* constants, __m512
   const __m512 above = _mm512_mul_ps(x, _mm512_set1_ps(constants->above));
   return _mm512_mask_fmadd_ps(x, which, _mm512_set1_ps(constants->below), above);
 }
-// The codes of a step's weight row n, a byte in each lane.
-static inline __m512i four_bit_codes(const char* step, int n) {
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(step) + n));
-}
-// Which values of the rows of a tile are rounded: all, or all but the one in the middle, which is a zero of
+// A tile, and which values of its rows are rounded: all, or all but the one in the middle, which is a zero of
 // either sign then, as in a file that counts q from -8.
 struct FourBitTile {
-  FourBitTile(const char* tile, int64_t size) {
+  FourBitTile(const char* tile, int64_t size) : codes_(tile), scales_(tile + four_bit_code_bytes(size)) {
     __builtin_memcpy(rounded, tile + four_bit_tile_bytes(size) - kFourBitTileEnd, sizeof(rounded));
   }
+  // In the lowest bits of each lane q of an even element, above it that of the odd one; then of others.
+  __m512i codes(int64_t step, int n) const {
+    return _mm512_loadu_si512(codes_ + four_bit_code_place(step, n));
+  }
+  // The 16 values of a step's weight row n, not rounded yet.
+  __m512 values(const FourBitConstants* constants, int64_t step, int n) const {
+    const float* scale = reinterpret_cast<const float*>(scales_ + step * kFourBitScaleBytes) + 2 * n;
+    return _mm512_fmadd_ps(_mm512_set1_ps(scale[0]), _mm512_load_ps(constants->levels),
+                           _mm512_set1_ps(scale[1]));
+  }
   __mmask16 rounded[kPackedWeights];
+
+ private:
+  const char *codes_, *scales_;
 };
 
 // 32 weights as Product<X> takes them: get<part>(); and as they are in memory: words().
@@ -63,13 +71,13 @@ class FourBitWeights;
 template <>
 class FourBitWeights<PairedFloat> {
  public:
-  static constexpr int64_t kBytes = kFourBitStepBytes;
+  static constexpr int64_t kBytes = kPackedWeights * 16 + kFourBitScaleBytes;
   using Tile = FourBitTile;
   FourBitWeights() = default;
-  FourBitWeights(const char* step, int n, const Tile& tile) {
-    const __m512i codes = four_bit_codes(step, n);
+  FourBitWeights(const Tile& tile, int64_t step, int n) {
+    const __m512i codes = tile.codes(step, n);
     const FourBitConstants* constants = four_bit_constants();
-    const __m512 values = round_to_bfloat16(constants, four_bit_values(constants, step, n), tile.rounded[n]);
+    const __m512 values = round_to_bfloat16(constants, tile.values(constants, step, n), tile.rounded[n]);
     parts_[0] = bit_cast<Vec>(_mm512_permutexvar_ps(codes, values));
     parts_[1] = bit_cast<Vec>(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), values));
   }
@@ -89,15 +97,14 @@ class FourBitWeights<PairedFloat> {
 template <>
 class FourBitWeights<BFloat16> {
  public:
-  static constexpr int64_t kBytes = kFourBitStepBytes;
+  static constexpr int64_t kBytes = kPackedWeights * 16 + kFourBitScaleBytes;
   using Tile = FourBitTile;
   FourBitWeights() = default;
-  FourBitWeights(const char* step, int n, const Tile&) {
-    const __m512i bytes = four_bit_codes(step, n);
+  FourBitWeights(const Tile& tile, int64_t step, int n) {
+    const __m512i even = tile.codes(step, n);
     // vpermw reads five bits of each word: twice the same 16 values, so that the fifth does not matter.
-    const __m256i values =
-        bit_cast<__m256i>(_mm512_cvtneps_pbh(four_bit_values(four_bit_constants(), step, n)));
-    const __m512i codes = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
+    const __m256i values = bit_cast<__m256i>(_mm512_cvtneps_pbh(tile.values(four_bit_constants(), step, n)));
+    const __m512i codes = _mm512_mask_blend_epi16(0xaaaaaaaa, even, _mm512_slli_epi32(even, 12));
     words_ = _mm512_permutexvar_epi16(codes, _mm512_broadcast_i64x4(values));
   }
   template <int>

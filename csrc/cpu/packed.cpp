@@ -10,18 +10,19 @@ constexpr int kPackedRows = kSums / kPackedWeights;
 // Of the weights that follow: far enough for memory, near enough to be in the L2 cache still.
 constexpr int64_t kAheadBytes = 8192;
 
-// Weights of a step over k as Product<X> takes them: get<part>(). kBytes: of a step, `tile`: what Tile(w) has
-// found out about the tile at w. Dense ones lie as they are.
+// Weights of a step of a tile, as Product<X> takes them: get<part>(). kBytes: of a step. Dense ones lie as
+// they are.
 template <typename X, typename W>
 class DenseWeights {
  public:
   static constexpr int64_t kBytes = kPackedWeights * Product<X>::kStep * static_cast<int64_t>(sizeof(W));
   struct Tile {
-    explicit Tile(const char*, int64_t) {}
+    Tile(const char* begin, int64_t) : w(begin) {}
+    const char* w;
   };
   DenseWeights() = default;
-  DenseWeights(const char* step, int n, const Tile&)
-      : w_(reinterpret_cast<const W*>(step) + n * Product<X>::kStep) {}
+  DenseWeights(const Tile& tile, int64_t step, int n)
+      : w_(reinterpret_cast<const W*>(tile.w + step * kBytes) + n * Product<X>::kStep) {}
   template <int kPart>
   auto get() const {
     return Product<X>::template load_at<kPart>(w_);
@@ -40,8 +41,8 @@ class ReadyWeights {
   static constexpr int64_t kBytes = kPackedWeights * kParts * static_cast<int64_t>(sizeof(Part));
   using Tile = typename DenseWeights<X, float>::Tile;
   ReadyWeights() = default;
-  ReadyWeights(const char* step, int n, const Tile&)
-      : parts_(reinterpret_cast<const Part*>(step) + n * kParts) {}
+  ReadyWeights(const Tile& tile, int64_t step, int n)
+      : parts_(reinterpret_cast<const Part*>(tile.w + step * kBytes) + n * kParts) {}
   template <int kPart>
   Part get() const {
     return parts_[kPart];
@@ -57,22 +58,22 @@ class ReadyWeights {
   const Part* parts_;
 };
 
-// Asks for the lines of the step that follows so far behind.
+// Asks for the lines of a step, of the tiles that follow.
 template <typename Weights>
-inline void prefetch_after(const char* step) {
+inline void prefetch_after(const char* tile, int64_t step) {
 #pragma GCC unroll 8
   for (int64_t line = 0; line < Weights::kBytes; line += 64)
-    __builtin_prefetch(step + kAheadBytes + line, 0, 2);
+    __builtin_prefetch(tile + kAheadBytes + step * Weights::kBytes + line, 0, 2);
 }
 
 // A step of a tile's sums: weights and rows come once each.
 template <typename X, typename Weights, int kRows, typename LoadRow>
-inline __attribute__((always_inline)) void add_step(const char* step, const typename Weights::Tile& tile,
+inline __attribute__((always_inline)) void add_step(const typename Weights::Tile& tile, int64_t step,
                                                     Vec (&sums)[kRows][kPackedWeights],
                                                     const LoadRow& load_row) {
   Weights all[kPackedWeights];
 #pragma GCC unroll 4
-  for (int n = 0; n < kPackedWeights; ++n) all[n] = Weights(step, n, tile);
+  for (int n = 0; n < kPackedWeights; ++n) all[n] = Weights(tile, step, n);
   for_each_part<Product<X>>([&](auto part) {
     constexpr int kPart = decltype(part)::value;
     decltype(all[0].template get<kPart>()) weights[kPackedWeights];
@@ -93,16 +94,16 @@ inline __attribute__((always_inline)) void dot_tile(const X* x, int64_t x_stride
   using Product = Product<X>;
   Vec sums[kRows][kPackedWeights] = {};
   const typename Weights::Tile tile(w, size);
-  int64_t k = 0;
-  for (; k + Product::kStep <= size; k += Product::kStep, w += Weights::kBytes) {
-    if constexpr (kPrefetches) prefetch_after<Weights>(w);
-    add_step<X, Weights>(w, tile, sums, [&](auto part, int m) __attribute__((always_inline)) {
-      return Product::template load_at<decltype(part)::value>(x + m * x_stride + k);
+  const int64_t steps = size / Product::kStep, k = steps * Product::kStep;
+  for (int64_t step = 0; step < steps; ++step, x += Product::kStep) {
+    if constexpr (kPrefetches) prefetch_after<Weights>(w, step);
+    add_step<X, Weights>(tile, step, sums, [&](auto part, int m) __attribute__((always_inline)) {
+      return Product::template load_at<decltype(part)::value>(x + m * x_stride);
     });
   }
   if (k < size)
-    add_step<X, Weights>(w, tile, sums, [&](auto part, int m) __attribute__((always_inline)) {
-      return Product::template load_part_at<decltype(part)::value>(x + m * x_stride + k, size - k);
+    add_step<X, Weights>(tile, steps, sums, [&](auto part, int m) __attribute__((always_inline)) {
+      return Product::template load_part_at<decltype(part)::value>(x + m * x_stride, size - k);
     });
   sum_each(sums, out);
 }
@@ -142,11 +143,11 @@ void many_rows(const X* x, int64_t x_stride, int64_t rows, const char* packed, i
     for (int64_t n = begin; n < end; n += kPackedWeights) {
       const char* w = packed + n / kPackedWeights * tile_bytes;
       const typename Weights::Tile tile(w, size);
-      for (int64_t i = 0; i < steps; ++i, w += Weights::kBytes) {
-        prefetch_after<Weights>(w);
+      for (int64_t step = 0; step < steps; ++step) {
+        prefetch_after<Weights>(w, step);
 #pragma GCC unroll 4
         for (int j = 0; j < kPackedWeights; ++j)
-          Ready::make(Weights(w, j, tile), ready.data + i * Ready::kBytes, j);
+          Ready::make(Weights(tile, step, j), ready.data + step * Ready::kBytes, j);
       }
       for_each_row_tile<decltype(most)::value>(rows, tiles, [&](int64_t m, auto row_count) {
         constexpr int kRows = decltype(row_count)::value;

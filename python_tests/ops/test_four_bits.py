@@ -121,10 +121,10 @@ def test_what_cannot_be_packed_so_is_said() -> None:
     assert four_bit_bytes(torch.empty(3, 32), 3) == 0
     with pytest.raises(RuntimeError, match="^pack_four_bits: weights must be of a kind that this processor packs so"):
         pack_four_bits([torch.zeros(3, 33, dtype=torch.bfloat16)], torch.empty(1000, dtype=torch.int8))
-    with pytest.raises(RuntimeError, match="^pack_four_bits: packed must be torch.int8 with 80 elements, got"):
-        pack_four_bits([q4_1(3, 32)], torch.empty(79, dtype=torch.int8))
-    with pytest.raises(RuntimeError, match="^pack_four_bits: packed must be torch.int8 with 80 elements, got"):
-        pack_four_bits([q4_1(3, 32)], torch.empty(80, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="^pack_four_bits: packed must be torch.int8 with 96 elements, got"):
+        pack_four_bits([q4_1(3, 32)], torch.empty(95, dtype=torch.int8))
+    with pytest.raises(RuntimeError, match="^pack_four_bits: packed must be torch.int8 with 96 elements, got"):
+        pack_four_bits([q4_1(3, 32)], torch.empty(96, dtype=torch.uint8))
 
 
 def test_a_step_does_not_read_beyond_its_weights() -> None:
