@@ -182,68 +182,77 @@ std::vector<int64_t> step_times(int64_t number, bool on) {
   return times;
 }
 
-int64_t packed_bytes(Tensor weight, int64_t rows) {
-  Check check("packed_bytes");
-  check.floating(weight, "weight", 2, "(O, I)");
-  check.that(rows >= 0 && rows <= int64_t{1} << 32, "rows", "0 to 2^32", rows);
-  return packed_elements_cpu(check.dtype(), rows, weight.size(1)) * check.element_bytes();
+int64_t bytes_of(DType dtype, Packing packing, int64_t rows, int64_t size) {
+  if (packing == Packing::kPacked)
+    return packed_elements_cpu(dtype, rows, size) * (dtype == DType::kFloat32 ? 4 : 2);
+  return dtype == DType::kBFloat16 ? four_bit_bytes_cpu(rows, size) : 0;
 }
 
-// How many rows the weights (O, I) have in all.
-int64_t rows_of(Check& check, const std::vector<Tensor>& weights) {
-  int64_t all = 0;
+int64_t bytes_like(const char* op, Packing packing, const Tensor& weight, int64_t rows) {
+  Check check(op);
+  check.floating(weight, "weight", 2, "(O, I)");
+  check.that(rows >= 0 && rows <= int64_t{1} << 32, "rows", "0 to 2^32", rows);
+  return bytes_of(check.dtype(), packing, rows, weight.size(1));
+}
+
+int64_t packed_bytes(Tensor weight, int64_t rows) {
+  return bytes_like("packed_bytes", Packing::kPacked, weight, rows);
+}
+
+int64_t four_bit_bytes(Tensor weight, int64_t rows) {
+  return bytes_like("four_bit_bytes", Packing::kFourBits, weight, rows);
+}
+
+// What is to be packed: its dtype, how many rows in all, and of which size.
+struct ToPack {
+  DType dtype;
+  int64_t rows, size;
+};
+
+// Checks the weights (O, I), and that `packed` has room for them.
+ToPack check_packing(const char* op, Packing packing, const std::vector<Tensor>& weights,
+                     const Tensor& packed) {
+  Check check(op);
+  on_cpu(check, packed, "packed");
+  int64_t rows = 0;
   for (const Tensor& weight : weights) {
     check.floating(weight, "weights", 2, "(O, I)");
     check.that(weight.size(1) == weights[0].size(1), "weights", "of one I", weight.size(1));
     on_cpu(check, weight, "weights");
-    all += weight.size(0);
+    rows += weight.size(0);
   }
-  return all;
+  if (rows == 0) return {DType::kFloat32, 0, 0};
+  const int64_t size = weights[0].size(1), bytes = bytes_of(check.dtype(), packing, rows, size);
+  if (bytes == 0) check.fail("weights", "of a kind that this processor packs so", cpu_isa());
+  const bool is_dense = packing == Packing::kPacked;
+  if (dtype_of(packed) != (is_dense ? ScalarType::Byte : ScalarType::Char) || packed.numel() < bytes)
+    check.fail("packed",
+               (is_dense ? "torch.uint8 with " : "torch.int8 with ") + std::to_string(bytes) + " elements",
+               shape_text(packed));
+  return {check.dtype(), rows, size};
 }
 
 void pack_weights(std::vector<Tensor> weights, Tensor packed) {
-  Check check("pack_weights");
-  on_cpu(check, packed, "packed");
-  const int64_t all = rows_of(check, weights);
-  if (all == 0) return;
-  const int64_t size = weights[0].size(1);
-  const int64_t bytes = packed_elements_cpu(check.dtype(), all, size) * check.element_bytes();
-  if (bytes == 0) check.fail("weights", "of a kind that this processor packs", cpu_isa());
-  if (dtype_of(packed) != ScalarType::Byte || packed.numel() < bytes)
-    check.fail("packed", "torch.uint8 with " + std::to_string(bytes) + " elements", shape_text(packed));
+  const ToPack all = check_packing("pack_weights", Packing::kPacked, weights, packed);
   int64_t first = 0;
   for (const Tensor& weight : weights) {
-    pack_weights_cpu(
-        {check.dtype(), weight.size(0), size, first, all, weight.const_data_ptr(), packed.mutable_data_ptr()},
-        threads());
+    if (all.rows == 0) return;
+    pack_weights_cpu({all.dtype, weight.size(0), all.size, first, all.rows, weight.const_data_ptr(),
+                      packed.mutable_data_ptr()},
+                     threads());
     first += weight.size(0);
   }
 }
 
-int64_t four_bit_bytes(Tensor weight, int64_t rows) {
-  Check check("four_bit_bytes");
-  check.floating(weight, "weight", 2, "(O, I)");
-  check.that(rows >= 0 && rows <= int64_t{1} << 32, "rows", "0 to 2^32", rows);
-  return check.dtype() == DType::kBFloat16 ? four_bit_bytes_cpu(rows, weight.size(1)) : 0;
-}
-
 bool pack_four_bits(std::vector<Tensor> weights, Tensor packed) {
-  Check check("pack_four_bits");
-  on_cpu(check, packed, "packed");
-  const int64_t all = rows_of(check, weights);
-  if (all == 0) return false;
-  const int64_t size = weights[0].size(1);
-  const int64_t bytes = check.dtype() == DType::kBFloat16 ? four_bit_bytes_cpu(all, size) : 0;
-  if (bytes == 0) check.fail("weights", "of a kind that this processor packs so", cpu_isa());
-  if (dtype_of(packed) != ScalarType::Char || packed.numel() < bytes)
-    check.fail("packed", "torch.int8 with " + std::to_string(bytes) + " elements", shape_text(packed));
-  int32_t fits = 1;
+  const ToPack all = check_packing("pack_four_bits", Packing::kFourBits, weights, packed);
+  int32_t fits = all.rows > 0;
   int64_t first = 0;
   for (const Tensor& weight : weights) {
     if (fits == 0) break;
-    pack_four_bits_cpu(
-        {weight.size(0), size, first, all, weight.const_data_ptr(), packed.mutable_data_ptr(), &fits},
-        threads());
+    pack_four_bits_cpu({weight.size(0), all.size, first, all.rows, weight.const_data_ptr(),
+                        packed.mutable_data_ptr(), &fits},
+                       threads());
     first += weight.size(0);
   }
   return fits != 0;

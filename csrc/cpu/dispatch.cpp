@@ -265,7 +265,7 @@ void four_bit_linear_cpu(const LinearArgs& a, const Parallel& p) { level().four_
 void pack_four_bits_cpu(const PackFourBitsArgs& a, const Parallel& p) { level().pack_four_bits(a, p); }
 int64_t four_bit_bytes_cpu(int64_t rows, int64_t size) {
   if (!level().pack_four_bits || rows < 1 || size % kFourBitStep) return 0;
-  return (rows + kPackedWeights - 1) / kPackedWeights * (size / kFourBitStep) * kFourBitStepBytes;
+  return (rows + kPackedWeights - 1) / kPackedWeights * four_bit_tile_bytes(size);
 }
 void eight_bit_linear_cpu(const LinearArgs& a, const Parallel& p) { level().eight_bit_linear(a, p); }
 void pack_eight_bits_cpu(const PackEightBitsArgs& a, const Parallel& p) { level().pack_eight_bits(a, p); }

@@ -18,37 +18,52 @@ float to_bfloat16(float x) {
   return to_float(rounded);
 }
 
-// The 32 weights, even and odd ones.
+// The least and the largest of 32 weights.
 struct Weights {
-  __m512 even, odd;
   float least, largest;
 
   explicit Weights(const BFloat16* p) {
     const Pairs pairs = load_pairs(p);
-    even = bit_cast<__m512>(pairs.even());
-    odd = bit_cast<__m512>(pairs.odd());
+    const __m512 even = bit_cast<__m512>(pairs.even()), odd = bit_cast<__m512>(pairs.odd());
     least = _mm512_reduce_min_ps(_mm512_min_ps(even, odd));
     largest = _mm512_reduce_max_ps(_mm512_max_ps(even, odd));
   }
 };
 
-struct Scale {
-  float d, m;
-};
+// All values rounded, or all but the one in the middle.
+constexpr __mmask16 kAll = 0xffff, kButTheMiddle = 0xfeff;
 
-// q of each weight. Returns whether all of them are d q + m.
-bool codes_of(const Weights& w, Scale scale, __m512i& even, __m512i& odd) {
-  const __m512 d = _mm512_set1_ps(scale.d), m = _mm512_set1_ps(scale.m);
-  const __m512 share = _mm512_set1_ps(scale.d == 0 ? 0.0f : 1 / scale.d);
-  const auto code = [&](__m512 x, __m512i& q) {
-    const __m512i nearest = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(x, m), share));
-    q = _mm512_max_epi32(_mm512_min_epi32(nearest, _mm512_set1_epi32(15)), _mm512_setzero_si512());
-    const __m512 value =
-        round_to_bfloat16(four_bit_constants(), _mm512_fmadd_ps(_mm512_cvtepi32_ps(q), d, m));
-    return _mm512_cmp_ps_mask(value, x, _CMP_NEQ_UQ) == 0;
-  };
-  return code(w.even, even) && code(w.odd, odd);
-}
+// A step of one weight row: its place in a tile that it is packed into, and the weights.
+struct Block {
+  char* tile;
+  int64_t size, step;
+  int n;
+  const BFloat16* weight;
+
+  // Packs it with d and m. Returns whether what is looked up then has the bits of the weights.
+  bool fits(float d, float m) const {
+    const float scale[2] = {d, m};
+    char* scales = tile + four_bit_code_bytes(size) + step * kFourBitScaleBytes;
+    __builtin_memcpy(scales + n * sizeof(scale), scale, sizeof(scale));
+    const Pairs pairs = load_pairs(weight);
+    const __m512i both = _mm512_or_si512(codes(bit_cast<__m512>(pairs.even()), d, m),
+                                         _mm512_slli_epi32(codes(bit_cast<__m512>(pairs.odd()), d, m), 4));
+    char bytes[16], *to = tile + four_bit_code_place(step, n);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8(both));
+    for (int i = 0; i < 16; ++i) to[4 * i] = bytes[i];
+    const FourBitTile all(tile, size);
+    const __m512i words = FourBitWeights<Row<BFloat16>>(all, step, n).words();
+    return _mm512_cmpneq_epi16_mask(words, _mm512_loadu_si512(weight)) == 0;
+  }
+
+  // q of each of 16 weights: the nearest.
+  static __m512i codes(__m512 x, float d, float m) {
+    const __m512 share = _mm512_set1_ps(d == 0 ? 0.0f : 1 / d);
+    const __m512i from_middle = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(x, _mm512_set1_ps(m)), share));
+    const __m512i q = _mm512_add_epi32(from_middle, _mm512_set1_epi32(8));
+    return _mm512_max_epi32(_mm512_min_epi32(q, _mm512_set1_epi32(15)), _mm512_setzero_si512());
+  }
+};
 
 // Calls body(x) for float16 numbers around x, nearest first, until it returns true; returns whether it did.
 template <typename Body>
@@ -63,43 +78,37 @@ bool any_near(float x, const Body& body) {
   return false;
 }
 
-bool find(const Weights& w, Scale& scale, __m512i& even, __m512i& odd) {
-  const auto fits = [&](float d, float m) {
-    scale = {d, m};
-    return codes_of(w, scale, even, odd);
-  };
-  if (w.least == w.largest) return fits(0, w.least);
-  const bool found = any_near(w.least, [&](float m) {
-    if (to_bfloat16(m) != w.least) return false;
-    return any_near((w.largest - m) / 15,
-                    [&](float d) { return to_bfloat16(15 * d + m) == w.largest && fits(d, m); });
-  });
-  if (found) return true;
+// As a file has them where q counts from -8; m is a zero that keeps the sign of the middle.
+bool fits_without_least(const Weights& w, const Block& block) {
   const float furthest = -w.least > w.largest ? w.least : w.largest;
-  return any_near(furthest / -8, [&](float d) { return to_bfloat16(-8 * d) == furthest && fits(d, -8 * d); });
+  if (furthest == 0) return block.fits(-0.0f, -0.0f);
+  return any_near(furthest / -8,
+                  [&](float d) { return to_bfloat16(-8 * d) == furthest && block.fits(d, -0.0f); });
 }
 
-// As products see them: a zero adds the same to a sum whatever its sign, but to one that has underflowed to
-// -0.
-bool are_same(__m512i words, __m512i weights) {
-  const __m512i magnitudes = _mm512_and_si512(_mm512_or_si512(words, weights), _mm512_set1_epi16(0x7fff));
-  const __mmask32 apart = _mm512_cmpneq_epi16_mask(words, weights);
-  return (apart & _mm512_test_epi16_mask(magnitudes, magnitudes)) == 0;
+// As a file has them where the least weight is one of its numbers.
+bool fits_with_least(const Weights& w, const Block& block) {
+  if (w.least == w.largest) return block.fits(0, w.least);
+  return any_near(w.least, [&](float least) {
+    if (to_bfloat16(least) != w.least) return false;
+    return any_near((w.largest - least) / 15, [&](float d) {
+      return to_bfloat16(15 * d + least) == w.largest && block.fits(d, 8 * d + least);
+    });
+  });
 }
 
-// One weight row of `size`; returns whether all of it could be packed.
-bool pack_row(const BFloat16* weight, int64_t size, int64_t row, char* packed) {
+// One weight row of `size`; returns whether all of it could be packed with these values rounded.
+bool pack_row(const BFloat16* weight, int64_t size, int64_t row, char* packed, __mmask16 rounded) {
   const int n = static_cast<int>(row % kPackedWeights);
-  char* step = packed + row / kPackedWeights * four_bit_tile_bytes(size);
-  for (int64_t k = 0; k < size; k += kFourBitStep, step += kFourBitStepBytes) {
-    Scale scale{};
-    __m512i even, odd;
-    if (!find(Weights(weight + k), scale, even, odd)) return false;
-    const __m512i both = _mm512_or_si512(even, _mm512_slli_epi32(odd, 4));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(step) + n, _mm512_cvtepi32_epi8(both));
-    __builtin_memcpy(step + kPackedWeights * 16 + n * sizeof(scale), &scale, sizeof(scale));
-    if (!are_same(FourBitWeights<Row<BFloat16>>(step, n).words(), _mm512_loadu_si512(weight + k)))
-      return false;
+  const int64_t tile_bytes = four_bit_tile_bytes(size);
+  char* tile = packed + row / kPackedWeights * tile_bytes;
+  __builtin_memcpy(tile + tile_bytes - kFourBitTileEnd + n * sizeof(rounded), &rounded, sizeof(rounded));
+  for (int64_t k = 0; k < size; k += kFourBitStep) {
+    const Weights w(weight + k);
+    const Block block{tile, size, k / kFourBitStep, n, weight + k};
+    const bool fits = rounded == kAll ? fits_with_least(w, block) || fits_without_least(w, block)
+                                      : fits_without_least(w, block);
+    if (!fits) return false;
   }
   return true;
 }
@@ -114,7 +123,9 @@ void pack_four_bits(const PackFourBitsArgs& a, const Parallel& parallel) {
     __builtin_memset(packed + (a.all - 1) / kPackedWeights * tile, 0, static_cast<size_t>(tile));
   parallel_tasks(parallel, a.rows, [&](int64_t row) {
     if (__atomic_load_n(a.fits, __ATOMIC_RELAXED) == 0) return;
-    if (!pack_row(weight + row * a.size, a.size, a.first + row, packed))
+    const BFloat16* from = weight + row * a.size;
+    if (!pack_row(from, a.size, a.first + row, packed, kAll) &&
+        !pack_row(from, a.size, a.first + row, packed, kButTheMiddle))
       __atomic_store_n(a.fits, 0, __ATOMIC_RELAXED);
   });
 }

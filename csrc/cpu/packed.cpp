@@ -10,26 +10,19 @@ constexpr int kPackedRows = kSums / kPackedWeights;
 // Of the weights that follow: far enough for memory, near enough to be in the L2 cache still.
 constexpr int64_t kAheadBytes = 8192;
 
-// Asks for some lines of what follows at each step over k; where several tiles of rows read the same weights,
-// each asks for its share.
-struct Ahead {
-  const char* p;
-  int64_t step;
-
-  void prefetch() {
-    for (int64_t line = 0; line < step; line += 64) __builtin_prefetch(p + line, 0, 2);
-    p += step;
-  }
-};
-
-// Weights of a step over k that lie as they are, as Product<X> takes them: get<part>(). FourBitWeights are
-// the same, looked up.
+// Weights of a step of a tile, as Product<X> takes them: get<part>(). kBytes: of a step. Dense ones lie as
+// they are.
 template <typename X, typename W>
 class DenseWeights {
  public:
   static constexpr int64_t kBytes = kPackedWeights * Product<X>::kStep * static_cast<int64_t>(sizeof(W));
+  struct Tile {
+    Tile(const char* begin, int64_t) : w(begin) {}
+    const char* w;
+  };
   DenseWeights() = default;
-  DenseWeights(const char* step, int n) : w_(reinterpret_cast<const W*>(step) + n * Product<X>::kStep) {}
+  DenseWeights(const Tile& tile, int64_t step, int n)
+      : w_(reinterpret_cast<const W*>(tile.w + step * kBytes) + n * Product<X>::kStep) {}
   template <int kPart>
   auto get() const {
     return Product<X>::template load_at<kPart>(w_);
@@ -39,12 +32,48 @@ class DenseWeights {
   const W* w_;
 };
 
+// Those that another kind has got already, for several tiles of rows: in parts.
+template <typename X, typename Weights>
+class ReadyWeights {
+ public:
+  using Part = decltype(Weights().template get<0>());
+  static constexpr int kParts = Product<X>::kParts;
+  static constexpr int64_t kBytes = kPackedWeights * kParts * static_cast<int64_t>(sizeof(Part));
+  using Tile = typename DenseWeights<X, float>::Tile;
+  ReadyWeights() = default;
+  ReadyWeights(const Tile& tile, int64_t step, int n)
+      : parts_(reinterpret_cast<const Part*>(tile.w + step * kBytes) + n * kParts) {}
+  template <int kPart>
+  Part get() const {
+    return parts_[kPart];
+  }
+  static void make(const Weights& from, char* step, int n) {
+    for_each_part<Product<X>>([&](auto part) {
+      constexpr int kPart = decltype(part)::value;
+      reinterpret_cast<Part*>(step)[n * kParts + kPart] = from.template get<kPart>();
+    });
+  }
+
+ private:
+  const Part* parts_;
+};
+
+// Asks for the lines of a step, of the tiles that follow.
+template <typename Weights>
+inline void prefetch_after(const char* tile, int64_t step) {
+#pragma GCC unroll 8
+  for (int64_t line = 0; line < Weights::kBytes; line += 64)
+    __builtin_prefetch(tile + kAheadBytes + step * Weights::kBytes + line, 0, 2);
+}
+
 // A step of a tile's sums: weights and rows come once each.
 template <typename X, typename Weights, int kRows, typename LoadRow>
-inline void add_step(const char* step, Vec (&sums)[kRows][kPackedWeights], const LoadRow& load_row) {
+inline __attribute__((always_inline)) void add_step(const typename Weights::Tile& tile, int64_t step,
+                                                    Vec (&sums)[kRows][kPackedWeights],
+                                                    const LoadRow& load_row) {
   Weights all[kPackedWeights];
 #pragma GCC unroll 4
-  for (int n = 0; n < kPackedWeights; ++n) all[n] = Weights(step, n);
+  for (int n = 0; n < kPackedWeights; ++n) all[n] = Weights(tile, step, n);
   for_each_part<Product<X>>([&](auto part) {
     constexpr int kPart = decltype(part)::value;
     decltype(all[0].template get<kPart>()) weights[kPackedWeights];
@@ -59,21 +88,22 @@ inline void add_step(const char* step, Vec (&sums)[kRows][kPackedWeights], const
   });
 }
 
-template <int kRows, typename Weights, typename X>
-inline void dot_tile(const X* x, int64_t x_stride, const char* w, int64_t step_bytes, int64_t size,
-                     Ahead ahead, float (&out)[kRows][kPackedWeights]) {
+template <int kRows, bool kPrefetches, typename Weights, typename X>
+inline __attribute__((always_inline)) void dot_tile(const X* x, int64_t x_stride, const char* w, int64_t size,
+                                                    float (&out)[kRows][kPackedWeights]) {
   using Product = Product<X>;
   Vec sums[kRows][kPackedWeights] = {};
-  int64_t k = 0;
-  for (; k + Product::kStep <= size; k += Product::kStep, w += step_bytes) {
-    ahead.prefetch();
-    add_step<X, Weights>(w, sums, [&](auto part, int m) {
-      return Product::template load_at<decltype(part)::value>(x + m * x_stride + k);
+  const typename Weights::Tile tile(w, size);
+  const int64_t steps = size / Product::kStep, k = steps * Product::kStep;
+  for (int64_t step = 0; step < steps; ++step, x += Product::kStep) {
+    if constexpr (kPrefetches) prefetch_after<Weights>(w, step);
+    add_step<X, Weights>(tile, step, sums, [&](auto part, int m) __attribute__((always_inline)) {
+      return Product::template load_at<decltype(part)::value>(x + m * x_stride);
     });
   }
   if (k < size)
-    add_step<X, Weights>(w, sums, [&](auto part, int m) {
-      return Product::template load_part_at<decltype(part)::value>(x + m * x_stride + k, size - k);
+    add_step<X, Weights>(tile, steps, sums, [&](auto part, int m) __attribute__((always_inline)) {
+      return Product::template load_part_at<decltype(part)::value>(x + m * x_stride, size - k);
     });
   sum_each(sums, out);
 }
@@ -90,23 +120,62 @@ inline void put(const float (&dots)[kRows][kPackedWeights], int64_t m, int64_t n
     }
 }
 
-// Tiles of `tile_bytes` in steps of `step_bytes`, read as `Weights`.
+// One tile of rows: weights come from memory as they are used.
+template <int kRows, typename Weights, typename X, typename W>
+__attribute__((noinline)) void few_rows(const X* x, int64_t x_stride, const char* packed, int64_t tile_bytes,
+                                        int64_t begin, int64_t end, int64_t size, const Output<W>& output) {
+  const Output<W> to = output;
+  for (int64_t n = begin; n < end; n += kPackedWeights) {
+    float out[kRows][kPackedWeights];
+    dot_tile<kRows, true, Weights>(x, x_stride, packed + n / kPackedWeights * tile_bytes, size, out);
+    put(out, 0, n, end, to);
+  }
+}
+
+// Several: a tile of weights is got ready once for all of them, in the L1 cache.
 template <typename Weights, typename X, typename W>
-void times_tiles(const X* x, int64_t x_stride, int64_t rows, const char* packed, int64_t tile_bytes,
-                 int64_t step_bytes, int64_t begin, int64_t end, int64_t size, const Output<W>& output) {
+void many_rows(const X* x, int64_t x_stride, int64_t rows, const char* packed, int64_t tile_bytes,
+               int64_t begin, int64_t end, int64_t size, const Output<W>& output) {
+  using Ready = ReadyWeights<X, Weights>;
+  const int64_t steps = (size + Product<X>::kStep - 1) / Product<X>::kStep;
+  Buffer<char> ready(steps * Ready::kBytes);
   with_row_tiles<kPackedRows>(rows, kPackedRows, [&](auto most, int64_t tiles) {
     for (int64_t n = begin; n < end; n += kPackedWeights) {
       const char* w = packed + n / kPackedWeights * tile_bytes;
-      Ahead ahead{w + kAheadBytes, step_bytes / tiles};
+      const typename Weights::Tile tile(w, size);
+      for (int64_t step = 0; step < steps; ++step) {
+        prefetch_after<Weights>(w, step);
+#pragma GCC unroll 4
+        for (int j = 0; j < kPackedWeights; ++j)
+          Ready::make(Weights(tile, step, j), ready.data + step * Ready::kBytes, j);
+      }
       for_each_row_tile<decltype(most)::value>(rows, tiles, [&](int64_t m, auto row_count) {
         constexpr int kRows = decltype(row_count)::value;
         float out[kRows][kPackedWeights];
-        dot_tile<kRows, Weights>(x + m * x_stride, x_stride, w, step_bytes, size, ahead, out);
-        ahead.p += tile_bytes / tiles;
+        dot_tile<kRows, false, Ready>(x + m * x_stride, x_stride, ready.data, size, out);
         put(out, m, n, end, output);
       });
     }
   });
+}
+
+// Tiles of `tile_bytes`, read as `Weights`.
+template <typename Weights, typename X, typename W>
+void times_tiles(const X* x, int64_t x_stride, int64_t rows, const char* packed, int64_t tile_bytes,
+                 int64_t begin, int64_t end, int64_t size, const Output<W>& output) {
+  const int64_t blocks = row_blocks(rows, size * static_cast<int64_t>(sizeof(*x)));
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
+    const X* from = x + first * x_stride;
+    const Output<W> to = output.from_row(first);
+    if (count > kPackedRows) {
+      many_rows<Weights>(from, x_stride, count, packed, tile_bytes, begin, end, size, to);
+    } else {
+      with_row_tiles<kPackedRows>(count, kPackedRows, [&](auto all, int64_t) {
+        few_rows<decltype(all)::value, Weights>(from, x_stride, packed, tile_bytes, begin, end, size, to);
+      });
+    }
+  }
 }
 
 template <typename T>
@@ -125,14 +194,9 @@ void pack_row(const T* weight, int64_t size, int64_t row, T* packed) {
 template <typename T>
 void rows_times_packed(const Row<T>* x, int64_t x_stride, int64_t rows, const T* packed, int64_t begin,
                        int64_t end, int64_t size, const Output<T>& output) {
-  const int64_t blocks = row_blocks(rows, size * static_cast<int64_t>(sizeof(*x)));
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
-    using Weights = DenseWeights<Row<T>, T>;
-    times_tiles<Weights>(x + first * x_stride, x_stride, count, reinterpret_cast<const char*>(packed),
-                         packed_tile<T>(size) * static_cast<int64_t>(sizeof(T)), Weights::kBytes, begin, end,
-                         size, output.from_row(first));
-  }
+  times_tiles<DenseWeights<Row<T>, T>>(x, x_stride, rows, reinterpret_cast<const char*>(packed),
+                                       packed_tile<T>(size) * static_cast<int64_t>(sizeof(T)), begin, end,
+                                       size, output);
 }
 
 template void rows_times_packed(const Row<BFloat16>*, int64_t, int64_t, const BFloat16*, int64_t, int64_t,
@@ -147,22 +211,8 @@ template void rows_times_packed(const float*, int64_t, int64_t, const Float16*, 
 #if defined(__AVX512F__)
 void rows_times_four_bits(const Row<BFloat16>* x, int64_t x_stride, int64_t rows, const char* packed,
                           int64_t begin, int64_t end, int64_t size, const Output<BFloat16>& output) {
-  const int64_t tile_bytes = four_bit_tile_bytes(size);
-  if (rows <= kPackedRows)
-    return times_tiles<FourBitWeights<Row<BFloat16>>>(x, x_stride, rows, packed, tile_bytes,
-                                                      kFourBitStepBytes, begin, end, size, output);
-  // More than one tile of rows: looked up once for all of them.
-  const int64_t count = end - begin, tiles = (count + kPackedWeights - 1) / kPackedWeights;
-  Buffer<BFloat16> dense(tiles * packed_tile<BFloat16>(size));
-  const char* step = packed + begin / kPackedWeights * tile_bytes;
-  for (BFloat16* to = dense.data; to < dense.data + tiles * packed_tile<BFloat16>(size);
-       step += kFourBitStepBytes) {
-    __builtin_prefetch(step + kAheadBytes, 0, 2);
-#pragma GCC unroll 4
-    for (int n = 0; n < kPackedWeights; ++n, to += kFourBitStep)
-      _mm512_storeu_si512(to, FourBitWeights<Row<BFloat16>>(step, n).words());
-  }
-  rows_times_packed(x, x_stride, rows, dense.data, 0, count, size, output.from_weight(begin));
+  times_tiles<FourBitWeights<Row<BFloat16>>>(x, x_stride, rows, packed, four_bit_tile_bytes(size), begin, end,
+                                             size, output);
 }
 #endif
 

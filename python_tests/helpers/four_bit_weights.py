@@ -22,5 +22,5 @@ def q4_0(out_size: int, size: int, scale: float = 0.05, seed: int = 0) -> Tensor
     blocks = scale * torch.randn(out_size, size // 32, 32, generator=generator)
     furthest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     d = (furthest / -8).half().float()
-    q = (blocks / d).round().clamp(-8, 7)
+    q = (blocks / d).round().clamp(-8, 7) + 0.0  # an integer: its zero has no sign
     return (q * d).view(out_size, size).bfloat16()

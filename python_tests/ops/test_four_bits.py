@@ -72,9 +72,29 @@ def test_every_block_of_many_is_found(scale: float, make: Callable[..., Tensor])
 
 def test_weights_that_are_all_the_same() -> None:
     weight = torch.tensor([[0.0], [-0.0], [1.5], [-3e30]]).expand(4, 64).bfloat16().contiguous()
-    memory, x = packed(weight[[0, 2, 3]]), torch.randn(3, 64).bfloat16()
+    memory, x = packed(weight), torch.randn(3, 64).bfloat16()
     assert memory is not None
-    assert multiply(memory, torch.Size((3, 64)), x).equal(ops.linear(x, weight[[0, 2, 3]], None))
+    assert multiply(memory, torch.Size((4, 64)), x).equal(ops.linear(x, weight, None))
+
+
+def test_zeros_keep_their_sign() -> None:
+    """Where q counts from -8 and d is negative, the zero is -0: it shows in a sum that has underflowed to -0."""
+    for sign in (1.0, -1.0):
+        weight = torch.tensor([sign * 2.0**-24, -0.0 * sign]).repeat(16)[None].bfloat16()
+        weight[0, 0] *= 8
+        x = torch.tensor([-sign * 2.0**-133, 1.0]).repeat(16)[None].bfloat16()
+        memory = packed(weight)
+        assert memory is not None
+        sums = multiply(memory, weight.shape, x)
+        assert sums.view(torch.int16).equal(ops.linear(x, weight, None).view(torch.int16))
+        assert sums.item() == 0
+
+
+def test_a_zero_of_the_other_sign_is_not_the_same() -> None:
+    weight = torch.arange(16.0).repeat(6).view(3, 32).bfloat16()
+    assert packed(weight) is not None
+    weight[1, 0] = -0.0
+    assert packed(weight) is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -103,10 +123,10 @@ def test_what_cannot_be_packed_so_is_said() -> None:
     assert four_bit_bytes(torch.empty(3, 32), 3) == 0
     with pytest.raises(RuntimeError, match="^pack_four_bits: weights must be of a kind that this processor packs so"):
         pack_four_bits([torch.zeros(3, 33, dtype=torch.bfloat16)], torch.empty(1000, dtype=torch.int8))
-    with pytest.raises(RuntimeError, match="^pack_four_bits: packed must be torch.int8 with 72 elements, got"):
-        pack_four_bits([q4_1(3, 32)], torch.empty(71, dtype=torch.int8))
-    with pytest.raises(RuntimeError, match="^pack_four_bits: packed must be torch.int8 with 72 elements, got"):
-        pack_four_bits([q4_1(3, 32)], torch.empty(72, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="^pack_four_bits: packed must be torch.int8 with 96 elements, got"):
+        pack_four_bits([q4_1(3, 32)], torch.empty(95, dtype=torch.int8))
+    with pytest.raises(RuntimeError, match="^pack_four_bits: packed must be torch.int8 with 96 elements, got"):
+        pack_four_bits([q4_1(3, 32)], torch.empty(96, dtype=torch.uint8))
 
 
 def test_a_step_does_not_read_beyond_its_weights() -> None:
