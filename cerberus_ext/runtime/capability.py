@@ -29,6 +29,7 @@ from ..target.model import StepWay, TargetModel
 from ..target.row_invariant import RowInvariant
 from ..target.stand_ins import current_step
 from ..target.step_audit import Audit, padded_nodes, unreadable
+from ..target.uncompiled import uncompiled
 from .stats import DecodeStats
 
 # More nodes than a sum may have terms to be written out (row_invariant.py): one over nodes is none of these.
@@ -165,8 +166,9 @@ def _prove(model: PreTrainedModel, capability: Capability) -> Capability:
 def _own_logits(model: PreTrainedModel, path: Sequence[int]) -> list[Tensor]:
     """(V,) after each node of the path: token by token, with a cache and an attention of its own, as in `generate`."""
     cache = {cache_argument(model): DynamicCache(config=model.config)}
-    model(input_ids=_tokens(model), use_cache=True, **cache)
-    return [model(input_ids=_tokens(model, [node]), use_cache=True, **cache).logits[0, -1] for node in path]
+    with uncompiled(model.device):
+        model(input_ids=_tokens(model), use_cache=True, **cache)
+        return [model(input_ids=_tokens(model, [node]), use_cache=True, **cache).logits[0, -1] for node in path]
 
 
 def _tokens(model: PreTrainedModel, nodes: Sequence[int] | None = None) -> Tensor:

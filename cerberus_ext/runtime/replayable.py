@@ -52,7 +52,7 @@ def memory_of(model: PreTrainedModel) -> tuple[Any, ...]:
         for name, value in own.items():
             if isinstance(value, _PLAIN):
                 modules.append(value)
-            elif value and isinstance(value, (dict, list)) and name not in _OF_ALL:
+            elif isinstance(value, (dict, list)) and name not in _OF_ALL:
                 values = value.items() if isinstance(value, dict) else enumerate(value)
                 modules += [(key, one) for key, one in values if isinstance(one, _PLAIN)]
     products = (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled())

@@ -25,6 +25,7 @@ from .row_invariant import RowInvariant, prompt_forward, step_forward
 from .stand_ins import TreeStep, running
 from .step_audit import MAX_PADDING, padded_nodes
 from .step_row import StepForward, StepRow
+from .uncompiled import uncompiled
 
 _CAPACITY_STEP = 64
 _MIN_LASTING = 512
@@ -238,14 +239,15 @@ class TargetModel:
     ) -> tuple[Tensor, Tensor]:
         """forward: the model, or what stands in for it -> hidden (B, N, D), logits (B, N, V)."""
         self._thread = threading.get_ident()
-        output = forward(
-            input_ids=tokens,
-            position_ids=positions,
-            use_cache=True,
-            return_dict=True,
-            **{cache_argument(self.model): self.cache if cache is None else cache},
-            **arguments,
-        )
+        with uncompiled(tokens.device):
+            output = forward(
+                input_ids=tokens,
+                position_ids=positions,
+                use_cache=True,
+                return_dict=True,
+                **{cache_argument(self.model): self.cache if cache is None else cache},
+                **arguments,
+            )
         self._thread = None
         hidden, self._hidden = self._hidden, None
         assert hidden is not None  # the hook has run

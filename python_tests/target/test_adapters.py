@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from stand_ins import OracleHeads
-from tiny_models import VOCAB, generate, prompt, tiny_model
+from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -130,3 +130,30 @@ def test_another_vocabulary(llama: PreTrainedModel) -> None:
             head.bias.normal_(0, 2, generator=torch.Generator().manual_seed(0))
         llama.lm_head = head
         as_generate(llama, decoder)
+
+
+@pytest.mark.parametrize("part", ["model", "layers", "forward"])
+def test_compiled_in_place(part: str, llama: PreTrainedModel) -> None:
+    """The compiler has nothing to do for a decode, and its switch is as before."""
+    calls: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        calls.append(graph)
+        return graph.forward
+
+    if part == "model":
+        llama.compile(backend=backend)
+    elif part == "forward":
+        mlp: Any = llama.model.layers[1].mlp
+        mlp.forward = torch.compile(mlp.forward, backend=backend)
+    else:
+        for layer in llama.model.layers:
+            layer.compile(backend=backend)
+    for fuse in (None, False):
+        heads = OracleHeads(generated("llama", "cpu", NEW), 3, VOCAB)
+        out = decode(llama, heads, prompt(), max_new_tokens=NEW, tree=9, fuse=fuse, streamer=heads)
+        assert out.sequences.equal(generated("llama", "cpu", NEW))
+    assert not calls
+    llama(prompt())
+    assert calls, "outside of a decode it is compiled"
+    torch.compiler.reset()
