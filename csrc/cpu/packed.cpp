@@ -58,12 +58,10 @@ class ReadyWeights {
   const Part* parts_;
 };
 
-// Asks for the lines of a step, of the tiles that follow.
-template <typename Weights>
-inline void prefetch_after(const char* tile, int64_t step) {
+// Asks for `bytes` of the weights that follow those at `from`.
+inline __attribute__((always_inline)) void prefetch_after(const char* from, int64_t bytes) {
 #pragma GCC unroll 8
-  for (int64_t line = 0; line < Weights::kBytes; line += 64)
-    __builtin_prefetch(tile + kAheadBytes + step * Weights::kBytes + line, 0, 2);
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + kAheadBytes + line, 0, 2);
 }
 
 // A step of a tile's sums: weights and rows come once each.
@@ -88,15 +86,17 @@ inline __attribute__((always_inline)) void add_step(const typename Weights::Tile
   });
 }
 
-template <int kRows, bool kPrefetches, typename Weights, typename X>
+// prefetch(step): asks for what is needed later, at every step.
+template <int kRows, typename Weights, typename X, typename Prefetch>
 inline __attribute__((always_inline)) void dot_tile(const X* x, int64_t x_stride, const char* w, int64_t size,
-                                                    float (&out)[kRows][kPackedWeights]) {
+                                                    float (&out)[kRows][kPackedWeights],
+                                                    const Prefetch& prefetch) {
   using Product = Product<X>;
   Vec sums[kRows][kPackedWeights] = {};
   const typename Weights::Tile tile(w, size);
   const int64_t steps = size / Product::kStep, k = steps * Product::kStep;
   for (int64_t step = 0; step < steps; ++step, x += Product::kStep) {
-    if constexpr (kPrefetches) prefetch_after<Weights>(w, step);
+    prefetch(step);
     add_step<X, Weights>(tile, step, sums, [&](auto part, int m) __attribute__((always_inline)) {
       return Product::template load_at<decltype(part)::value>(x + m * x_stride);
     });
@@ -126,33 +126,63 @@ __attribute__((noinline)) void few_rows(const X* x, int64_t x_stride, const char
                                         int64_t begin, int64_t end, int64_t size, const Output<W>& output) {
   const Output<W> to = output;
   for (int64_t n = begin; n < end; n += kPackedWeights) {
+    const char* w = packed + n / kPackedWeights * tile_bytes;
     float out[kRows][kPackedWeights];
-    dot_tile<kRows, true, Weights>(x, x_stride, packed + n / kPackedWeights * tile_bytes, size, out);
+    dot_tile<kRows, Weights>(x, x_stride, w, size, out, [&](int64_t step) __attribute__((always_inline)) {
+      prefetch_after(w + step * Weights::kBytes, Weights::kBytes);
+    });
     put(out, 0, n, end, to);
   }
 }
 
-// Several: a tile of weights is got ready once for all of them, in the L1 cache.
+// What several tiles of rows read: dense weights, where they lie, since memory is then read while it is
+// multiplied; others once they are ready.
+template <typename X, typename Weights>
+struct ForSeveral {
+  using Type = ReadyWeights<X, Weights>;
+  static constexpr bool kIsMade = true;
+};
+template <typename X, typename W>
+struct ForSeveral<X, DenseWeights<X, W>> {
+  using Type = DenseWeights<X, W>;
+  static constexpr bool kIsMade = false;
+};
+
+// One of several tiles of rows, which asks for `share` bytes behind `from` at each step. A function of its
+// own: inlined into the loops over tiles it takes 4 % longer.
+template <int kRows, typename Read, typename X>
+__attribute__((noinline)) void one_of_many(const X* x, int64_t x_stride, const char* w, int64_t size,
+                                           const char* from, int64_t share,
+                                           float (&out)[kRows][kPackedWeights]) {
+  dot_tile<kRows, Read>(x, x_stride, w, size, out, [&](int64_t step) __attribute__((always_inline)) {
+    prefetch_after(from + step * share, share);
+  });
+}
+
+// Several tiles of rows. Each asks for its share of the weights that follow.
 template <typename Weights, typename X, typename W>
 void many_rows(const X* x, int64_t x_stride, int64_t rows, const char* packed, int64_t tile_bytes,
                int64_t begin, int64_t end, int64_t size, const Output<W>& output) {
-  using Ready = ReadyWeights<X, Weights>;
+  using Read = typename ForSeveral<X, Weights>::Type;
+  constexpr bool kIsMade = ForSeveral<X, Weights>::kIsMade;
   const int64_t steps = (size + Product<X>::kStep - 1) / Product<X>::kStep;
-  Buffer<char> ready(steps * Ready::kBytes);
+  Buffer<char> made(kIsMade ? steps * Read::kBytes : 0);
   with_row_tiles<kPackedRows>(rows, kPackedRows, [&](auto most, int64_t tiles) {
+    const int64_t share = (Weights::kBytes + tiles - 1) / tiles;
     for (int64_t n = begin; n < end; n += kPackedWeights) {
       const char* w = packed + n / kPackedWeights * tile_bytes;
-      const typename Weights::Tile tile(w, size);
-      for (int64_t step = 0; step < steps; ++step) {
-        prefetch_after<Weights>(w, step);
+      if constexpr (kIsMade) {
+        const typename Weights::Tile tile(w, size);
+        for (int64_t step = 0; step < steps; ++step)
 #pragma GCC unroll 4
-        for (int j = 0; j < kPackedWeights; ++j)
-          Ready::make(Weights(tile, step, j), ready.data + step * Ready::kBytes, j);
+          for (int j = 0; j < kPackedWeights; ++j)
+            Read::make(Weights(tile, step, j), made.data + step * Read::kBytes, j);
       }
       for_each_row_tile<decltype(most)::value>(rows, tiles, [&](int64_t m, auto row_count) {
         constexpr int kRows = decltype(row_count)::value;
         float out[kRows][kPackedWeights];
-        dot_tile<kRows, false, Ready>(x + m * x_stride, x_stride, ready.data, size, out);
+        one_of_many<kRows, Read>(x + m * x_stride, x_stride, kIsMade ? made.data : w, size,
+                                 w + m * tile_bytes / rows, share, out);
         put(out, m, n, end, output);
       });
     }
