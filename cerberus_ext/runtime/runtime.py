@@ -83,15 +83,19 @@ class Runtime:
     @contextmanager
     def sole(self) -> Iterator[None]:
         """While inside, another decode of the model is refused: both would switch its attention and use its memory."""
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError(
-                "decode: model must not be decoding already, another thread, or a gate, streamer or stopping criterion"
-                " that was called from a decode, uses it at this moment: take turns, or decode with a copy of it"
-            )
+        held = False
         try:
+            held = self._lock.acquire(blocking=False)
+            if not held:
+                raise RuntimeError(
+                    "decode: model must not be decoding already, another thread, or a gate, streamer or stopping"
+                    " criterion that was called from a decode, uses it at this moment: take turns, or decode with a"
+                    " copy of it"
+                )
             yield
         finally:
-            self._lock.release()
+            if held:
+                self._lock.release()
 
     @contextmanager
     def session(self, drafts: Drafts, running: Running) -> Iterator[Session]:
