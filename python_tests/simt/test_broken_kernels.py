@@ -102,8 +102,8 @@ BROKEN = [
         "sums of two rows in one place",
         "draft_topk",
         "skinny_split.cuh",
-        "(weight_row ^ eight << 3)",
-        "(weight_row + (eight << 3))",
+        "return (row << log_round_rows())",
+        "return (row >> 1 << log_round_rows())",
     ),
     Broken(
         "room for blocks is asked for before their shared memory",
