@@ -26,6 +26,7 @@ from ..engine.loop import propose
 from ..evaluation.timing import timed
 from ..runtime.runtime import runtime_of
 from ..runtime.sampling import Sampling
+from ..runtime.session import steps
 from ..runtime.stats import DecodeStats
 from ..runtime.stepper import Drafts, Stepper
 
@@ -119,8 +120,8 @@ def measure_costs(
             cells = [(times, size, context) for (size, context), times in looked.items()] if looks else [
                 (times, 1, context) for context, times in plain.items()
             ]  # fmt: skip
-            steps = runtime.steps(how, Sampling(), stats, max(contexts) + 1 + policy.size)
-            with torch.inference_mode(), steps as stepper:
+            made = steps(runtime, how, Sampling(), stats, max(contexts) + 1 + policy.size)
+            with torch.inference_mode(), made as stepper:
                 _fill(stepper)
                 for round in range(rounds + 1):  # the first one warms up
                     for times, size, context in cells:

@@ -22,7 +22,7 @@ _TILES = {1: 1.0, 16: 1.3, 32: 1.8}
 _GPU = {1: 1.0, 32: 1.1, 64: 1.3}
 # Heads take about half as long as a node of the model does, for every text. So they are asked where a node is worth its
 # time from a lower probability on than their best drafts mostly have.
-_HEADS_PAY_BELOW = 0.45
+_HEADS_PAY_BELOW = 0.34
 
 
 def costs_of(gate: Gate | None, device: torch.device, dtype: torch.dtype) -> Mapping[int, float]:

@@ -12,8 +12,8 @@ from ..drafting.gate import Gate
 from ..drafting.proposers import ProposerFactory
 from ..drafting.tree import TreePolicy
 from ..runtime.stats import DecodeOutput
-from .decoder import MAX_NEW_TOKENS, SLOTS, Decoder
-from .text import ends_streamer
+from .decoder import Decoder
+from .text import MAX_NEW_TOKENS, SLOTS, ends_streamer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .request import Requests
 
-MAX_NEW_TOKENS = 256  # where nothing else is said
-SLOTS = 8  # the same
-
 
 class Options(TypedDict, total=False):
     """What a text is generated with, as in `decode`."""
@@ -131,7 +128,7 @@ class Decoder:
         """
         from ..runtime.runtime import runtime_of
         from ..runtime.sampling import Sampling
-        from ..runtime.session import Running
+        from ..runtime.session import Running, steps
         from . import checks
 
         threads_after_fork()
@@ -142,7 +139,7 @@ class Decoder:
             plan = plan.without_drafts()
         capacity = 1 + plan.policy.size
         with (
-            runtime.steps(plan.drafts, Sampling(), stats, capacity, Running(*self._running)) as stepper,
+            steps(runtime, plan.drafts, Sampling(), stats, capacity, Running(*self._running)) as stepper,
             torch.inference_mode(),
         ):
             stepper.prefill(torch.zeros((1, 1), dtype=torch.int64, device=self.model.device))
@@ -159,7 +156,7 @@ class Decoder:
         from ..runtime.fused.measure import explained
         from ..runtime.runtime import runtime_of
         from ..runtime.sampling import Sampling
-        from ..runtime.session import Running
+        from ..runtime.session import Running, steps
         from . import checks
 
         nodes = checks.check_integer("decode: nodes", nodes, 1, MAX_NODES)
@@ -167,7 +164,7 @@ class Decoder:
         checks.check_model(self.model)
         plan, stats, running = self._make_plan(), DecodeStats(), Running(False, True, self._running[2])
         with (
-            runtime_of(self.model).steps(plan.drafts, Sampling(), stats, 1 + nodes, running) as stepper,
+            steps(runtime_of(self.model), plan.drafts, Sampling(), stats, 1 + nodes, running) as stepper,
             torch.inference_mode(),
         ):
             stepper.prefill(torch.zeros((1, 1), dtype=torch.int64))
@@ -212,7 +209,7 @@ class Decoder:
     def _generate(self, requests: Requests, stacklevel: int, keep: bool) -> Generator[Chunk]:
         """stacklevel: of the user's line, for the warning that the model's positions have ended a text."""
         from ..runtime.runtime import runtime_of
-        from ..runtime.session import Running
+        from ..runtime.session import Running, session
         from .loop import generate
 
         texts, stats = requests.texts, self.stats
@@ -223,8 +220,8 @@ class Decoder:
             return
         running = Running(*self._running, requests.slots)
         try:
-            with runtime_of(self.model).session(requests.plan.drafts, running) as session:
-                yield from generate(session, requests, keep)
+            with session(runtime_of(self.model), requests.plan.drafts, running) as texts_of_it:
+                yield from generate(texts_of_it, requests, keep)
         finally:
             for request in texts:
                 request.stats.new_tokens = len(request.text.tokens)

@@ -13,10 +13,9 @@ from ..runtime.runtime import runtime_of
 from ..runtime.sampling import Chooser
 from ..runtime.stats import DecodeStats
 from . import checks
-from .decoder import MAX_NEW_TOKENS, SLOTS
 from .plan import Plan
 from .prompts import Prompts, pad_token, read_prompts
-from .text import GeneratedText
+from .text import MAX_NEW_TOKENS, SLOTS, GeneratedText
 
 
 @dataclass

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ..io.checks import call
 
+MAX_NEW_TOKENS = 256  # where nothing else is said
+SLOTS = 8  # the same: texts at once
+
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -27,11 +27,9 @@ from .recorder import RECORDERS, Unrecordable
 from .recordings import Recordings
 from .replayable import hooks_of, memory_of, obstacle
 from .sampling import Chooser
-from .session import Running, Session
 from .stats import DecodeStats
-from .stepper import Drafts, Stepper
+from .stepper import Drafts
 
-ALONE = Running()
 _TRIED = 64  # tokens of a prompt that a new fused step is tried behind
 
 
@@ -96,25 +94,6 @@ class Runtime:
         finally:
             if held:
                 self._lock.release()
-
-    @contextmanager
-    def session(self, drafts: Drafts, running: Running) -> Iterator[Session]:
-        """A decode: texts may be opened while inside, each with the model prepared for its steps."""
-        with self.sole():
-            session = Session(self, drafts, running)
-            try:
-                yield session
-            finally:
-                session.close_all()
-
-    @contextmanager
-    def steps(
-        self, drafts: Drafts, chooser: Chooser, stats: DecodeStats, capacity: int, running: Running = ALONE,
-        prompt: Tensor | None = None,
-    ) -> Iterator[Stepper]:  # fmt: skip
-        """Steps of a decode of one text, see `Session.open`."""
-        with self.session(drafts, running) as session:
-            yield session.open(chooser, stats, capacity, prompt)
 
     @property
     def state(self) -> tuple[Any, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +20,10 @@ from .past import Past, take_past
 from .recorder import Unrecordable, expected_on
 from .recordings import Recordings
 from .replayable import hooks_of, obstacle
+from .runtime import Runtime
 from .sampling import Chooser
 from .stats import DecodeStats
 from .stepper import Drafts, Stepper
-
-if TYPE_CHECKING:
-    from .runtime import Runtime
 
 
 class Running(NamedTuple):
@@ -36,8 +35,11 @@ class Running(NamedTuple):
     slots: int = 1
 
 
+ALONE = Running()
+
+
 class Session:
-    """Made by `Runtime.session`, which keeps other decodes of the model away while it is there.
+    """Made by `session`, which keeps other decodes of the model away while it is there.
 
     texts: the Steppers that are open, in the order in which they were opened.
     """
@@ -156,3 +158,24 @@ class Session:
     def _forget(self, past: Past | None) -> None:
         """It is not kept: what its cache holds depends on how the text was cut into forwards."""
         self._pasts = {text: kept for text, kept in self._pasts.items() if kept is not past}
+
+
+@contextmanager
+def session(runtime: Runtime, drafts: Drafts, running: Running) -> Iterator[Session]:
+    """A decode: texts may be opened while inside, each with the model prepared for its steps."""
+    with runtime.sole():
+        found = Session(runtime, drafts, running)
+        try:
+            yield found
+        finally:
+            found.close_all()
+
+
+@contextmanager
+def steps(
+    runtime: Runtime, drafts: Drafts, chooser: Chooser, stats: DecodeStats, capacity: int,
+    running: Running = ALONE, prompt: Tensor | None = None,
+) -> Iterator[Stepper]:  # fmt: skip
+    """Steps of a decode of one text, see `Session.open`."""
+    with session(runtime, drafts, running) as found:
+        yield found.open(chooser, stats, capacity, prompt)

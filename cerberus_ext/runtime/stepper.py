@@ -264,7 +264,7 @@ def step_together(texts: Sequence[Stepper], trees: Sequence[Tree]) -> list[Chunk
                 for text, step, given in zip(texts, steps, inputs, strict=True)
             ]
             sizes = [step.kind.nodes for step in steps]
-            parts = [part.split(sizes) for part in fused.step(texts[0].target, rows)]  # (N, D), (N, V)
+            parts = [part.split(sizes) for part in fused.step(rows)]  # (N, D), (N, V)
             for text, step, given, hidden, logits in zip(texts, steps, inputs, *parts, strict=True):
                 end_step(step.kind, text._memory, given, hidden[None], logits[None], step.result)
         else:

@@ -192,7 +192,7 @@ class TargetModel:
     ) -> tuple[Tensor, Tensor]:
         """See StepForward; with logits_of, hidden may be that of the nodes with logits alone."""
         if self.fused is not None:
-            hidden, logits = self.fused.step(self, [StepRow(self.cache, tokens[0], positions[0], ancestors)], logits_of)
+            hidden, logits = self.fused.step([StepRow(self.cache, tokens[0], positions[0], ancestors)], logits_of)
             return hidden[None], logits[None]
         nodes = tokens.shape[1]
         size = nodes

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .cache import TreeCache
-    from .model import TargetModel
+from .cache import TreeCache
 
 
 class StepRow(NamedTuple):
@@ -24,6 +22,6 @@ class StepRow(NamedTuple):
 class StepForward(Protocol):
     """Does the steps of a TargetModel in the model's place."""
 
-    def step(self, target: TargetModel, rows: Sequence[StepRow], logits_of: int | None = None) -> tuple[Tensor, Tensor]:
-        """rows: of texts of the target's model -> hidden (N, D), logits (R, V) of all their nodes, a row behind the
+    def step(self, rows: Sequence[StepRow], logits_of: int | None = None) -> tuple[Tensor, Tensor]:
+        """rows: of texts of the model -> hidden (N, D), logits (R, V) of all their nodes, a row behind the
         other; logits of the last `logits_of` nodes, None: of all."""

@@ -34,7 +34,7 @@ def check_fused(target: TargetModel, fused: FusedStep) -> None:
         own = target.step(tokens, tree)[1][0].float()
     except IndexError as error:
         raise NotFused("the model has no position for another token") from error
-    got = fused.step(target, [target.row(tokens, tree)])[1].float()
+    got = fused.step([target.row(tokens, tree)])[1].float()
     apart = difference(got, own)
     if not apart <= _LARGEST_DIFFERENCE[target.model.dtype]:
         raise NotFused(f"its program computes other logits than the model ({apart:.1%} apart)")

@@ -46,20 +46,21 @@ class FusedStep:
         self._weights: list[Tensor] | None = None
         self._packs = pack is not False and (pack or _has_room(target.model))
         self._most_positions = _ALL_POSITIONS
-        self._make(target, [])
+        self._last_position = target.max_positions
+        self._make([target.cache])
         self.seconds = time.perf_counter() - begin
 
-    def _make(self, target: TargetModel, rows: Sequence[StepRow]) -> None:
+    def _make(self, caches: Sequence[TreeCache]) -> None:
         """The program, for as many positions as the caches have room for; its weights stay where they are."""
-        assert target.cache.tensor is not None
-        _, _, heads, _, size = target.cache.tensor.shape
+        assert caches[0].tensor is not None
+        _, _, heads, _, size = caches[0].tensor.shape
         sizes = (self._trace, self._dtype, heads, size, self._packs)
-        positions = max(table_positions(cache) for cache in (target.cache, *(row.cache for row in rows)))
+        positions = max(map(table_positions, caches))
         try:
             self.program: Program = lower(*sizes, positions)
         except IndexError:  # the model looks its positions up, and has no more; nor is there a step beyond them
-            self.program = lower(*sizes, target.max_positions)
-            self._most_positions = target.max_positions
+            self.program = lower(*sizes, self._last_position)
+            self._most_positions = self._last_position
         products = [stage for stage in self.program.stages if isinstance(stage, (Product, Grouped))]
         if self._weights is None:
             self._weights = _weights_of(products, self._packs)
@@ -69,12 +70,12 @@ class FusedStep:
         except RuntimeError as error:
             raise NotFused(f"its program was refused: {error}") from error
 
-    def step(self, target: TargetModel, rows: Sequence[StepRow], logits_of: int | None = None) -> tuple[Tensor, Tensor]:
+    def step(self, rows: Sequence[StepRow], logits_of: int | None = None) -> tuple[Tensor, Tensor]:
         """See StepForward; hidden and logits are written over by the next step."""
         for row in rows:
             row.cache.check_room(len(row.tokens))
         if min(max(row.cache.capacity for row in rows), self._most_positions) > self.program.positions:
-            self._make(target, rows)
+            self._make([row.cache for row in rows])
         tokens, positions = _joined([row.tokens for row in rows]), _joined([row.positions for row in rows])
         hidden, logits = self._memory(len(tokens), len(tokens) if logits_of is None else logits_of)
         lengths, ancestors = [row.cache.length for row in rows], [row.ancestors for row in rows]
