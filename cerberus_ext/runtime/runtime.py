@@ -24,7 +24,7 @@ from ..target.step_audit import MAX_PADDING
 from .capability import Capability, examine
 from .fused.context import FusedContext
 from .fused.proof import check_fused
-from .fused.step import FusedStep, versions
+from .fused.step import FusedStep, records_fused, versions
 from .fused.trace import NotFused
 from .past import Past
 from .recorder import RECORDERS, Unrecordable, expected_on
@@ -34,6 +34,7 @@ from .sampling import Chooser
 from .stats import DecodeStats
 from .stepper import Drafts, Stepper
 
+_ORDER_ON_A_GPU = "attention on a GPU is summed in an order that depends on the number of nodes"
 _TRIED = 64  # tokens of a prompt that a new fused step is tried behind
 
 
@@ -126,12 +127,14 @@ class Runtime:
             nonlocal past
             trials = self._trials
             try:
-                if fuse is not False:
-                    self._put_fused(target, ids, drafter, pack, stats, at_end, in_the_way)
+                if fuse is not False and (recordings is None or records_fused(target.model.device)):
+                    self._put_fused(target, ids, drafter, pack, stats, at_end, in_the_way, recordings)
             except NotFused as error:
                 if fuse:
                     raise ValueError(f"decode: fuse must be None or False here, got True: {error}") from error
                 stats.not_fused_because = str(error)
+            if recordings is not None:
+                recordings.use(target.fused)
             if past is None or not (target.goes_as_steps(ids) and stats.exact) or stats.no_drafts_because:
                 past = None
                 return 0
@@ -193,23 +196,27 @@ class Runtime:
 
     def _put_fused(
         self, target: TargetModel, prompt: Tensor, drafter: Drafter, pack: bool | None, stats: DecodeStats,
-        at_end: ExitStack, in_the_way: str | None,
+        at_end: ExitStack, in_the_way: str | None, recordings: Recordings | None,
     ) -> None:  # fmt: skip
         """Raises NotFused where there is none."""
         if in_the_way:
             raise NotFused(in_the_way)
-        fused = self._fused_for(target, prompt, pack, stats)
-        if isinstance(drafter, HeadsDrafter) and drafter.context is not None:
+        fused = self._fused_for(target, prompt, pack, stats, recordings)
+        if isinstance(drafter, HeadsDrafter) and drafter.context is not None and not fused.recordable:
             drafter.context.fused = self._context_for(drafter.context, target, prompt)
             at_end.callback(setattr, drafter.context, "fused", None)
         target.fused = fused
 
-    def _fused_for(self, target: TargetModel, prompt: Tensor, pack: bool | None, stats: DecodeStats) -> FusedStep:
+    def _fused_for(
+        self, target: TargetModel, prompt: Tensor, pack: bool | None, stats: DecodeStats, recordings: Recordings | None
+    ) -> FusedStep:
         """What an earlier decode has made, or a new one, tried on the prompt's beginning. Raises NotFused."""
         model = self.model
-        key = (self._memory, self._weights, model.dtype, pack)
+        key = (self._memory, self._weights, model.dtype, pack, recordings is None)
         if self._fused is None or self._fused[0] != key:
             self._fused = None  # first, so that there is memory for the new one
+            if recordings is not None:
+                recordings.use(None)  # it reads the memory of theirs
             if self._not_fused is not None and self._not_fused[0] == key:
                 raise NotFused(self._not_fused[1])
             try:
@@ -225,7 +232,8 @@ class Runtime:
             stats.fuse_seconds = fused.seconds
         stats.fused = True
         if stats.no_drafts_because is None:
-            stats.exact, stats.inexact_because = True, None
+            stats.inexact_because = _ORDER_ON_A_GPU if self._fused[1].recordable else None
+            stats.exact = stats.inexact_because is None
         self._fused[1].prepare(target.cache)
         return self._fused[1]
 

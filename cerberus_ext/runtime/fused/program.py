@@ -137,6 +137,18 @@ class Product:
 
 
 @dataclass(eq=False)
+class Part(Product):
+    """A product with one weight, which fills the output from element `first` on."""
+
+    first: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        out_size, in_size = self.weights[0].shape
+        return in_size, out_size, 1
+
+
+@dataclass(eq=False)
 class Grouped:
     """weight (G, O, I), transposed (G, I, O): of all groups. chosen: float32, those of each node. shared: one input for
     all of them."""
@@ -185,6 +197,18 @@ class Program:
     positions: int  # that its tables know
 
 
+def parts(stage: Stage) -> list[Stage]:
+    """A product of several weights as a part for each, in order; any other stage as it is."""
+    if not isinstance(stage, Product) or len(stage.weights) == 1:
+        return [stage]
+    found: list[Stage] = []
+    first = 0
+    for weight, bias, name in zip(stage.weights, stage.biases, stage.names, strict=True):
+        found.append(Part(stage.input, stage.output, [weight], [bias], [name], first))
+        first += len(weight)
+    return found
+
+
 def size_of(shape: Sequence[int]) -> int:
     """Elements of one node."""
     return math.prod(size for size in shape if size != NODES)
@@ -220,9 +244,15 @@ def encode(program: Program, weights: Sequence[Tensor], biases: Sequence[Tensor 
             if bias is not None:
                 tensors.append(bias)
             in_size, out_size, groups = stage.sizes
-            code += [3 if isinstance(stage, Grouped) else 0, stage.input.place, stage.output.place]
+            code += [
+                3 if isinstance(stage, Grouped) else 4 if isinstance(stage, Part) else 0,
+                stage.input.place,
+                stage.output.place,
+            ]
             code += [first_weight + index, in_size, out_size, -1 if bias is None else len(tensors) - 1]
             code.append(_PACKINGS.get(weight.dtype, 0))
+            if isinstance(stage, Part):
+                code.append(stage.first)
             if isinstance(stage, Grouped):
                 shared = stage.input.width == in_size
                 code += [int(stage.transposed), groups, stage.chosen.place, stage.chosen.width, int(shared)]
