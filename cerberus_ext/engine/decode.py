@@ -73,10 +73,11 @@ def decode(
         output_scores. The streamer gets the prompt when nothing more is refused; its `end` is called once, also where
         this raises or is interrupted.
     graphs: steps as CUDA graphs, see recordings.py. None: where possible; True: or an error; False: not.
-    fuse: on a CPU, the target model's step as one native program, see runtime/fused. The first decode with a model
-        traces it, in less than a second. None: where possible; True: or an error; False: op by op.
-    pack: whether a fused step copies the weights for the processor, which reads them faster then; None: where there is
-        memory for it; False: it reads the model's own.
+    fuse: the target model's step as one native program, see runtime/fused; on a GPU as launches of a few kernels, which
+        graphs record. The first decode with a model traces it, in less than a second. None: where possible; True: or an
+        error; False: op by op.
+    pack: whether a fused step on a CPU copies the weights for the processor, which reads them faster then; None: where
+        there is memory for it; False: it reads the model's own.
 
     Returns sequences (1, S + new) int64 and stats; `stats.exact` tells whether drafts can never change a token, see
     capability.py. Raises TypeError or ValueError, naming the argument, where one is wrong or the generation_config
