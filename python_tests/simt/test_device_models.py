@@ -121,8 +121,8 @@ def test_a_node_does_not_depend_on_those_it_does_not_see(name: str, dtype: torch
     [("llama", 10, 2), ("qwen3", 10, 2), ("gemma3_text", 10, 2), ("gpt2", 10, 2), ("mixtral", 12, 2)],
 )
 def test_launches(name: str, each: int, more: int, device: None) -> None:
-    """Of a layer: q, k and v; rows; attention, and what puts its pieces together; o; rows; gate and up; rows; down; rows.
-    A router and grouped products are three more, with rows between them."""
+    """Of a layer: q, k and v; rows; attention, and what puts its pieces together; o; rows; gate and up; rows; down;
+    rows. A router and experts have some more."""
     model = tiny_family(name)
     found = step(model, BUSH, tokens_of(BUSH))[1]
     assert found <= each * model.config.num_hidden_layers + more
@@ -151,10 +151,10 @@ def test_says_what_there_is_no_kernel_for(device: None) -> None:
 def test_decodes(graphs: bool, device: None, recorders: list[TapeRecorder]) -> None:
     """Recorded once and replayed, or launched each time: the model's own text."""
     model, text = tiny_model("llama"), generated("llama", "cpu", 12)
-    heads = OracleHeads(text, 4, VOCAB)
+    options: dict[str, Any] = {"max_new_tokens": 12, "tree": StaticPolicy.chain(3), "proposers": []}
     for round_ in range(2):
-        before = launches()
-        out = decode(model, heads, prompt(), max_new_tokens=12, tree=StaticPolicy.chain(3), proposers=[], graphs=graphs)
+        before, heads = launches(), OracleHeads(text, 4, VOCAB)
+        out = decode(model, heads, prompt(), streamer=heads, graphs=graphs, **options)
         stats = out.stats
         assert out.sequences.tolist() == text.tolist()
         assert stats.fused and stats.not_fused_because is None and stats.fallback is None

@@ -1,5 +1,5 @@
-"""What a model's step is traced to where the model is not on a CPU: the same. No GPU is needed: tensors without data may
-be on the device "meta", too."""
+"""What a model's step is traced to where the model is not on a CPU: the same. No GPU is needed: tensors without data
+may be on the device "meta", too."""
 
 from __future__ import annotations
 
