@@ -64,13 +64,14 @@ class Recordings:
         return new
 
     def use(self, fused: StepForward | None) -> None:
-        """From here on, forwards are this fused step's, whose memory recordings read and write; None: op by op."""
+        """Forwards are this fused step's, whose memory recordings read and write; None: op by op."""
         if fused is not self._fused:
             self._steps = {}
         self._fused = fused
 
     def step(self, target: TargetModel, kind: StepKind, stats: DecodeStats) -> Recorded:
         """The recorded step, recorded now if it is not there. Raises Unrecordable; the state is then as it was."""
+        self.use(target.fused)
         if kind not in self._steps:
             begin = time.perf_counter()
             try:

@@ -127,14 +127,12 @@ class Runtime:
             nonlocal past
             trials = self._trials
             try:
-                if fuse is not False and (recordings is None or records_fused(target.model.device)):
+                if fuse is not False:
                     self._put_fused(target, ids, drafter, pack, stats, at_end, in_the_way, recordings)
             except NotFused as error:
                 if fuse:
                     raise ValueError(f"decode: fuse must be None or False here, got True: {error}") from error
                 stats.not_fused_because = str(error)
-            if recordings is not None:
-                recordings.use(target.fused)
             if past is None or not (target.goes_as_steps(ids) and stats.exact) or stats.no_drafts_because:
                 past = None
                 return 0
@@ -199,6 +197,8 @@ class Runtime:
         at_end: ExitStack, in_the_way: str | None, recordings: Recordings | None,
     ) -> None:  # fmt: skip
         """Raises NotFused where there is none."""
+        if recordings is not None and not records_fused(target.model.device):
+            return
         if in_the_way:
             raise NotFused(in_the_way)
         fused = self._fused_for(target, prompt, pack, stats, recordings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from .program import Attention, Base, Grouped, Instruction, Part, Product, Program, Space, Stage, View
+from .program import Attention, Base, Grouped, Instruction, Product, Program, Space, Stage, View
 
 
 def explain(program: Program, seconds: Sequence[float], packed: Mapping[str, int]) -> str:
@@ -27,7 +27,7 @@ def _lines(stage: Stage) -> Iterator[str]:
     if isinstance(stage, Product):
         in_size, out_size, _ = stage.sizes
         names = ", ".join(name.removesuffix(".weight") for name in stage.names)
-        to = f"{_base(stage.output)}+{stage.first}" if isinstance(stage, Part) else _base(stage.output)
+        to = f"{_base(stage.output)}+{stage.first}" if stage.first else _base(stage.output)
         yield f"product    {to} = {_base(stage.input)}, {in_size} -> {out_size}: {names}"
     elif isinstance(stage, Grouped):
         in_size, out_size, groups = stage.sizes

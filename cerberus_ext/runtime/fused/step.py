@@ -14,7 +14,8 @@ from torch import Tensor
 from ...ops.device_step import DeviceStep
 from ...ops.step import NativeStep, four_bit_bytes, large_memory, pack_four_bits, pack_weights, packed_bytes
 from .lower import lower
-from .program import Grouped, Product, Program, encode, parts
+from .parts import parts
+from .program import Grouped, Product, Program, encode
 from .trace import NotFused, Trace, trace_step
 
 if TYPE_CHECKING:
