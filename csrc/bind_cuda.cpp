@@ -9,6 +9,7 @@
 #include <string>
 
 #include "bind.h"
+#include "bind_device_step.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 
@@ -56,6 +57,9 @@ int64_t multiprocessors(const char* op) {
 // The device of a call's tensors, which is the current one for as long as this lives.
 class Cuda {
  public:
+  static constexpr const char* kName = "cuda";
+  static bool is_mine(const Tensor& tensor) { return device_type(tensor) == aoti_torch_device_type_cuda(); }
+
   explicit Cuda(const Tensor& first) : index_(first.get_device_index()), guard_(index_) {}
 
   static constexpr Splits kSplits = {[](int64_t) { return draft_topk_parts(multiprocessors("draft_topk")); },
@@ -84,4 +88,10 @@ STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CUDA, m) {
   cerberus::register_op<cerberus::op::name, cerberus::Cuda, cerberus::name##_cuda>(m);
   CERBERUS_OPS_OF_EVERY_DEVICE(REGISTER)
 #undef REGISTER
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(cerberus_ext, m) { cerberus::define_device_steps(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CompositeExplicitAutograd, m) {
+  cerberus::register_device_steps<cerberus::Cuda>(m);
 }

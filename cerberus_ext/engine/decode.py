@@ -80,10 +80,11 @@ def decode(
         streamer: see `Decoder.stream`.
     slots: so many prompts are decoded at once, at most; a text that ends makes room for the next prompt.
     graphs: steps as CUDA graphs, see recordings.py. None: where possible; True: or an error; False: not.
-    fuse: on a CPU, the target model's step as one native program, see runtime/fused. The first decode with a model
-        traces it, in less than a second. None: where possible; True: or an error; False: op by op.
-    pack: whether a fused step copies the weights for the processor, which reads them faster then; None: where there is
-        memory for it; False: it reads the model's own.
+    fuse: the target model's step as one native program, see runtime/fused; on a GPU as launches of a few kernels, which
+        graphs record. The first decode with a model traces it, in less than a second. None: where possible; True: or an
+        error; False: op by op.
+    pack: whether a fused step on a CPU copies the weights for the processor, which reads them faster then; None: where
+        there is memory for it; False: it reads the model's own.
 
     Returns sequences (B, S + new) int64, shorter texts filled up with the pad token as by `generate`, and stats, of
     several prompts their sum, with `stats.rows`; `stats.exact` tells whether drafts can never change a token, see

@@ -167,7 +167,7 @@ class Decoder:
             steps(runtime_of(self.model), plan.drafts, Sampling(), stats, 1 + nodes, running) as stepper,
             torch.inference_mode(),
         ):
-            stepper.prefill(torch.zeros((1, 1), dtype=torch.int64))
+            stepper.prefill(torch.zeros((1, 1), dtype=torch.int64, device=self.model.device))
             return explained(stepper.target, StaticPolicy.from_widths([nodes - 1] if nodes > 1 else []).tree)
 
     def close(self) -> None:

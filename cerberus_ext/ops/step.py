@@ -23,6 +23,8 @@ class NativeStep:
     Raises RuntimeError where the code names what is not there, or would read or write outside of it.
     """
 
+    recordable = False  # whether a run may be captured: its memory stays where it is
+
     def __init__(self, tensors: Sequence[Tensor], code: Tensor) -> None:
         self._number: int = native.make_step(list(tensors), code)
         weakref.finalize(self, native.free_step, self._number)

@@ -18,6 +18,7 @@ from ..drafting.drafter import NO_DRAFTER, Drafter, HeadsLike
 from ..target.attention import layer_windows
 from ..target.cache import TreeCache
 from ..target.model import TargetModel, lasting_capacity
+from ..target.step_row import StepForward
 from .recorder import RECORDERS, Unrecordable
 from .replayable import memory_of
 from .sampling import Sampling
@@ -42,6 +43,7 @@ class Recordings:
         self._read = memory_of(model)
         self._heads: list[tuple[weakref.ref[HeadsLike], Drafter]] = []
         self._steps: dict[StepKind, Recorded] = {}
+        self._fused: StepForward | None = None
 
     def fits(self, model: PreTrainedModel, capacity: int, context: bool) -> bool:
         """Whether the recordings still do what the model does, for so many tokens."""
@@ -62,8 +64,15 @@ class Recordings:
         self._steps = {kind: step for kind, step in self._steps.items() if kind.drafter in drafters}
         return new
 
+    def use(self, fused: StepForward | None) -> None:
+        """Forwards are this fused step's, whose memory recordings read and write; None: op by op."""
+        if fused is not self._fused:
+            self._steps = {}
+        self._fused = fused
+
     def step(self, target: TargetModel, kind: StepKind, stats: DecodeStats) -> Recorded:
         """The recorded step, recorded now if it is not there. Raises Unrecordable; the state is then as it was."""
+        self.use(target.fused)
         if kind not in self._steps:
             begin = time.perf_counter()
             try:

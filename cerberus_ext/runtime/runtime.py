@@ -30,6 +30,7 @@ from .sampling import Chooser
 from .stats import DecodeStats
 from .stepper import Drafts
 
+_ORDER_ON_A_GPU = "attention on a GPU is summed in an order that depends on the number of nodes"
 _TRIED = 64  # tokens of a prompt that a new fused step is tried behind
 
 
@@ -115,22 +116,30 @@ class Runtime:
         return drafter if drafts.drafts else NO_DRAFTER
 
     def put_fused(
-        self, target: TargetModel, prompt: Tensor, drafter: Drafter, pack: bool | None, stats: DecodeStats
-    ) -> Drafter:
-        """Has the target's steps fused -> the drafter of this text. Raises NotFused where there is no such step."""
-        fused = self._fused_for(target, prompt, pack, stats)
-        if isinstance(drafter, HeadsDrafter) and drafter.context is not None:
+        self, target: TargetModel, prompt: Tensor, drafter: Drafter, pack: bool | None, stats: DecodeStats,
+        recordings: Recordings | None,
+    ) -> Drafter:  # fmt: skip
+        """Has the target's steps fused -> the drafter of this text. Raises NotFused where there is no such step.
+
+        recordings: those that are going to record them, or None.
+        """
+        fused = self._fused_for(target, prompt, pack, stats, recordings)
+        if isinstance(drafter, HeadsDrafter) and drafter.context is not None and not fused.recordable:
             program = self._context_for(drafter.context, target, prompt)
             drafter = drafter.of_text(None if program is None else FusedContext(program))
         target.fused = fused
         return drafter
 
-    def _fused_for(self, target: TargetModel, prompt: Tensor, pack: bool | None, stats: DecodeStats) -> FusedStep:
+    def _fused_for(
+        self, target: TargetModel, prompt: Tensor, pack: bool | None, stats: DecodeStats, recordings: Recordings | None
+    ) -> FusedStep:
         """What an earlier decode has made, or a new one, tried on the prompt's beginning. Raises NotFused."""
         model = self.model
-        key = (self._memory, self.weights, model.dtype, pack)
+        key = (self._memory, self.weights, model.dtype, pack, recordings is None)
         if self._fused is None or self._fused[0] != key:
             self._fused = None  # first, so that there is memory for the new one
+            if recordings is not None:
+                recordings.use(None)  # it reads the memory of theirs
             if self._not_fused is not None and self._not_fused[0] == key:
                 raise NotFused(self._not_fused[1])
             try:
@@ -146,7 +155,8 @@ class Runtime:
             stats.fuse_seconds = fused.seconds
         stats.fused = True
         if stats.no_drafts_because is None:
-            stats.exact, stats.inexact_because = True, None
+            stats.inexact_because = _ORDER_ON_A_GPU if self._fused[1].recordable else None
+            stats.exact = stats.inexact_because is None
         self._fused[1].prepare(target.cache)
         return self._fused[1]
 

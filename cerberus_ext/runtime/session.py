@@ -14,7 +14,7 @@ from ..drafting.drafter import Drafter
 from ..target.attention import layer_windows
 from ..target.model import TargetModel, lasting_capacity
 from ..target.step_audit import MAX_PADDING
-from .fused.step import versions
+from .fused.step import records_fused, versions
 from .fused.trace import NotFused
 from .past import Past, take_past
 from .recorder import Unrecordable, expected_on
@@ -74,7 +74,7 @@ class Session:
                 target = self._target = TargetModel(model, self._way, capacity, cache=cache, context=context)
             else:
                 target = self._target.beside(capacity, cache)
-        give_up, begin = self._giving_up(stats), self._beginning(stats, past)
+        give_up, begin = self._giving_up(stats), self._beginning(stats, drafter, recordings, past)
         stepper = Stepper(target, self._drafts, drafter, chooser, stats, recordings, give_up, begin, self.texts)
         target.__enter__()
         self.texts.append(stepper)
@@ -135,14 +135,14 @@ class Session:
         room = lasting_capacity(model, capacity + MAX_PADDING)
         return take_past(self._runtime.pasts, key, prompt, room, model.device, len(windows), drafter.has_context)
 
-    def _beginning(self, stats: DecodeStats, past: Past | None) -> Callable[[TargetModel, Tensor], tuple[int, Drafter]]:
+    def _beginning(
+        self, stats: DecodeStats, bound: Drafter, recordings: Recordings | None, past: Past | None
+    ) -> Callable[[TargetModel, Tensor], tuple[int, Drafter]]:
         def begin(target: TargetModel, ids: Tensor) -> tuple[int, Drafter]:
-            trials, drafter = self._runtime.trials, self._drafter
+            trials, drafter = self._runtime.trials, bound
             try:
                 if self._running.fuse is not False:
-                    if self._in_the_way:
-                        raise NotFused(self._in_the_way)
-                    drafter = self._runtime.put_fused(target, ids, drafter, self._running.pack, stats)
+                    drafter = self._fuse(target, ids, bound, stats, recordings)
             except NotFused as error:
                 if self._running.fuse:
                     raise ValueError(f"decode: fuse must be None or False here, got True: {error}") from error
@@ -154,6 +154,19 @@ class Session:
             return max(0, known - drafter.has_context), drafter  # a pair needs the state before its token
 
         return begin
+
+    def _fuse(
+        self, target: TargetModel, ids: Tensor, drafter: Drafter, stats: DecodeStats, recordings: Recordings | None
+    ) -> Drafter:
+        """See `Runtime.put_fused`."""
+        records = records_fused(target.model.device)
+        if recordings is not None and not records:
+            return drafter
+        if self._in_the_way:
+            raise NotFused(self._in_the_way)
+        if records and self._running.slots > 1:
+            raise NotFused("several texts are decoded at once, each in a forward of its own")
+        return self._runtime.put_fused(target, ids, drafter, self._running.pack, stats, recordings)
 
     def _forget(self, past: Past | None) -> None:
         """It is not kept: what its cache holds depends on how the text was cut into forwards."""

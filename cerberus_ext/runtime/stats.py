@@ -55,8 +55,8 @@ class DecodeStats(StepCounts):
     graphed_steps      steps that were replayed from CUDA graphs
     captures           graphs that had to be recorded; none where an earlier decode left those that are needed
     capture_seconds    what recording them took; not part of `seconds`
-    fused              whether steps ran as one native program each
-    not_fused_because  why not; None: they did, or they were recorded, or `fuse` was False
+    fused              whether steps ran as one native program each; on a GPU, recorded or not
+    not_fused_because  why not; None: they did, or `fuse` was False
     fuse_seconds       what tracing the model, planning its program and packing its weights took, once for a model; part
                        of the prefill's `seconds`
     exact              whether the text is, by construction, the same bit for bit with and without drafts

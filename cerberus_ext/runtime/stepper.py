@@ -80,8 +80,8 @@ class Stepper:
     """`prefill` once, then `step` as often as needed.
 
     recordings: steps are recorded and replayed; None: they run op by op. give_up: called where a step cannot be
-    recorded; from there on they run op by op. It may raise. begin: called with the prompt before anything runs,
-    where steps are not recorded -> how much of it is reused, see `prefill`, and the drafter of this text.
+    recorded; from there on they run by themselves. It may raise. begin: called with the prompt before anything runs
+    -> how much of it is reused, see `prefill`, and the drafter of this text.
     texts: the Steppers of the texts that are decoded at this moment.
     """
 
@@ -116,9 +116,7 @@ class Stepper:
 
     def prefill(self, ids: Tensor) -> list[int]:
         """ids (1, S): the prompt -> the first new token."""
-        reused = 0
-        if self._recordings is None:
-            reused, self._drafter = self._begin(self.target, ids)
+        reused, self._drafter = self._begin(self.target, ids)
         hidden, logits = prefill(self.target, self._drafter, ids, reused)  # (B, D), (B, V)
         self.stats.reused_tokens = reused
         pending = self._chooser.first(logits, self.target.cache.length)  # (B,); the cache's length is its position

@@ -23,9 +23,11 @@ NAME = "cerberus_rows"
 _EXPERTS = ExpertsInterface()
 
 
-def experts_switch(model: PreTrainedModel) -> Swap | None:
-    """While inside, `model` calls `experts_forward`; None where there is nothing to switch."""
-    if model.device.type != "cpu" or not any(hasattr(module, "is_transposed") for module in model.modules()):
+def experts_switch(model: PreTrainedModel, traced: bool = False) -> Swap | None:
+    """While inside, `model` calls `experts_forward`; None where there is nothing to switch. traced: on any device."""
+    if not traced and model.device.type != "cpu":
+        return None
+    if not any(hasattr(module, "is_transposed") for module in model.modules()):
         return None
     configs = [config for config in configs_of(model) if getattr(config, "_experts_implementation", None)]
     return config_swap(configs, "_experts_implementation", _stand_in) if configs else None

@@ -80,10 +80,10 @@ def product_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def is_ours(tensor: Any) -> bool:
-    """A plain tensor on a CPU, or a traced one, of a dtype that the ops take."""
+    """A plain tensor on a CPU, or a traced one on any device, of a dtype that the ops take."""
     return (
         type(tensor) in (Tensor, nn.Parameter, InvariantWeight, FakeTensor)
-        and tensor.device.type == "cpu"
+        and (tensor.device.type == "cpu" or type(tensor) is FakeTensor)
         and tensor.dtype in _DTYPES
         and tensor.layout == torch.strided
     )

@@ -4,7 +4,6 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "cpu/cpu.h"
 #include "step/code.h"
 #include "step/step.h"
 
@@ -74,6 +73,9 @@ class Step::Reader {
 };
 
 Step::Step(std::vector<StepConstant> constants, const int64_t* code, int64_t size)
+    : Step(std::move(constants), code, size, kGroupedStage) {}
+
+Step::Step(std::vector<StepConstant> constants, const int64_t* code, int64_t size, int64_t last_kind)
     : constants_(std::move(constants)) {
   Reader reader(code, size);
   reader.next("the version", 1, 1);
@@ -95,8 +97,9 @@ Step::Step(std::vector<StepConstant> constants, const int64_t* code, int64_t siz
     reader.that(!buffers_[result].is_float32, "a result's buffer", "of the model's dtype", 1);
   for (int64_t i = 0; i < stages; ++i) {
     Stage stage{};
-    stage.kind = reader.next("a stage's kind", 0, 3);
-    if (stage.kind == kProductStage) read_product(reader, stage.product);
+    stage.kind = reader.next("a stage's kind", 0, last_kind);
+    if (stage.kind == kProductStage || stage.kind == kPartStage)
+      read_product(reader, stage.product, stage.kind == kPartStage);
     if (stage.kind == kRowsStage) read_rows(reader, stage.rows);
     if (stage.kind == kAttentionStage) read_attention(reader, stage.attention);
     if (stage.kind == kGroupedStage) read_grouped(reader, stage.grouped);
@@ -106,11 +109,17 @@ Step::Step(std::vector<StepConstant> constants, const int64_t* code, int64_t siz
   find_end();
 }
 
-void Step::read_product(Reader& code, Product& p) const {
+void Step::read_product(Reader& code, Product& p, bool is_part) const {
   read_weight(code, p);
   const Buffer &input = buffers_[p.input], &output = buffers_[p.output];
   code.that(input.width == p.in_size, "the input's width", std::to_string(p.in_size), input.width);
-  code.that(output.width == p.out_size, "the output's width", std::to_string(p.out_size), output.width);
+  if (is_part) {
+    p.first = code.next("where a part begins", 0, output.width);
+    code.that(p.first + p.out_size <= output.width, "where a part ends",
+              "at most " + std::to_string(output.width), p.first + p.out_size);
+  } else {
+    code.that(output.width == p.out_size, "the output's width", std::to_string(p.out_size), output.width);
+  }
   check_weight(code, p, 1);
 }
 
@@ -156,12 +165,9 @@ void Step::check_weight(Reader& code, const Product& p, int64_t groups) const {
   code.that(!weight.is_float32 || dtype_ == DType::kFloat32, "a weight", "of the model's dtype", 0);
   const int64_t packing = static_cast<int64_t>(p.packing);
   code.that(weight.packing == p.packing, "packing", "that of the weight", packing);
-  int64_t elements = p.out_size * p.in_size;
-  if (p.packing == Packing::kPacked) elements = packed_elements_cpu(dtype_, p.out_size, p.in_size);
-  if (p.packing == Packing::kFourBits)
-    elements = dtype_ == DType::kBFloat16 ? four_bit_bytes_cpu(p.out_size, p.in_size) / 2 : 0;
-  if (p.packing == Packing::kEightBits)
-    elements = eight_bit_bytes_cpu(p.out_size, p.in_size) / element_bytes(dtype_ == DType::kFloat32);
+  const int64_t elements = p.packing == Packing::kNone
+                               ? p.out_size * p.in_size
+                               : packed_elements(dtype_, p.packing, p.out_size, p.in_size);
   code.that(elements > 0 || packing == 0, "packing", "0, where this processor has no other", packing);
   code.that(weight.elements / groups >= elements, "a weight's elements",
             std::to_string(groups) + " times " + std::to_string(elements), weight.elements);
@@ -286,6 +292,38 @@ void Step::read_attention(Reader& code, Attention& a) const {
   code.that(sinks.packing == Packing::kNone && (!sinks.is_float32 || dtype_ == DType::kFloat32) &&
                 sinks.elements == a.query_heads,
             "sinks", "one of the model's dtype per query head", sinks.elements);
+}
+
+void Step::find_end() {
+  const auto keeps = [this](const Stage& stage) {  // something that other nodes or a later step may need
+    if (stage.kind == kProductStage || stage.kind == kPartStage) return stage.product.output == hidden_;
+    if (stage.kind != kRowsStage) return true;
+    for (int64_t i = 0; i < stage.rows.count; ++i) {
+      const Operand& to = instructions_[stage.rows.first + i].operands[0];
+      const bool is_slot = to.space == kKeysSpace || to.space == kValuesSpace;
+      if (is_slot || (to.space == kBufferSpace && to.index == hidden_)) return true;
+    }
+    return false;
+  };
+  end_ = static_cast<int64_t>(stages_.size());
+  while (end_ > 0 && !keeps(stages_[end_ - 1])) --end_;
+  ends_with_logits_ = true;
+  for (int64_t i = 0; i < end_; ++i)
+    if (is_used(stages_[i], logits_)) ends_with_logits_ = false;
+}
+
+bool Step::is_used(const Stage& stage, int64_t buffer) const {
+  if (stage.kind == kProductStage || stage.kind == kPartStage)
+    return stage.product.input == buffer || stage.product.output == buffer;
+  if (stage.kind == kAttentionStage)
+    return stage.attention.query == buffer || stage.attention.output == buffer;
+  if (stage.kind == kGroupedStage)
+    return stage.grouped.product.input == buffer || stage.grouped.product.output == buffer ||
+           stage.grouped.chosen == buffer;
+  for (int64_t i = 0; i < stage.rows.count; ++i)
+    for (const Operand& operand : instructions_[stage.rows.first + i].operands)
+      if (operand.space == kBufferSpace && operand.index == buffer) return true;
+  return false;
 }
 
 }  // namespace cerberus

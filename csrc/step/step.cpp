@@ -1,7 +1,6 @@
 #include "step/step.h"
 
 #include <chrono>
-#include <cstring>
 
 #include "cpu/cpu.h"
 #include "step/code.h"
@@ -16,94 +15,16 @@ int64_t nanoseconds() {
 
 }  // namespace
 
+int64_t packed_elements(DType dtype, Packing packing, int64_t out_size, int64_t in_size) {
+  if (packing == Packing::kPacked) return packed_elements_cpu(dtype, out_size, in_size);
+  if (packing == Packing::kEightBits)
+    return eight_bit_bytes_cpu(out_size, in_size) / (dtype == DType::kFloat32 ? 4 : 2);
+  return dtype == DType::kBFloat16 ? four_bit_bytes_cpu(out_size, in_size) / 2 : 0;
+}
+
 void Step::time_stages(bool on) {
   timed_ = on;
   times_.assign(stages_.size(), 0);
-}
-
-void* Step::plane(const StepText& text, int64_t index) const {
-  const int64_t bytes = kv_heads_ * text.capacity * head_size_ * element_bytes(false);
-  return static_cast<char*>(text.cache) + index * bytes;
-}
-
-RowOperand Step::resolve(const Operand& o, const StepText& text) const {
-  using Kind = RowOperand::Kind;
-  using Row = RowOperand::Row;
-  RowOperand to{
-      Kind::kModel, Row::kConstant, 0, nullptr, o.offset, 0, 1, {o.stride[0], o.stride[1], o.stride[2]}};
-  const auto kind = [](bool is_float32) { return is_float32 ? Kind::kFloat32 : Kind::kModel; };
-  switch (o.space) {
-    case kNoSpace:
-      to.kind = Kind::kNone;
-      break;
-    case kNumberSpace: {
-      const uint32_t bits = static_cast<uint32_t>(o.offset);
-      to.kind = Kind::kNumber;
-      std::memcpy(&to.number, &bits, sizeof(bits));
-      break;
-    }
-    case kScratchSpace:
-      to.kind = Kind::kScratch;
-      break;
-    case kBufferSpace: {
-      const Buffer& buffer = buffers_[o.index];
-      to.kind = kind(buffer.is_float32);
-      to.row = Row::kNode;
-      to.data = buffer.data;
-      to.row_stride = buffer.width;
-      if (o.index == logits_) to.offset -= without_logits_ * buffer.width;
-      break;
-    }
-    case kKeysSpace:
-    case kValuesSpace:
-      to.row = Row::kSlot;
-      to.data = plane(text, 2 * o.index + (o.space == kValuesSpace));
-      to.row_stride = head_size_;
-      to.rows = text.capacity;
-      to.stride[1] = text.capacity * head_size_;
-      break;
-    default: {
-      const StepConstant& constant = constants_[o.index];
-      to.kind = kind(constant.is_float32);
-      to.data = constant.data;
-      if (o.space == kConstantSpace) break;
-      to.row = o.space == kPositionSpace ? Row::kPosition : Row::kToken;
-      to.row_stride = constant.width;
-      to.rows = constant.elements / constant.width;
-    }
-  }
-  return to;
-}
-
-void Step::find_end() {
-  const auto keeps = [this](const Stage& stage) {  // something that other nodes or a later step may need
-    if (stage.kind == kProductStage) return stage.product.output == hidden_;
-    if (stage.kind != kRowsStage) return true;
-    for (int64_t i = 0; i < stage.rows.count; ++i) {
-      const Operand& to = instructions_[stage.rows.first + i].operands[0];
-      const bool is_slot = to.space == kKeysSpace || to.space == kValuesSpace;
-      if (is_slot || (to.space == kBufferSpace && to.index == hidden_)) return true;
-    }
-    return false;
-  };
-  end_ = static_cast<int64_t>(stages_.size());
-  while (end_ > 0 && !keeps(stages_[end_ - 1])) --end_;
-  ends_with_logits_ = true;
-  for (int64_t i = 0; i < end_; ++i)
-    if (is_used(stages_[i], logits_)) ends_with_logits_ = false;
-}
-
-bool Step::is_used(const Stage& stage, int64_t buffer) const {
-  if (stage.kind == kProductStage) return stage.product.input == buffer || stage.product.output == buffer;
-  if (stage.kind == kAttentionStage)
-    return stage.attention.query == buffer || stage.attention.output == buffer;
-  if (stage.kind == kGroupedStage)
-    return stage.grouped.product.input == buffer || stage.grouped.product.output == buffer ||
-           stage.grouped.chosen == buffer;
-  for (int64_t i = 0; i < stage.rows.count; ++i)
-    for (const Operand& operand : instructions_[stage.rows.first + i].operands)
-      if (operand.space == kBufferSpace && operand.index == buffer) return true;
-  return false;
 }
 
 // Where a buffer's rows begin, from `node` on.
@@ -111,19 +32,6 @@ void* Step::rows_from(int64_t buffer, int64_t node) const {
   const Buffer& b = buffers_[buffer];
   const int64_t row = buffer == logits_ ? node - without_logits_ : node;
   return static_cast<char*>(b.data) + row * b.width * element_bytes(b.is_float32);
-}
-
-// The instructions of a stage with their addresses, behind those that are in `to`.
-void Step::resolve_rows(const Rows& rows, const StepText& text, std::vector<RowInstruction>& to) const {
-  for (int64_t i = rows.first; i < rows.first + rows.count; ++i) {
-    const Instruction& in = instructions_[i];
-    to.push_back({static_cast<RowOp>(in.op),
-                  in.round == 1,
-                  {in.size[0], in.size[1], in.size[2]},
-                  resolve(in.operands[0], text),
-                  resolve(in.operands[1], text),
-                  resolve(in.operands[2], text)});
-  }
 }
 
 // Room for the nodes, and every address in its place.

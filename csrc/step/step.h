@@ -16,6 +16,8 @@
 //     grouped   3: what a product has, with weights and biases of all groups; transposed (0, 1), groups,
 //                  buffer (float32) of the groups that a node names, how many, shared (0, 1): one input for
 //                  all of them
+//     part      4: what a product has, and the element of the output at which it begins: on CUDA, see
+//                  step/device_step.h
 //   space       0 none, 1 scratch, 2 buffer, 3 constant, 4 constant by position, 5 constant by token, 6 keys
 //   and
 //               7 values of layer `index` in the node's slot, element (head, e) at head * head size + e, 8
@@ -35,6 +37,9 @@ namespace cerberus {
 // How a product's weights lie: as the model has them, or as pack_weights, pack_four_bits or, nearly the same,
 // pack_eight_bits puts them.
 enum class Packing : int64_t { kNone, kPacked, kFourBits, kEightBits };
+
+// Of such a weight, counted in elements of the dtype; 0: this device has no weights packed so.
+int64_t packed_elements(DType dtype, Packing packing, int64_t out_size, int64_t in_size);
 
 // A tensor that a step reads: contiguous, in float32 or in the model's dtype.
 struct StepConstant {
@@ -83,7 +88,10 @@ class Step {
   void time_stages(bool on);
   const std::vector<int64_t>& stage_times() const { return times_; }
 
- private:
+ protected:
+  // last_kind: of the stages that this step may have, the last one.
+  Step(std::vector<StepConstant> constants, const int64_t* code, int64_t size, int64_t last_kind);
+
   struct Buffer {
     int64_t width;
     bool is_float32;
@@ -101,6 +109,7 @@ class Step {
   struct Product {
     int64_t input, output, weight, in_size, out_size, bias;
     Packing packing;
+    int64_t first;  // element of the output
   };
   struct Grouped {
     Product product;  // of a group
@@ -124,7 +133,7 @@ class Step {
   };
   class Reader;
 
-  void read_product(Reader& code, Product& product) const;
+  void read_product(Reader& code, Product& product, bool is_part) const;
   void read_grouped(Reader& code, Grouped& grouped) const;
   void read_weight(Reader& code, Product& product) const;
   void check_weight(Reader& code, const Product& product, int64_t groups) const;

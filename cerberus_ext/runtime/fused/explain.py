@@ -8,24 +8,27 @@ from .program import Attention, Base, Grouped, Instruction, Product, Program, Sp
 
 
 def explain(program: Program, seconds: Sequence[float], packed: Mapping[str, int]) -> str:
-    """seconds: of each stage. packed: of how many products the weights are which copies in the processor's order."""
-    total = sum(seconds)
+    """seconds: of each stage; empty: not measured. packed: of how many products the weights are which copies in the
+    processor's order."""
+    total = f", {1e3 * sum(seconds):.2f} ms" if seconds else ""
     kinds = ", ".join(f"{count} {kind}" for kind, count in packed.items()) or "the model's own"
     lines = [
-        f"{len(program.stages)} stages, {1e3 * total:.2f} ms; weights: {kinds}; {len(program.buffers)} buffers,"
+        f"{len(program.stages)} stages{total}; weights: {kinds}; {len(program.buffers)} buffers,"
         f" tables of {program.positions} positions"
     ]
-    for stage, time in zip(program.stages, seconds, strict=True):
+    for place, stage in enumerate(program.stages):
         head, *rest = _lines(stage)
-        lines += [f"{1e6 * time:8.1f} us  {head}", *(f"{'':13}{line}" for line in rest)]
+        time = f"{1e6 * seconds[place]:8.1f} us  " if seconds else ""
+        lines += [f"{time}{head}", *(f"{'':13}{line}" for line in rest)]
     return "\n".join(lines)
 
 
 def _lines(stage: Stage) -> Iterator[str]:
     if isinstance(stage, Product):
-        size = stage.weights[0].shape[1]
+        in_size, out_size, _ = stage.sizes
         names = ", ".join(name.removesuffix(".weight") for name in stage.names)
-        yield f"product    {_base(stage.output)} = {_base(stage.input)}, {size} -> {stage.output.width}: {names}"
+        to = f"{_base(stage.output)}+{stage.first}" if stage.first else _base(stage.output)
+        yield f"product    {to} = {_base(stage.input)}, {in_size} -> {out_size}: {names}"
     elif isinstance(stage, Grouped):
         in_size, out_size, groups = stage.sizes
         of = f"{in_size} -> {out_size}, {stage.chosen.width} of {groups} by {_base(stage.chosen)}"

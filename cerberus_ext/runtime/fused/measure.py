@@ -22,7 +22,7 @@ def explained(target: TargetModel, tree: Tree) -> str:
     assert isinstance(fused, FusedStep)
     with torch.inference_mode():
         topology = tree.on(target.model.device)
-        tokens = torch.zeros((1, tree.size), dtype=torch.int64)
+        tokens = torch.zeros((1, tree.size), dtype=torch.int64, device=target.model.device)
         target.step(tokens, topology)
         fused.times(True)
         for _ in range(_RUNS):

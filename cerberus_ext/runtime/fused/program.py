@@ -122,18 +122,20 @@ class Rows:
 
 @dataclass(eq=False)
 class Product:
-    """weights: each (O_i, I), for consecutive parts of the output. names: of their modules."""
+    """weights: each (O_i, I), for consecutive parts of the output. names: of their modules. first: the element of the
+    output at which it begins; None: it fills it."""
 
     input: Base
     output: Base
     weights: list[Tensor]
     biases: list[Tensor | None]
     names: list[str]
+    first: int | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """I, O, 1."""
-        return self.input.width, self.output.width, 1
+        return self.input.width, sum(len(weight) for weight in self.weights), 1
 
 
 @dataclass(eq=False)
@@ -220,9 +222,12 @@ def encode(program: Program, weights: Sequence[Tensor], biases: Sequence[Tensor 
             if bias is not None:
                 tensors.append(bias)
             in_size, out_size, groups = stage.sizes
-            code += [3 if isinstance(stage, Grouped) else 0, stage.input.place, stage.output.place]
+            kind = 3 if isinstance(stage, Grouped) else 0 if stage.first is None else 4
+            code += [kind, stage.input.place, stage.output.place]
             code += [first_weight + index, in_size, out_size, -1 if bias is None else len(tensors) - 1]
             code.append(_PACKINGS.get(weight.dtype, 0))
+            if isinstance(stage, Product) and stage.first is not None:
+                code.append(stage.first)
             if isinstance(stage, Grouped):
                 shared = stage.input.width == in_size
                 code += [int(stage.transposed), groups, stage.chosen.place, stage.chosen.width, int(shared)]

@@ -29,7 +29,7 @@ def check_fused(target: TargetModel, fused: FusedStep) -> None:
     cache = target.cache
     fits = cache.capacity - cache.committed >= _TREE.size and target.max_depth() > 1
     tree = (_TREE if fits else ALONE).on(target.model.device)
-    tokens = (torch.arange(len(tree.parents)) * _STRIDE % target.vocabulary)[None]
+    tokens = (torch.arange(len(tree.parents), device=target.model.device) * _STRIDE % target.vocabulary)[None]
     try:
         own = target.step(tokens, tree)[1][0].float()
     except IndexError as error:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...ops.device_step import DeviceStep
 from ...ops.step import NativeStep, four_bit_bytes, large_memory, pack_four_bits, pack_weights, packed_bytes
 from .lower import lower
+from .parts import parts
 from .program import Grouped, Product, Program, encode
 from .trace import NotFused, Trace, trace_step
 
@@ -28,23 +30,32 @@ _MIN_POSITIONS = 1024  # that the tables know
 _ALL_POSITIONS = 1 << 62
 _SPARE = 2 << 30  # bytes of memory that packing leaves free
 
+# What runs programs, by the type of the device.
+NATIVE: dict[str, type[NativeStep] | type[DeviceStep]] = {"cpu": NativeStep, "cuda": DeviceStep}
+
 
 class FusedStep:
     """A step of one model: a StepForward, see target/step_row.py. seconds: what making it took, in all.
 
-    pack: whether the weights are copied for the processor; None: where there is memory for it.
+    pack: whether the weights are copied for the processor; None: where there is memory for it. On a GPU they are not:
+        a product with several weights is one launch for each part of it.
+    recordable: whether steps may be captured, once one with as many nodes has run. Each of them is of one text.
     """
 
     def __init__(self, target: TargetModel, pack: bool | None = None) -> None:
         """target: after its prompt. Raises NotFused."""
         begin = time.perf_counter()
-        if len(target.cache.length) != 1 or target.model.device.type != "cpu":
-            raise NotFused("there is one for one text on a CPU")
+        device = target.model.device
+        if len(target.cache.length) != 1 or device.type not in NATIVE:
+            raise NotFused("there is one for one text on a CPU or a CUDA device")
+        self._native_type = NATIVE[device.type]
+        self.recordable = self._native_type.recordable
         self._dtype = target.model.dtype
         self._trace: Trace = trace_step(target)
         self._results = [torch.empty(0, 0), torch.empty(0, 0)]
+        self._recorded: dict[int, tuple[Tensor, Tensor]] = {}  # results of steps that may be captured, by their nodes
         self._weights: list[Tensor] | None = None
-        self._packs = pack is not False and (pack or _has_room(target.model))
+        self._packs = pack is not False and not self.recordable and (pack or _has_room(target.model))
         self._most_positions = _ALL_POSITIONS
         self._last_position = target.max_positions
         self._make([target.cache])
@@ -54,19 +65,21 @@ class FusedStep:
         """The program, for as many positions as the caches have room for; its weights stay where they are."""
         assert caches[0].tensor is not None
         _, _, heads, _, size = caches[0].tensor.shape
-        sizes = (self._trace, self._dtype, heads, size, self._packs)
+        sizes = (self._trace, self._dtype, heads, size, self._packs or self.recordable)
         positions = max(map(table_positions, caches))
         try:
             self.program: Program = lower(*sizes, positions)
         except IndexError:  # the model looks its positions up, and has no more; nor is there a step beyond them
             self.program = lower(*sizes, self._last_position)
             self._most_positions = self._last_position
+        if self.recordable:
+            self.program.stages = [part for stage in self.program.stages for part in parts(stage)]
         products = [stage for stage in self.program.stages if isinstance(stage, (Product, Grouped))]
         if self._weights is None:
             self._weights = _weights_of(products, self._packs)
         biases = [_bias_of(product, self._dtype) for product in products]
         try:
-            self._native = NativeStep(*encode(self.program, self._weights, biases))
+            self._native = self._native_type(*encode(self.program, self._weights, biases))
         except RuntimeError as error:
             raise NotFused(f"its program was refused: {error}") from error
 
@@ -77,17 +90,18 @@ class FusedStep:
         if min(max(row.cache.capacity for row in rows), self._most_positions) > self.program.positions:
             self._make([row.cache for row in rows])
         tokens, positions = _joined([row.tokens for row in rows]), _joined([row.positions for row in rows])
-        hidden, logits = self._memory(len(tokens), len(tokens) if logits_of is None else logits_of)
+        wanted = len(tokens) if logits_of is None else logits_of
+        hidden, logits = self._memory(len(tokens), wanted)
         lengths, ancestors = [row.cache.length for row in rows], [row.ancestors for row in rows]
         caches = [row.cache.tensor for row in rows if row.cache.tensor is not None]
         self._native.run(tokens, positions, lengths, ancestors, caches, hidden, logits)
-        return hidden, logits
+        return hidden, logits[len(logits) - wanted :]
 
     def prepare(self, cache: TreeCache) -> None:
         """Gives the cache its memory, which it has from a model's first forward on."""
         if cache.tensor is None:
             shape = torch.Size((1, self.program.kv_heads, 0, self.program.head_size))
-            cache.allocate(shape, torch.empty(0, dtype=self._dtype))
+            cache.allocate(shape, torch.empty(0, dtype=self._dtype, device=cache.length.device))
 
     @property
     def packed(self) -> dict[str, int]:
@@ -101,13 +115,25 @@ class FusedStep:
         return [nanoseconds * 1e-9 for nanoseconds in self._native.times(on)]
 
     def _memory(self, *rows: int) -> tuple[Tensor, Tensor]:
-        """For so many rows of hidden states and of logits."""
+        """For so many rows of hidden states and of logits, or, where it has to stay where it is, for all logits."""
         results = (self.program.hidden, self.program.logits)
         with torch.inference_mode(False):
+            if self.recordable:
+                if rows[0] not in self._recorded:
+                    shapes = [(rows[0], result.width) for result in results]
+                    device = self._trace.device
+                    hidden, logits = (torch.empty(shape, dtype=self._dtype, device=device) for shape in shapes)
+                    self._recorded[rows[0]] = hidden, logits
+                return self._recorded[rows[0]]
             for place, (count, result) in enumerate(zip(rows, results, strict=True)):
                 if len(self._results[place]) < count:
                     self._results[place] = torch.empty((count, result.width), dtype=self._dtype)
         return self._results[0][: rows[0]], self._results[1][: rows[1]]
+
+
+def records_fused(device: torch.device) -> bool:
+    """Whether fused steps on the device may be captured; each of them is then of one text."""
+    return device.type in NATIVE and NATIVE[device.type].recordable
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -183,7 +209,7 @@ def _bias_of(product: Product | Grouped, dtype: torch.dtype) -> Tensor | None:
     if all(bias is None for bias in product.biases):
         return None
     parts: list[Any] = [
-        torch.zeros(len(weight), dtype=dtype) if bias is None else bias
+        torch.zeros(len(weight), dtype=dtype, device=weight.device) if bias is None else bias
         for weight, bias in zip(product.weights, product.biases, strict=True)
     ]
     return torch.cat(parts)

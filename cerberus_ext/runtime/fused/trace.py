@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...target.attention import UnsupportedAttention
 from ...target.cache import TreeCache
+from ...target.experts import experts_switch
 from ...target.row_invariant import RowInvariant
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Trace(NamedTuple):
     hidden: int
     logits: int
     given: bool = False  # whether the hidden states are there before the first call
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
 
 
 class _Recorder(TorchDispatchMode):
@@ -153,6 +155,7 @@ class Tracing:
             raise NotFused(f"{other} is not a plain tensor")
         assert cache.tensor is not None
         _, rows, heads, _, size = cache.tensor.shape
+        self._device = cache.tensor.device
         self._fake, self._recorder = FakeTensorMode(allow_non_fake_inputs=True), _Recorder()
         with torch.inference_mode(False):  # inference tensors have no versions, which are asked for
             self.fakes: dict[str, Tensor] = {name: self._fake.from_tensor(tensor) for name, tensor in tensors.items()}
@@ -164,7 +167,7 @@ class Tracing:
 
     def input(self, *shape: int, dtype: torch.dtype) -> Tensor:
         with torch.inference_mode(False), self._fake:
-            tensor = torch.empty(shape, dtype=dtype)
+            tensor = torch.empty(shape, dtype=dtype, device=self._device)
         self._recorder.number(tensor)
         return tensor
 
@@ -185,7 +188,7 @@ class Tracing:
         return Trace(
             recorder.calls, recorder.shapes, recorder.dtypes, of(self.tokens), of(self.positions), of(self.length),
             of(self.ancestors), [of(plane) for plane in self.planes], recorder.weights, self._names, of(hidden),
-            of(logits), given,
+            of(logits), given, self._device,
         )  # fmt: skip
 
 
@@ -204,7 +207,8 @@ def trace_step(target: TargetModel) -> Trace:
         with RowInvariant():
             return torch.func.functional_call(model, tracing.fakes, (), arguments)
 
-    with tracing.recording(), _left_as_it_was(model):
+    experts = experts_switch(model, traced=True) or nullcontext()
+    with tracing.recording(), _left_as_it_was(model), experts:
         hidden, logits = target.attend(forward, tracing.tokens, tracing.positions, tracing.ancestors, traced)
     return tracing.trace(hidden, logits)
 

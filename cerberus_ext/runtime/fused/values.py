@@ -76,7 +76,8 @@ class Values:
         parts: dict[int, list[Tensor]] = {number: [] for number in numbers}
         for begin in range(0, positions, NODES):
             found = dict(self._constants)
-            found[self.trace.positions] = torch.arange(begin, begin + NODES).clamp(max=positions - 1)[None]
+            some = torch.arange(begin, begin + NODES, device=self.trace.device)
+            found[self.trace.positions] = some.clamp(max=positions - 1)[None]
             for call in calls:
                 found |= zip(call.outputs, evaluate(call, found), strict=True)
             for number in numbers:

@@ -1,6 +1,7 @@
 // Every op with its CUDA kernel under emulation, on CPU tensors: torch.ops.cerberus_simt.<op>, with the
 // schema that ops.cpp gives torch.ops.cerberus_ext.<op>: it is compiled here once more, under the other name.
-// Then what a test sets: seed(int), device(multiprocessors, blocks_each, ptx_version).
+// Then what a test sets: seed(int), device(multiprocessors, blocks_each, ptx_version); and launches(): how
+// many there were so far.
 #include <torch/csrc/stable/library.h>
 
 #include <mutex>
@@ -8,6 +9,7 @@
 #include <string>
 
 #include "bind.h"
+#include "bind_device_step.h"
 #include "cuda/kernels.h"
 #include "emulator.h"
 
@@ -15,6 +17,9 @@ namespace cerberus {
 namespace {
 
 struct Emulated {
+  static constexpr const char* kName = "cpu";
+  static bool is_mine(const Tensor& tensor) { return device_type(tensor) == aoti_torch_device_type_cpu(); }
+
   explicit Emulated(const Tensor&) {}
 
   static constexpr Splits kSplits = {[](int64_t) { return draft_topk_parts(simt::device().multiprocessors); },
@@ -46,6 +51,8 @@ void device(int64_t multiprocessors, int64_t blocks_each, int64_t ptx_version) {
       {static_cast<int>(multiprocessors), static_cast<int>(blocks_each), static_cast<int>(ptx_version)});
 }
 
+int64_t launches() { return simt::launches(); }
+
 }  // namespace
 }  // namespace cerberus
 
@@ -57,11 +64,15 @@ STABLE_TORCH_LIBRARY_IMPL(cerberus_simt, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cerberus_simt, m) {
+  cerberus::define_device_steps(m);
+  m.def("launches() -> int");
   m.def("seed(int seed) -> ()");
   m.def("device(int multiprocessors, int blocks_each, int ptx_version) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cerberus_simt, CompositeExplicitAutograd, m) {
+  cerberus::register_device_steps<cerberus::Emulated>(m);
+  m.impl("launches", TORCH_BOX(&cerberus::launches));
   m.impl("seed", TORCH_BOX(&cerberus::seed));
   m.impl("device", TORCH_BOX(&cerberus::device));
 }

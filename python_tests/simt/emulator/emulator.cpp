@@ -127,6 +127,7 @@ struct Emulator {
   std::string error;
   bool may_start_blocks = false;  // since a block has ended or allows the next launch
   uint64_t yields = 0;            // since something else happened
+  int64_t launches = 0;           // so far
 };
 Emulator emulator;
 
@@ -604,7 +605,10 @@ void enqueue(Launch launch) {
   std::shuffle(grid.order.begin(), grid.order.end(), emulator.random);
   grid.window = launch.cooperative ? launch.blocks : 1 + probability(4);
   grid.launch = std::move(launch);
+  ++emulator.launches;
 }
+
+int64_t launches() { return emulator.launches; }
 
 void synchronize() {
   // What else the libraries keep in thread-local variables stays as it is.

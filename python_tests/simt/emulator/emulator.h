@@ -80,5 +80,7 @@ void enqueue(Launch launch);
 void synchronize();
 // Forgets what was launched and not yet run.
 void forget_launches();
+// How many launches there were so far.
+int64_t launches();
 
 }  // namespace simt
