@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-KERNELS = ("head_stack_kernel", "draft_topk_parts_kernel")
+KERNELS = ("head_stack_kernel", "draft_topk_parts_kernel", "step_product_kernel", "step_grouped_kernel")
 RING = re.compile(r"7ProductI(\w+?)Li([48])ELi(\d)E")  # loads of 8 or 4 elements, that is of 16 bytes
 DTYPES = {"13__nv_bfloat16": "bfloat16", "6__half": "float16", "f": "float32"}
 CODE = re.compile(r"\s*/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*/\* (0x[0-9a-f]{16}) \*/")
