@@ -290,7 +290,8 @@ template <typename T>
 void rows_times_weights(const Row<T>* x, int64_t x_stride, int64_t rows, const T* w, int64_t begin,
                         int64_t end, int64_t size, const Output<T>& output) {
   constexpr bool kWidens = sizeof(Row<T>) != sizeof(T);
-  const bool many = kWidens && rows >= kManyRows;
+  const bool is_long = block_size<Row<T>>(size, kBlockTileRows<Row<T>>) < size;
+  const bool many = kWidens && rows >= (is_long ? kManyLongRows : kManyRows);
   const int64_t blocks =
       many ? (rows + kBlockRows - 1) / kBlockRows : row_blocks(rows, size * static_cast<int64_t>(sizeof(*x)));
   for (int64_t block = 0; block < blocks; ++block) {

@@ -98,7 +98,7 @@ struct ByRows {
   }
   // Of many rows at least so much work that fetching them is a small part of it.
   static int64_t outputs_per_task(int64_t in_size, int64_t rows) {
-    const int64_t fewest = rows < kManyRows ? kWholeTiles : 2 * kWholeTiles;
+    const int64_t fewest = rows < kManyLongRows ? kWholeTiles : 2 * kWholeTiles;
     return larger(fewest, weight_rows_per_task(in_size, sizeof(T)));
   }
   void multiply(int64_t span, const T* weight, int64_t begin, int64_t end, int64_t,

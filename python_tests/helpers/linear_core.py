@@ -72,12 +72,12 @@ def check_rows(dtype: torch.dtype, transposed: bool) -> None:
 
 
 def check_blocks(dtype: torch.dtype) -> None:
-    """Sums that go on from block to block: 1 to 30 rows, and rows for several blocks of these, as each alone."""
+    """Sums that go on from block to block: 1 to 30 rows, and so many that they are taken in blocks."""
     for size in BLOCKS:
         input, weight = cancelling(150, 53, size, dtype)
         bias = normal(53, seed=3, dtype=dtype)
         alone = torch.cat([ops.linear(row[None], weight, bias) for row in input])
-        for count in (*range(1, 31), 129, 150):
+        for count in (*range(1, 31), 32, 63, 64, 65, 129, 150):
             assert_same_bits(ops.linear(input[:count], weight, bias), alone[:count])
 
 
