@@ -1,5 +1,5 @@
-"""Drafting on a CPU by weights in eight bits: reading the weights is what drafting costs, and what is drafted wrong is not
-taken, so that a text's tokens do not depend on it.
+"""Drafting on a CPU by weights in eight bits: reading the weights is what drafting costs, and what is drafted wrong is
+not taken, so that a text's tokens do not depend on it.
 
 Of every row of a weight w the integers q from -127 to 127 and one d are kept, w = d q nearly; rows that are multiplied
 with it are rounded to integers of 16 bits or less, and what is summed is exact (csrc/cpu/eight_bits.h).

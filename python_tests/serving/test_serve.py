@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,18 +17,19 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny(tmp_path_factory.mktemp("serving"))
+    model, tokenizer = tiny(tmp_path_factory.mktemp("serving"))
+    return model, tokenizer, copy.deepcopy(model)
 
 
 @pytest.fixture(scope="module")
 def client(loaded: Any) -> Iterator[httpx.Client]:
-    with Decoder(loaded[0]) as decoder, served(decoder, loaded[1]) as client:
+    with Decoder(loaded[0]) as decoder, served(decoder, loaded[1], slots=3) as client:
         yield client
 
 
 def told(loaded: Any, words: str, **options: Any) -> tuple[str, list[int]]:
     """What `decode` answers."""
-    model, tokenizer = loaded
+    _, tokenizer, model = loaded  # not the server's own, which may be decoding
     ids = tokenizer(words, return_tensors="pt").input_ids
     tokens = decode(model, None, ids, **{"max_new_tokens": 16, **options}).sequences[0, ids.shape[1] :].tolist()
     return tokenizer.decode(tokens, skip_special_tokens=True), tokens
@@ -190,7 +192,7 @@ def test_models_health_and_metrics(loaded: Any, client: httpx.Client) -> None:
 
 
 def test_without_a_chat_template_messages_are_refused(loaded: Any) -> None:
-    model, tokenizer = loaded
+    model, tokenizer, _ = loaded
     tokenizer.chat_template = None
     with Decoder(model) as decoder, served(decoder, tokenizer) as client:
         response = client.post(CHAT, json=chat())
