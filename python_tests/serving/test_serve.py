@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -101,6 +102,16 @@ def test_n_answers_have_seeds_one_after_the_other(loaded: Any, client: httpx.Cli
         parts = [part["choices"][0] for part in events(response)]
     for number, text in enumerate(texts):
         assert "".join(part["delta"].get("content", "") for part in parts if part["index"] == number) == text
+
+
+def test_answers_that_come_and_go(loaded: Any, client: httpx.Client) -> None:
+    """More requests than slots, of several lengths: each answer is that of its prompt and seed alone."""
+    asked = [{"max_tokens": 3 + 5 * (seed % 4), "temperature": float(seed % 2), "seed": seed} for seed in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda options: answer(client, chat("w3 w4", **options)), asked))
+    for options, result in zip(asked, got, strict=True):
+        want = told(loaded, "w3 w4", max_new_tokens=options.pop("max_tokens"), **options)[0]
+        assert result["choices"][0]["message"]["content"] == want
 
 
 def test_prompts_as_texts_and_as_tokens(loaded: Any, client: httpx.Client) -> None:
