@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from cerberus_ext.drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
-from cerberus_ext.runtime import runtime
+from cerberus_ext.runtime import session
 from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.runtime.stats import DecodeStats
 
@@ -127,7 +127,7 @@ class TestRecordable:
 
     def test_the_reason_is_said_once(self, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
         """The model pretends to be on a GPU, where graphs are expected."""
-        monkeypatch.setattr(runtime, "expected_on", lambda device: True)
+        monkeypatch.setattr(session, "expected_on", lambda device: True)
         handle = model.model.norm.register_forward_hook(lambda *arguments: None)
         with pytest.warns(UserWarning, match="decode: no CUDA graphs, .*: the model has hooks") as caught:
             run(model)
