@@ -103,13 +103,15 @@ def summarize(file: Path) -> None:
         setting = ", ".join(f"{name} {row[name]}" for name in SETTING)
         settings.setdefault(setting, {}).setdefault(row["way"], {})[row["first"]] = row
     for setting, ways in settings.items():
+        if "none" not in ways:
+            continue
         batches = sorted(set.intersection(*(set(rows) for rows in ways.values())))
         print(
             f"\n{setting}\n\n| way | tokens/s | over none | tokens per step | drafts per step | taken | texts differ |"
         )
         print("|---|---|---|---|---|---|---|")
         speeds = {}
-        for way, rows in ways.items():
+        for way, rows in sorted(ways.items(), key=lambda item: item[0] != "none"):
             tokens, seconds, drafted, accepted = (
                 sum(rows[first][name] for first in batches) for name in ("generated", "seconds", "drafted", "accepted")
             )

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import typer.main
+from eight_bits import through_eight_bits
 from tiny_chat import save_heads, save_model
 from torch import Tensor, cat
 from torch.nn.functional import silu
@@ -175,6 +176,8 @@ def test_readme_step_is_decodes(tiny: tuple[PreTrainedModel, CerberusHeads]) -> 
     with torch.no_grad():  # every term of the formula counts
         for parameter, value in ((heads.weight, 0.2), (heads.bias, 0.5)):
             parameter.normal_(std=value, generator=torch.Generator().manual_seed(3))
+        for weight in (heads.weight, model.get_output_embeddings().weight):  # on a CPU these are drafted with
+            weight.copy_(through_eight_bits(weight))
         heads.anchor_scale.fill_(1.7)
     policy, drafter = StaticPolicy.from_widths([16, 2, 1]), heads.bind(model)
     paths = [[0]]

@@ -24,6 +24,7 @@ def serve(
         str | None, typer.Option(help="Of the model, for clients. Default: --model's, or smollm2-135m-instruct.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer where a client does not say.")] = 1024,
+    slots: Annotated[int, typer.Option(min=1, help="Answers that are decoded at once.")] = 8,
     waiting: Annotated[int, typer.Option(min=1, help="Answers that may wait; more are told to come back.")] = 64,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take, in all.")] = 600.0,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 1 << 20,
@@ -58,7 +59,7 @@ def serve(
     )
     with Decoder(target, trained) as decoder:
         decoder.warm_up()
-        with Engine(decoder, waiting) as engine:
+        with Engine(decoder, waiting, slots) as engine:
             application = create_app(engine, tokenizer, settings)
             server = uvicorn.Server(uvicorn.Config(application, host, port, log_level="warning", access_log=False))
             _announce(server, settings.model)

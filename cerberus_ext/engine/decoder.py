@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -16,13 +17,14 @@ from ..drafting.proposers import ProposerFactory
 from ..drafting.tree import MAX_NODES, TreePolicy
 from ..runtime.stats import DecodeOutput, DecodeStats, stats_of
 from .forked import threads_after_fork
-from .text import ends_streamer
+from .text import SLOTS, ends_streamer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
     from typing_extensions import Unpack
 
     from ..runtime.stepper import Chunk
+    from .batch import Batch
     from .plan import Plan
     from .request import Requests
 
@@ -119,6 +121,14 @@ class Decoder:
         stream = self._generate(self._requests(ids, None, _known(options)), 2, True)
         self._streams.add(stream)
         return stream
+
+    def batch(self, slots: int = SLOTS) -> Batch:
+        """Texts that may be added while others are decoded, at most `slots` of them at once."""
+        from .batch import Batch
+        from .checks import check_integer
+
+        slots = check_integer("decode: slots", slots, 1)
+        return Batch(lambda ids, options: self._requests(ids, None, options), self.model, self._running, slots)
 
     def warm_up(self) -> DecodeStats:
         """Makes the fused step, or records a step of each number of nodes, so that no later text waits for one.
@@ -221,7 +231,7 @@ class Decoder:
         running = Running(*self._running, requests.slots)
         try:
             with session(runtime_of(self.model), requests.plan.drafts, running) as texts_of_it:
-                yield from generate(texts_of_it, requests, keep)
+                yield from generate(texts_of_it, requests.plan, deque(texts), requests.slots, keep)
         finally:
             for request in texts:
                 request.stats.new_tokens = len(request.text.tokens)

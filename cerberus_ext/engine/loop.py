@@ -21,7 +21,7 @@ from ..runtime.stats import shared_phase
 from ..runtime.stepper import Chunk, Stepper, step_together
 from .budget import heads_pay, share
 from .plan import Plan
-from .request import Request, Requests
+from .request import Request
 
 
 class StepSignals(HeadsSignals, Protocol):
@@ -108,15 +108,15 @@ def begin(session: Session, plan: Plan, request: Request, keep: bool) -> tuple[R
             return Row(request, stepper, trees), Chunk(text.add(first), [None], request.row)
 
 
-def generate(session: Session, requests: Requests, keep: bool) -> Iterator[Chunk]:
+def generate(session: Session, plan: Plan, waiting: deque[Request], slots: int, keep: bool) -> Iterator[Chunk]:
     """Generates the texts, step by step -> the tokens that they take of each, first that of the prompt's forward.
 
     A text that ends frees its slot, which the next one takes before the next step. One alone is a batch of one.
+    waiting: is taken from; more may be put there between the chunks.
     """
-    plan, waiting = requests.plan, deque(requests.texts)
     rows: list[Row] = []
     while waiting or rows:
-        if waiting and len(rows) < requests.slots:
+        if waiting and len(rows) < slots:
             row, chunk = begin(session, plan, waiting.popleft(), keep)
             rows.append(row)
             chunks = [chunk]

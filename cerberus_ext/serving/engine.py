@@ -15,8 +15,11 @@ from ..io.model_files import first_line
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..engine.batch import Batch
     from ..engine.decoder import Decoder
+    from ..engine.request import Request
     from ..runtime.stats import DecodeStats
+    from ..runtime.stepper import Chunk
 
 
 class Busy(Exception):
@@ -29,7 +32,7 @@ class Refused(ValueError):
 
 @dataclass(eq=False)
 class Job:
-    """One answer. end: when it has to be there, by the loop's clock. stats: once it has begun."""
+    """One answer. end: when it has to be there, by the loop's clock. request: once it is decoded."""
 
     ids: Tensor
     options: dict[str, Any]
@@ -37,7 +40,11 @@ class Job:
     end: float
     chunks: asyncio.Queue[list[int] | BaseException | None] = field(default_factory=asyncio.Queue)
     cancelled: threading.Event = field(default_factory=threading.Event)
-    stats: DecodeStats | None = None
+    request: Request | None = None
+
+    @property
+    def stats(self) -> DecodeStats | None:
+        return None if self.request is None else self.request.stats
 
     def cancel(self) -> None:
         """Nobody reads it any more: it ends within a step."""
@@ -57,14 +64,15 @@ class Job:
 
 
 class Engine:
-    """Answers in the order of their requests, one after the other.
+    """Decodes the answers, at most `slots` at once; others wait in the order of their requests.
 
-    waiting: how many requests may wait, at most. A context manager: what waits when it ends is refused.
+    waiting: how many may wait. A context manager: when it ends, what was asked is answered first.
     """
 
-    def __init__(self, decoder: Decoder, waiting: int) -> None:
-        self._decoder = decoder
+    def __init__(self, decoder: Decoder, waiting: int, slots: int) -> None:
+        self._decoder, self._slots = decoder, slots
         self._jobs: queue.Queue[Job | None] = queue.Queue(waiting)
+        self._running: dict[int, Job] = {}
         self._thread = threading.Thread(target=self._run, name="cerberus engine", daemon=True)
 
     def submit(self, ids: Tensor, options: dict[str, Any], timeout: float) -> Job:
@@ -81,6 +89,10 @@ class Engine:
     def waiting(self) -> int:
         return self._jobs.qsize()
 
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
     def __enter__(self) -> Engine:
         self._thread.start()
         return self
@@ -90,23 +102,46 @@ class Engine:
         self._thread.join()
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            if not job.cancelled.is_set():
-                self._answer(job)
-
-    def _answer(self, job: Job) -> None:
-        """Whatever goes wrong ends this answer alone."""
-        try:
+        ended = False
+        while not ended:
+            batch = self._decoder.batch(self._slots)
+            ended = self._take(batch, wait=True)
             try:
-                stream: Any = self._decoder.stream(job.ids, **job.options)
+                with closing(batch.chunks()) as chunks:
+                    for chunk in chunks:
+                        self._put(batch, chunk)
+                        ended = ended or self._take(batch)
+            except Exception as error:  # ends what is decoded at this moment, and nothing else
+                for job in self._running.values():
+                    job.put(error)
+                self._running.clear()
+
+    def _take(self, batch: Batch, wait: bool = False) -> bool:
+        """Adds what waits to the batch where there is room. wait: for the first. True: there will be nothing more."""
+        while len(self._running) < self._slots:
+            try:
+                job = self._jobs.get(wait and not self._running)
+            except queue.Empty:
+                return False
+            if job is None:
+                return True
+            if job.cancelled.is_set():
+                continue
+            try:
+                job.request = batch.add(job.ids, **job.options)
+                self._running[job.request.row] = job
             except (ValueError, TypeError) as error:
-                raise Refused(first_line(str(error))) from error
-            job.stats = self._decoder.stats
-            with closing(stream):
-                for chunk in stream:
-                    if job.cancelled.is_set():
-                        return
-                    job.put(chunk.tokens)
+                job.put(Refused(first_line(str(error))))
+            except Exception as error:
+                job.put(error)
+        return False
+
+    def _put(self, batch: Batch, chunk: Chunk) -> None:
+        job = self._running[chunk.row]
+        assert job.request is not None
+        if job.cancelled.is_set():
+            batch.end(job.request)
+        job.put(chunk.tokens)
+        if job.request.text.ended:
+            del self._running[chunk.row]
             job.put(None)
-        except BaseException as error:
-            job.put(error)

@@ -28,6 +28,9 @@ class Metrics:
         Gauge("cerberus_waiting_requests", "Answers that wait for their turn", registry=registry).set_function(
             lambda: engine.waiting
         )
+        Gauge("cerberus_running_requests", "Answers that are decoded", registry=registry).set_function(
+            lambda: engine.running
+        )
 
     def count(self, choice: Choice) -> None:
         """An answer that has ended, or been given up."""

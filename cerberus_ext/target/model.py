@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from .experts import experts_switch
 from .row_invariant import RowInvariant, prompt_forward, step_forward
 from .stand_ins import TreeStep, running
 from .step_audit import MAX_PADDING, padded_nodes
-from .step_row import StepForward, StepRow
+from .step_row import StepForward, StepRow, chain_ancestors
 from .uncompiled import uncompiled
 
 _CAPACITY_STEP = 64
@@ -267,13 +266,6 @@ def filled(nodes: int, tokens: Tensor, positions: Tensor, ancestors: Tensor) -> 
     positions = torch.cat([positions, positions[:, :1].expand(-1, missing)], 1)
     ancestors = torch.cat([ancestors, ancestors[:1].expand(missing, -1)])
     return tokens, positions, F.pad(ancestors, (0, -(-nodes // 64) - ancestors.shape[1]))
-
-
-@lru_cache(maxsize=128)
-def chain_ancestors(nodes: int) -> Tensor:
-    """(N, W) int64, as of a Topology, where every node hangs below the one before."""
-    seen = torch.arange(1, nodes + 1)[:, None] - 64 * torch.arange(-(-nodes // 64))  # of each word's 64 nodes
-    return torch.where(seen >= 64, -1, (1 << seen.clamp(0, 63)) - 1)
 
 
 def round_capacity(tokens: int) -> int:

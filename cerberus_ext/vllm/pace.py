@@ -8,7 +8,7 @@ from __future__ import annotations
 
 _KEPT = 0.99  # of what earlier steps say, at every step: about the last hundred count
 _USUAL = 16.0  # fixed / each, before anything is known
-_WEIGHT = 20.0  # so much variation of t, in tokens squared, counts as much as what is usual
+_WEIGHT = 50.0  # so much variation of t, in tokens squared, counts as much as what is usual
 _LONGEST = 2.0  # a step that takes longer than so many times what was expected did something else, too
 
 

@@ -16,6 +16,9 @@ from ..drafting.suffix import SuffixProposer
 # Tokens of texts without a row that are remembered, of requests that were preempted and of chats that go on. An index
 # has about 100 bytes per token: some 50 MB.
 _MAX_WAITING = 1 << 19
+# A text's probabilities are lowered as far as its last drafts have kept less than these promised.
+_KEPT = 0.97  # of what earlier drafts say, at every step
+_TRIES = 2.0  # so many expected drafts count as much as the expectation alone
 _NO_TOKEN = (1 << 31) - 1  # in no vocabulary: in the place of -1, with which vLLM fills up
 
 
@@ -27,24 +30,29 @@ class Text:
         self.size = 0  # in tokens
         self.new = 0  # tokens that the last call brought
         self.drafted = 0  # drafts that are being verified
+        self._expected = self._accepted = 0.0  # drafts, by their probabilities, and really; old ones fade
         self._drafts = SuffixProposer()([])
 
     def follow(self, tokens: NDArray[np.int32], past: bytes) -> None:
         """Goes on to `tokens`, which begin with those that are known. past: their bytes."""
         new = tokens[self.size :]
+        self._accepted = _KEPT * (self._accepted + min(self.drafted, max(len(new) - 1, 0)))
+        self._expected *= _KEPT
         self._drafts.extend(np.where(new < 0, _NO_TOKEN, new).tolist())
         self.past, self.size, self.new = past, len(tokens), len(new)
 
     def draft(self, most: int, least: float, vocabulary: int) -> list[int]:
         """Up to `most` tokens that follow, each of them right, with all before it, at a probability over `least`."""
+        worth = min(1.0, (self._accepted + _TRIES) / (self._expected + _TRIES))
         tokens, probabilities = map(np.asarray, self._drafts.propose(most))
         drafts: list[int] = []
         right = 1.0
         for token, probability in zip(tokens.tolist(), probabilities.tolist(), strict=True):
             right *= probability
-            if right <= least or token >= vocabulary:
+            if right * worth <= least or token >= vocabulary:
                 break
             drafts.append(token)
+            self._expected += right
         self.drafted = len(drafts)
         return drafts
 

@@ -8,6 +8,7 @@
 //
 // With the processor's bfloat16 instructions a lane takes a pair of k at a time (vdpbf16ps): rows stay
 // bfloat16, and an instruction does twice the work. Else rows are widened to float once.
+#include "cpu/blocks.h"
 #include "cpu/dot.h"
 #include "cpu/product.h"
 
@@ -45,50 +46,91 @@ struct Ahead {
   }
 };
 
+// Weights in memory: row n from first + n * apart on, every step followed by those of kBeside - 1 others.
+template <typename X, typename W, int kBeside = 1>
+struct Weights {
+  const W* first;
+  int64_t apart;
+
+  template <int kPart>
+  auto load(int n, int64_t k) const {
+    return Product<X>::template load_at<kPart>(first + n * apart + k * kBeside);
+  }
+  template <int kPart>
+  auto load_part(int n, int64_t k, int64_t count) const {
+    return Product<X>::template load_part_at<kPart>(first + n * apart + k * kBeside, count);
+  }
+};
+
+// The same, kept as rows are: who reads them again need not widen them.
+template <typename X, typename W, int kBeside>
+struct KeptWeights : Weights<X, W> {
+  X* kept;
+
+  template <int kPart>
+  Vec load(int n, int64_t k) const {
+    return keep<kPart>(n, k, Weights<X, W>::template load<kPart>(n, k));
+  }
+  template <int kPart>
+  Vec load_part(int n, int64_t k, int64_t count) const {
+    return keep<kPart>(n, k, Weights<X, W>::template load_part<kPart>(n, k, count));
+  }
+
+ private:
+  template <int kPart>
+  Vec keep(int n, int64_t k, Vec weight) const {
+    store(weight, reinterpret_cast<float*>(kept + n * Product<X>::kStep + k * kBeside) + kPart * kLanes);
+    return in_register(weight);
+  }
+};
+
+// Adds the products of `size` k to the sums.
 template <int kRows, int kWeights, typename X, typename W>
-inline void dot_tile(const X* x, int64_t x_stride, const W* w, int64_t size, Ahead ahead,
-                     float (&out)[kRows][kWeights]) {
+inline __attribute__((always_inline)) void add_tile(const X* x, int64_t x_stride, const W& w, int64_t size,
+                                                    Ahead& asked, Vec (&sums)[kRows][kWeights]) {
   using Product = Product<X>;
-  Vec sums[kRows][kWeights] = {};
   int64_t k = 0;
   // What there is less of stays in registers, the other comes one by one.
-  const auto step = [&](const auto& load_at) {
-    using Operand = decltype(load_at(w));
+  const auto step = [&](const auto& row, const auto& weight) {
+    using Operand = decltype(weight(0));
     if constexpr (kWeights <= kRows) {
       Operand weights[kWeights];
 #pragma GCC unroll 12
-      for (int n = 0; n < kWeights; ++n) weights[n] = load_at(w + n * size);
+      for (int n = 0; n < kWeights; ++n) weights[n] = weight(n);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
-        const Operand row = in_register(load_at(x + m * x_stride));
+        const Operand one = in_register(row(m));
 #pragma GCC unroll 12
-        for (int n = 0; n < kWeights; ++n) sums[m][n] = Product::add(row, weights[n], sums[m][n]);
+        for (int n = 0; n < kWeights; ++n) sums[m][n] = Product::add(one, weights[n], sums[m][n]);
       }
     } else {
       Operand rows[kRows];
 #pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) rows[m] = load_at(x + m * x_stride);
+      for (int m = 0; m < kRows; ++m) rows[m] = row(m);
 #pragma GCC unroll 12
       for (int n = 0; n < kWeights; ++n) {
-        const Operand weight = in_register(load_at(w + n * size));
+        const Operand one = in_register(weight(n));
 #pragma GCC unroll 8
-        for (int m = 0; m < kRows; ++m) sums[m][n] = Product::add(rows[m], weight, sums[m][n]);
+        for (int m = 0; m < kRows; ++m) sums[m][n] = Product::add(rows[m], one, sums[m][n]);
       }
     }
   };
+  Ahead ahead = asked;  // in registers
   for (; k + Product::kStep <= size; k += Product::kStep) {
     ahead.prefetch<kWeights>();
     for_each_part<Product>([&](auto part) {
-      step([k](const auto* p) { return Product::template load_at<decltype(part)::value>(p + k); });
+      constexpr int kPart = decltype(part)::value;
+      step([&](int m) { return Product::template load_at<kPart>(x + m * x_stride + k); },
+           [&](int n) { return w.template load<kPart>(n, k); });
     });
   }
+  asked = ahead;
   if (k < size)
     for_each_part<Product>([&](auto part) {
-      step([k, size](const auto* p) {
-        return Product::template load_part_at<decltype(part)::value>(p + k, size - k);
-      });
+      constexpr int kPart = decltype(part)::value;
+      step([&](int m) { return Product::template load_part_at<kPart>(x + m * x_stride + k, size - k); },
+           [&](int n) { return w.template load_part<kPart>(n, k, size - k); });
     });
-  sum_each(sums, out);
 }
 
 // Tiles of kWeights weight rows from `begin` on, as many as there are before `end`; returns where they end.
@@ -105,9 +147,10 @@ inline int64_t tiles_of_weights(const X* x, int64_t x_stride, int64_t rows, int6
                 found ? 0 : weight_bytes * Product<X>::kStep / tiles};
     for_each_row_tile<kMaxRows>(rows, tiles, [&](int64_t m, auto row_count) {
       constexpr int kRows = decltype(row_count)::value;
+      Vec sums[kRows][kWeights] = {};
+      add_tile(x + m * x_stride, x_stride, Weights<X, W>{first, size}, size, ahead, sums);
       float out[kRows][kWeights];
-      dot_tile<kRows, kWeights>(x + m * x_stride, x_stride, first, size, ahead, out);
-      ahead.p += weight_bytes * size / tiles;
+      sum_each(sums, out);
       output.put(m, begin, out);
     });
   }
@@ -122,19 +165,148 @@ void tiles_times_weights(const X* x, int64_t x_stride, int64_t rows, int64_t til
   tiles_of_weights<kMaxRows, 1>(x, x_stride, rows, tiles, w, begin, end, size, output);
 }
 
+// --- many rows ---
+//
+// A tile of rows stays in the L1 cache while all weights of a task pass by. Of long rows a block of k at a
+// time: the sums, of which the lanes are not added yet, wait in memory for the next block. Weights that are
+// to be widened are so once, for the first tile of rows.
+
+constexpr int64_t kTileBytes = 24 << 10;  // of a tile of rows
+constexpr int64_t kBlockRows = 128;
+
+// Rows of a tile: with more of them fewer weights are in registers, and they come from further away.
+template <typename X>
+constexpr int kBlockTileRows = kSums == 24 && Product<X>::kParts == 2 ? 8 : Product<X>::kTileRows;
+
+// k of a block: as few blocks as possible, of as even sizes as possible.
+template <typename X>
+int64_t block_size(int64_t size, int64_t tile_rows) {
+  constexpr int64_t kStep = Product<X>::kStep;
+  const int64_t most = kTileBytes / (tile_rows * static_cast<int64_t>(sizeof(X)) * kStep);
+  const int64_t steps = larger(1, (size + kStep - 1) / kStep), blocks = (steps + most - 1) / most;
+  return (steps + blocks - 1) / blocks * kStep;
+}
+
+// A tile's sums over a block: on from those that `waiting` holds, or from zero; back there, or, the last
+// block done, to `dots`. Not inlined: the compiler would keep less of it in registers.
+template <int kRows, int kWeights, typename X, typename W>
+__attribute__((noinline)) void block_tile(const X* x, int64_t x_stride, const W& w, int64_t size,
+                                          Ahead& ahead, Vec* waiting, bool begun, float* dots,
+                                          int64_t dots_stride) {
+  Vec sums[kRows][kWeights];
+  const auto each = [&](const auto& body) {
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 12
+      for (int n = 0; n < kWeights; ++n) body(sums[m][n], waiting[m * kWeights + n]);
+  };
+  if (begun) {
+    each([](Vec& sum, const Vec& before) { sum = before; });
+  } else {
+    each([](Vec& sum, const Vec&) { sum = Vec{}; });
+  }
+  add_tile(x, x_stride, w, size, ahead, sums);
+  if (!dots) return each([](const Vec& sum, Vec& after) { after = sum; });
+  float out[kRows][kWeights];
+  sum_each(sums, out);
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) __builtin_memcpy(dots + m * dots_stride, out[m], sizeof(out[m]));
+}
+
+// `count` sums of row m, those of weights n, n + 1, ..., as Output::put does it with tiles.
+template <typename T>
+void put_row(const Output<T>& output, int64_t m, int64_t n, const float* dots, int64_t count) {
+  if (output.sums) {
+    __builtin_memcpy(output.sums + m * output.stride + n, dots, static_cast<size_t>(count) * sizeof(float));
+    return;
+  }
+  T* to = output.rounded + m * output.stride + n;
+  const T* bias = output.bias ? output.bias + n : nullptr;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    float all[kLanes];
+    store(bias ? load(dots + i) + load(bias + i) : load(dots + i), all);
+    from_floats<kLanes>(all, to + i);
+  }
+  for (; i < count; ++i) from_float(bias ? dots[i] + to_float(bias[i]) : dots[i], to[i]);
+}
+
+// As tiles_of_weights, which asks for the weights of the next tile; these ask for those of the next task.
+template <int kMaxRows, int kWeights, typename X, typename W>
+int64_t blocks_of_weights(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w,
+                          int64_t begin, int64_t end, int64_t size, const Output<W>& output) {
+  const int64_t width = (end - begin) / kWeights * kWeights;
+  if (width == 0) return begin;
+  w += begin * size;
+  const int64_t block = block_size<X>(size, kMaxRows);
+  Buffer<X> kept(width * block);
+  Buffer<Vec> waiting(block < size ? rows * width : 0);
+  Scratch dots(kMaxRows * width);  // of a tile of rows
+  const int64_t step_bytes = kWeights * static_cast<int64_t>(sizeof(W)) * Product<X>::kStep;
+  Ahead ahead{reinterpret_cast<const char*>(w + width * size) + kAheadBytes, step_bytes / tiles};
+  for (int64_t k = 0; k == 0 || k < size; k += block) {
+    const int64_t count = smaller(block, size - k);
+    const bool last = k + count == size;
+    for_each_row_tile<kMaxRows>(rows, tiles, [&](int64_t m, auto row_count) {
+      constexpr int kRows = decltype(row_count)::value;
+      const auto times = [&](const auto& weights_at) {
+        for (int64_t n = 0; n < width; n += kWeights) {
+          block_tile<kRows, kWeights>(x + m * x_stride + k, x_stride, weights_at(n), count, ahead,
+                                      waiting.data + m * width + n * kRows, k > 0,
+                                      last ? dots.data + n : nullptr, width);
+        }
+      };
+      if (m == 0) {
+        times([&](int64_t n) {
+          return KeptWeights<X, W, kWeights>{{w + n * size + k, size}, kept.data + n * block};
+        });
+      } else {
+        times([&](int64_t n) { return Weights<X, X, kWeights>{kept.data + n * block, Product<X>::kStep}; });
+      }
+      if (!last) return;
+      for (int row = 0; row < kRows; ++row) put_row(output, m + row, begin, dots.data + row * width, width);
+    });
+  }
+  return begin + width;
+}
+
+template <typename X, typename W>
+void blocks_times_weights(const X* x, int64_t x_stride, int64_t rows, const W* w, int64_t begin, int64_t end,
+                          int64_t size, const Output<W>& output) {
+  constexpr int kMost = kBlockTileRows<X>;
+  with_row_tiles<kMost>(rows, kMost, [&](auto largest, int64_t tiles) {
+    constexpr int kMaxRows = decltype(largest)::value, kWeights = kSums / kMaxRows;
+    if constexpr (kMaxRows > kMost / 2) {  // as many rows as there are give no others
+      const int64_t next =
+          blocks_of_weights<kMaxRows, kWeights>(x, x_stride, rows, tiles, w, begin, end, size, output);
+      blocks_of_weights<kMaxRows, 1>(x, x_stride, rows, tiles, w, next, end, size, output);
+    }
+  });
+}
+
 }  // namespace
 
 template <typename T>
 void rows_times_weights(const Row<T>* x, int64_t x_stride, int64_t rows, const T* w, int64_t begin,
                         int64_t end, int64_t size, const Output<T>& output) {
-  const int64_t blocks = row_blocks(rows, size * static_cast<int64_t>(sizeof(*x)));
+  constexpr bool kWidens = sizeof(Row<T>) != sizeof(T);
+  const bool is_long = block_size<Row<T>>(size, kBlockTileRows<Row<T>>) < size;
+  const bool many = kWidens && rows >= (is_long ? kManyLongRows : kManyRows);
+  const int64_t blocks =
+      many ? (rows + kBlockRows - 1) / kBlockRows : row_blocks(rows, size * static_cast<int64_t>(sizeof(*x)));
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
+    const Row<T>* here = x + first * x_stride;
+    const Output<T> to = output.from_row(first);
+    if constexpr (kWidens)
+      if (many) {
+        blocks_times_weights(here, x_stride, count, w, begin, end, size, to);
+        continue;
+      }
     constexpr int kTileRows = Product<Row<T>>::kTileRows;
     const int64_t most = count <= kTileRows ? kTileRows : Product<Row<T>>::kManyTileRows;
     with_row_tiles<kTileRows>(count, most, [&](auto largest, int64_t tiles) {
-      tiles_times_weights<decltype(largest)::value>(x + first * x_stride, x_stride, count, tiles, w, begin,
-                                                    end, size, output.from_row(first));
+      tiles_times_weights<decltype(largest)::value>(here, x_stride, count, tiles, w, begin, end, size, to);
     });
   }
 }

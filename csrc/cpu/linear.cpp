@@ -1,5 +1,6 @@
 // input @ weight^T + bias, row-invariant; rows may come in groups with a weight each. A task owns some rows
 // of one group and a range of its outputs: it streams their weights once for all these rows.
+#include "cpu/blocks.h"
 #include "cpu/columns.h"
 #include "cpu/four_bits.h"
 #include "cpu/kernels.h"
@@ -34,7 +35,7 @@ constexpr int64_t kMinSpanRows = 32;
 // The product of a call, its rows in the form that `Kernel` reads.
 template <typename T, typename Kernel>
 void run(const LinearArgs& a, const Parallel& parallel) {
-  const int64_t per_task = Kernel::outputs_per_task(a.in_size);
+  const int64_t per_task = Kernel::outputs_per_task(a.in_size, a.rows);
   const int64_t ranges = (a.out_size + per_task - 1) / per_task;
   T* output = static_cast<T*>(a.output);
   Buffer<Span> groups(a.groups);
@@ -95,7 +96,11 @@ struct ByRows {
                    [&](int64_t row) { lay_row(input + row * size, size, scratch.data + row * stride); });
     }
   }
-  static int64_t outputs_per_task(int64_t in_size) { return weight_rows_per_task(in_size, sizeof(T)); }
+  // Of many rows at least so much work that fetching them is a small part of it.
+  static int64_t outputs_per_task(int64_t in_size, int64_t rows) {
+    const int64_t fewest = rows < kManyLongRows ? kWholeTiles : 2 * kWholeTiles;
+    return larger(fewest, weight_rows_per_task(in_size, sizeof(T)));
+  }
   void multiply(int64_t span, const T* weight, int64_t begin, int64_t end, int64_t,
                 const Output<T>& output) const {
     rows_times_weights(x + spans[span].first * stride, stride, spans[span].count, weight, begin, end, size,
@@ -150,7 +155,7 @@ struct ByColumns {
     for_each_row(rows, size, parallel,
                  [&](int64_t row) { lay_row(input + row * size, size, scratch.data + row * size); });
   }
-  static int64_t outputs_per_task(int64_t) { return kColumnsAtOnce; }
+  static int64_t outputs_per_task(int64_t, int64_t) { return kColumnsAtOnce; }
   void multiply(int64_t span, const T* weight, int64_t begin, int64_t end, int64_t out_size,
                 const Output<T>& output) const {
     rows_times_columns(scratch.data + spans[span].first * size, size, spans[span].count, weight, begin, end,
@@ -177,7 +182,7 @@ struct ByTiles {
       for (int64_t i = 0; i < count; ++i) pack(i);
     }
   }
-  static int64_t outputs_per_task(int64_t in_size) {
+  static int64_t outputs_per_task(int64_t in_size, int64_t) {
     return weight_rows_per_task(in_size, sizeof(BFloat16), 2 * kTile);
   }
   void multiply(int64_t span, const BFloat16* weight, int64_t begin, int64_t end, int64_t,

@@ -28,10 +28,9 @@ using std::chrono::milliseconds;
 
 constexpr auto kSpin = microseconds(50);
 // A wait for the others' last tasks that takes so long means that one of them is not running. The caller then
-// works alone, so long that the lost time is a small share of it: twice as long each time that the helpers
-// are late again soon after.
+// works alone, so long that the lost time is a small share of it.
 constexpr auto kLate = microseconds(1000);
-constexpr auto kAlone = milliseconds(30), kLongestAlone = milliseconds(500);
+constexpr auto kAlone = milliseconds(30);
 constexpr int64_t kMaxTasks = (int64_t{1} << 20) - 1;  // of one round, see Share
 
 inline void pause() {
@@ -143,11 +142,7 @@ class Team {
     if (done()) return;
     const auto begin = Clock::now();
     if (!spin(done)) finished_.sleep_until(done);
-    if (const auto now = Clock::now(); now - begin > kLate) {
-      const bool again = now - alone_until_ < alone_;
-      alone_ = again ? std::min<Clock::duration>(2 * alone_, kLongestAlone) : kAlone;
-      alone_until_ = now + alone_;
-    }
+    if (const auto now = Clock::now(); now - begin > kLate) alone_until_ = now + kAlone;
   }
 
   // All tasks of the round, those of share `own` first.
@@ -183,7 +178,6 @@ class Team {
   Parallel::Body body_ = nullptr;
   const void* state_ = nullptr;
   Clock::time_point alone_until_{};
-  Clock::duration alone_ = kAlone;  // how long the latest time was
   Sleepers called_, finished_;
 };
 

@@ -299,7 +299,7 @@ def test_report_from_a_stored_session(tmp_path):
         "| head_stack | 8B | bfloat16 | rows 1 | 200.0 | 211.0 | 2685 | 90% | 400.0 | 500.0 | 250.0 | 1.25x | memory |"
         " ≥ 90 % of a copy: **missed** |" in text
     )
-    assert "| 8B, random weights | 2048 | 64 | 5.750 | 5.000 | 87% | 1.15x | 47 graphed | 0.50 s |" in text
+    assert "| 8B, random weights | 2048 | 64 | 5.750 | – | 5.000 | 87% | 1.15x | 47 graphed | 0.50 s |" in text
     assert "| head_stack at 8B | ≥ 90 % of a copy | 0.895 | missed |" in text
     assert "| head_stack at D = 576 | ≤ 12 us | 11.5 | met |" in text
     assert "| draft_topk at 8B | ≥ 90 % of a copy | – | not measured |" in text

@@ -167,7 +167,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "num_beams": ({"num_beams": 2}, "generate: generation_config must not have num_beams = 2: there are no beams"),
     "num_return_sequences": (
         {"num_return_sequences": 2, "do_sample": True},
-        "generate: streamer must be None with num_return_sequences = 2",
+        "generate: streamer must be None with 2 texts",
     ),
     "penalty_alpha": ({"penalty_alpha": 0.6, "top_k": 4}, "not have penalty_alpha = 0.6: contrastive search"),
     "dola_layers": ({"dola_layers": "low"}, "not have dola_layers = 'low'"),

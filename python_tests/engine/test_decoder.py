@@ -93,7 +93,7 @@ def test_close_ends_a_stream(llama: PreTrainedModel) -> None:
     with Decoder(llama, heads()) as decoder:
         stream = decoder.stream(prompt(), max_new_tokens=NEW)
         next(stream)
-    assert list(stream) == [] and runtime_of(llama)._past is None
+    assert list(stream) == [] and runtime_of(llama).pasts == []
     is_as_it_was(llama)
 
     class Closing(Gate):

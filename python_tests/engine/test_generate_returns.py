@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from torch import Tensor
 from transformers import StoppingCriteria, WatermarkingConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
-import cerberus_ext
 from cerberus_ext.drafting.gate import AlwaysClosed
 
 ALL: dict[str, Any] = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
@@ -136,10 +134,14 @@ def test_several_texts() -> None:
     assert cerberus(model, prompt(), num_return_sequences=2, **options).equal(first)
 
 
-def test_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match="decode: ids must have 1 row"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tiny_model("llama").generate(
-            prompt().expand(2, -1), num_return_sequences=2, do_sample=True, max_new_tokens=4, pad_token_id=0,
-            custom_generate=cerberus_ext.generate,
-        )  # fmt: skip
+def test_several_texts_of_several_prompts() -> None:
+    """Row r of all has the seed `seed + r`, with what is kept of it or without."""
+    model, prompts = tiny_model("llama"), torch.cat([prompt(), prompt().flip(1)])
+    options = {"do_sample": True, "max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None}
+    got = cerberus(model, prompts, seed=7, num_return_sequences=2, **options)
+    kept = cerberus(
+        model, prompts, seed=7, num_return_sequences=2, return_dict_in_generate=True, output_scores=True, **options
+    )
+    alone = [cerberus(model, prompts[row // 2][None], seed=7 + row, **options) for row in range(4)]
+    assert got.equal(torch.cat(alone)) and kept.sequences.equal(got)
+    assert [tuple(part.shape) for part in kept.scores] == [(4, model.config.vocab_size)] * 6

@@ -17,6 +17,8 @@ from cerberus_ext.ops import reference
 SIZES = (1, 33, 129, 575)
 OUTPUTS = 131  # no multiple of any tile
 ROWS = 70
+# Where many rows are multiplied a block of k at a time: the largest block of every level, and one k more.
+BLOCKS = (767, 768, 769, 1024, 1025, 1537, 2049, 3073)
 
 
 def cancelling(rows: int, outputs: int, size: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -67,6 +69,16 @@ def check_rows(dtype: torch.dtype, transposed: bool) -> None:
             for count in range(1, ROWS + 1, 1 if threads == 2 else 3):
                 assert_same_bits(product(input[:count]), alone[:count])
             assert_same_bits(product(input[37:]), alone[37:])
+
+
+def check_blocks(dtype: torch.dtype) -> None:
+    """Sums that go on from block to block: 1 to 30 rows, and so many that they are taken in blocks."""
+    for size in BLOCKS:
+        input, weight = cancelling(150, 53, size, dtype)
+        bias = normal(53, seed=3, dtype=dtype)
+        alone = torch.cat([ops.linear(row[None], weight, bias) for row in input])
+        for count in (*range(1, 31), 32, 63, 64, 65, 129, 150):
+            assert_same_bits(ops.linear(input[:count], weight, bias), alone[:count])
 
 
 def check_groups(dtype: torch.dtype, transposed: bool) -> None:
@@ -139,6 +151,7 @@ def check_rounding(dtype: torch.dtype) -> None:
 def check_all() -> None:
     for dtype in DTYPES:
         check_rounding(dtype)
+        check_blocks(dtype)
         for transposed in (False, True):
             check_values(dtype, transposed)
             check_rows(dtype, transposed)

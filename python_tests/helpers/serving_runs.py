@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -34,33 +35,52 @@ def tiny(folder: Path) -> tuple[Any, Any]:
 class Scripted:
     """A decoder whose every text is the tokens 3, 4, 5 ... in chunks of two.
 
-    pause: seconds before each chunk. fails_at: the chunk at which it breaks. closed: streams that have ended.
+    pause: seconds before each chunk. fails_at: the chunk of a text at which all of them break. ended: texts that did.
     """
 
     def __init__(self, pause: float = 0.0, fails_at: int | None = None) -> None:
-        self.pause, self.fails_at, self.closed = pause, fails_at, 0
-        self.stats: DecodeStats | None = None
+        self.pause, self.fails_at, self.ended = pause, fails_at, 0
 
-    def stream(self, ids: Any, max_new_tokens: int = 256, **_: Any) -> Iterator[Chunk]:
-        self.stats = DecodeStats()
-        return self._chunks(max_new_tokens)
+    def batch(self, slots: int) -> ScriptedBatch:
+        return ScriptedBatch(self)
 
-    def _chunks(self, tokens: int) -> Iterator[Chunk]:
-        try:
-            for number in range(tokens // 2):
-                time.sleep(self.pause)
-                if number == self.fails_at:
+
+class ScriptedBatch:
+    """See engine/batch.py."""
+
+    def __init__(self, decoder: Scripted) -> None:
+        self._decoder, self._texts, self._count = decoder, list[Any](), 0
+
+    def add(self, ids: Any, max_new_tokens: int = 256, **_: Any) -> Any:
+        text = SimpleNamespace(ended=False)
+        request = SimpleNamespace(row=self._count, stats=DecodeStats(), text=text, left=max_new_tokens // 2, made=0)
+        self._count += 1
+        self._texts.append(request)
+        return request
+
+    def end(self, request: Any) -> None:
+        request.text.ended = True
+
+    def chunks(self) -> Iterator[Chunk]:
+        while self._texts:
+            time.sleep(self._decoder.pause)
+            for request in list(self._texts):
+                if request.made == self._decoder.fails_at:
                     raise MemoryError("no memory")
-                yield Chunk([3 + 2 * number % 50, 4 + 2 * number % 50], [0, None])
-        finally:
-            self.closed += 1
+                token = 3 + 2 * request.made % 50
+                request.made += 1
+                request.text.ended |= request.made == request.left
+                yield Chunk([token, token + 1], [0, None], request.row)
+                if request.text.ended:
+                    self._texts.remove(request)
+                    self._decoder.ended += 1
 
 
 @contextmanager
-def served(decoder: Any, tokenizer: Any, waiting: int = 8, **settings: Any) -> Iterator[httpx.Client]:
+def served(decoder: Any, tokenizer: Any, waiting: int = 8, slots: int = 1, **settings: Any) -> Iterator[httpx.Client]:
     """A client of the server, which runs while inside."""
     all_settings = {"model": "tiny", "positions": 256, "max_new_tokens": 16, "ends": frozenset({END}), **settings}
-    with Engine(decoder, waiting) as engine:
+    with Engine(decoder, waiting, slots) as engine:
         config = uvicorn.Config(create_app(engine, tokenizer, Settings(**all_settings)), port=0, log_level="error")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run)

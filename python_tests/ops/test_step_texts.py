@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cerberus_ext.ops.step import NativeStep
-from cerberus_ext.target.model import chain_ancestors
+from cerberus_ext.target.step_row import chain_ancestors
 
 WIDTH, VOCAB, KV_HEADS, SIZE = 8, 11, 1, 4
 TEXTS = [(0, 3), (5, 1), (2, 70), (31, 2)]  # tokens that are there, nodes

@@ -37,10 +37,10 @@ def test_a_client_that_goes_away_ends_its_answer(tokenizer: Any) -> None:
     with served(decoder, tokenizer, positions=1 << 20) as client:
         with client.stream("POST", CHAT, json=chat(stream=True, max_tokens=100000)) as response:
             next(response.iter_lines())
-        until(lambda: decoder.closed == 1)
+        until(lambda: decoder.ended == 1)
         with pytest.raises(httpx.ReadTimeout):  # one that waits for the whole
             client.post(CHAT, json=chat(max_tokens=100000), timeout=0.3)
-        until(lambda: decoder.closed == 2)
+        until(lambda: decoder.ended == 2)
         assert said(client) == "w0 w1 w2 w3"
         assert 'status="failed"} 2.0' in client.get("/metrics").text
 
@@ -85,7 +85,7 @@ def test_a_request_may_take_so_long(tokenizer: Any) -> None:
         assert late.status_code == 504 and late.json()["error"]["message"] == "the answer took more than 0.4 s"
         with client.stream("POST", CHAT, json=chat(max_tokens=1000, stream=True)) as response:
             assert "timeout_error" in [line for line in response.iter_lines() if line][-1]
-        until(lambda: decoder.closed == 2)
+        until(lambda: decoder.ended == 2)
         assert said(client) == "w0 w1 w2 w3"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,17 +18,18 @@ QUESTION: Any = [{"role": "user", "content": "w3 w4"}]
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny(tmp_path_factory.mktemp("openai"))
+    model, tokenizer = tiny(tmp_path_factory.mktemp("openai"))
+    return model, tokenizer, copy.deepcopy(model)
 
 
 @pytest.fixture(scope="module")
 def url(loaded: Any) -> Iterator[str]:
-    with Decoder(loaded[0]) as decoder, served(decoder, loaded[1], key="k") as client:
+    with Decoder(loaded[0]) as decoder, served(decoder, loaded[1], slots=3, key="k") as client:
         yield f"{client.base_url}/v1"
 
 
 def want(loaded: Any, **options: Any) -> str:
-    model, tokenizer = loaded
+    _, tokenizer, model = loaded  # not the server's own, which may be decoding
     sequences = decode(model, None, [3 + 3, 3 + 4], max_new_tokens=16, **options).sequences
     return str(tokenizer.decode(sequences[0, 2:], skip_special_tokens=True))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -16,18 +18,19 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny(tmp_path_factory.mktemp("serving"))
+    model, tokenizer = tiny(tmp_path_factory.mktemp("serving"))
+    return model, tokenizer, copy.deepcopy(model)
 
 
 @pytest.fixture(scope="module")
 def client(loaded: Any) -> Iterator[httpx.Client]:
-    with Decoder(loaded[0]) as decoder, served(decoder, loaded[1]) as client:
+    with Decoder(loaded[0]) as decoder, served(decoder, loaded[1], slots=3) as client:
         yield client
 
 
 def told(loaded: Any, words: str, **options: Any) -> tuple[str, list[int]]:
     """What `decode` answers."""
-    model, tokenizer = loaded
+    _, tokenizer, model = loaded  # not the server's own, which may be decoding
     ids = tokenizer(words, return_tensors="pt").input_ids
     tokens = decode(model, None, ids, **{"max_new_tokens": 16, **options}).sequences[0, ids.shape[1] :].tolist()
     return tokenizer.decode(tokens, skip_special_tokens=True), tokens
@@ -99,6 +102,16 @@ def test_n_answers_have_seeds_one_after_the_other(loaded: Any, client: httpx.Cli
         parts = [part["choices"][0] for part in events(response)]
     for number, text in enumerate(texts):
         assert "".join(part["delta"].get("content", "") for part in parts if part["index"] == number) == text
+
+
+def test_answers_that_come_and_go(loaded: Any, client: httpx.Client) -> None:
+    """More requests than slots, of several lengths: each answer is that of its prompt and seed alone."""
+    asked = [{"max_tokens": 3 + 5 * (seed % 4), "temperature": float(seed % 2), "seed": seed} for seed in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda options: answer(client, chat("w3 w4", **options)), asked))
+    for options, result in zip(asked, got, strict=True):
+        want = told(loaded, "w3 w4", max_new_tokens=options.pop("max_tokens"), **options)[0]
+        assert result["choices"][0]["message"]["content"] == want
 
 
 def test_prompts_as_texts_and_as_tokens(loaded: Any, client: httpx.Client) -> None:
@@ -190,7 +203,7 @@ def test_models_health_and_metrics(loaded: Any, client: httpx.Client) -> None:
 
 
 def test_without_a_chat_template_messages_are_refused(loaded: Any) -> None:
-    model, tokenizer = loaded
+    model, tokenizer, _ = loaded
     tokenizer.chat_template = None
     with Decoder(model) as decoder, served(decoder, tokenizer) as client:
         response = client.post(CHAT, json=chat())

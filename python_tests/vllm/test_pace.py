@@ -70,5 +70,5 @@ def test_a_draft_has_to_bring_what_its_time_brings_otherwise() -> None:
     pace = Pace()
     for rows, drafts in ((1, 1), (3, 3), (1, 1), (3, 3)) * 500:
         pace.observe(rows, drafts, 3 * rows, 10.0 + rows + drafts)
-    assert pace.least_probability(2) == pytest.approx(6 / 14, rel=0.02)
-    assert pace.least_probability(1) == pytest.approx(3 / 12, rel=0.02)
+    assert pace.least_probability(2) == pytest.approx(6 / 14, rel=0.05)
+    assert pace.least_probability(1) == pytest.approx(3 / 12, rel=0.05)

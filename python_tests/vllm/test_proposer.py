@@ -130,7 +130,8 @@ def test_rows_that_move_keep_their_texts(indexed: list[int]) -> None:
     batch.step(proposer, {"a": [2], "b": [2], "c": [2]})
     batch.remove("c")  # b moves into its row
     drafts = batch.step(proposer, {"a": [3], "b": [3]})
-    assert drafts == {name: expected(batch.text(name), 2) for name in ("a", "b")}
+    for name in ("a", "b"):
+        assert drafts[name] and drafts[name] == expected(batch.text(name), 2)[: len(drafts[name])]
     assert indexed[3:] == [1] * 5
 
 
@@ -226,7 +227,7 @@ def test_texts_that_wait_are_forgotten_when_they_are_many(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("seed", range(8))
 def test_whatever_happens_drafts_are_those_of_the_text(seed: int) -> None:
     draw = random.Random(seed)
-    batch, proposer, gone = Batch(6, 4096), make(), []
+    batch, proposer, gone, made = Batch(6, 4096), make(), [], 0
     names = map(str, itertools.count())
     for _ in range(120):
         if len(batch.names) < 6 and draw.random() < 0.3:
@@ -243,9 +244,11 @@ def test_whatever_happens_drafts_are_those_of_the_text(seed: int) -> None:
             if name not in reading
         }
         drafts = batch.step(proposer, sampled)
-        assert drafts == {
-            name: expected(batch.text(name), len(sampled)) if name in sampled else [] for name in batch.names
-        }
+        for name in batch.names:
+            fitting = expected(batch.text(name), len(sampled)) if name in sampled else []
+            assert drafts[name] == fitting[: len(drafts[name])]
+        made += sum(map(len, drafts.values()))
+    assert made > 50
 
 
 def test_no_rows() -> None:
@@ -290,6 +293,17 @@ def test_drafts_are_many_where_tokens_cost_little_and_few_where_they_cost_much()
 def test_drafts_of_a_large_batch_are_fewer() -> None:
     few, many = (run_steps(lambda tokens: 16.0 + tokens, rows) for rows in (1, 24))
     assert few > 2 * many
+
+
+def test_a_text_whose_drafts_are_not_taken_gets_fewer() -> None:
+    """Whatever its record of single matches says; and as many as before when they are taken again."""
+    tokens = np.array(LIST * 30, np.int32)
+    text, size, counts = Text(), 20, []
+    for accepted in (0,) * 12 + (8,) * 30:
+        text.follow(tokens[:size], tokens[:size].tobytes())
+        counts.append(len(text.draft(8, 0.5, VOCABULARY)))
+        size += 1 + min(accepted, counts[-1])
+    assert counts[0] > 6 and min(counts[:13]) < 3 and counts[-1] > 6
 
 
 def test_importing_it_is_cheap() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ops.step import NativeStep
-from ...target.model import chain_ancestors
+from ...target.step_row import chain_ancestors
 from .lower import lower
 from .program import Product, encode
 from .step import table_positions
