@@ -62,6 +62,7 @@ def cases(op: str) -> Iterator[list[Any]]:
                 arguments = attention_inputs(2, random_parents(20), [70, 3], head_size=head_size, dtype=dtype)
                 yield list(arguments.values())
                 yield list((arguments | {"window": 5}).values())
+            yield list(attention_inputs(1, chain(2), [300], dtype=dtype).values())  # in several pieces
         elif op == "verify_tree":
             parents, ancestors, depth = tree(random_parents(100, seed=1))
             draft, target = (integers(0, 2, 3, 100, seed=seed) for seed in (1, 2))
