@@ -1,5 +1,6 @@
-// Products Y = W X^T of a huge W (M weight rows, C columns) and a few rows of X: what head_stack and
-// draft_topk have in common. Every weight is used once per row of X, so that the time is that of reading W.
+// Products Y = W X^T of a huge W (M weight rows, C columns) and a few rows of X: what head_stack, draft_topk
+// and the products of a step have in common. Every weight is used once per row of X, so that the time is that
+// of reading W.
 //
 // A warp computes a tile, 16 weight rows, for 16, 32 or 64 rows of X (8 without tensor cores), over its slice
 // of the columns. Lane 4 g + t takes rows g and g + 8 of the tile, at column t * kVector of a chunk of 4 *
