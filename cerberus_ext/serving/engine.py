@@ -137,8 +137,9 @@ class Engine:
         return False
 
     def _put(self, batch: Batch, chunk: Chunk) -> None:
-        job = self._running[chunk.row]
-        assert job.request is not None
+        job = self._running.get(chunk.row)
+        if job is None or job.request is None:  # a step was on its way when it was let go
+            return
         if job.cancelled.is_set():
             batch.end(job.request)
         job.put(chunk.tokens)

@@ -114,6 +114,17 @@ def test_answers_that_come_and_go(loaded: Any, client: httpx.Client) -> None:
         assert result["choices"][0]["message"]["content"] == want
 
 
+def test_a_client_that_goes_away_disturbs_no_other(loaded: Any, client: httpx.Client) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        for seed in range(6):
+            options = {"temperature": 1.0, "seed": seed, "max_tokens": 40}
+            stays = pool.submit(answer, client, chat("w3 w4", **options))
+            with client.stream("POST", CHAT, json=chat("w5", stream=True, max_tokens=200)) as response:
+                next(response.iter_lines())
+            want = told(loaded, "w3 w4", temperature=1.0, seed=seed, max_new_tokens=40)[0]
+            assert stays.result()["choices"][0]["message"]["content"] == want
+
+
 def test_prompts_as_texts_and_as_tokens(loaded: Any, client: httpx.Client) -> None:
     want = [told(loaded, words)[0] for words in ("w3 w4", "w5 w6 w7")]
     ids = [loaded[1](words).input_ids for words in ("w3 w4", "w5 w6 w7")]
