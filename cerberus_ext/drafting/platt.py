@@ -24,6 +24,8 @@ def reading(platt: PlattScaling | None) -> Reading:
         correct = partial(corrected, slope=slope, shift=shift)
 
     def read(logprobs: NDArray[np.float64]) -> NDArray[np.float64]:
+        if logprobs.size == 0:  # the heads were not asked
+            return logprobs
         probabilities = correct(logprobs)
         known = np.isfinite(logprobs + probabilities)
         return probabilities if known.all() else np.where(known, probabilities, 0.0)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from cerberus_ext import decode
+from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate
 from cerberus_ext.drafting.static_policy import StaticPolicy
 
@@ -75,6 +76,16 @@ def test_heads_draft_for_all_rows(dtype: torch.dtype, kind: str, tree: Any, fuse
     if isinstance(tree, StaticPolicy):
         assert [row.trace for row in out.stats.rows] == [one.stats.trace for one in one_by_one]
         assert all(nodes > 1 for row in out.stats.rows for nodes, _ in row.trace[:-2])
+
+
+def test_heads_that_are_calibrated_and_not_asked() -> None:
+    """A node costs as much as the first one: with several rows no draft of the heads pays."""
+    model, rows = tiny_family("llama"), prompts([4, 13, 9])
+    heads = plain_heads(model, torch.float32)
+    tree = DynamicPolicy(6, platt=[[1.1, -0.2]] * heads.config.num_heads)
+    gate = ConfidenceGate({nodes: float(nodes) for nodes in range(1, 7)})
+    out = decode(model, heads, rows, max_new_tokens=NEW, tree=tree, gate=gate)
+    equal(texts_of(out.sequences, rows), alone(model, rows))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
