@@ -19,9 +19,11 @@ from transformers import (
     MaxLengthCriteria,
     PreTrainedModel,
     StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
@@ -44,6 +46,8 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 _PREPARED = ("position_ids", "cache", "past_key_values", "cache_params")  # made by `generate` where the user gives none
 _HARMLESS = ("logits_to_keep", "use_cache")
+# Rows are decoded each at its own pace, and these processors keep what they have seen of all of them.
+_OF_ONE_TEXT = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
 # `generate` has them in the opposite order.
 _WARPERS: dict[str, Any] = {
     "top_p": TopPLogitsWarper,
@@ -97,6 +101,12 @@ def generate(
         _check_arguments(model, model_kwargs, given)
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(f"generate: streamer must be None with {len(input_ids)} texts")
+        if len(input_ids) > 1 and (
+            kind := next((type(p) for p in logits_processor if isinstance(p, _OF_ONE_TEXT)), None)
+        ):
+            raise ValueError(
+                f"generate: {kind.__name__} remembers one text, so that ids must have one row, got several"
+            )
         put_to, mask = None if streamer is None else _AfterPrompt(streamer), model_kwargs.get("attention_mask")
         first: Any = int(torch.randint(2**63 - 1, ())) if seed is None and generation_config.do_sample else seed
         at_once = 1 if _keeps(generation_config) else len(input_ids)

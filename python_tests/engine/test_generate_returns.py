@@ -10,7 +10,7 @@ from generate_cases import CASES, EOS, NEW, Ban, cerberus, run
 from stand_ins import OracleHeads
 from tiny_models import VOCAB, prompt, tiny_model
 from torch import Tensor
-from transformers import StoppingCriteria, WatermarkingConfig
+from transformers import StoppingCriteria, SynthIDTextWatermarkingConfig, WatermarkingConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from cerberus_ext.drafting.gate import AlwaysClosed
@@ -145,3 +145,15 @@ def test_several_texts_of_several_prompts() -> None:
     alone = [cerberus(model, prompts[row // 2][None], seed=7 + row, **options) for row in range(4)]
     assert got.equal(torch.cat(alone)) and kept.sequences.equal(got)
     assert [tuple(part.shape) for part in kept.scores] == [(4, model.config.vocab_size)] * 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidance"),
+        ({"watermarking_config": SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2])}, "SynthIDTextWatermark"),
+    ],
+)
+def test_what_remembers_one_text_is_refused_for_several(changes: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"generate: {name}.* ids must have one row"):
+        cerberus(tiny_model("llama"), torch.cat([prompt(), prompt()]), max_new_tokens=4, pad_token_id=0, **changes)
