@@ -127,8 +127,9 @@ def one_instruction(op: RowOp, dtype: torch.dtype, runs: tuple[int, int], size: 
     values = torch.randn(VOCAB, n2 * n1 * size) * 8
     special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-40, -100.0, 100.0, 1.0, 3.0])
     values[:, ::7] = special[torch.randint(len(special), values[:, ::7].shape)]
-    if op is RowOp.TOP:  # equal ones are ordered in another way than on a CPU
-        values = torch.rand_like(values).argsort(-1).float()
+    if op is RowOp.TOP:  # equal ones are ordered in another way than on a CPU: from 1 on every number of the dtype once
+        ranks, kind = torch.rand_like(values).argsort(-1), {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+        values = (torch.ones((), dtype=dtype).view(kind) + ranks).to(kind).view(dtype)
     other = torch.randint(-1, size + 1, (VOCAB, n1 * n2)).float() if op is RowOp.PICK else torch.randn(VOCAB, n1 * size)
     tensors = [values.to(dtype), other.to(dtype)]
     width = n2 * n1 if op in REDUCES else n2 * n1 * size
