@@ -290,15 +290,12 @@ def test_an_interrupt_at_any_line(fuse: bool | None) -> None:
         want = text(ids, 8)
     assert want.stats.reused_tokens > LENGTH and seen[0] > 1000
     longer = torch.cat([want.sequences, prompt(length=2)], 1)
-    answer, reused, interrupts = decode(model, None, longer, max_new_tokens=4).sequences, [], 0
+    answer, reused = decode(model, None, longer, max_new_tokens=4).sequences, []
     for line in range(1, seen[0], seen[0] // 60):
         text(prompt(), NEW)
-        try:
-            with interrupt_at(line):
-                text(ids, 8)
-        except KeyboardInterrupt:
-            interrupts += 1  # not at the last lines, where the first run had more to look at than this one
+        with pytest.raises(KeyboardInterrupt), interrupt_at(line):
+            text(ids, 8)
         out = text(longer, 4)
         reused.append(out.stats.reused_tokens)
         assert out.sequences.tolist() == answer.tolist(), line
-    assert 0 in reused and max(reused) > first.shape[1] and interrupts > 50
+    assert 0 in reused and max(reused) > first.shape[1]
