@@ -183,9 +183,7 @@ std::vector<int64_t> step_times(int64_t number, bool on) {
 }
 
 int64_t bytes_of(DType dtype, Packing packing, int64_t rows, int64_t size) {
-  if (packing == Packing::kPacked)
-    return packed_elements_cpu(dtype, rows, size) * (dtype == DType::kFloat32 ? 4 : 2);
-  return dtype == DType::kBFloat16 ? four_bit_bytes_cpu(rows, size) : 0;
+  return packed_elements(dtype, packing, rows, size) * (dtype == DType::kFloat32 ? 4 : 2);
 }
 
 int64_t bytes_like(const char* op, Packing packing, const Tensor& weight, int64_t rows) {

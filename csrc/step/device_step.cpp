@@ -106,29 +106,6 @@ DeviceLaunch DeviceStep::grouped(const Grouped& g, int64_t nodes) const {
   return launch;
 }
 
-DeviceLaunch DeviceStep::attention(const Attention& a, const StepText& text) const {
-  DeviceLaunch launch{};
-  launch.kind = kAttentionStage;
-  TreeAttentionArgs& args = launch.attention;
-  args.dtype = dtype_;
-  args.rows = 1;
-  args.nodes = text.nodes;
-  args.query_heads = a.query_heads;
-  args.kv_heads = kv_heads_;
-  args.head_size = head_size_;
-  args.capacity = text.capacity;
-  args.words = text.words;
-  args.scale = a.scale;
-  args.softcap = a.softcap;
-  args.window = a.window;
-  args.query = buffers_[a.query].data;
-  args.keys = plane(text, 2 * a.layer);
-  args.values = plane(text, 2 * a.layer + 1);
-  args.sinks = a.sinks < 0 ? nullptr : constants_[a.sinks].data;
-  args.output = buffers_[a.output].data;
-  return launch;
-}
-
 DevicePlan DeviceStep::plan(const StepCall& call, void* memory, const RowInstruction* instructions,
                             int64_t (*attention_splits)(const TreeAttentionArgs&)) {
   const StepText& text = call.texts[0];
@@ -152,10 +129,13 @@ DevicePlan DeviceStep::plan(const StepCall& call, void* memory, const RowInstruc
     } else if (stage.kind == kGroupedStage) {
       plan.launches.push_back(grouped(stage.grouped, call.nodes));
     } else if (stage.kind == kAttentionStage) {
-      plan.launches.push_back(attention(stage.attention, text));
-      TreeAttentionArgs& args = plan.launches.back().attention;
+      DeviceLaunch launch{};
+      launch.kind = kAttentionStage;
+      launch.attention = attention_args(stage.attention, text);
+      TreeAttentionArgs& args = launch.attention;
       args.splits = attention_splits(args);
       if (args.splits > 1) partial_rows = std::max(partial_rows, call.nodes * args.query_heads * args.splits);
+      plan.launches.push_back(launch);
     } else if (stage.rows.count > 0) {
       DeviceLaunch launch{};
       launch.kind = kRowsStage;

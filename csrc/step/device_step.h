@@ -50,7 +50,6 @@ class DeviceStep : public Step {
   void check_limits() const;
   DeviceLaunch product(size_t& stage, int64_t nodes) const;
   DeviceLaunch grouped(const Grouped& grouped, int64_t nodes) const;
-  DeviceLaunch attention(const Attention& attention, const StepText& text) const;
 };
 
 // A run of a plan's launches: what a step's run has in StepCall.

@@ -1,4 +1,4 @@
-// Where the operands of row instructions lie, for steps on every device.
+// Where lies what a stage reads and writes, for steps on every device.
 #include <cstring>
 
 #include "step/code.h"
@@ -9,6 +9,36 @@ namespace cerberus {
 void* Step::plane(const StepText& text, int64_t index) const {
   const int64_t bytes = kv_heads_ * text.capacity * head_size_ * element_bytes(false);
   return static_cast<char*>(text.cache) + index * bytes;
+}
+
+// Where a buffer's rows begin, from `node` on.
+void* Step::rows_from(int64_t buffer, int64_t node) const {
+  const Buffer& b = buffers_[buffer];
+  const int64_t row = buffer == logits_ ? node - without_logits_ : node;
+  return static_cast<char*>(b.data) + row * b.width * element_bytes(b.is_float32);
+}
+
+TreeAttentionArgs Step::attention_args(const Attention& a, const StepText& text) const {
+  TreeAttentionArgs args{};
+  args.dtype = dtype_;
+  args.rows = 1;
+  args.nodes = text.nodes;
+  args.query_heads = a.query_heads;
+  args.kv_heads = kv_heads_;
+  args.head_size = head_size_;
+  args.capacity = text.capacity;
+  args.words = text.words;
+  args.scale = a.scale;
+  args.softcap = a.softcap;
+  args.window = a.window;
+  args.query = rows_from(a.query, text.first);
+  args.keys = plane(text, 2 * a.layer);
+  args.values = plane(text, 2 * a.layer + 1);
+  args.length = text.length;
+  args.ancestors = text.ancestors;
+  args.sinks = a.sinks < 0 ? nullptr : constants_[a.sinks].data;
+  args.output = rows_from(a.output, text.first);
+  return args;
 }
 
 RowOperand Step::resolve(const Operand& o, const StepText& text) const {

@@ -27,13 +27,6 @@ void Step::time_stages(bool on) {
   times_.assign(stages_.size(), 0);
 }
 
-// Where a buffer's rows begin, from `node` on.
-void* Step::rows_from(int64_t buffer, int64_t node) const {
-  const Buffer& b = buffers_[buffer];
-  const int64_t row = buffer == logits_ ? node - without_logits_ : node;
-  return static_cast<char*>(b.data) + row * b.width * element_bytes(b.is_float32);
-}
-
 // Room for the nodes, and every address in its place.
 void Step::provide(const StepCall& call) {
   const int64_t without_logits = call.nodes - call.logit_rows;
@@ -124,27 +117,8 @@ void Step::run_rows(const Rows& r, int64_t first, const StepCall& call, const Pa
 void Step::run_attention(const Attention& a, const StepCall& call, const Parallel& parallel) {
   attentions_.clear();
   for (const StepText& text : call.texts) {
-    TreeAttentionArgs args{};
-    args.dtype = dtype_;
-    args.rows = 1;
-    args.nodes = text.nodes;
-    args.query_heads = a.query_heads;
-    args.kv_heads = kv_heads_;
-    args.head_size = head_size_;
-    args.capacity = text.capacity;
-    args.words = text.words;
-    args.scale = a.scale;
-    args.softcap = a.softcap;
-    args.window = a.window;
-    args.query = rows_from(a.query, text.first);
-    args.keys = plane(text, 2 * a.layer);
-    args.values = plane(text, 2 * a.layer + 1);
-    args.length = text.length;
-    args.ancestors = text.ancestors;
-    args.sinks = a.sinks < 0 ? nullptr : constants_[a.sinks].data;
-    args.output = rows_from(a.output, text.first);
-    args.splits = 1;
-    attentions_.push_back(args);
+    attentions_.push_back(attention_args(a, text));
+    attentions_.back().splits = 1;
   }
   tree_attentions_cpu({dtype_, static_cast<int64_t>(attentions_.size()), attentions_.data()}, parallel);
 }

@@ -147,6 +147,8 @@ class Step {
   bool is_used(const Stage& stage, int64_t buffer) const;
   void provide(const StepCall& call);
   void* rows_from(int64_t buffer, int64_t node) const;
+  // All but the splits, and what these need.
+  TreeAttentionArgs attention_args(const Attention& attention, const StepText& text) const;
   void run_product(const Product& product, int64_t first, int64_t nodes, const Parallel& parallel) const;
   void run_rows(const Rows& rows, int64_t first, const StepCall& call, const Parallel& parallel) const;
   void run_attention(const Attention& attention, const StepCall& call, const Parallel& parallel);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,15 @@ NONE = [0] * 6
 
 def row(space: int, index: int, offset: int = 0) -> list[int]:
     return [space, index, offset, 0, 0, 1]
+
+
+def damaged(code: list[int], generator: random.Random) -> list[int]:
+    """Some numbers of the code replaced by others, and perhaps its end left off."""
+    wrong = list(code)
+    for _ in range(generator.choice((1, 1, 2, 4))):
+        value = generator.choice((-1, *range(9), 14, 30, 31, 32, 36, 38, 1 << 20, 1 << 40, (1 << 63) - 1, -(1 << 63)))
+        wrong[generator.randrange(len(wrong))] = value
+    return wrong[: generator.choice((len(wrong), generator.randrange(len(wrong) + 1)))]
 
 
 def linear_step(dtype: torch.dtype, packed: bool) -> tuple[list[Tensor], list[int]]:

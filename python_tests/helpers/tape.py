@@ -7,13 +7,17 @@ refuses, as far as the operations tell; that all tensors are on the device is an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from cerberus_ext.runtime import runtime
+from cerberus_ext.runtime.recorder import RECORDERS
 
 # Reading a value back to the host (item and such), results whose shape depends on values, constants from host memory.
 _REFUSED_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -86,3 +90,18 @@ class TapeRecorder:
 
     def fetch(self, source: Tensor, host: Tensor) -> None:
         host.copy_(source)
+
+
+@pytest.fixture
+def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TapeRecorder]]:
+    """From here on, steps on a CPU are recorded; the recorders that were made."""
+    made: list[TapeRecorder] = []
+
+    def make(device: torch.device) -> TapeRecorder:
+        made.append(TapeRecorder())
+        return made[-1]
+
+    monkeypatch.setitem(RECORDERS, "cpu", make)
+    runtime._runtimes.clear()
+    yield made
+    runtime._runtimes.clear()

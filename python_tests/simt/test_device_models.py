@@ -3,7 +3,6 @@ and how many launches they take."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from device_steps import EmulatedStep, launches
 from fused_steps import every_call_seen
 from op_cases import assert_same_bits
 from stand_ins import OracleHeads
-from tape import TapeRecorder
+from tape import TapeRecorder, recorders
 from tiny_families import tiny_family
 from tiny_models import VOCAB, generated, prompt, tiny_model
 from torch import Tensor
@@ -26,11 +25,11 @@ from cerberus_ext.ops.step import NativeStep
 from cerberus_ext.runtime import runtime
 from cerberus_ext.runtime.fused.step import NATIVE, FusedStep
 from cerberus_ext.runtime.fused.trace import NotFused
-from cerberus_ext.runtime.recorder import RECORDERS
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "gemma3_text", "gpt_neox", "gpt2", "phi3", "mixtral", "qwen3_moe"]
 BUSH = tree_of_ranks([-1, 0, 0, 1, 1, 2, 3, 6, 0, 8, 5], [0] * 11)
 TREES = {"root": StaticPolicy.chain(0).tree, "bush": BUSH}
+__all__ = ["recorders"]
 pytestmark = pytest.mark.usefixtures("simt")
 
 
@@ -38,21 +37,6 @@ pytestmark = pytest.mark.usefixtures("simt")
 def device(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on, fused steps on a CPU are launches of emulated kernels."""
     monkeypatch.setitem(NATIVE, "cpu", EmulatedStep)
-
-
-@pytest.fixture
-def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TapeRecorder]]:
-    """Steps on a CPU are recorded; the recorders that were made."""
-    made: list[TapeRecorder] = []
-
-    def make(device: torch.device) -> TapeRecorder:
-        made.append(TapeRecorder())
-        return made[-1]
-
-    monkeypatch.setitem(RECORDERS, "cpu", make)
-    runtime._runtimes.clear()
-    yield made
-    runtime._runtimes.clear()
 
 
 def step(model: Any, tree: Tree, tokens: Tensor) -> tuple[list[Tensor], int]:
