@@ -43,13 +43,16 @@ def test_ctrl_c_waits_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
         done.append(real(*arguments))
         return done[-1]
 
-    handler = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patched:
-        patched.setattr(torch.func, "functional_call", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            decode(model, None, prompt(), max_new_tokens=4)
-        assert len(done) == 1 and signal.getsignal(signal.SIGINT) is handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process ignores it
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.func, "functional_call", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                decode(model, None, prompt(), max_new_tokens=4)
+        assert len(done) == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert torch._C._len_torch_dispatch_stack() == 0 and not torch.is_inference_mode_enabled()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert decode(model, None, prompt(), max_new_tokens=4).stats.fused
 
 
