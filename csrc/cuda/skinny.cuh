@@ -58,16 +58,19 @@ struct Product {
 };
 
 // f(Product{}) for the element type and the number of rows of X; more rows than a product has are taken in
-// groups. The pointers are the starts of everything that is read in rows of `size` elements.
-template <typename F, typename... Pointers>
+// groups. The pointers are the starts of everything that is read in rows of `size` elements. kMostRows: for
+// work that never has more rows of X than that, no kernels are made for more.
+template <int kMostRows = 64, typename F, typename... Pointers>
 cudaError_t dispatch_product(DType dtype, int64_t size, int64_t x_rows, F&& f, Pointers... pointers) {
   return dispatch_vector(
       dtype, size,
       [&](auto element, auto vector) {
         using T = decltype(element);
         if constexpr (Product<T, vector(), 1>::kTensorCores) {
-          if (x_rows > 32) return f(Product<T, vector(), 4>{});
-          if (x_rows > 16) return f(Product<T, vector(), 2>{});
+          if constexpr (kMostRows > 32)
+            if (x_rows > 32) return f(Product<T, vector(), 4>{});
+          if constexpr (kMostRows > 16)
+            if (x_rows > 16) return f(Product<T, vector(), 2>{});
         }
         return f(Product<T, vector(), 1>{});
       },

@@ -100,7 +100,7 @@ cudaError_t step_grouped_cuda(const StepGroupedArgs& a, cudaStream_t stream) {
   const int64_t row_tiles = a.each * divide_up(a.out_size, kTileRows), tiles = a.rows * row_tiles;
   if (tiles == 0) return cudaSuccess;
   if (tiles > INT32_MAX) return cudaErrorInvalidValue;
-  return dispatch_product(
+  return dispatch_product<1>(
       a.dtype, a.in_size, 1,
       [&](auto product) {
         using Product = decltype(product);
