@@ -1,17 +1,14 @@
-// Multiply-adds a second of all threads together, of bfloat16 and of float32, in a loop over registers: what
-// no product can exceed. ./multiply_adds THREADS -> two numbers.
+// Multiply-adds a second of all threads together, of pairs of bfloat16 or of float32, in a loop over
+// registers: what no product can exceed. A library for linear.py.
 #include <immintrin.h>
 
 #include <algorithm>
 #include <chrono>
-#include <cstdio>
-#include <cstdlib>
 #include <thread>
 #include <vector>
 
 namespace {
 
-constexpr long kTurns = 4'000'000;
 constexpr int kChains = 12;  // more than the latency of an instruction times two
 
 // The sums are changed, for all that the compiler knows: else it would see that they are equal, and keep one.
@@ -38,34 +35,34 @@ constexpr int kPair = 1;
 Vec add_pair(Vec sum) { return add(sum); }
 #endif
 
+// Seconds that the slowest thread takes; each measures itself, so that starting them does not count.
 template <typename Step>
-double per_second(int threads, int lanes, const Step& step) {
-  double best = 0;
-  for (int repeat = 0; repeat < 9; ++repeat) {
-    const auto start = std::chrono::steady_clock::now();
-    std::vector<std::thread> all;
-    for (int i = 0; i < threads; ++i)
-      all.emplace_back([&] {
-        Vec sums[kChains] = {};
-        for (long turn = 0; turn < kTurns; ++turn) {
+double seconds(int threads, long turns, const Step& step) {
+  std::vector<double> took(threads);
+  std::vector<std::thread> all;
+  for (double& mine : took)
+    all.emplace_back([&] {
+      Vec sums[kChains] = {};
+      const auto start = std::chrono::steady_clock::now();
+      for (long turn = 0; turn < turns; ++turn) {
 #pragma GCC unroll 12
-          for (Vec& sum : sums) sum = step(sum);
-          KEEP(sums);
-        }
-      });
-    for (std::thread& one : all) one.join();
-    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-    best = std::max(best, static_cast<double>(kTurns) * kChains * lanes * threads / took.count());
-  }
-  return best;
+        for (Vec& sum : sums) sum = step(sum);
+        KEEP(sums);
+      }
+      mine = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    });
+  for (std::thread& one : all) one.join();
+  return *std::max_element(took.begin(), took.end());
 }
 
 }  // namespace
 
-int main(int, char** arguments) {
-  const int threads = std::atoi(arguments[1]), lanes = sizeof(Vec) / sizeof(float);
+// A second, of all threads together; a call takes about a millisecond.
+extern "C" double multiply_adds(int threads, bool pairs) {
+  constexpr long kTurns = 250'000;
+  const int lanes = sizeof(Vec) / sizeof(float) * (pairs ? kPair : 1);
   // Lambdas, not the functions themselves, which would be called by their addresses.
-  const double pairs = per_second(threads, kPair * lanes, [](Vec sum) { return add_pair(sum); });
-  const double floats = per_second(threads, lanes, [](Vec sum) { return add(sum); });
-  std::printf("%.4g %.4g\n", pairs, floats);
+  const double took = pairs ? seconds(threads, kTurns, [](Vec sum) { return add_pair(sum); })
+                            : seconds(threads, kTurns, [](Vec sum) { return add(sum); });
+  return static_cast<double>(kTurns) * kChains * lanes * threads / took;
 }

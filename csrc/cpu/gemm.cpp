@@ -84,9 +84,10 @@ struct KeptWeights : Weights<X, W> {
   }
 };
 
-// Adds the products of `size` k to the sums.
+// Adds the products of `size` k to the sums. W by value: what is kept could otherwise change where it is read
+// from, for all that the compiler knows.
 template <int kRows, int kWeights, typename X, typename W>
-inline __attribute__((always_inline)) void add_tile(const X* x, int64_t x_stride, const W& w, int64_t size,
+inline __attribute__((always_inline)) void add_tile(const X* x, int64_t x_stride, const W w, int64_t size,
                                                     Ahead& asked, Vec (&sums)[kRows][kWeights]) {
   using Product = Product<X>;
   int64_t k = 0;
@@ -190,9 +191,8 @@ int64_t block_size(int64_t size, int64_t tile_rows) {
 // A tile's sums over a block: on from those that `waiting` holds, or from zero; back there, or, the last
 // block done, to `dots`. Not inlined: the compiler would keep less of it in registers.
 template <int kRows, int kWeights, typename X, typename W>
-__attribute__((noinline)) void block_tile(const X* x, int64_t x_stride, const W& w, int64_t size,
-                                          Ahead& ahead, Vec* waiting, bool begun, float* dots,
-                                          int64_t dots_stride) {
+__attribute__((noinline)) void block_tile(const X* x, int64_t x_stride, const W w, int64_t size, Ahead& ahead,
+                                          Vec* waiting, bool begun, float* dots, int64_t dots_stride) {
   Vec sums[kRows][kWeights];
   const auto each = [&](const auto& body) {
 #pragma GCC unroll 8
