@@ -44,7 +44,7 @@ SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (49152, 576), (4096,
 ROWS = (1, 2, 4, 6, 8, 12, 16, 32, 64, 512)
 COLD_BYTES = 2**27  # of weights that take turns: several last caches
 FEWEST, MOST = 5, 400
-IN_A_ROW, PAUSE = 4, 0.003  # seconds
+IN_A_ROW, PAUSE, WARM_UP = 4, 0.003, 0.002  # calls, seconds, seconds
 GROUPS = 8
 LEVELS = ("CERBERUS_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 
@@ -80,7 +80,7 @@ def measure(
     """name -> seconds of each call, "peak": multiply-adds a second; a call reads weights that none has read for long.
 
     A few calls of each in a row: torch's threads go on spinning behind a call, beside what comes next. So there is a
-    pause before each, and its first call does not count.
+    pause before each, and its first calls, for which threads wake up, do not count.
     """
     found: dict[str, list[float]] = {name: [] for name in (*calls, "peak")}
     turn = 0
@@ -88,12 +88,15 @@ def measure(
     while (time.perf_counter() < until or turn < FEWEST * len(calls)) and turn < MOST * len(calls):
         for name, call in calls.items():
             time.sleep(PAUSE)
-            for count in range(IN_A_ROW + 1):
+            begun, counted = time.perf_counter(), 0
+            while counted < IN_A_ROW:
                 weight = weights[turn % len(weights)]
                 start = time.perf_counter()
                 call(weight)
-                if count:
-                    found[name].append(time.perf_counter() - start)
+                end = time.perf_counter()
+                if start - begun > WARM_UP:
+                    found[name].append(end - start)
+                    counted += 1
                 turn += 1
         found["peak"].append(peak())
     return found

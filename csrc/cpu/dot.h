@@ -33,7 +33,7 @@ struct Product {
 // The weights of even numbers, then those of odd ones: an instruction each for a vector of them.
 template <>
 struct Product<PairedFloat> {
-  static constexpr int kStep = 2 * kLanes, kParts = 2, kTileRows = kSums == 24 ? 6 : 4;
+  static constexpr int kStep = 2 * kLanes, kParts = 2, kTileRows = kSums == 24 ? 8 : 4;
   static constexpr int kManyTileRows = kTileRows;
   template <int kPart>
   static Vec load_at(const PairedFloat* p) {

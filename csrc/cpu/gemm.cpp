@@ -54,7 +54,11 @@ struct Weights {
 
   template <int kPart>
   auto load(int n, int64_t k) const {
-    return Product<X>::template load_at<kPart>(first + n * apart + k * kBeside);
+    const W* p = first + n * apart + k * kBeside;
+    // Read anew for the second part: the compiler would keep the words of the first, for which there is no
+    // register left.
+    if constexpr (kPart > 0 && kLanes == 16) __asm__("" : "+r"(p));
+    return Product<X>::template load_at<kPart>(p);
   }
   template <int kPart>
   auto load_part(int n, int64_t k, int64_t count) const {
@@ -97,7 +101,7 @@ inline __attribute__((always_inline)) void add_tile(const X* x, int64_t x_stride
     if constexpr (kWeights <= kRows) {
       Operand weights[kWeights];
 #pragma GCC unroll 12
-      for (int n = 0; n < kWeights; ++n) weights[n] = weight(n);
+      for (int n = 0; n < kWeights; ++n) weights[n] = in_register(weight(n));
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
         const Operand one = in_register(row(m));
@@ -174,10 +178,6 @@ void tiles_times_weights(const X* x, int64_t x_stride, int64_t rows, int64_t til
 
 constexpr int64_t kTileBytes = 24 << 10;  // of a tile of rows
 constexpr int64_t kBlockRows = 128;
-
-// Rows of a tile: with more of them fewer weights are in registers, and they come from further away.
-template <typename X>
-constexpr int kBlockTileRows = kSums == 24 && Product<X>::kParts == 2 ? 8 : Product<X>::kTileRows;
 
 // k of a block: as few blocks as possible, of as even sizes as possible.
 template <typename X>
@@ -273,7 +273,7 @@ int64_t blocks_of_weights(const X* x, int64_t x_stride, int64_t rows, int64_t ti
 template <typename X, typename W>
 void blocks_times_weights(const X* x, int64_t x_stride, int64_t rows, const W* w, int64_t begin, int64_t end,
                           int64_t size, const Output<W>& output) {
-  constexpr int kMost = kBlockTileRows<X>;
+  constexpr int kMost = Product<X>::kTileRows;
   with_row_tiles<kMost>(rows, kMost, [&](auto largest, int64_t tiles) {
     constexpr int kMaxRows = decltype(largest)::value, kWeights = kSums / kMaxRows;
     if constexpr (kMaxRows > kMost / 2) {  // as many rows as there are give no others
@@ -290,7 +290,7 @@ template <typename T>
 void rows_times_weights(const Row<T>* x, int64_t x_stride, int64_t rows, const T* w, int64_t begin,
                         int64_t end, int64_t size, const Output<T>& output) {
   constexpr bool kWidens = sizeof(Row<T>) != sizeof(T);
-  const bool is_long = block_size<Row<T>>(size, kBlockTileRows<Row<T>>) < size;
+  const bool is_long = block_size<Row<T>>(size, Product<Row<T>>::kTileRows) < size;
   const bool many = kWidens && rows >= (is_long ? kManyLongRows : kManyRows);
   const int64_t blocks =
       many ? (rows + kBlockRows - 1) / kBlockRows : row_blocks(rows, size * static_cast<int64_t>(sizeof(*x)));
