@@ -15,9 +15,10 @@ from ..drafting.dynamic_policy import DynamicPolicy
 from ..drafting.gate import SIGNALS
 from ..drafting.tree import MAX_NODES, TreePolicy
 from ..io.checks import as_number, check_integer, check_number
-from ..runtime.sampling import Sampling
+from ..runtime.sampling import Sampling, Typical
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ACCEPTANCES = {"exact": Sampling, "typical": Typical}
 # What wraps a model, by what it has: of peft (the adapters are in the model), of torch.compile.
 _INSIDE = {"get_base_model": "its get_base_model()", "_orig_mod": "the model as it was before torch.compile"}
 
@@ -102,7 +103,9 @@ def check_proposers(proposers: Any) -> None:
         )
 
 
-def check_sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any, seed: Any) -> Sampling:
+def check_sampling(
+    temperature: Any, top_k: Any, top_p: Any, min_p: Any, seed: Any, acceptance: Any = "exact"
+) -> Sampling:
     temperature = check_number(
         "decode: temperature", temperature, ">= 0 and finite", lambda number: 0 <= number < math.inf
     )
@@ -110,8 +113,13 @@ def check_sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any, seed: A
     min_p = check_number("decode: min_p", min_p, ">= 0 and <= 1", lambda number: 0 <= number <= 1)
     top_k = check_integer("decode: top_k", top_k, 0)
     seed = check_integer("decode: seed", seed, -(2**63), 2**63 - 1)
-    # Greedily all seeds are alike, and so are recordings of a step.
-    return Sampling(seed, temperature, top_k, top_p, min_p) if temperature else Sampling()
+    if not isinstance(acceptance, str) or acceptance not in _ACCEPTANCES:
+        raise ValueError(f"decode: acceptance must be one of {sorted(_ACCEPTANCES)}, got {acceptance!r}")
+    if temperature:
+        return _ACCEPTANCES[acceptance](seed, temperature, top_k, top_p, min_p)
+    if acceptance != "exact":
+        raise ValueError(f"decode: acceptance must be 'exact' where temperature is 0, got {acceptance!r}")
+    return Sampling()  # greedily all seeds are alike, and so are recordings of a step
 
 
 def eos_token_ids(eos_token_id: Any, generation_config: GenerationConfig | None) -> frozenset[int]:

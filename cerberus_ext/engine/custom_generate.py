@@ -69,6 +69,7 @@ def generate(
     gate: Gate | None = None,
     proposers: Sequence[ProposerFactory] | None = None,
     seed: int | None = None,
+    acceptance: str = "exact",
     graphs: bool | None = None,
     fuse: bool | None = None,
     pack: bool | None = None,
@@ -77,9 +78,9 @@ def generate(
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """`model.generate(ids, custom_generate=cerberus_ext.generate, heads=heads, ...)`: the same text, in fewer forwards.
 
-    heads, tree, gate, proposers, graphs, fuse, pack: as in `decode`. All other arguments are those of `model.generate`
-    with prompts (B, S), padded left or right; transformers prepares them and calls this. Of several, logits processors
-    must look at nothing but their arguments.
+    heads, tree, gate, proposers, acceptance, graphs, fuse, pack: as in `decode`. All other arguments are those of
+    `model.generate` with prompts (B, S), padded left or right; transformers prepares them and calls this. Of several,
+    logits processors must look at nothing but their arguments.
     do_sample: tokens are drawn from the same probabilities as by `generate`, but with the noise of `decode`, by seed
         and position: other tokens than those of `generate`, and the same with and without drafts. seed None: one is
         drawn from torch's generator, so that torch.manual_seed determines the text here, too.
@@ -113,7 +114,7 @@ def generate(
         return [
             _text(
                 decoder, input_ids[row : row + at_once], logits_processor, stopping_criteria, generation_config,
-                first + row if row else first, streamer=put_to,
+                first + row if row else first, streamer=put_to, acceptance=acceptance,
                 attention_mask=None if mask is None else mask[row : row + at_once],
             )
             for row in range(0, len(input_ids), at_once)

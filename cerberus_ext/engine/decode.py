@@ -35,6 +35,7 @@ def decode(
     top_p: float = 1.0,
     min_p: float = 0.0,
     seed: int = 0,
+    acceptance: str = "exact",
     eos_token_id: int | Sequence[int] | Tensor | None = None,
     stopping_criteria: list[Any] | None = None,
     generation_config: GenerationConfig | None = None,
@@ -68,6 +69,8 @@ def decode(
         with noise determined by seed and position, so that for a seed the text is the same whatever the heads, the tree
         and the gate; of several prompts, row r has the seed `seed + r`. Of those that are at least min_p times as
         probable as the best one, with the top_k and top_p of `ops.choose_tokens`.
+    acceptance: "exact", or, for tokens that are drawn, "typical": likely drafts are accepted, too, though another token
+        was drawn. That is lossy: the text depends on what is drafted, see `runtime.sampling.Typical`.
     generation_config: None: the model's. What it says about the logits (penalties, forbidden tokens, ...) is applied
         before a token is chosen, as in `generate`, see logit_rules.py; the other arguments do not come from it.
     logits_processor: transformers' own, applied after those, and called as by `generate`: once for each token, in
@@ -95,6 +98,7 @@ def decode(
     decoder = Decoder(model, heads, tree=tree, gate=gate, proposers=proposers, graphs=graphs, fuse=fuse, pack=pack)
     return decoder.run(
         ids, streamer=streamer, attention_mask=attention_mask, max_new_tokens=max_new_tokens, temperature=temperature,
-        top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, eos_token_id=eos_token_id, logits_processor=logits_processor,
-        stopping_criteria=stopping_criteria, generation_config=generation_config, slots=slots,
+        top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, acceptance=acceptance, eos_token_id=eos_token_id,
+        stopping_criteria=stopping_criteria, generation_config=generation_config, logits_processor=logits_processor,
+        slots=slots,
     )  # fmt: skip

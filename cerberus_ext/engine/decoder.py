@@ -39,6 +39,7 @@ class Options(TypedDict, total=False):
     top_p: float
     min_p: float
     seed: int
+    acceptance: str
     eos_token_id: int | Sequence[int] | Tensor | None
     stopping_criteria: list[Any] | None
     generation_config: GenerationConfig | None

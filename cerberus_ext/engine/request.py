@@ -55,13 +55,13 @@ def make_requests(
     model: PreTrainedModel, plan: Plan, ids: Any, put_to: Any, *, attention_mask: Any = None,
     max_new_tokens: Any = MAX_NEW_TOKENS, temperature: Any = 0.0, top_k: Any = 0, top_p: Any = 1.0, min_p: Any = 0.0,
     seed: Any = 0, eos_token_id: Any = None, stopping_criteria: Any = None, generation_config: Any = None,
-    logits_processor: Any = None, slots: Any = SLOTS,
+    logits_processor: Any = None, acceptance: Any = "exact", slots: Any = SLOTS,
 ) -> Requests:  # fmt: skip
     """The options of `decode`. put_to: a streamer, or None. Raises TypeError or ValueError, naming the argument."""
     prompts = read_prompts(ids, attention_mask, model)
     max_new_tokens = checks.check_integer("decode: max_new_tokens", max_new_tokens, 0)
     slots = min(checks.check_integer("decode: slots", slots, 1), len(prompts.rows))
-    sampling = checks.check_sampling(temperature, top_k, top_p, min_p, seed)
+    sampling = checks.check_sampling(temperature, top_k, top_p, min_p, seed, acceptance)
     checks.check_streamer(put_to)
     if put_to is not None and len(prompts.rows) > 1:
         raise ValueError(f"decode: streamer must be None with {len(prompts.rows)} prompts: use Decoder.stream")

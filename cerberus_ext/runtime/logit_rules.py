@@ -115,6 +115,7 @@ class LogitRules:
     ) -> None:
         self.host_rules = tuple(rules)
         self.seconds = 0.0
+        self.inexact_because = sampling.inexact_because
         self._processors = processors
         self._text = ids
         self._eos = eos
@@ -131,16 +132,17 @@ class LogitRules:
         follows all of them.
         """
         assert tree is not None
-        drafts, chosen = tokens[0].tolist(), [_NOTHING] * tree.size
+        drafts, chosen, parents = tokens[0].tolist(), [_NOTHING] * tree.size, tree.parents.tolist()
         text, follows = self._text[:, :-1], list[int]()  # the accepted path so far, and the token behind each depth
-        for node, (parent, depth) in enumerate(zip(tree.parents.tolist(), tree.depths.tolist(), strict=True)):
+        for node, (parent, depth) in enumerate(zip(parents, tree.depths.tolist(), strict=True)):
             accepted = node == 0 or 0 <= chosen[parent] == drafts[node]
             if not accepted or node and drafts[node] in self._eos:
                 continue
             if depth == len(follows):
                 text = torch.cat([text, tokens[:, node : node + 1]], 1)
                 processed = self._apply(text, logits[:, node])
-                follows.append(int(self._sampling.choose(processed, positions[:, node])))
+                children = [token for token, above in zip(drafts, parents, strict=True) if above == node]
+                follows.append(self._sampling.follow(processed, positions[:, node], children))
             chosen[node] = follows[depth]
         return tokens.new_tensor([chosen])
 

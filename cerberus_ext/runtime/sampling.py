@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from .. import ops
 from ..drafting.tree import Tree
@@ -17,7 +19,7 @@ class Chooser(Protocol):
     """Chooses the tokens of one text.
 
     host_rules: what the host applies to the logits on the way, by name; a step with any is not recorded. seconds: what
-    that took so far.
+    that took so far. inexact_because: why the text depends on what is drafted; None: it does not.
     """
 
     @property
@@ -25,6 +27,9 @@ class Chooser(Protocol):
 
     @property
     def seconds(self) -> float: ...
+
+    @property
+    def inexact_because(self) -> str | None: ...
 
     def first(self, logits: Tensor, positions: Tensor) -> Tensor:
         """logits (B, V) after the prompt, positions (B,) of the tokens to choose -> tokens (B,)."""
@@ -48,17 +53,19 @@ class Sampling:
     min_p: float = 0.0
     host_rules: ClassVar[Sequence[str]] = ()
     seconds: ClassVar[float] = 0.0
+    inexact_because: ClassVar[str | None] = None
 
     def choose(self, logits: Tensor, positions: Tensor) -> Tensor:
         """logits (..., V), positions (...) of the tokens to choose -> tokens (...)."""
-        flat = logits.reshape(-1, logits.shape[-1]).contiguous()
-        if self.min_p:
-            lowest = flat.amax(-1, keepdim=True).float() + self.temperature * math.log(self.min_p)
-            flat = flat.masked_fill(flat.float() < lowest, -math.inf)
+        flat = self._without_improbable(logits.reshape(-1, logits.shape[-1]).contiguous())
         chosen = ops.choose_tokens(
             flat, positions.reshape(-1).contiguous(), self.seed, self.temperature, self.top_k, self.top_p
         )
         return chosen.view(positions.shape)
+
+    def follow(self, logits: Tensor, position: Tensor, drafts: list[int]) -> int:
+        """What follows a node whose children are `drafts`: logits (1, V), position (1,) of the token to choose."""
+        return int(self.choose(logits, position))
 
     def first(self, logits: Tensor, positions: Tensor) -> Tensor:
         return self.choose(logits, positions)
@@ -68,3 +75,56 @@ class Sampling:
 
     def extend(self, tokens: list[int]) -> None:
         pass
+
+    def _without_improbable(self, logits: Tensor) -> Tensor:
+        """logits (M, V) -> the same without those that min_p leaves out."""
+        if not self.min_p:
+            return logits
+        lowest = logits.amax(-1, keepdim=True).float() + self.temperature * math.log(self.min_p)
+        return logits.masked_fill(logits.float() < lowest, -math.inf)
+
+
+@dataclass(frozen=True)
+class Typical(Sampling):
+    """Medusa's typical acceptance, which is lossy: a draft is accepted, too, where the model gives it more than
+    min(epsilon, delta exp(-entropy)), though another token was drawn. Probabilities are those that are drawn from.
+
+    Of the paths that are accepted so, the longest wins. Source: arXiv 2401.10774, with its constants.
+    """
+
+    epsilon: float = 0.09
+    delta: float = 0.3
+    host_rules: ClassVar[Sequence[str]] = ("acceptance='typical'",)
+    inexact_because: ClassVar[str | None] = "acceptance='typical' accepts drafts that the model did not choose"
+
+    def follow(self, logits: Tensor, position: Tensor, drafts: list[int]) -> int:
+        """The first child that is accepted: which of them goes on longest is not known."""
+        drawn, tokens = self.choose(logits, position), torch.tensor(drafts, dtype=torch.int64, device=logits.device)
+        accepted = self._accepted(logits, drawn, torch.zeros_like(tokens), tokens)
+        return next((token for token, taken in zip(drafts, accepted, strict=True) if taken), int(drawn))
+
+    def targets(self, logits: Tensor, tokens: Tensor, tree: Tree | None, positions: Tensor) -> Tensor:
+        """What was drawn, but after nodes with accepted children the one that goes on longest; the first of equals."""
+        assert tree is not None
+        drawn, parents = self.choose(logits, positions), torch.from_numpy(tree.parents[1:]).to(tokens.device)
+        accepted = self._accepted(logits[0], drawn[0], parents, tokens[0, 1:])
+        target, drafts, length = drawn[0].tolist(), tokens[0].tolist(), [0] * tree.size  # accepted tokens below a node
+        for node in range(tree.size - 1, 0, -1):
+            parent = tree.parents[node]
+            if accepted[node - 1] and length[node] >= length[parent] - 1:
+                target[parent], length[parent] = drafts[node], length[node] + 1
+        return tokens.new_tensor([target])
+
+    def _accepted(self, logits: Tensor, drawn: Tensor, parents: Tensor, tokens: Tensor) -> list[bool]:
+        """logits (N, V), drawn (N,) after each node; parents, tokens (M,) of drafts -> which of them are accepted."""
+        scores = self._without_improbable(logits).float() / self.temperature
+        ids: Any = drawn[:, None]  # nothing is made of them
+        if self.top_k:
+            scores = TopKLogitsWarper(self.top_k)(ids, scores)
+        if self.top_p < 1:
+            scores = TopPLogitsWarper(self.top_p)(ids, scores)
+        probabilities = scores.softmax(-1)
+        lowest = (self.delta * (-torch.special.entr(probabilities).sum(-1)).exp()).clamp(max=self.epsilon)
+        known = (tokens >= 0) & (tokens < logits.shape[-1])
+        likely = probabilities[parents, tokens.where(known, 0)] > lowest[parents]
+        return (known & (likely | (tokens == drawn[parents]))).tolist()

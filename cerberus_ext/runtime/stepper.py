@@ -117,6 +117,8 @@ class Stepper:
     def prefill(self, ids: Tensor) -> list[int]:
         """ids (1, S): the prompt -> the first new token."""
         reused, self._drafter = self._begin(self.target, ids)
+        if because := self._chooser.inexact_because:
+            self.stats.exact, self.stats.inexact_because = False, because
         hidden, logits = prefill(self.target, self._drafter, ids, reused)  # (B, D), (B, V)
         self.stats.reused_tokens = reused
         pending = self._chooser.first(logits, self.target.cache.length)  # (B,); the cache's length is its position

@@ -44,7 +44,10 @@ class TreeCache(Cache):
         """shape (B, Hkv, N, E) of the first keys that a model hands over -> the cache's tensor."""
         batch, heads, _, size = shape
         planes = 2 * (len(self.layers) + self.context)
-        self.tensor = torch.zeros((planes, batch, heads, self.capacity, size), dtype=like.dtype, device=like.device)
+        # What lies behind the text is read by nobody, and memory that is not written to is none yet on a CPU: a large
+        # capacity costs what the text needs.
+        make = torch.empty if like.device.type == "cpu" else torch.zeros
+        self.tensor = make((planes, batch, heads, self.capacity, size), dtype=like.dtype, device=like.device)
         return self.tensor
 
     def planes(self) -> list[Tensor]:
