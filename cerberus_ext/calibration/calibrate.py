@@ -29,6 +29,7 @@ from ..io.files import check_output_folder, check_writable, read_object, write_j
 from ..io.prompts import Question
 from ..target.model import position_limit
 from . import report
+from .batches import measure_batches
 from .choice import PLAIN, choose
 from .cost import measure_costs
 from .plot import MADE_BY, plot
@@ -109,6 +110,7 @@ def calibrate(
     traced = [text for _, text in texts]
     sizes = sorted({1, *(options.sizes or SIZES)})
     costs = measure_costs(model, heads, sizes, contexts, options.rounds)
+    batches = measure_batches(model, contexts[len(contexts) // 2], options.rounds)
     choice = choose(traced, costs)
     measured: dict[str, Measured] = {}
     if options.validate:
@@ -137,6 +139,7 @@ def calibrate(
             zero_accept_rate=tally.zero_accept_rate,
         ),
         details=report.details(traced, choice, costs, measured, gain),
+        batches=batches,
     )
     file = save(heads, found)
     if options.output is None:

@@ -122,7 +122,7 @@ def measure_costs(
             ]  # fmt: skip
             made = steps(runtime, how, Sampling(), stats, max(contexts) + 1 + policy.size)
             with torch.inference_mode(), made as stepper:
-                _fill(stepper)
+                fill(stepper)
                 for round in range(rounds + 1):  # the first one warms up
                     for times, size, context in cells:
                         choosing.answer = size
@@ -146,7 +146,7 @@ def measure_costs(
     )
 
 
-def _fill(stepper: Stepper) -> None:
+def fill(stepper: Stepper) -> None:
     """A short prompt, and numbers in the whole cache: memory that was never written may be faster to read."""
     cache = stepper.target.cache
     stepper.prefill(torch.zeros((1, 1), dtype=torch.int64, device=cache.length.device))
@@ -154,16 +154,21 @@ def _fill(stepper: Stepper) -> None:
     cache.tensor.normal_()
 
 
-def _time_step(stepper: Stepper, gate: Gate, policy: DynamicPolicy, trees: Trees, context: int) -> float:
-    """Seconds of one step after `context` tokens."""
+def put_back(stepper: Stepper, context: int) -> None:
+    """To where its text has `context` tokens."""
     cache = stepper.target.cache
     cache.length.fill_(context)
     cache.committed = context
 
+
+def _time_step(stepper: Stepper, gate: Gate, policy: DynamicPolicy, trees: Trees, context: int) -> float:
+    """Seconds of one step after `context` tokens."""
+    put_back(stepper, context)
+
     def step() -> Any:
         return stepper.step(propose(stepper, policy, gate, trees, stepper.max_depth()))
 
-    return timed(step, cache.length.device)[1]
+    return timed(step, stepper.target.cache.length.device)[1]
 
 
 def _spread(times: Sequence[float]) -> float:

@@ -23,7 +23,7 @@ from .proposers import (
     join_tables,
 )
 from .suffix import SuffixProposer
-from .tree import MAX_NODES, Tree, TreePolicy
+from .tree import ALONE, HEADS, MAX_NODES, Tree, TreePolicy
 
 MAX_DRAFTS = 32  # that `ops.draft_topk` gives
 # Of steps with fewer nodes than the largest tree. Each takes a while to record, so powers of two, without 2.
@@ -95,15 +95,21 @@ class DynamicTrees:
         for proposer in self._proposers:
             call(f"decode: proposers: {type(proposer).__name__}.extend", proposer.extend, tokens)
 
-    def grow(self, heads: HeadsSignals, max_depth: int, weighed: bool) -> Tree:
+    def grow(self, heads: HeadsSignals | None, max_depth: int, weighed: bool, least: float = 0.0) -> Tree:
         depth = min(max_depth, self._policy.size - 1)
-        own = HeadsProposer(heads, self._vocabulary, self._policy.platt)
-        drafts = [own.propose(depth), *(ask_proposer(proposer, depth) for proposer in self._proposers)]
-        table = join_tables([(part, number) for number, part in enumerate(drafts) if part.tokens.ndim == 2])
-        paths = [(*part, number) for number, part in enumerate(drafts) if part.tokens.ndim == 1 and part.tokens.size]
+        others = [ask_proposer(proposer, depth) for proposer in self._proposers]
+        drafts = list(enumerate(others, start=HEADS + 1))
+        if heads is not None:
+            drafts.insert(0, (HEADS, HeadsProposer(heads, self._vocabulary, self._policy.platt).propose(depth)))
+        # The likeliest of depth 1 comes first, and nothing deeper is likelier than what it stands below.
+        best = max((part.probabilities.item(0) for _, part in drafts if part.tokens.size), default=0.0)
+        if 0.0 <= best < least:
+            return ALONE
+        table = join_tables([(part, number) for number, part in drafts if part.tokens.ndim == 2])
+        paths = [(*part, number) for number, part in drafts if part.tokens.ndim == 1 and part.tokens.size]
         try:
             return Tree(*_host.best_drafts(*table, paths, self._vocabulary, self._policy.size, depth))
         except ValueError:
-            for proposer, part in zip(self._proposers, drafts[1:], strict=True):
+            for proposer, part in zip(self._proposers, others, strict=True):
                 check_values(proposer, part, self._vocabulary)  # says whose they are
             raise

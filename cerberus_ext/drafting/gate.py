@@ -109,6 +109,7 @@ class ConfidenceGate(Gate):
         if 1 not in costs:
             raise ValueError(f"ConfidenceGate: costs must have size 1, a plain step, got sizes {sorted(costs)}")
         self.costs = dict(sorted(costs.items()))
+        self._sizes, self._times = np.array(list(self.costs)), np.array(list(self.costs.values()))
         self.margin = check_number("ConfidenceGate: margin", margin, ">= 0", lambda number: number >= 0)
         if rate is not None:
             check_number("ConfidenceGate: rate", rate, "None or > 0", lambda number: number > 0)
@@ -116,14 +117,14 @@ class ConfidenceGate(Gate):
 
     def cost(self, sizes: Any) -> Any:
         """Time of steps with so many nodes: a number, or an array for an array of them."""
-        return np.interp(sizes, list(self.costs), list(self.costs.values()))
+        return np.interp(sizes, self._sizes, self._times)
 
     def check_size(self, max_nodes: int) -> None:
         """Raises ValueError where a policy's largest tree, of max_nodes, is larger than any size with a cost."""
-        if max_nodes > max(self.costs):
+        if max_nodes > self._sizes[-1]:
             raise ValueError(
                 f"ConfidenceGate: costs must reach the size of every tree, a tree has {max_nodes} nodes,"
-                f" the largest size with a cost is {max(self.costs)}"
+                f" the largest size with a cost is {self._sizes[-1]}"
             )
 
     def decide(self, signals: Signals) -> int:

@@ -40,6 +40,9 @@ class Drafts(NamedTuple):
     probabilities: NDArray[np.float64]
 
 
+_NONE = Drafts(np.empty((0, 0), np.int64), np.empty((0, 0), np.float64))
+
+
 class HeadsSignals(Protocol):
     """Who has the heads' drafts; a Stepper is one."""
 
@@ -58,14 +61,16 @@ class HeadsProposer:
     def __init__(self, step: HeadsSignals, vocabulary: int, platt: PlattScaling | None = None) -> None:
         self._step = step
         self._vocabulary = vocabulary
-        self._read = reading(platt)
+        self._platt = platt
 
     def extend(self, tokens: list[int]) -> None:
         pass
 
     def propose(self, max_depth: int) -> Drafts:
         ids, logprobs = self._step.drafts()
-        probabilities = self._read(np.minimum(logprobs, 0.0, dtype=np.float64))
+        if not ids.size:  # no tree has any of theirs
+            return _NONE
+        probabilities = reading(self._platt)(np.minimum(logprobs, 0.0, dtype=np.float64))
         known = (ids.view(np.uint64) < self._vocabulary) & (probabilities > 0)  # less than 0 is more than any token
         if not known.all():
             last = np.argsort(~known, axis=1, kind="stable")
@@ -152,10 +157,10 @@ def join_tables(tables: Sequence[tuple[Drafts, int]]) -> DraftTable:
 
     Where a proposer drafts less deep than others do, its probabilities are 0 at the rest.
     """
-    if len(tables) == 1:
-        (drafts, number), *_ = tables
+    if len(tables) < 2:
+        (drafts, number), *_ = tables or [(_NONE, 0)]
         return DraftTable(*drafts, np.full(drafts.tokens.shape, number, np.int64))
-    depth = max((len(drafts.tokens) for drafts, _ in tables), default=0)
+    depth = max((len(drafts.tokens) for drafts, _ in tables))
     shape = depth, sum(drafts.tokens.shape[1] for drafts, _ in tables)
     tokens, probabilities, proposers = np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape, np.int64)
     begin = 0

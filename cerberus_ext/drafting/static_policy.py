@@ -117,9 +117,9 @@ class StaticPolicy(TreePolicy):
     def extend(self, tokens: list[int]) -> None:
         pass
 
-    def grow(self, heads: HeadsSignals, max_depth: int, weighed: bool) -> Tree:
+    def grow(self, heads: HeadsSignals | None, max_depth: int, weighed: bool, least: float = 0.0) -> Tree:
         tree = self.cut(max_depth)
-        return self._weigh(tree, heads) if weighed and tree.size > 1 else tree
+        return self._weigh(tree, heads) if weighed and heads and tree.size > 1 else tree
 
     def cut(self, depth: int) -> Tree:
         """The tree without the nodes deeper than `depth`."""

@@ -89,9 +89,10 @@ class Trees(Protocol):
     def extend(self, tokens: list[int]) -> None:
         """The text has grown by these."""
 
-    def grow(self, heads: HeadsSignals, max_depth: int, weighed: bool) -> Tree:
+    def grow(self, heads: HeadsSignals | None, max_depth: int, weighed: bool, least: float = 0.0) -> Tree:
         """The largest tree of this step, no deeper than `max_depth` >= 1. weighed: its probabilities have to be known.
 
+        heads: None: they are not asked. least: where it is known that no draft is as likely, the tree may be ALONE.
         Raises ValueError for drafts that are none.
         """
 

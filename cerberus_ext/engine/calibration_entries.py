@@ -11,6 +11,7 @@ from ..drafting.gate import AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from ..drafting.static_policy import StaticPolicy
 from ..drafting.tree import MAX_NODES, TreePolicy
 from ..io.checks import check_integer
+from .budget import Costs
 
 Key = tuple[str, str, int]  # device, dtype, threads: what an entry belongs to
 
@@ -42,6 +43,7 @@ class Calibration:
     heads, model: fingerprints, see `heads.fingerprint`; the model's is that of its LM head
     tree: a DynamicPolicy, or StaticPolicy.root() where nothing is faster than plain decoding
     details: everything that was measured, as plain numbers
+    batches: seconds of steps of several texts; None: of an entry that was made before they were measured
     """
 
     device: str
@@ -53,6 +55,7 @@ class Calibration:
     gate: Gate
     expected: Expected
     details: dict[str, Any] = field(default_factory=dict)
+    batches: Costs | None = None
 
     @property
     def key(self) -> Key:
@@ -60,7 +63,7 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         inner = {"tree": self.tree.to_json(), "gate": gate_to_json(self.gate), "expected": asdict(self.expected)}
-        return vars(self) | inner
+        return vars(self) | inner | {"batches": None if self.batches is None else asdict(self.batches)}
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Calibration:
@@ -71,6 +74,8 @@ class Calibration:
                     raise ValueError(f"{name} must be a text, got {entry[name]!r}")
             expected = Expected(**{name: _number(name, value) for name, value in entry["expected"].items()})
             inner = {"tree": tree_from_json(entry["tree"]), "gate": gate_from_json(entry["gate"]), "expected": expected}
+            batches = entry.get("batches")
+            inner["batches"] = None if batches is None else Costs(*(_costs(batches[of]) for of in ("texts", "nodes")))
             return Calibration(**entry | inner | {"details": dict(entry["details"])})
         except (AttributeError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"an entry is not complete: {type(error).__name__}: {error}") from error
@@ -101,11 +106,17 @@ def gate_from_json(values: dict[str, Any]) -> Gate:
     if kind == "entropy":
         return EntropyGate(_number("threshold", values["threshold"]))
     if kind == "confidence":
-        costs = {check_integer("size", int(size), 1, MAX_NODES): _number("cost", cost)
-                 for size, cost in values["costs"].items()}  # fmt: skip
         rate = None if values["rate"] is None else _number("rate", values["rate"])
-        return ConfidenceGate(costs, _number("margin", values["margin"]), rate)
+        return ConfidenceGate(_costs(values["costs"]), _number("margin", values["margin"]), rate)
     raise ValueError(f"gate must be open, entropy or confidence, got {kind!r}")
+
+
+def _costs(values: dict[str, Any]) -> dict[int, float]:
+    """By size. Raises ValueError where there is none, or a cost is not more than 0."""
+    costs = {check_integer("size", int(size), 1, MAX_NODES): _number("cost", cost) for size, cost in values.items()}
+    if not costs or min(costs.values()) <= 0:
+        raise ValueError(f"costs must be of at least one size, each > 0, got {costs}")
+    return costs
 
 
 def _number(name: str, value: Any) -> float:

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..drafting.gate import Gate, Signals
@@ -19,7 +17,7 @@ from ..io.checks import call, check_integer
 from ..runtime.session import Session
 from ..runtime.stats import shared_phase
 from ..runtime.stepper import Chunk, Stepper, step_together
-from .budget import heads_pay, share
+from .budget import ALL, Budget, Terms
 from .plan import Plan
 from .request import Request
 
@@ -33,15 +31,20 @@ class StepSignals(HeadsSignals, Protocol):
     def entropy(self) -> float: ...
 
 
-def propose(step: StepSignals, policy: TreePolicy, gate: Gate, trees: Trees, max_depth: int) -> Tree:
+def propose(
+    step: StepSignals, policy: TreePolicy, gate: Gate, trees: Trees, max_depth: int, terms: Terms = ALL
+) -> Tree:
     """The tree that the gate wants to be verified at this step, no deeper than max_depth. It is shown what it needs.
 
-    max_depth: 0 where a draft is of no use; the gate is then not asked.
+    max_depth: 0 where a draft is of no use. Where there is none that is of use, the gate is not asked.
     """
     if max_depth < 1 or policy.size < 2:
         return ALONE
     weighed = "expected_tokens" in gate.needs
-    tree = trees.grow(step, max_depth, True) if weighed else None
+    heads = step if terms.asks_heads or not policy.looks else None  # trees of ranks are made of nothing else
+    tree = trees.grow(heads, max_depth, True, terms.least) if weighed else None
+    if tree is ALONE:
+        return ALONE
     signals = Signals(
         policy.size,
         step.hidden if "hidden" in gate.needs else None,
@@ -52,24 +55,7 @@ def propose(step: StepSignals, policy: TreePolicy, gate: Gate, trees: Trees, max
     nodes = check_integer(f"decode: gate: what {decide} returns", call(f"decode: gate: {decide}", gate.decide, signals))
     if nodes < 2:
         return ALONE
-    return (tree or trees.grow(step, max_depth, False)).first(nodes)
-
-
-class WithoutHeads:
-    """A step whose heads are not asked."""
-
-    def __init__(self, step: StepSignals) -> None:
-        self._step = step
-
-    @property
-    def hidden(self) -> Tensor:
-        return self._step.hidden
-
-    def entropy(self) -> float:
-        return self._step.entropy()
-
-    def drafts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
+    return (tree or trees.grow(heads, max_depth, False, terms.least)).first(nodes)
 
 
 @dataclass
@@ -80,11 +66,10 @@ class Row:
     stepper: Stepper
     trees: Trees
 
-    def propose(self, plan: Plan, asks_heads: bool) -> Tree:
-        """A step adds one token more than it accepts drafts. asks_heads: where the policy does without them."""
+    def propose(self, plan: Plan, terms: Terms) -> Tree:
+        """A step adds one token more than it accepts drafts."""
         max_depth = min(self.request.text.remaining - 1, self.stepper.max_depth())
-        step = self.stepper if asks_heads or not plan.policy.looks else WithoutHeads(self.stepper)
-        return propose(step, plan.policy, plan.gate, self.trees, max_depth)
+        return propose(self.stepper, plan.policy, plan.gate, self.trees, max_depth, terms)
 
     def add(self, chunk: Chunk) -> Chunk:
         """The tokens of a step -> what the text takes of them."""
@@ -115,6 +100,7 @@ def generate(session: Session, plan: Plan, waiting: deque[Request], slots: int, 
     waiting: is taken from; more may be put there between the chunks.
     """
     rows: list[Row] = []
+    budget = Budget(plan.costs)
     while waiting or rows:
         if waiting and len(rows) < slots:
             row, chunk = begin(session, plan, waiting.popleft(), keep)
@@ -123,9 +109,8 @@ def generate(session: Session, plan: Plan, waiting: deque[Request], slots: int, 
         else:
             with torch.inference_mode():  # not where the caller goes on: it would be his mode, too
                 with shared_phase([row.stepper.stats for row in rows], "draft"):
-                    asks_heads = heads_pay(len(rows), plan.costs)
-                    trees = [row.propose(plan, asks_heads) for row in rows]
-                    trees = share(trees, plan.costs) if len(rows) > 1 else trees
+                    terms = budget.terms(len(rows))
+                    trees = budget.share([row.propose(plan, terms) for row in rows])
                 found = step_together([row.stepper for row in rows], trees)  # forward, verify, commit
                 chunks = [row.add(chunk) for row, chunk in zip(rows, found, strict=True)]
         for row in [row for row in rows if row.request.text.ended]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ from ..drafting.tree import TreePolicy, Trees
 from ..runtime.runtime import runtime_of
 from ..runtime.stepper import Drafts
 from . import checks
-from .budget import costs_of
+from .budget import Costs, costs_of
 from .calibration_store import find
 
 _MIN_DYNAMIC = 6  # nodes; a CPU without AMX computes each of them, and was fastest with so many (calibrated, AVX2)
@@ -43,7 +43,7 @@ class Plan:
     gate: Gate
     makers: tuple[ProposerFactory, ...]
     vocabulary: int
-    costs: Mapping[int, float]
+    costs: Costs
 
     @property
     def drafts(self) -> Drafts:
@@ -83,7 +83,7 @@ def make_plan(
     """The arguments of `decode`, checked and completed as described there."""
     heads = NoHeads() if heads is None else heads
     checks.check_heads(heads)
-    policy = None if tree is None else checks.check_tree(tree)
+    policy, costs = None if tree is None else checks.check_tree(tree), None
     checks.check_proposers(proposers)
     if gate is not None:
         checks.check_gate(gate)
@@ -91,7 +91,7 @@ def make_plan(
         kept = runtime_of(model).looked_up
         calibrated = find(heads, model.device, model.dtype, torch.get_num_threads(), kept)
         if calibrated and (proposers is None or calibrated.tree.looks):
-            policy, gate = calibrated.tree, calibrated.gate if gate is None else gate
+            policy, gate, costs = calibrated.tree, calibrated.gate if gate is None else gate, calibrated.batches
         else:
             policy = default_policy(model.device)
     policy.check(heads.config.num_heads, proposers)
@@ -100,5 +100,5 @@ def make_plan(
     makers = policy.default_proposers() if proposers is None else tuple(proposers)
     if isinstance(gate, AlwaysClosed):  # nothing is to be drafted
         policy, makers = StaticPolicy.root(), ()
-    costs = costs_of(gate, model.device, model.dtype)
+    costs = costs or costs_of(gate, model.device, model.dtype)
     return Plan(heads, policy, gate or AlwaysOpen(), makers, input_matrix(model).shape[0], costs)

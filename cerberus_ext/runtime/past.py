@@ -28,9 +28,8 @@ class Past:
         pairs = enumerate(zip(self.tokens, ids, strict=False))
         return next((place for place, (old, new) in pairs if old != new), min(len(self.tokens), len(ids)))
 
-    def cut(self, ids: list[int], capacity: int) -> None:
-        """For a text of `ids` and more: keeps what it begins with, and gives the cache room for so many tokens."""
-        common = self.common(ids)
+    def cut(self, common: int, capacity: int) -> None:
+        """Keeps so many of the tokens, and gives the cache room for `capacity` of them."""
         self.tokens = self.tokens[:common]
         if self.cache.capacity < capacity:
             self.cache.grow(capacity, common)
@@ -49,7 +48,8 @@ def take_past(
     ids = prompt[0, :-1].tolist()
     if not pasts:
         return Past(key, TreeCache(layers, capacity, 1, device, context))
-    best = max(pasts, key=lambda past: past.common(ids))
-    pasts.remove(best)
-    best.cut(ids, capacity)
+    common = [past.common(ids) for past in pasts]
+    place = common.index(max(common))
+    best = pasts.pop(place)
+    best.cut(common[place], capacity)
     return best

@@ -242,12 +242,20 @@ def begin_step(target: TargetModel, kind: StepKind, memory: StepMemory) -> StepI
 
 
 def end_step(
-    kind: StepKind, memory: StepMemory, inputs: StepInputs, hidden: Tensor, logits: Tensor, result: StaticResult
-) -> None:
-    """What comes behind the forward of `run_step`, which gave hidden (B, N, D) and logits (B, N, V)."""
+    kind: StepKind, memory: StepMemory, inputs: StepInputs, hidden: Tensor, logits: Tensor, result: StaticResult,
+    target: Tensor | None = None,
+) -> None:  # fmt: skip
+    """What comes behind the forward of `run_step`, which gave hidden (B, N, D) and logits (B, N, V).
+
+    target (B, N): what is chosen after each node; None: it is chosen here.
+    """
     cache, state, nodes = memory.cache, memory.state, memory.nodes(kind.nodes)
+    if target is None:
+        # The token after node i stands one place behind the node, which is at length + depth.
+        positions = cache.length[:, None] + nodes.depths + 1  # (B, N)
+        target = kind.chooser.targets(logits, inputs.tokens, nodes.tree, positions)
     kind.drafter.keep_nodes(cache, state.hidden, hidden, inputs.known, nodes)
-    _settle(kind, cache, nodes, inputs.tokens, hidden, logits, state, result)
+    _settle(kind, cache, nodes, inputs.tokens, hidden, target, state, result)
     kind.drafter.keep_path(hidden, inputs.known, result.path)
     result.entropy.copy_(ops.hidden_entropy(state.hidden))
     if kind.shape is not None and kind.drafting is Drafting.AFTER:
@@ -259,14 +267,11 @@ def end_step(
 
 
 def _settle(
-    kind: StepKind, cache: TreeCache, nodes: StaticNodes, tokens: Tensor, hidden: Tensor, logits: Tensor,
+    kind: StepKind, cache: TreeCache, nodes: StaticNodes, tokens: Tensor, hidden: Tensor, target: Tensor,
     state: StaticState, result: StaticResult,
 ) -> None:  # fmt: skip
-    """tokens (B, N), hidden (B, N, D), logits (B, N, V) of a forward: keeps the longest path that the target model
-    agrees with, and what the next step begins with."""
-    # The token after node i stands one place behind the node, which is at length + depth.
-    positions = cache.length[:, None] + nodes.depths + 1  # (B, N)
-    target = kind.chooser.targets(logits, tokens, nodes.tree, positions)
+    """tokens (B, N), hidden (B, N, D) of a forward, target (B, N): keeps the longest path that the target model agrees
+    with, and what the next step begins with."""
     result.target.copy_(target)
     if kind.nodes == 1:  # the pending token, which is always accepted and lies where it has to stay
         cache.length += 1

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,10 +20,11 @@ from .. import ops
 from ..drafting.drafter import NO_DRAFTER, Drafter, DraftRow, HeadsLike
 from ..drafting.tree import ALONE, Tree, filled_size, tree_of_ranks
 from ..target.model import TargetModel
+from ..target.step_row import StepForward
 from .recorder import Unrecordable
 from .recordings import Recordings
-from .sampling import Chooser
-from .static_step import Drafting, StaticResult, StepKind, StepMemory, begin_step, end_step, run_step
+from .sampling import Chooser, Sampling
+from .static_step import Drafting, Read, StaticResult, StepKind, StepMemory, begin_step, end_step, run_step
 from .stats import DecodeStats, shared_phase
 
 
@@ -159,20 +161,24 @@ class Stepper:
             tree = self._with_drafts(tree)
         return self._prepare(tree)
 
-    def finish(self, step: BegunStep) -> Chunk:
-        """After the step has run -> the tokens that it adds to the text."""
-        with self.stats.phase("verify"):
-            self._fetch(step.result)
-            target, path, entropy, fetched = step.result.read()
-        tree = step.tree
-        with self.stats.phase("commit"):
-            self._drafted, self._fetched, self._entropy = None, fetched, entropy
-            self.target.cache.committed += len(path)
-            tokens = [target[node] for node in path]
-            self._chooser.extend(tokens)
-            self._text += tokens
-            proposers = [int(tree.proposers[node]) for node in path[1:]]
-            self.stats.count_step(tree.size, path[1:], proposers)
+    def read(self, result: StaticResult) -> Read:
+        """What came out of a step. The one place where the host waits."""
+        if self._recordings is not None:
+            self._recordings.recorder.fetch(result.buffer, result.host)
+        else:
+            result.host.copy_(result.buffer)
+        return result.read()
+
+    def finish(self, tree: Tree, read: Read) -> Chunk:
+        """After the step with `tree` has run -> the tokens that it adds to the text."""
+        target, path, entropy, fetched = read
+        self._drafted, self._fetched, self._entropy = None, fetched, entropy
+        self.target.cache.committed += len(path)
+        tokens = [target[node] for node in path]
+        self._chooser.extend(tokens)
+        self._text += tokens
+        proposers = [int(tree.proposers[node]) for node in path[1:]]
+        self.stats.count_step(tree.size, path[1:], proposers)
         return Chunk(tokens, [*proposers, None])
 
     def prepare(self, nodes: int) -> None:
@@ -230,13 +236,6 @@ class Stepper:
         self.stats.graphed_steps += 1
         return BegunStep(tree, kind, result, replay)
 
-    def _fetch(self, result: StaticResult) -> None:
-        """The one place where the host waits."""
-        if self._recordings is not None:
-            self._recordings.recorder.fetch(result.buffer, result.host)
-        else:
-            result.host.copy_(result.buffer)
-
     def _draft(self) -> tuple[Tensor, Tensor]:
         """The heads' drafts and their log-probabilities, (B, K, P) each; made once a step, for all texts at once where
         that is the same."""
@@ -254,23 +253,33 @@ class Stepper:
 def step_together(texts: Sequence[Stepper], trees: Sequence[Tree]) -> list[Chunk]:
     """A step of each text, with its tree -> the tokens that it adds to each, at least one. The forwards are one where
     steps are fused, and come one after the other where they are not."""
+    stats = [text.stats for text in texts]
     steps = [text.begin(tree) for text, tree in zip(texts, trees, strict=True)]
-    fused = texts[0].target.fused
-    with shared_phase([text.stats for text in texts], "verify"):
+    with shared_phase(stats, "verify"):
+        fused = texts[0].target.fused
         if len(texts) > 1 and fused is not None:
-            inputs = [begin_step(text.target, step.kind, text._memory) for text, step in zip(texts, steps, strict=True)]
-            rows = [
-                text.target.row(given.known, text._memory.nodes(step.kind.nodes))
-                for text, step, given in zip(texts, steps, inputs, strict=True)
-            ]
-            sizes = [step.kind.nodes for step in steps]
-            parts = [part.split(sizes) for part in fused.step(rows)]  # (N, D), (N, V)
-            for text, step, given, hidden, logits in zip(texts, steps, inputs, *parts, strict=True):
-                end_step(step.kind, text._memory, given, hidden[None], logits[None], step.result)
+            _run_together(fused, texts, steps)
         else:
             for text, step in zip(texts, steps, strict=True):
                 if step.replay is None:
                     run_step(text.target, step.kind, text._memory, step.result)
                 else:
                     step.replay()
-    return [text.finish(step) for text, step in zip(texts, steps, strict=True)]
+        results = [text.read(step.result) for text, step in zip(texts, steps, strict=True)]
+    with shared_phase(stats, "commit"):
+        return [text.finish(step.tree, read) for text, step, read in zip(texts, steps, results, strict=True)]
+
+
+def _run_together(fused: StepForward, texts: Sequence[Stepper], steps: Sequence[BegunStep]) -> None:
+    """As `run_step` of each of them, with one forward, and one choice where all texts choose alike."""
+    nodes = [text._memory.nodes(step.kind.nodes) for text, step in zip(texts, steps, strict=True)]
+    inputs = [begin_step(text.target, step.kind, text._memory) for text, step in zip(texts, steps, strict=True)]
+    rows = [text.target.row(given.known, tree) for text, given, tree in zip(texts, inputs, nodes, strict=True)]
+    hidden, logits = fused.step(rows)  # (N, D), (N, V) of all nodes
+    sizes, chooser = [step.kind.nodes for step in steps], texts[0]._chooser
+    parts = zip(hidden[None].split(sizes, 1), logits[None].split(sizes, 1), strict=True)
+    chosen: Sequence[Tensor | None] = [None] * len(texts)
+    if isinstance(chooser, Sampling) and all(text._chooser == chooser for text in texts):
+        chosen = chooser.choose(logits[None], torch.cat([row.positions for row in rows])[None] + 1).split(sizes, 1)
+    for text, step, given, (states, scores), target in zip(texts, steps, inputs, parts, chosen, strict=True):
+        end_step(step.kind, text._memory, given, states, scores, step.result, target)

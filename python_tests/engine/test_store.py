@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.drafting.tree import TreePolicy
 from cerberus_ext.engine import calibration_entries as entries
 from cerberus_ext.engine import calibration_store as store
+from cerberus_ext.engine.budget import Costs
 from cerberus_ext.engine.calibration_store import Calibration, Expected, find, heads_fingerprint, key_of, place, save
 from cerberus_ext.engine.plan import make_plan
 
@@ -102,6 +103,18 @@ def test_round_trip_of_a_dynamic_tree(platt: tuple | None, tmp_path: Path) -> No
     assert back is not None and same_gate(back.gate, gate) and back.tree == tree
     signals = Signals(8, expected_tokens=EXPECTED)
     assert back.gate.decide(signals) == gate.decide(signals) == 4
+
+
+def test_round_trip_of_the_costs_of_batches(tmp_path: Path) -> None:
+    """Entries from before they were measured have none."""
+    heads = saved_heads(tmp_path)
+    put = replace(entry(heads), batches=Costs({1: 1.0, 2: 1.25}, {2: 1.25, 8: 2.5}))
+    file = save(heads, put)
+    assert (back := found(heads)) is not None and back.batches == put.batches
+    content = json.loads(file.read_text())
+    del content["entries"][0]["batches"]
+    file.write_text(json.dumps(content))
+    assert (back := found(heads)) is not None and back.batches is None
 
 
 def test_found_for_its_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +274,9 @@ ODD = {
     "rate": change(gate={**entries.gate_to_json(GATES["rate"]), "rate": "fast"}),
     "details": change(details=3),
     "expected number": change(expected={**asdict(Expected(1, 1, 1, 1, 1)), "tokens_per_step": float("nan")}),
+    "batches": change(batches={"texts": {"1": 1.0}}),
+    "batches of no size": change(batches={"texts": {}, "nodes": {"2": 1.0}}),
+    "no time": change(batches={"texts": {"1": 0.0}, "nodes": {"2": 1.0}}),
     "a correction": change(tree={"size": 8, "platt": [[1.0, 0.0]]}),
 }
 
@@ -367,7 +383,9 @@ def test_decode_uses_it(given: dict, nodes: set[int], tmp_path: Path) -> None:
 
 def test_which_of_them_decode_uses(tmp_path: Path) -> None:
     model, heads = tiny_model("llama"), saved_heads(tmp_path)
-    save(heads, entry(heads, torch.get_num_threads()))
+    batches = Costs({1: 1.0, 2: 1.25}, {2: 1.25, 8: 2.5})
+    save(heads, replace(entry(heads, torch.get_num_threads()), batches=batches))
     save(heads, entry(heads, torch.get_num_threads() + 1, tree=DynamicPolicy(9)))
     plan = make_plan(model, heads)
+    assert plan.costs == batches
     assert plan.policy == TREE and plan.policy.sizes == (1, 4, 5), "a calibrated size is recorded itself"
