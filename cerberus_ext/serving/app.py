@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
 
+from ..io.words import Words
 from .answers import CHAT, COMPLETION, Answer, Kind, error
 from .choice import Choice
 from .engine import Busy, Engine, Refused
@@ -23,7 +24,6 @@ from .metrics import Metrics
 from .prompts import Prompts
 from .requests import ChatRequest, CompletionRequest
 from .requests import Request as Asked
-from .words import Words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

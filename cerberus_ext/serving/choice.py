@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
+from ..io.words import Words
 from .engine import Job
-from .words import Words
 
 if TYPE_CHECKING:
     from torch import Tensor
