@@ -149,7 +149,6 @@ def test_parts_of_a_message_and_newer_names(loaded: Any, client: httpx.Client) -
     ("change", "param"),
     [
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"logprobs": True}, "logprobs"),
         ({"logit_bias": {"3": 1}}, "logit_bias"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
