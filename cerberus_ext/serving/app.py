@@ -239,7 +239,7 @@ async def _error(_: Request, raised: Any) -> JSONResponse:
 async def _invalid(_: Request, raised: Any) -> JSONResponse:
     """Names the field, and never repeats what was sent."""
     first = raised.errors()[0]
-    names = [str(name) for name in first["loc"][1:]]
+    names = [str(name) for name in first["loc"][1:] if first["type"] != "json_invalid"]  # of that a place in the text
     param, _, message = first["msg"].removeprefix("Value error, ").partition(": ")
     if message:  # a field that is not supported
         return JSONResponse(error(f"{param}: {message}", "invalid_request_error", param), 400)
