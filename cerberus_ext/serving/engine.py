@@ -133,7 +133,7 @@ class Engine:
             if job.cancelled.is_set():
                 continue
             try:
-                job.request = batch.add(job.ids, **job.options)
+                job.request = batch.add(job.ids.tolist(), **job.options)  # as a list: wherever the model is
                 self._running[job.request.row] = job
             except (ValueError, TypeError) as error:
                 job.put(Refused(first_line(str(error))))
