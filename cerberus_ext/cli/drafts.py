@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .failures import fail
-
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
@@ -27,20 +25,17 @@ def show_drafts(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, ids: Tenso
     Only whole characters are printed, in the colour of the token that completes them. Without colours, as with
     NO_COLOR or where the output is no terminal, the legend says how many tokens are whose. Returns the statistics.
     """
-    from tokenizers.decoders import DecodeStream
+    from ..io.words import Words
 
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        fail(f"--show-drafts: the tokenizer must be one of the tokenizers library, got {type(tokenizer).__name__}")
-    text, counts = DecodeStream(skip_special_tokens=True), Counter[int | None]()
+    text, counts = Words(tokenizer), Counter[int | None]()
     for chunk in decoder.stream(ids, max_new_tokens=max_new_tokens):
         for token, proposer in zip(chunk.tokens, chunk.proposers, strict=True):
             counts[proposer] += 1
-            typer.echo(_painted(text.step(backend, token) or "", proposer, coloured), nl=False)
+            typer.echo(_painted(text.add(token), proposer, coloured), nl=False)
         sys.stdout.flush()
     parts = [_painted(f"{counts[who]} of {name}", who, coloured) for who, (name, _) in _WHO.items() if counts[who]]
-    typer.echo(f"\n[tokens: {', '.join(parts)}]")
+    typer.echo(f"{text.end()}\n[tokens: {', '.join(parts)}]")
     return decoder.stats
 
 

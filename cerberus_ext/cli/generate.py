@@ -1,4 +1,4 @@
-"""`cerberus generate`: an answer, streamed, and how fast it came."""
+"""`cerberus generate`: an answer, streamed, and how fast it came; or those to all prompts of a file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 
 from .drafts import show_drafts
 from .failures import fail
+from .many import File, Output, Raw, Ray, Replicas, Slots, answer_file
 from .shared import Device, DTypeName, HeadsOrNone, Model, Threads, load_any
 
 if TYPE_CHECKING:
@@ -48,7 +49,12 @@ def generate(
         bool,
         typer.Option("--show-drafts", help="Colour each token by who has drafted it: nobody, the heads, the text."),
     ] = False,
-    raw: Annotated[bool, typer.Option(help="Give the prompt as it is, without the chat template.")] = False,
+    raw: Raw = False,
+    file: File = None,
+    output: Output = None,
+    ray: Ray = None,
+    replicas: Replicas = 1,
+    slots: Slots = 8,
     dtype: DTypeName = None,
     device: Device = None,
     threads: Threads = None,
@@ -57,6 +63,13 @@ def generate(
 
     With --compare it ends with status 1 where texts differ that must not.
     """
+    options: dict[str, Any] = {"tree": tree_size, "proposers": None if suffix else []}
+    loading = (model, heads, dtype, device, threads)
+    if file is not None:
+        if prompt or compare or show:
+            fail("--file: cannot be had with PROMPT, --compare or --show-drafts")
+        options |= {"max_new_tokens": max_new_tokens, "raw": raw}
+        return answer_file(file, output, ray, replicas, slots, loading, **options)
     text = _read_prompt(prompt)
     from transformers import TextStreamer
 
@@ -64,9 +77,8 @@ def generate(
     from ..engine.decoder import Decoder
     from ..io.prompts import encode_chat
 
-    target, tokenizer, trained = load_any(model, heads, dtype, device, threads)
+    target, tokenizer, trained = load_any(*loading)
     ids = (tokenizer(text, return_tensors="pt").input_ids if raw else encode_chat(tokenizer, [text])).to(target.device)
-    options: dict[str, Any] = {"tree": tree_size, "proposers": None if suffix else []}
     if show:
         stats = show_drafts(Decoder(target, trained, **options), tokenizer, ids, max_new_tokens)
     else:

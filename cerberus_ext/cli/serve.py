@@ -41,16 +41,16 @@ def serve(
 
         from ..serving.app import Settings, create_app
         from ..serving.engine import Engine
+        from ..serving.prompts import positions_of
     except ModuleNotFoundError as error:
         fail(f'{error.name} is missing: pip install "cerberus_ext[serve]"', cause=error)
     from ..engine.checks import eos_token_ids
     from ..engine.decoder import Decoder
 
     target, tokenizer, trained = load_any(model, heads, dtype, device, threads)
-    config: Any = target.config.get_text_config()
     settings = Settings(
         model=name or model or PACKAGED_HEADS,
-        positions=getattr(config, "max_position_embeddings", None) or 1 << 20,
+        positions=positions_of(target),
         max_new_tokens=max_new_tokens,
         ends=eos_token_ids(None, target.generation_config),
         key=os.environ.get(KEY, ""),

@@ -14,11 +14,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..drafting.gate import Gate, Signals
 from ..io.prompts import Question, encode_chat
+from ..io.words import pieces_of
 from ..runtime.stats import DecodeStats
 from .results import Results
 from .texts import difference
 from .timing import rotated, timed
-from .tokens import pieces_of
 from .ways import AUTOREGRESSIVE, Context, DecodeWay, Way
 
 WARM_UP_TOKENS = 16

@@ -1,13 +1,9 @@
-"""A text token by token: how each reads, and who drafted it."""
+"""A text token by token: who drafted each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
-
-from transformers import PreTrainedTokenizerBase
-
-_UNFINISHED = "\ufffd"
 
 
 class Draft(NamedTuple):
@@ -37,20 +33,3 @@ def drafts_of(
             found.append(Draft(step, 0 if proposer else depth, node, nodes, proposer))
         found.append(Draft(step, nodes=nodes))
     return found[:tokens]
-
-
-def pieces_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
-    """How the text grows with each token. A character that several tokens make comes with the last of them."""
-    pieces: list[str] = []
-    shown = ""
-    for end in range(1, len(tokens) + 1):
-        text = str(tokenizer.decode(list(tokens[:end]), skip_special_tokens=False))
-        if text.endswith(_UNFINISHED) and end < len(tokens):
-            pieces.append("")
-        elif text.startswith(shown):
-            pieces.append(text[len(shown) :])
-            shown = text
-        else:  # the tokenizer changes what it has said; so the text is shown token by token
-            pieces.append(str(tokenizer.decode([tokens[end - 1]], skip_special_tokens=False)))
-            shown = text
-    return pieces

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .choice import Choice
+from .choice import Choice, Piece
+from .logprobs import Entry, of_chat, of_completion
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Of answers: their names, and where a choice has its text. None: it stands in the choice itself."""
+    """Of answers: their names, how they have log-probabilities, and where a choice has its text. None: it stands in the
+    choice itself."""
 
     prefix: str
     whole: str
     part: str
+    logprobs: Callable[[Sequence[Entry]], dict[str, Any]]
     text: tuple[str, str] | None  # in a whole answer, in a part of one
 
     def put(self, text: str, part: bool, begins: bool = False) -> dict[str, Any]:
@@ -27,8 +30,8 @@ class Kind:
         return {self.text[part]: {**role, "content": text}}
 
 
-CHAT = Kind("chatcmpl", "chat.completion", "chat.completion.chunk", ("message", "delta"))
-COMPLETION = Kind("cmpl", "text_completion", "text_completion", None)
+CHAT = Kind("chatcmpl", "chat.completion", "chat.completion.chunk", of_chat, ("message", "delta"))
+COMPLETION = Kind("cmpl", "text_completion", "text_completion", of_completion, None)
 
 
 @dataclass
@@ -46,14 +49,20 @@ class Answer:
 
     def whole(self) -> dict[str, Any]:
         choices = [
-            _choice(i, choice.finish, self.kind.put(choice.text, False)) for i, choice in enumerate(self.choices)
+            self._choice(i, self.kind.put(c.text, False), c.finish, c.entries if c.logprobs else None)
+            for i, c in enumerate(self.choices)
         ]
         return {**self._head(self.kind.whole), "choices": choices, "usage": usage(self.choices)}
 
-    def part(self, index: int, text: str, finish: str | None = None, begins: bool = False) -> dict[str, Any]:
-        """Of one choice: what follows, or why nothing follows."""
-        put = self.kind.put(text, True, begins) if finish is None or self.kind.text is None else {"delta": {}}
-        return {**self._head(self.kind.part), "choices": [_choice(index, finish, put)]}
+    def part(self, index: int, piece: Piece, begins: bool = False) -> dict[str, Any]:
+        """Of one choice: what follows."""
+        choice = self._choice(index, self.kind.put(piece.text, True, begins), None, piece.entries or None)
+        return {**self._head(self.kind.part), "choices": [choice]}
+
+    def last_part(self, index: int) -> dict[str, Any]:
+        """Why nothing follows."""
+        put = self.kind.put("", True) if self.kind.text is None else {"delta": {}}
+        return {**self._head(self.kind.part), "choices": [self._choice(index, put, self.choices[index].finish)]}
 
     def usage_part(self) -> dict[str, Any]:
         return {**self._head(self.kind.part), "choices": [], "usage": usage(self.choices)}
@@ -61,9 +70,11 @@ class Answer:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-
-def _choice(index: int, finish: str | None, put: dict[str, Any]) -> dict[str, Any]:
-    return {"index": index, **put, "logprobs": None, "finish_reason": finish}
+    def _choice(
+        self, index: int, put: dict[str, Any], finish: str | None, entries: Sequence[Entry] | None = None
+    ) -> dict[str, Any]:
+        logprobs = None if entries is None else self.kind.logprobs(entries)
+        return {"index": index, **put, "logprobs": logprobs, "finish_reason": finish}
 
 
 def usage(choices: Iterable[Choice]) -> dict[str, Any]:

@@ -15,15 +15,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
 
+from ..io.words import Words
 from .answers import CHAT, COMPLETION, Answer, Kind, error
-from .choice import Choice
+from .choice import Choice, Piece
 from .engine import Busy, Engine, Refused
 from .limits import BodyLimit
+from .logprobs import Logprobs, Spellings
 from .metrics import Metrics
 from .prompts import Prompts
 from .requests import ChatRequest, CompletionRequest
 from .requests import Request as Asked
-from .words import Words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,6 +70,7 @@ class Server:
         self.prompts = Prompts(tokenizer, settings.positions)
         self._engine = engine
         self._tokenizer = tokenizer
+        self._spellings = Spellings(tokenizer)
 
     async def answer(self, kind: Kind, request: Request, asked: Asked, prompts: Sequence[Any]) -> Any:
         """prompts: messages of a chat, a text, or tokens, each of which gets n answers."""
@@ -81,7 +83,7 @@ class Server:
                 choices += [self._choice(asked, tokens, number) for number in range(asked.n)]
             answer = Answer(kind, asked.model, choices)
             pieces = choices[0].pieces()
-            first = await _unless_gone(request, anext(pieces, ""))
+            first = await _unless_gone(request, anext(pieces, Piece()))
             self.metrics.first.observe(time.perf_counter() - begin)
             if not asked.stream:
                 await _unless_gone(request, _rest(pieces, choices))
@@ -105,20 +107,22 @@ class Server:
                 "max_tokens",
                 "context_length_exceeded",
             )
-        job = self._engine.submit(ids, {**asked.options(number), "max_new_tokens": most}, self.settings.timeout)
-        return Choice(job, Words(self._tokenizer, asked.stop), self.settings.ends)
+        options = {**asked.options(number), "max_new_tokens": most}
+        logprobs = None if asked.top is None else Logprobs(asked.top)
+        job = self._engine.submit(ids, options, self.settings.timeout, logprobs)
+        return Choice(job, Words(self._tokenizer, asked.stop), self.settings.ends, self._spellings)
 
     async def _parts(
-        self, answer: Answer, first: str, pieces: AsyncIterator[str], with_usage: bool
+        self, answer: Answer, first: Piece, pieces: AsyncIterator[Piece], with_usage: bool
     ) -> AsyncIterator[str]:
         """The events of a stream, of which the first piece of the first choice is there already."""
         status = "failed"
         try:
             for index, choice in enumerate(answer.choices):
-                yield _event(answer.part(index, first if index == 0 else "", begins=True))
+                yield _event(answer.part(index, first if index == 0 else Piece(), begins=True))
                 async for piece in pieces if index == 0 else choice.pieces():
                     yield _event(answer.part(index, piece))
-                yield _event(answer.part(index, "", choice.finish))
+                yield _event(answer.last_part(index))
             if with_usage:
                 yield _event(answer.usage_part())
             yield "data: [DONE]\n\n"
@@ -184,7 +188,7 @@ def create_app(engine: Engine, tokenizer: PreTrainedTokenizerBase, settings: Set
     return app
 
 
-async def _rest(pieces: AsyncIterator[str], choices: Sequence[Choice]) -> None:
+async def _rest(pieces: AsyncIterator[Piece], choices: Sequence[Choice]) -> None:
     """Until all choices have ended, the first of which has begun."""
     for choice in choices:
         async for _ in pieces if choice is choices[0] else choice.pieces():
@@ -235,7 +239,7 @@ async def _error(_: Request, raised: Any) -> JSONResponse:
 async def _invalid(_: Request, raised: Any) -> JSONResponse:
     """Names the field, and never repeats what was sent."""
     first = raised.errors()[0]
-    names = [str(name) for name in first["loc"][1:]]
+    names = [str(name) for name in first["loc"][1:] if first["type"] != "json_invalid"]  # of that a place in the text
     param, _, message = first["msg"].removeprefix("Value error, ").partition(": ")
     if message:  # a field that is not supported
         return JSONResponse(error(f"{param}: {message}", "invalid_request_error", param), 400)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..engine.request import Request
     from ..runtime.stats import DecodeStats
     from ..runtime.stepper import Chunk
+    from .logprobs import Logprobs
 
 
 class Busy(Exception):
@@ -32,7 +33,8 @@ class Refused(ValueError):
 
 @dataclass(eq=False)
 class Job:
-    """One answer. end: when it has to be there, by the loop's clock. request: once it is decoded."""
+    """One answer. end: when it has to be there, by the loop's clock. request: once it is decoded. logprobs: to be
+    filled, or None."""
 
     ids: Tensor
     options: dict[str, Any]
@@ -41,6 +43,7 @@ class Job:
     chunks: asyncio.Queue[list[int] | BaseException | None] = field(default_factory=asyncio.Queue)
     cancelled: threading.Event = field(default_factory=threading.Event)
     request: Request | None = None
+    logprobs: Logprobs | None = None
 
     @property
     def stats(self) -> DecodeStats | None:
@@ -75,10 +78,12 @@ class Engine:
         self._running: dict[int, Job] = {}
         self._thread = threading.Thread(target=self._run, name="cerberus engine", daemon=True)
 
-    def submit(self, ids: Tensor, options: dict[str, Any], timeout: float) -> Job:
+    def submit(self, ids: Tensor, options: dict[str, Any], timeout: float, logprobs: Logprobs | None = None) -> Job:
         """ids, options: as in `decode`; timeout: seconds, waiting included. From the event loop. Raises Busy."""
         loop = asyncio.get_running_loop()
-        job = Job(ids, options, loop, loop.time() + timeout)
+        if logprobs is not None:
+            options = {**options, "logits_processor": [logprobs]}
+        job = Job(ids, options, loop, loop.time() + timeout, logprobs=logprobs)
         try:
             self._jobs.put_nowait(job)
         except queue.Full:
@@ -128,7 +133,7 @@ class Engine:
             if job.cancelled.is_set():
                 continue
             try:
-                job.request = batch.add(job.ids, **job.options)
+                job.request = batch.add(job.ids.tolist(), **job.options)  # as a list: wherever the model is
                 self._running[job.request.row] = job
             except (ValueError, TypeError) as error:
                 job.put(Refused(first_line(str(error))))
@@ -142,6 +147,8 @@ class Engine:
             return
         if job.cancelled.is_set():
             batch.end(job.request)
+        if job.logprobs is not None:
+            job.logprobs.take(chunk.tokens)
         job.put(chunk.tokens)
         if job.request.text.ended:
             del self._running[chunk.row]

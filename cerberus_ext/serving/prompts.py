@@ -14,7 +14,13 @@ from ..io.model_files import first_line
 from .engine import Refused
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def positions_of(model: PreTrainedModel) -> int:
+    """Tokens that a prompt and its answer may have together."""
+    config: Any = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or 1 << 20
 
 
 class Prompts:

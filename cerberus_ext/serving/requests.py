@@ -17,14 +17,12 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "functions": ([],),
     "logit_bias": ({},),
-    "logprobs": (False, 0),
     "modalities": (["text"],),
     "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
 }
 _WITHOUT_EFFECT = ("metadata", "parallel_tool_calls", "prediction", "service_tier", "store", "user")
 
@@ -74,6 +72,11 @@ class Request(BaseModel):
             raise ValueError(f"must be at most {MAX_STOPS} texts that are not empty")
         return stop
 
+    @property
+    def top(self) -> int | None:
+        """So many of the most probable tokens are to be named beside each; None: no log-probabilities."""
+        raise NotImplementedError
+
     def options(self, choice: int) -> dict[str, Any]:
         """Of `decode`, for one of the n answers."""
         seed = (self.seed + choice + 2**63) % 2**64 - 2**63
@@ -101,6 +104,8 @@ class ChatRequest(Request):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -110,6 +115,16 @@ class ChatRequest(Request):
             del given["max_completion_tokens"]
         return given
 
+    @model_validator(mode="after")
+    def _only_with_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: needs logprobs to be true")
+        return self
+
+    @property
+    def top(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
 
 class CompletionRequest(Request):
     """POST /v1/completions: one or several prompts, as text or as tokens."""
@@ -117,6 +132,11 @@ class CompletionRequest(Request):
     prompt: (
         str | Annotated[Ids, Field(min_length=1)] | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=64)]
     )
+    logprobs: Annotated[int | None, Field(ge=0, le=5)] = None
+
+    @property
+    def top(self) -> int | None:
+        return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):

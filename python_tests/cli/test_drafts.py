@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from byte_tokenizer import byte_tokenizer
 
 from cerberus_ext.cli.drafts import show_drafts
@@ -44,8 +43,3 @@ def test_colours(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 def test_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     line, legend = shown(capsys, "a b", [None, 0, None])
     assert (line, legend) == ("a b", "[tokens: 2 of the model itself, 1 of the heads]")
-
-
-def test_another_kind_of_tokenizer() -> None:
-    with pytest.raises(typer.Exit):
-        show_drafts(SimpleNamespace(), SimpleNamespace(), torch.zeros(1, 1), 9)  # type: ignore[arg-type]

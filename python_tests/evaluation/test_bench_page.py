@@ -16,9 +16,10 @@ from tiny_chat import save_model
 from cerberus_ext import CerberusHeads
 from cerberus_ext.evaluation.evaluate import BenchOptions, evaluate, report
 from cerberus_ext.evaluation.page import code
-from cerberus_ext.evaluation.tokens import Draft, drafts_of, pieces_of
+from cerberus_ext.evaluation.tokens import Draft, drafts_of
 from cerberus_ext.io.default_model import load_model
 from cerberus_ext.io.prompts import Question
+from cerberus_ext.io.words import pieces_of
 
 VOID = {"meta", "img", "br", "hr"}
 OPTIONAL = {"dt", "dd"}  # whose ends may be left out

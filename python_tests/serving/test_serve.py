@@ -149,7 +149,6 @@ def test_parts_of_a_message_and_newer_names(loaded: Any, client: httpx.Client) -
     ("change", "param"),
     [
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"logprobs": True}, "logprobs"),
         ({"logit_bias": {"3": 1}}, "logit_bias"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
@@ -189,7 +188,8 @@ def test_other_requests_are_refused(client: httpx.Client) -> None:
     assert client.post(CHAT, json=chat(model="other")).json()["error"]["code"] == "model_not_found"
     for content in (b"{", b"[]", b"\xff", b"", b"null"):
         response = client.post(CHAT, content=content, headers={"content-type": "application/json"})
-        assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
+        error = response.json()["error"]
+        assert response.status_code == 400 and error["type"] == "invalid_request_error" and error["param"] in ("body", None)
     assert client.get("/v1/none").status_code == 404 and client.get(CHAT).status_code == 405
     long = client.post(COMPLETIONS, json={"model": "tiny", "prompt": [3] * 256})
     assert long.status_code == 400 and "1 to 255 tokens, got 256" in long.json()["error"]["message"]

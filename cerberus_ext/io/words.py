@@ -14,13 +14,14 @@ _UNFINISHED = "\ufffd"
 class Words:
     """The text of one answer.
 
-    stopped: one of `stops` has come: the text ends before it. tokens: taken so far, that of the stop included.
+    special: special tokens are part of it. stopped: one of `stops` has come: the text ends before it. tokens: taken so
+    far, that of the stop included. length: characters that these have made, also such as may not be shown yet.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), *, special: bool = False) -> None:
         self.stopped = False
-        self.tokens = 0
-        self._tokenizer = tokenizer
+        self.tokens = self.length = 0
+        self._tokenizer, self._skip = tokenizer, not special
         self._stops = tuple(stops)
         self._seen: list[int] = []  # the tokens of the last whole piece, which tell how the next ones read, and these
         self._known = 0  # how many of them are in `_read`
@@ -49,6 +50,7 @@ class Words:
         if read := self._decode(self._seen[self._known :]):  # behind special tokens alone others would read otherwise
             self._seen, text = self._seen[self._known :], read
         self._known, self._read = len(self._seen), text
+        self.length += len(new)
         return new
 
     def _show(self, new: str) -> str:
@@ -68,4 +70,11 @@ class Words:
         return next((n for n in ends if any(stop.startswith(self._held[-n:]) for stop in self._stops)), 0)
 
     def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True)) if tokens else ""
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=self._skip)) if tokens else ""
+
+
+def pieces_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
+    """How a text, special tokens included, grows with each token. A character that several make comes with the last."""
+    words = Words(tokenizer, special=True)
+    pieces = [words.add(token) for token in tokens]
+    return [*pieces[:-1], pieces[-1] + words.end()] if pieces else []

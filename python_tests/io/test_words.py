@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cerberus_ext.serving.words import Words
+from cerberus_ext.io.words import Words
 
 
 class Bytes:

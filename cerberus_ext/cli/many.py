@@ -1,0 +1,87 @@
+"""`cerberus generate --file`: all prompts of a file, here or on a Ray cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .failures import fail, option, sentence
+from .shared import load_any
+
+Raw = Annotated[bool, typer.Option(help="Give the prompt as it is, without the chat template.")]
+File = Annotated[
+    Path | None, typer.Option(help='Answer the prompts of this file instead: JSON lines with "prompt" or "messages".')
+]
+Output = Annotated[
+    Path | None, typer.Option(help="JSON lines with the answers to --file, in its order. What is there is kept.")
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(help="Answer --file on this Ray cluster: 'auto', an address, or 'local': a new one."),
+]
+Replicas = Annotated[int, typer.Option(min=1, help="Copies of the model on the Ray cluster, of --threads CPUs each.")]
+Slots = Annotated[int, typer.Option(min=1, help="Answers to --file that are decoded at once, by each copy.")]
+
+
+def answer_file(
+    file: Path, output: Path | None, ray: str | None, replicas: int, slots: int, loading: tuple[Any, ...],
+    **options: Any,
+) -> None:  # fmt: skip
+    """loading: arguments of load_any. options: Answerer's. Status 1 where some prompts could not be answered."""
+    from ..serving.answer_file import answered, read_questions
+    from ..serving.answerer import AHEAD, in_order
+
+    if output is None:
+        fail("--output: must be given with --file")
+    with option("--file"):
+        questions = read_questions(file)
+    with option("--output"):
+        there = answered(output, questions)
+        to = output.open("ab")
+    options |= {"load": partial(load_any, *loading), "slots": slots}
+
+    async def write(workers: Any) -> int:
+        refused = 0
+        async for answer in in_order(questions[there:], workers, AHEAD * slots):
+            refused += "error" in answer
+            to.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+            to.flush()
+        return refused
+
+    with to, _here(**options) if ray is None else _on_ray(ray, replicas, loading, **options) as workers:
+        refused = asyncio.run(write(workers))
+    typer.echo(f"[{len(questions) - there - refused} answered, {there} were there, {refused} refused]", err=True)
+    if refused:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _here(**options: Any) -> Iterator[list[Any]]:
+    from ..serving.answerer import Answerer
+
+    with Answerer(**options) as answerer:
+        yield [answerer.answer]
+
+
+@contextmanager
+def _on_ray(address: str, count: int, loading: tuple[Any, ...], **options: Any) -> Iterator[list[Any]]:
+    try:
+        from ray.exceptions import RayError
+
+        from ..serving.on_ray import replicas
+    except ModuleNotFoundError as error:
+        fail(f'--ray: {error.name} is missing: pip install "cerberus_ext[ray]"', cause=error)
+    *_, device, threads = loading
+    takes_gpu = None if device is None else device.startswith("cuda")
+    try:
+        with replicas(address, count, threads or 1, takes_gpu, **options) as workers:
+            yield workers
+    except (RayError, ConnectionError) as error:
+        fail(f"--ray: {sentence(error)}", cause=error)
