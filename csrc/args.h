@@ -150,6 +150,11 @@ struct CommitCacheArgs {
   const int32_t* accepted;                                          // (B,)
 };
 
+// How a product's weights lie: as the model has them; as pack_weights puts them; in blocks of four bits (see
+// cpu/four_bits.h) or a byte (cpu/byte_weights.h) each, to the bit; in eight bits, nearly the same
+// (cpu/eight_bits.h).
+enum class Packing : int64_t { kNone, kPacked, kFourBits, kEightBits, kBytes };
+
 // output = kind(input), element by element: an element's bits depend on nothing but its value. CPU only.
 enum class Activation : int32_t {
   kSilu,
@@ -210,9 +215,10 @@ struct PackWeightsArgs {
   void* packed;
 };
 
-// The same in four bits a weight, of bfloat16 with I a multiple of 32, see cpu/four_bits.h. *fits becomes 0
+// The same in fewer bits a weight, of bfloat16 with I a multiple of 32: kFourBits or kBytes. *fits becomes 0
 // where a weight cannot be given so to the bit. CPU only.
-struct PackFourBitsArgs {
+struct PackBlocksArgs {
+  Packing packing;
   int64_t rows, size, first, all;
   const void* weight;
   void* packed;

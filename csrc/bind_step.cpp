@@ -56,10 +56,26 @@ Steps& steps() {
   return *all;
 }
 
-DType dtype_of_type(ScalarType type) {
-  return type == ScalarType::BFloat16 ? DType::kBFloat16
-         : type == ScalarType::Half   ? DType::kFloat16
-                                      : DType::kFloat32;
+ScalarType type_of_dtype(DType dtype) {
+  return dtype == DType::kBFloat16  ? ScalarType::BFloat16
+         : dtype == DType::kFloat16 ? ScalarType::Half
+                                    : ScalarType::Float;
+}
+
+// A packed tensor's dtype says how.
+Packing packing_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte:
+      return Packing::kPacked;
+    case ScalarType::Char:
+      return Packing::kFourBits;
+    case ScalarType::Short:
+      return Packing::kEightBits;
+    case ScalarType::Int:
+      return Packing::kBytes;
+    default:
+      return Packing::kNone;
+  }
 }
 
 const char* name_of(DType dtype) {
@@ -81,20 +97,16 @@ int64_t make_step(std::vector<Tensor> tensors, Tensor code) {
   on_cpu(check, code, "code");
   const int64_t* numbers = static_cast<const int64_t*>(code.const_data_ptr());
   const DType dtype = static_cast<DType>(code.size(0) > 1 ? numbers[1] : 0);
+  const ScalarType floating = type_of_dtype(dtype);
   std::vector<StepConstant> constants;
   for (const Tensor& tensor : tensors) {
     on_cpu(check, tensor, "tensors");
     const ScalarType type = dtype_of(tensor);
     const int64_t width = tensor.dim() > 0 ? tensor.size(tensor.dim() - 1) : 1;
-    const Packing packing = tensor.dim() != 1           ? Packing::kNone
-                            : type == ScalarType::Byte  ? Packing::kPacked
-                            : type == ScalarType::Char  ? Packing::kFourBits
-                            : type == ScalarType::Short ? Packing::kEightBits
-                                                        : Packing::kNone;
+    const Packing packing = tensor.dim() == 1 ? packing_of(type) : Packing::kNone;
     const int64_t bytes = dtype == DType::kFloat32 ? 4 : 2;
     const bool is_float32 = type == ScalarType::Float;
-    const bool is_bytes = type == ScalarType::Byte || type == ScalarType::Char || type == ScalarType::Short;
-    if (packing == Packing::kNone && !is_float32 && (dtype_of_type(type) != dtype || is_bytes))
+    if (packing == Packing::kNone && type != ScalarType::Float && type != floating)
       check.fail("tensors", std::string("torch.float32, ") + name_of(dtype) + " or packed", dtype_text(type));
     constants.push_back({const_cast<void*>(tensor.const_data_ptr()),
                          packing == Packing::kNone
@@ -103,10 +115,7 @@ int64_t make_step(std::vector<Tensor> tensors, Tensor code) {
                          width, is_float32, packing});
   }
   Step step(std::move(constants), numbers, code.size(0));
-  const ScalarType type = dtype == DType::kBFloat16  ? ScalarType::BFloat16
-                          : dtype == DType::kFloat16 ? ScalarType::Half
-                                                     : ScalarType::Float;
-  return steps().add(std::shared_ptr<Held>(new Held{std::move(tensors), std::move(step), type, {}}));
+  return steps().add(std::shared_ptr<Held>(new Held{std::move(tensors), std::move(step), floating, {}}));
 }
 
 const int64_t* integers(const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); }
@@ -197,8 +206,10 @@ int64_t packed_bytes(Tensor weight, int64_t rows) {
   return bytes_like("packed_bytes", Packing::kPacked, weight, rows);
 }
 
-int64_t four_bit_bytes(Tensor weight, int64_t rows) {
-  return bytes_like("four_bit_bytes", Packing::kFourBits, weight, rows);
+// Blocks of so many bits a weight.
+int64_t block_bytes(Tensor weight, int64_t rows, int64_t bits) {
+  Check("block_bytes").that(bits == 4 || bits == 8, "bits", "4 or 8", bits);
+  return bytes_like("block_bytes", bits == 8 ? Packing::kBytes : Packing::kFourBits, weight, rows);
 }
 
 // What is to be packed: its dtype, how many rows in all, and of which size.
@@ -222,11 +233,12 @@ ToPack check_packing(const char* op, Packing packing, const std::vector<Tensor>&
   if (rows == 0) return {DType::kFloat32, 0, 0};
   const int64_t size = weights[0].size(1), bytes = bytes_of(check.dtype(), packing, rows, size);
   if (bytes == 0) check.fail("weights", "of a kind that this processor packs so", cpu_isa());
-  const bool is_dense = packing == Packing::kPacked;
-  if (dtype_of(packed) != (is_dense ? ScalarType::Byte : ScalarType::Char) || packed.numel() < bytes)
+  const int64_t have = packed.numel() * static_cast<int64_t>(packed.element_size());
+  if (packing_of(dtype_of(packed)) != packing || have < bytes)
     check.fail("packed",
-               (is_dense ? "torch.uint8 with " : "torch.int8 with ") + std::to_string(bytes) + " elements",
-               shape_text(packed));
+               (packing == Packing::kPacked ? "torch.uint8" : "torch.int8 or torch.int32") +
+                   std::string(" with ") + std::to_string(bytes) + " bytes",
+               dtype_text(dtype_of(packed)) + " with " + std::to_string(have));
   return {check.dtype(), rows, size};
 }
 
@@ -242,15 +254,17 @@ void pack_weights(std::vector<Tensor> weights, Tensor packed) {
   }
 }
 
-bool pack_four_bits(std::vector<Tensor> weights, Tensor packed) {
-  const ToPack all = check_packing("pack_four_bits", Packing::kFourBits, weights, packed);
+// In blocks of the kind that the dtype of `packed` names.
+bool pack_blocks(std::vector<Tensor> weights, Tensor packed) {
+  const Packing packing = dtype_of(packed) == ScalarType::Int ? Packing::kBytes : Packing::kFourBits;
+  const ToPack all = check_packing("pack_blocks", packing, weights, packed);
   int32_t fits = all.rows > 0;
   int64_t first = 0;
   for (const Tensor& weight : weights) {
     if (fits == 0) break;
-    pack_four_bits_cpu({weight.size(0), all.size, first, all.rows, weight.const_data_ptr(),
-                        packed.mutable_data_ptr(), &fits},
-                       threads());
+    pack_blocks_cpu({packing, weight.size(0), all.size, first, all.rows, weight.const_data_ptr(),
+                     packed.mutable_data_ptr(), &fits},
+                    threads());
     first += weight.size(0);
   }
   return fits != 0;
@@ -275,8 +289,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cerberus_ext, m) {
   m.def("step_times(int step, bool on) -> int[]");
   m.def("packed_bytes(Tensor weight, int rows) -> int");
   m.def("pack_weights(Tensor[] weights, Tensor(a!) packed) -> ()");
-  m.def("four_bit_bytes(Tensor weight, int rows) -> int");
-  m.def("pack_four_bits(Tensor[] weights, Tensor(a!) packed) -> bool");
+  m.def("block_bytes(Tensor weight, int rows, int bits) -> int");
+  m.def("pack_blocks(Tensor[] weights, Tensor(a!) packed) -> bool");
   m.def("prefer_large_pages(Tensor(a!) memory) -> ()");
 }
 
@@ -287,7 +301,7 @@ STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CompositeExplicitAutograd, m) {
   m.impl("step_times", TORCH_BOX(&cerberus::step_times));
   m.impl("packed_bytes", TORCH_BOX(&cerberus::packed_bytes));
   m.impl("pack_weights", TORCH_BOX(&cerberus::pack_weights));
-  m.impl("four_bit_bytes", TORCH_BOX(&cerberus::four_bit_bytes));
-  m.impl("pack_four_bits", TORCH_BOX(&cerberus::pack_four_bits));
+  m.impl("block_bytes", TORCH_BOX(&cerberus::block_bytes));
+  m.impl("pack_blocks", TORCH_BOX(&cerberus::pack_blocks));
   m.impl("prefer_large_pages", TORCH_BOX(&cerberus::prefer_large_pages));
 }

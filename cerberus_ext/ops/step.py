@@ -11,13 +11,14 @@ from torch import Tensor
 from .native import native
 
 _PAGE = 2 << 20  # bytes of a large page
+BLOCKS = {4: torch.int8, 8: torch.int32}  # bits a weight: the dtype that names such memory
 
 
 class NativeStep:
     """A step made of its code; freed with this object.
 
     tensors: what the code names by index: contiguous, on the CPU, float32 or of the step's dtype, or packed weights
-        (uint8, int8 in four bits, int16 in eight; one axis). They are kept alive, and read where they lie: their values
+        (one axis: uint8, those of BLOCKS, int16 for drafts). They are kept alive, and read where they lie: their values
         may change.
     code: (n,) int64.
     Raises RuntimeError where the code names what is not there, or would read or write outside of it.
@@ -78,20 +79,21 @@ def pack_weights(weights: Sequence[Tensor], packed: Tensor) -> None:
     native.pack_weights(list(weights), packed)
 
 
-def four_bit_bytes(weight: Tensor, rows: int) -> int:
-    """Of so many rows like those of weight (O, I) in four bits; 0: this processor, dtype or size has no such form."""
-    return int(native.four_bit_bytes(weight, rows))
+def block_bytes(weight: Tensor, rows: int, bits: int) -> int:
+    """Of so many rows like those of weight (O, I) in blocks; 0: this processor, dtype or size has no such form."""
+    return int(native.block_bytes(weight, rows, bits))
 
 
-def pack_four_bits(weights: Sequence[Tensor], packed: Tensor) -> bool:
-    """As `pack_weights`, in four bits, where every 32 weights of a row are round(d q + m) with q from 0 to 15.
+def pack_blocks(weights: Sequence[Tensor], packed: Tensor) -> bool:
+    """As `pack_weights`, in fewer bits, where every 32 weights of a row came out of a file's block of them, rounded.
 
-    weights: bfloat16, I a multiple of 32; d or both d and m are float16 numbers, as in ggml's Q4_1 and Q4_0.
-    packed: int8, at least four_bit_bytes(weights[0], sum of O_i) elements.
+    weights: bfloat16, I a multiple of 32. In 4 bits: d q + m with q from 0 to 15; d or both d and m are float16
+        numbers, as in ggml's Q4_1 and Q4_0. In 8 bits: d q with q from -127 to 127, one of them reached, as in Q8_0.
+    packed: of the dtype in BLOCKS that names the bits, at least block_bytes(weights[0], sum of O_i, bits) bytes.
     Returns whether all weights can be given so to the bit; if not, `packed` is of no use.
-    Raises RuntimeError on other shapes or dtypes, or where four_bit_bytes is 0.
+    Raises RuntimeError on other shapes or dtypes, or where block_bytes is 0.
     """
-    return bool(native.pack_four_bits(list(weights), packed))
+    return bool(native.pack_blocks(list(weights), packed))
 
 
 def prefer_large_pages(memory: Tensor) -> None:

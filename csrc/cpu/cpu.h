@@ -24,11 +24,11 @@ void packed_linear_cpu(const LinearArgs& args, const Parallel& parallel);
 void pack_weights_cpu(const PackWeightsArgs& args, const Parallel& parallel);
 int64_t packed_elements_cpu(DType dtype, int64_t rows, int64_t size);
 
-// The same for bfloat16 weights in four bits, where they can be given so to the bit. 0 bytes: this level, or
-// such a size, has none.
-void four_bit_linear_cpu(const LinearArgs& args, const Parallel& parallel);
-void pack_four_bits_cpu(const PackFourBitsArgs& args, const Parallel& parallel);
-int64_t four_bit_bytes_cpu(int64_t rows, int64_t size);
+// The same for bfloat16 weights in blocks of fewer bits, where they can be given so to the bit. 0 bytes: this
+// level, or such a size, has none of that packing.
+void block_linear_cpu(const LinearArgs& args, Packing packing, const Parallel& parallel);
+void pack_blocks_cpu(const PackBlocksArgs& args, const Parallel& parallel);
+int64_t block_bytes_cpu(Packing packing, int64_t rows, int64_t size);
 
 // What drafts depend on, in eight bits, which every level has: a product with them, packing, how many bytes
 // that takes; and the heads' drafts by such weights.

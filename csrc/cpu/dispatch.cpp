@@ -50,8 +50,9 @@ struct Level {
   void (*packed_linear)(const LinearArgs&, const Parallel&);
   void (*pack_weights)(const PackWeightsArgs&, const Parallel&);
   int64_t (*packed_elements)(DType, int64_t rows, int64_t size);
-  void (*four_bit_linear)(const LinearArgs&, const Parallel&);
-  void (*pack_four_bits)(const PackFourBitsArgs&, const Parallel&);
+  void (*block_linear)(const LinearArgs&, Packing, const Parallel&);
+  void (*pack_blocks)(const PackBlocksArgs&, const Parallel&);
+  int64_t (*block_bytes)(Packing, int64_t rows, int64_t size);
   void (*eight_bit_linear)(const LinearArgs&, const Parallel&);
   void (*pack_eight_bits)(const PackEightBitsArgs&, const Parallel&);
 };
@@ -118,35 +119,36 @@ int64_t packed_elements_amx(DType dtype, int64_t rows, int64_t size) {
 
 // A level, in the order of ops.h: its products are those named, its other kernels those of `isa`. Those of
 // `portable` only move or compare integers.
-#define CERBERUS_LEVEL(name, isa, runs_here, linear, head_stack, draft_topk, tree_attention,           \
-                       tree_attentions, packed_linear, pack_weights, packed_elements, four_bit_linear, \
-                       pack_four_bits)                                                                 \
-  {name,                                                                                               \
-   runs_here,                                                                                          \
-   &isa::hidden_entropy,                                                                               \
-   head_stack,                                                                                         \
-   draft_topk,                                                                                         \
-   &isa::choose_tokens,                                                                                \
-   tree_attention,                                                                                     \
-   &portable::write_cache,                                                                             \
-   &portable::verify_tree,                                                                             \
-   &portable::commit_cache,                                                                            \
-   linear,                                                                                             \
-   &portable::grouped_linear, /* by the products of the level */                                       \
-   &isa::activation,                                                                                   \
-   tree_attentions,                                                                                    \
-   &isa::rows,                                                                                         \
-   packed_linear,                                                                                      \
-   pack_weights,                                                                                       \
-   packed_elements,                                                                                    \
-   four_bit_linear,                                                                                    \
-   pack_four_bits,                                                                                     \
-   &isa::eight_bit_linear,                                                                             \
+#define CERBERUS_LEVEL(name, isa, runs_here, linear, head_stack, draft_topk, tree_attention,        \
+                       tree_attentions, packed_linear, pack_weights, packed_elements, block_linear, \
+                       pack_blocks, block_bytes)                                                    \
+  {name,                                                                                            \
+   runs_here,                                                                                       \
+   &isa::hidden_entropy,                                                                            \
+   head_stack,                                                                                      \
+   draft_topk,                                                                                      \
+   &isa::choose_tokens,                                                                             \
+   tree_attention,                                                                                  \
+   &portable::write_cache,                                                                          \
+   &portable::verify_tree,                                                                          \
+   &portable::commit_cache,                                                                         \
+   linear,                                                                                          \
+   &portable::grouped_linear, /* by the products of the level */                                    \
+   &isa::activation,                                                                                \
+   tree_attentions,                                                                                 \
+   &isa::rows,                                                                                      \
+   packed_linear,                                                                                   \
+   pack_weights,                                                                                    \
+   packed_elements,                                                                                 \
+   block_linear,                                                                                    \
+   pack_blocks,                                                                                     \
+   block_bytes,                                                                                     \
+   &isa::eight_bit_linear,                                                                          \
    &isa::pack_eight_bits}
-#define CERBERUS_WHOLE_LEVEL(isa, runs_here, four_bit_linear, pack_four_bits)                          \
+#define CERBERUS_WHOLE_LEVEL(isa, runs_here, block_linear, pack_blocks, block_bytes)                   \
   CERBERUS_LEVEL(#isa, isa, runs_here, &isa::linear, &isa::head_stack, &isa::draft_topk,               \
                  &isa::tree_attention, &isa::tree_attentions, &isa::packed_linear, &isa::pack_weights, \
-                 &isa::packed_elements, four_bit_linear, pack_four_bits)
+                 &isa::packed_elements, block_linear, pack_blocks, block_bytes)
 
 // Best first.
 const Level kLevels[] = {
@@ -156,7 +158,8 @@ const Level kLevels[] = {
                    CERBERUS_BFLOAT16(avx512_bf16, draft_topk, DraftTopkArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, tree_attention, TreeAttentionArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, tree_attentions, TreeAttentionsArgs),
-                   &avx512::packed_linear, &avx512::pack_weights, packed_elements_amx, nullptr, nullptr),
+                   &avx512::packed_linear, &avx512::pack_weights, packed_elements_amx, nullptr, nullptr,
+                   nullptr),
 #endif
 #if defined(__x86_64__)
     CERBERUS_LEVEL("avx512_bf16", avx512, has_avx512_bf16, CERBERUS_BFLOAT16(avx512_bf16, linear, LinearArgs),
@@ -166,13 +169,14 @@ const Level kLevels[] = {
                    CERBERUS_BFLOAT16(avx512_bf16, tree_attentions, TreeAttentionsArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, packed_linear, LinearArgs),
                    CERBERUS_BFLOAT16(avx512_bf16, pack_weights, PackWeightsArgs), packed_elements_bf16,
-                   &avx512_bf16::four_bit_linear, &avx512_bf16::pack_four_bits),
-    CERBERUS_WHOLE_LEVEL(avx512, has_avx512, &avx512::four_bit_linear, &avx512::pack_four_bits),
-    CERBERUS_WHOLE_LEVEL(avx2, has_avx2, nullptr, nullptr),
+                   &avx512_bf16::block_linear, &avx512_bf16::pack_blocks, &avx512_bf16::block_bytes),
+    CERBERUS_WHOLE_LEVEL(avx512, has_avx512, &avx512::block_linear, &avx512::pack_blocks,
+                         &avx512::block_bytes),
+    CERBERUS_WHOLE_LEVEL(avx2, has_avx2, nullptr, nullptr, nullptr),
 #endif
     CERBERUS_LEVEL("portable", portable, always, &portable::linear, &portable::head_stack,
                    &portable::draft_topk, &portable::tree_attention, &portable::tree_attentions, nullptr,
-                   nullptr, nullptr, nullptr, nullptr),
+                   nullptr, nullptr, nullptr, nullptr, nullptr),
 };
 
 // Whether the level is better than the one that follows. On Intel's processors vdpbf16ps does two
@@ -261,11 +265,12 @@ void pack_weights_cpu(const PackWeightsArgs& a, const Parallel& p) { level().pac
 int64_t packed_elements_cpu(DType dtype, int64_t rows, int64_t size) {
   return level().packed_elements && rows > 0 ? level().packed_elements(dtype, rows, size) : 0;
 }
-void four_bit_linear_cpu(const LinearArgs& a, const Parallel& p) { level().four_bit_linear(a, p); }
-void pack_four_bits_cpu(const PackFourBitsArgs& a, const Parallel& p) { level().pack_four_bits(a, p); }
-int64_t four_bit_bytes_cpu(int64_t rows, int64_t size) {
-  if (!level().pack_four_bits || rows < 1 || size % kFourBitStep) return 0;
-  return (rows + kPackedWeights - 1) / kPackedWeights * four_bit_tile_bytes(size);
+void block_linear_cpu(const LinearArgs& a, Packing packing, const Parallel& p) {
+  level().block_linear(a, packing, p);
+}
+void pack_blocks_cpu(const PackBlocksArgs& a, const Parallel& p) { level().pack_blocks(a, p); }
+int64_t block_bytes_cpu(Packing packing, int64_t rows, int64_t size) {
+  return level().block_bytes && rows > 0 ? level().block_bytes(packing, rows, size) : 0;
 }
 void eight_bit_linear_cpu(const LinearArgs& a, const Parallel& p) { level().eight_bit_linear(a, p); }
 void pack_eight_bits_cpu(const PackEightBitsArgs& a, const Parallel& p) { level().pack_eight_bits(a, p); }

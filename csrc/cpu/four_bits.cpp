@@ -5,18 +5,8 @@
 // has -8). What rounding to bfloat16 took away is a few bits, so that a few tens of pairs are to be tried.
 #include "cpu/four_bits.h"
 
-#include "cpu/kernels.h"
-
 namespace cerberus::CERBERUS_ISA {
 namespace {
-
-constexpr int kNear = 10;  // float16 numbers on either side that may round to one bfloat16
-
-float to_bfloat16(float x) {
-  BFloat16 rounded;
-  from_float(x, rounded);
-  return to_float(rounded);
-}
 
 // The least and the largest of 32 weights.
 struct Weights {
@@ -65,47 +55,34 @@ struct Block {
   }
 };
 
-// Calls body(x) for float16 numbers around x, nearest first, until it returns true; returns whether it did.
-template <typename Body>
-bool any_near(float x, const Body& body) {
-  Float16 nearest;
-  from_float(x, nearest);
-  for (int i = 0; i <= 2 * kNear; ++i) {
-    const int bits = nearest.bits + (i % 2 ? (i + 1) / 2 : -i / 2);
-    if (((bits ^ nearest.bits) & 0x8000) || (bits & 0x7c00) == 0x7c00) continue;  // another sign, not finite
-    if (body(to_float(Float16{static_cast<uint16_t>(bits)}))) return true;
-  }
-  return false;
-}
-
 // As a file has them where q counts from -8; m is a zero that keeps the sign of the middle.
 bool fits_without_least(const Weights& w, const Block& block) {
   const float furthest = -w.least > w.largest ? w.least : w.largest;
   if (furthest == 0) return block.fits(-0.0f, -0.0f);
   return any_near(furthest / -8,
-                  [&](float d) { return to_bfloat16(-8 * d) == furthest && block.fits(d, -0.0f); });
+                  [&](float d) { return rounded_to_bfloat16(-8 * d) == furthest && block.fits(d, -0.0f); });
 }
 
 // As a file has them where the least weight is one of its numbers.
 bool fits_with_least(const Weights& w, const Block& block) {
   if (w.least == w.largest) return block.fits(0, w.least);
   return any_near(w.least, [&](float least) {
-    if (to_bfloat16(least) != w.least) return false;
+    if (rounded_to_bfloat16(least) != w.least) return false;
     return any_near((w.largest - least) / 15, [&](float d) {
-      return to_bfloat16(15 * d + least) == w.largest && block.fits(d, 8 * d + least);
+      return rounded_to_bfloat16(15 * d + least) == w.largest && block.fits(d, 8 * d + least);
     });
   });
 }
 
-// One weight row of `size`; returns whether all of it could be packed with these values rounded.
+// One weight row, with these values rounded; returns whether all of it has its bits then.
 bool pack_row(const BFloat16* weight, int64_t size, int64_t row, char* packed, __mmask16 rounded) {
   const int n = static_cast<int>(row % kPackedWeights);
   const int64_t tile_bytes = four_bit_tile_bytes(size);
   char* tile = packed + row / kPackedWeights * tile_bytes;
   __builtin_memcpy(tile + tile_bytes - kFourBitTileEnd + n * sizeof(rounded), &rounded, sizeof(rounded));
-  for (int64_t k = 0; k < size; k += kFourBitStep) {
+  for (int64_t k = 0; k < size; k += kBlock) {
     const Weights w(weight + k);
-    const Block block{tile, size, k / kFourBitStep, n, weight + k};
+    const Block block{tile, size, k / kBlock, n, weight + k};
     const bool fits = rounded == kAll ? fits_with_least(w, block) || fits_without_least(w, block)
                                       : fits_without_least(w, block);
     if (!fits) return false;
@@ -115,19 +92,8 @@ bool pack_row(const BFloat16* weight, int64_t size, int64_t row, char* packed, _
 
 }  // namespace
 
-void pack_four_bits(const PackFourBitsArgs& a, const Parallel& parallel) {
-  const BFloat16* weight = static_cast<const BFloat16*>(a.weight);
-  char* packed = static_cast<char*>(a.packed);
-  const int64_t tile = four_bit_tile_bytes(a.size);
-  if (a.first == 0)  // the last tile may have rows that nothing is copied to
-    __builtin_memset(packed + (a.all - 1) / kPackedWeights * tile, 0, static_cast<size_t>(tile));
-  parallel_tasks(parallel, a.rows, [&](int64_t row) {
-    if (__atomic_load_n(a.fits, __ATOMIC_RELAXED) == 0) return;
-    const BFloat16* from = weight + row * a.size;
-    if (!pack_row(from, a.size, a.first + row, packed, kAll) &&
-        !pack_row(from, a.size, a.first + row, packed, kButTheMiddle))
-      __atomic_store_n(a.fits, 0, __ATOMIC_RELAXED);
-  });
+bool pack_in_four_bits(const BFloat16* weight, int64_t size, int64_t row, char* packed) {
+  return pack_row(weight, size, row, packed, kAll) || pack_row(weight, size, row, packed, kButTheMiddle);
 }
 
 }  // namespace cerberus::CERBERUS_ISA

@@ -23,8 +23,9 @@
   void packed_linear(const LinearArgs&, const Parallel&);           \
   void pack_weights(const PackWeightsArgs&, const Parallel&);       \
   int64_t packed_elements(DType, int64_t rows, int64_t size);       \
-  void four_bit_linear(const LinearArgs&, const Parallel&);         \
-  void pack_four_bits(const PackFourBitsArgs&, const Parallel&);    \
+  void block_linear(const LinearArgs&, Packing, const Parallel&);   \
+  void pack_blocks(const PackBlocksArgs&, const Parallel&);         \
+  int64_t block_bytes(Packing, int64_t rows, int64_t size);         \
   void eight_bit_linear(const LinearArgs&, const Parallel&);        \
   void pack_eight_bits(const PackEightBitsArgs&, const Parallel&);  \
   void draft(const DraftArgs&, const Parallel&);                    \

@@ -1,8 +1,8 @@
 // input @ weight^T + bias, row-invariant; rows may come in groups with a weight each. A task owns some rows
 // of one group and a range of its outputs: it streams their weights once for all these rows.
 #include "cpu/blocks.h"
+#include "cpu/byte_weights.h"
 #include "cpu/columns.h"
-#include "cpu/four_bits.h"
 #include "cpu/kernels.h"
 #include "cpu/packed.h"
 #include "cpu/product.h"
@@ -136,13 +136,14 @@ struct ByPackedRows : ByRows<T> {
 #endif
 
 #if defined(__AVX512F__) && !defined(CERBERUS_AMX)
-// weight as four_bits.h packs it.
-struct ByFourBitRows : ByRows<BFloat16> {
+// weight as pack_blocks puts it.
+template <Packing kPacking>
+struct ByBlocks : ByRows<BFloat16> {
   using ByRows<BFloat16>::ByRows;
   void multiply(int64_t span, const BFloat16* packed, int64_t begin, int64_t end, int64_t,
                 const Output<BFloat16>& output) const {
-    rows_times_four_bits(x + spans[span].first * stride, stride, spans[span].count,
-                         reinterpret_cast<const char*>(packed), begin, end, size, output);
+    rows_times_blocks(kPacking, x + spans[span].first * stride, stride, spans[span].count,
+                      reinterpret_cast<const char*>(packed), begin, end, size, output);
   }
 };
 #endif
@@ -237,8 +238,16 @@ void packed_linear(const LinearArgs& a, const Parallel& parallel) {
 #endif
 
 #if defined(__AVX512F__) && !defined(CERBERUS_AMX)
-void four_bit_linear(const LinearArgs& a, const Parallel& parallel) {
-  if (a.rows > 0) run<BFloat16, ByFourBitRows>(a, parallel);
+void block_linear(const LinearArgs& a, Packing packing, const Parallel& parallel) {
+  if (packing == Packing::kBytes && a.rows > kMostRowsOfBytes) {
+    LinearArgs dense = a;
+    dense.weight = static_cast<const char*>(a.weight) + byte_tiles_bytes(a.out_size, a.in_size);
+    return packed_linear(dense, parallel);
+  }
+  if (a.rows == 0) return;
+  const auto product = packing == Packing::kBytes ? run<BFloat16, ByBlocks<Packing::kBytes>>
+                                                  : run<BFloat16, ByBlocks<Packing::kFourBits>>;
+  product(a, parallel);
 }
 #endif
 

@@ -1,5 +1,6 @@
 #include "cpu/packed.h"
 
+#include "cpu/byte_weights.h"
 #include "cpu/four_bits.h"
 #include "cpu/kernels.h"
 
@@ -239,10 +240,17 @@ template void rows_times_packed(const float*, int64_t, int64_t, const Float16*, 
 #endif
 
 #if defined(__AVX512F__)
-void rows_times_four_bits(const Row<BFloat16>* x, int64_t x_stride, int64_t rows, const char* packed,
-                          int64_t begin, int64_t end, int64_t size, const Output<BFloat16>& output) {
-  times_tiles<FourBitWeights<Row<BFloat16>>>(x, x_stride, rows, packed, four_bit_tile_bytes(size), begin, end,
-                                             size, output);
+void rows_times_blocks(Packing packing, const Row<BFloat16>* x, int64_t x_stride, int64_t rows,
+                       const char* packed, int64_t begin, int64_t end, int64_t size,
+                       const Output<BFloat16>& output) {
+  using X = Row<BFloat16>;
+  if (packing == Packing::kFourBits)
+    return times_tiles<FourBitWeights<X>>(x, x_stride, rows, packed, four_bit_tile_bytes(size), begin, end,
+                                          size, output);
+  with_row_tiles<kMostRowsOfBytes>(rows, kMostRowsOfBytes, [&](auto all, int64_t) {
+    few_rows<decltype(all)::value, ByteWeights<X>>(x, x_stride, packed, byte_tile_bytes(size), begin, end,
+                                                   size, output);
+  });
 }
 #endif
 

@@ -25,4 +25,11 @@ template <typename T>
 void rows_times_packed(const Row<T>* x, int64_t x_stride, int64_t rows, const T* packed, int64_t begin,
                        int64_t end, int64_t size, const Output<T>& output);
 
+#if defined(__AVX512F__)
+// The same of weights in blocks, see pack_blocks.h; in bytes: of no more than kMostRowsOfBytes rows.
+void rows_times_blocks(Packing packing, const Row<BFloat16>* x, int64_t x_stride, int64_t rows,
+                       const char* packed, int64_t begin, int64_t end, int64_t size,
+                       const Output<BFloat16>& output);
+#endif
+
 }  // namespace cerberus::CERBERUS_ISA

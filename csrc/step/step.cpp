@@ -19,7 +19,7 @@ int64_t packed_elements(DType dtype, Packing packing, int64_t out_size, int64_t 
   if (packing == Packing::kPacked) return packed_elements_cpu(dtype, out_size, in_size);
   if (packing == Packing::kEightBits)
     return eight_bit_bytes_cpu(out_size, in_size) / (dtype == DType::kFloat32 ? 4 : 2);
-  return dtype == DType::kBFloat16 ? four_bit_bytes_cpu(out_size, in_size) / 2 : 0;
+  return dtype == DType::kBFloat16 ? block_bytes_cpu(packing, out_size, in_size) / 2 : 0;
 }
 
 void Step::time_stages(bool on) {
@@ -88,10 +88,16 @@ void Step::run_product(const Product& p, int64_t first, int64_t nodes, const Par
                         p.bias < 0 ? nullptr : constants_[p.bias].data,
                         nullptr,
                         rows_from(p.output, first)};
-  (p.packing == Packing::kNone       ? linear_cpu
-   : p.packing == Packing::kPacked   ? packed_linear_cpu
-   : p.packing == Packing::kFourBits ? four_bit_linear_cpu
-                                     : eight_bit_linear_cpu)(args, parallel);
+  switch (p.packing) {
+    case Packing::kNone:
+      return linear_cpu(args, parallel);
+    case Packing::kPacked:
+      return packed_linear_cpu(args, parallel);
+    case Packing::kEightBits:
+      return eight_bit_linear_cpu(args, parallel);
+    default:
+      return block_linear_cpu(args, p.packing, parallel);
+  }
 }
 
 // What is written to a cache goes to that of the node's text; all else is the same for all texts.

@@ -34,10 +34,6 @@
 
 namespace cerberus {
 
-// How a product's weights lie: as the model has them, or as pack_weights, pack_four_bits or, nearly the same,
-// pack_eight_bits puts them.
-enum class Packing : int64_t { kNone, kPacked, kFourBits, kEightBits };
-
 // Of such a weight, counted in elements of the dtype; 0: this device has no weights packed so.
 int64_t packed_elements(DType dtype, Packing packing, int64_t out_size, int64_t in_size);
 

@@ -201,11 +201,11 @@ def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-_PACKINGS = {torch.uint8: 1, torch.int8: 2, torch.int16: 3}
+_PACKINGS = {torch.uint8: 1, torch.int8: 2, torch.int16: 3, torch.int32: 4}
 
 
 def encode(program: Program, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor]:
-    """weights: of every product in turn: packed (uint8, in four bits int8, in eight int16), or as the stage has them.
+    """weights: of every product in turn: packed, as its dtype says, or as the stage has them.
     biases: all of a product's in one tensor -> tensors, code (n,) int64."""
     tensors = [*program.constants, *weights]
     first_weight = len(program.constants)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...ops.device_step import DeviceStep
-from ...ops.step import NativeStep, four_bit_bytes, large_memory, pack_four_bits, pack_weights, packed_bytes
+from ...ops.step import BLOCKS, NativeStep, block_bytes, large_memory, pack_blocks, pack_weights, packed_bytes
 from .lower import lower
 from .parts import parts
 from .program import Grouped, Product, Program, encode
@@ -107,7 +107,7 @@ class FusedStep:
     def packed(self) -> dict[str, int]:
         """Of how many products the weights are copies, and of which kind."""
         assert self._weights is not None
-        kinds = {torch.uint8: "packed", torch.int8: "packed in four bits"}
+        kinds = {torch.uint8: "packed", torch.int8: "packed in four bits", torch.int32: "packed in eight bits"}
         return dict(Counter(kinds[weight.dtype] for weight in self._weights if weight.dtype in kinds))
 
     def times(self, on: bool) -> list[float]:
@@ -152,30 +152,34 @@ def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
 
 def _weights_of(products: list[Product | Grouped], packs: bool) -> list[Tensor]:
     """For each product its weights, one behind the other: packed, or as the model has them."""
-    four_bits = [_in_four_bits(product) if packs else None for product in products]
+    blocks = [_in_blocks(product) if packs else None for product in products]
     sizes = [
-        len(found) if found is not None else _packed_bytes(product) if packs else 0
-        for product, found in zip(products, four_bits, strict=True)
+        found.nbytes if found is not None else _packed_bytes(product) if packs else 0
+        for product, found in zip(products, blocks, strict=True)
     ]
     rounded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
     memory = large_memory(sum(rounded)) if any(sizes) else torch.empty(0, dtype=torch.uint8)
     weights = []
-    for product, found, size, room in zip(products, four_bits, sizes, memory.split(rounded), strict=True):
+    for product, found, size, room in zip(products, blocks, sizes, memory.split(rounded), strict=True):
         part = room[:size]
         if found is not None:
-            weights.append(part.view(torch.int8).copy_(found))
+            weights.append(part.view(found.dtype).copy_(found))
         else:
             weights.append(_pack(product, part) if size else _own(product))
     return weights
 
 
-def _in_four_bits(product: Product | Grouped) -> Tensor | None:
-    """Where its weights came out of a 4-bit file, and this processor looks them up to the bit."""
+def _in_blocks(product: Product | Grouped) -> Tensor | None:
+    """Where its weights came out of a file of fewer bits, and this processor makes them of those, to the bit."""
     if isinstance(product, Grouped):
         return None
-    packed = torch.empty(four_bit_bytes(product.weights[0], product.output.width), dtype=torch.int8)
     parts = [weight.contiguous() for weight in product.weights]
-    return packed if len(packed) and pack_four_bits(parts, packed) else None
+    for bits, dtype in BLOCKS.items():
+        size = block_bytes(parts[0], product.output.width, bits)
+        packed = torch.empty(size // dtype.itemsize, dtype=dtype)
+        if size and pack_blocks(parts, packed):
+            return packed
+    return None
 
 
 def _packed_bytes(product: Product | Grouped) -> int:
@@ -216,8 +220,8 @@ def _bias_of(product: Product | Grouped, dtype: torch.dtype) -> Tensor | None:
 
 
 def _has_room(model: PreTrainedModel) -> bool:
-    """Whether this machine has memory for a second copy of the weights."""
-    return sum(parameter.nbytes for parameter in model.parameters()) + _SPARE <= _free_memory()
+    """Whether this machine has memory for a second copy of the weights, and one in bytes."""
+    return 3 * sum(parameter.nbytes for parameter in model.parameters()) // 2 + _SPARE <= _free_memory()
 
 
 def _free_memory() -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from four_bit_weights import q4_1
+from block_weights import q4_1, q8_0
 from fused_steps import both_ways, every_call_seen
 from tiny_families import make_family, tiny_family
 from tiny_models import prompt
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.drafting.tree import tree_of_ranks
-from cerberus_ext.ops.step import four_bit_bytes, packed_bytes
+from cerberus_ext.ops.step import block_bytes, packed_bytes
 from cerberus_ext.runtime.fused.step import FusedStep
 from cerberus_ext.runtime.fused.trace import NotFused
 
@@ -95,17 +95,18 @@ def test_nothing_is_copied_where_nothing_is_packed(name: str) -> None:
 
 
 @pytest.mark.parametrize("tree", ["root", "bush"])
-def test_weights_of_a_four_bit_file(tree: str) -> None:
-    """In four bits, with the bits of the step op by op."""
+def test_weights_of_a_file_of_fewer_bits(tree: str) -> None:
+    """In four bits, the LM head in eight, with the bits of the step op by op."""
     model = tiny_family("llama", torch.bfloat16)
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not model.lm_head:
             module.weight.data.copy_(q4_1(*module.weight.shape))
+    model.lm_head.weight.data.copy_(q8_0(*model.lm_head.weight.shape))
     with torch.inference_mode(), every_call_seen(model) as target:
         target.prefill(prompt())
         kinds = FusedStep(target, pack=True).packed
-    if four_bit_bytes(model.lm_head.weight, 1):
-        assert kinds == {"packed in four bits": 4 * model.config.num_hidden_layers, "packed": 1}
+    if block_bytes(model.lm_head.weight, 1, 8):
+        assert kinds == {"packed in four bits": 4 * model.config.num_hidden_layers, "packed in eight bits": 1}
     for ours, theirs in zip(*both_ways(model, TREES[tree], pack=True), strict=True):
         assert ours.equal(theirs)
 

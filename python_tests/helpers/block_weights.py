@@ -1,4 +1,4 @@
-"""Weights as they come out of a 4-bit file, in bfloat16."""
+"""Weights as they come out of a file of fewer bits, in bfloat16."""
 
 from __future__ import annotations
 
@@ -24,3 +24,12 @@ def q4_0(out_size: int, size: int, scale: float = 0.05, seed: int = 0) -> Tensor
     d = (furthest / -8).half().float()
     q = (blocks / d).round().clamp(-8, 7) + 0.0  # an integer: its zero has no sign
     return (q * d).view(out_size, size).bfloat16()
+
+
+def q8_0(out_size: int, size: int, scale: float = 0.05, seed: int = 0) -> Tensor:
+    """The largest magnitude of 32 weights is 127 d."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = scale * torch.randn(out_size, size // 32, 32, generator=generator)
+    d = blocks.abs().amax(-1, keepdim=True) / 127
+    q = (blocks / d).round() + 0.0
+    return (q * d.half().float()).view(out_size, size).bfloat16()

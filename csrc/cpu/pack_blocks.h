@@ -1,0 +1,55 @@
+// What the kinds of weights in blocks have in common: every 32 bfloat16 weights of a row along k are integers
+// times one or two float16 numbers, rounded, as a file had them. Tiles of kPackedWeights rows.
+//
+// A kind has its bytes of a tile, a class of the weights of a step as Product<X> takes them, and a function
+// that packs a row and compares every weight with what the kernels will make of it, so that sums are those of
+// rows_times_packed, to the same bits. rows_times_blocks in packed.h multiplies.
+#pragma once
+
+#include "cpu/packed.h"
+
+namespace cerberus::CERBERUS_ISA {
+
+constexpr int64_t kBlock = 32;  // k that share their scales
+
+// p, so that the compiler reads what is there anew each time: the sums of a tile need the registers.
+template <typename T>
+static inline const T* from_memory(const T* p) {
+  __asm__("" : "+r"(p));
+  return p;
+}
+
+#if defined(__AVX512F__)
+// To bfloat16, to nearest, ties to even. 65537 x is rounded where bfloat16 is, 16 bits further up; without
+// 65536 x, which is exact, x is left, rounded. A zero becomes +0, and what is beyond 2^111 no number: which
+// of the values are rounded is said in `which`, and packing leaves alone what comes out wrong.
+struct RoundingConstants {
+  float above = 65537, below = -65536;
+};
+static inline __m512 round_to_bfloat16(const RoundingConstants& constants, __m512 x, __mmask16 which) {
+  const __m512 above = _mm512_mul_ps(x, _mm512_set1_ps(constants.above));
+  return _mm512_mask_fmadd_ps(x, which, _mm512_set1_ps(constants.below), above);
+}
+#endif
+
+static inline float rounded_to_bfloat16(float x) {
+  BFloat16 rounded;
+  from_float(x, rounded);
+  return to_float(rounded);
+}
+
+// Calls body(x) for float16 numbers around x, nearest first, until it returns true; returns whether it did.
+template <typename Body>
+static inline bool any_near(float x, const Body& body) {
+  constexpr int kNear = 10;  // on either side: more than round to one bfloat16
+  Float16 nearest;
+  from_float(x, nearest);
+  for (int i = 0; i <= 2 * kNear; ++i) {
+    const int bits = nearest.bits + (i % 2 ? (i + 1) / 2 : -i / 2);
+    if (((bits ^ nearest.bits) & 0x8000) || (bits & 0x7c00) == 0x7c00) continue;  // another sign, not finite
+    if (body(to_float(Float16{static_cast<uint16_t>(bits)}))) return true;
+  }
+  return false;
+}
+
+}  // namespace cerberus::CERBERUS_ISA

@@ -1,0 +1,198 @@
+"""Weights that came out of a file of fewer bits: found from their values, multiplied to the bits of what they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from block_weights import q4_0, q4_1, q8_0
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from torch import Tensor
+
+from cerberus_ext import ops
+from cerberus_ext.ops.step import BLOCKS, NativeStep, block_bytes, pack_blocks
+
+VOCAB = 11
+BITS = [bits for bits in BLOCKS if block_bytes(torch.empty(1, 32, dtype=torch.bfloat16), 1, bits)]
+MAKERS = [make for make, bits in ((q4_1, 4), (q4_0, 4), (q8_0, 8)) if bits in BITS]
+
+pytestmark = pytest.mark.skipif(not BITS, reason="this processor makes no weights of blocks")
+
+
+def packed_in(bits: int, *weights: Tensor) -> Tensor | None:
+    size = block_bytes(weights[0], sum(map(len, weights)), bits)
+    memory = torch.full((size,), 85, dtype=torch.int8).view(BLOCKS[bits])
+    return memory if pack_blocks(weights, memory) else None
+
+
+def packed(*weights: Tensor) -> Tensor | None:
+    """In the fewest bits in which they can be given."""
+    every = (packed_in(bits, *weights) for bits in BITS)
+    return next((memory for memory in every if memory is not None), None)
+
+
+def multiply(weights: Tensor, shape: torch.Size, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (N, I) @ the packed weights (O, I)^T, by a step whose embeddings are x."""
+    nodes, (out_size, size) = len(x), shape
+    tensors = [x, weights] if bias is None else [x, weights, bias]
+    packing = {torch.int8: 2, torch.int32: 4}.get(weights.dtype, 0)
+    code = [1, 1, 1, 1, 4, 2, 2, 0, 1, size, 0, out_size, 0]
+    code += [1, 0, 1, 0, 0, 1, 1, size, 2, 0, 0, 0, 0, 1, 5, 0, 0, 0, 0, 1, *[0] * 6]
+    code += [0, 0, 1, 1, size, out_size, -1 if bias is None else 2, packing]
+    step = NativeStep(tensors, torch.tensor(code))
+    hidden, logits = torch.empty_like(x), torch.empty(nodes, out_size, dtype=x.dtype)
+    ancestors, index = torch.zeros(nodes, -(-nodes // 64), dtype=torch.int64), torch.arange(nodes)
+    step.run(
+        index, index, [torch.tensor([0])], [ancestors], [torch.zeros(2, 1, 1, 8, 4, dtype=x.dtype)], hidden, logits
+    )
+    return logits
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("nodes", [1, 2, 3, 7, 8, 9, 16, 17, 40, 70])
+@pytest.mark.parametrize(("out_size", "size"), [(1, 32), (2, 64), (3, 576), (50, 96), (200, 288)])
+def test_products_have_the_bits_of_linear(
+    out_size: int, size: int, nodes: int, make: Callable[[int, int], Tensor]
+) -> None:
+    weight, x = make(out_size, size), torch.randn(nodes, size).bfloat16()
+    bias = None if nodes % 2 else torch.randn(out_size).bfloat16()
+    memory = packed(weight)
+    assert memory is not None
+    assert multiply(memory, weight.shape, x, bias).equal(ops.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("kinds", [(q4_1, q4_0, q4_1), (q8_0, q8_0, q8_0)])
+def test_several_weights_one_behind_the_other(kinds: tuple[Callable[..., Tensor], ...]) -> None:
+    if any(make not in MAKERS for make in kinds):
+        pytest.skip("this processor has no such blocks")
+    weights = [make(rows, 64, seed=rows) for make, rows in zip(kinds, (5, 4, 1), strict=True)]
+    memory, x = packed(*weights), torch.randn(4, 64).bfloat16()
+    assert memory is not None
+    assert multiply(memory, torch.Size((10, 64)), x).equal(ops.linear(x, torch.cat(weights), None))
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("scale", [1e-5, 1e-4, 1e-3, 0.05, 1.0, 300.0])
+def test_every_block_of_many_is_found(scale: float, make: Callable[..., Tensor]) -> None:
+    """With scales that float16 has as subnormal numbers, too."""
+    for seed in range(4):
+        assert packed(make(64, 1024, scale, seed)) is not None
+
+
+def raw_blocks(kind: GGMLQuantizationType, count: int) -> np.ndarray:
+    """As in a file: of random integers, each of which is as large as it can be once, and scales of every kind."""
+    random = np.random.default_rng(0)
+    scales = random.integers(0, 1 << 16, (count, 2), dtype=np.uint16)  # float16 numbers of all exponents, and NaN
+    scales[:8, 0] = 0, 0x8000, 1, 0x8001, 0x03FF, 0x7C00, 0xFC00, 0x7BFF
+    if kind == GGMLQuantizationType.Q8_0:
+        integers = random.integers(-127, 128, (count, 32), dtype=np.int8)
+        integers[:, 7] = 127
+        return np.hstack([scales[:, :1].view(np.uint8), integers.view(np.uint8)])
+    codes = random.integers(0, 256, (count, 16), dtype=np.uint8)
+    codes[:, :2] = 0x0F
+    used = scales[:, : 1 if kind == GGMLQuantizationType.Q4_0 else 2]
+    return np.hstack([np.ascontiguousarray(used).view(np.uint8), codes])
+
+
+@pytest.mark.parametrize("kind", [GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q8_0")])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+def test_blocks_of_a_file(kind: GGMLQuantizationType) -> None:
+    """What is packed has the bits of gguf's own numbers. What is not finite, or a zero of the other sign, is left as it
+    is, and little else: nothing with positive scales of ordinary size."""
+    count = 0
+    raw = raw_blocks(kind, 1000)
+    values = torch.from_numpy(dequantize(raw, kind))
+    x = torch.randn(3, 32).bfloat16()
+    for block, value in zip(raw, values.bfloat16(), strict=True):
+        weight = value[None].contiguous()
+        memory = packed(weight)
+        if memory is not None:
+            assert weight.isfinite().all()
+            sums = multiply(memory, weight.shape, x)
+            assert sums.view(torch.int16).equal(ops.linear(x, weight, None).view(torch.int16))
+            count += 1
+        else:
+            scale = block[:2].view(np.float16)[0]
+            assert not 1e-3 < scale < 1e3 or len(block) == 20, scale
+    assert count > 300 or (kind == GGMLQuantizationType.Q8_0 and 8 not in BITS)
+
+
+def test_weights_that_are_all_the_same() -> None:
+    weight = torch.tensor([[0.0], [-0.0], [1.5], [-3e30]]).expand(4, 64).bfloat16().contiguous()
+    memory, x = packed(weight), torch.randn(3, 64).bfloat16()
+    assert memory is not None
+    assert multiply(memory, torch.Size((4, 64)), x).equal(ops.linear(x, weight, None))
+
+
+def test_zeros_keep_their_sign() -> None:
+    """Where q counts from -8 and d is negative, the zero is -0: it shows in a sum that has underflowed to -0."""
+    for sign in (1.0, -1.0):
+        weight = torch.tensor([sign * 2.0**-24, -0.0 * sign]).repeat(16)[None].bfloat16()
+        weight[0, 0] *= 8
+        x = torch.tensor([-sign * 2.0**-133, 1.0]).repeat(16)[None].bfloat16()
+        memory = packed(weight)
+        assert memory is not None
+        sums = multiply(memory, weight.shape, x)
+        assert sums.view(torch.int16).equal(ops.linear(x, weight, None).view(torch.int16))
+        assert sums.item() == 0
+
+
+def test_a_zero_of_the_other_sign_is_not_the_same() -> None:
+    for weight in (torch.arange(16.0).repeat(6).view(3, 32).bfloat16(), q8_0(3, 32)):
+        assert packed(weight) is not None or 8 not in BITS
+        weight[1] = weight[1].where(weight[1] == weight[1].abs().amax(), 0)
+        assert packed(weight) is not None
+        weight[1, weight[1].argmin()] = -0.0
+        assert packed(weight) is None
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_left_as_it_is(value: float, make: Callable[..., Tensor]) -> None:
+    weight = make(3, 64)
+    weight[1, 40] = value
+    assert packed(weight) is None
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_other_weights_are_left_as_they_are(make: Callable[..., Tensor]) -> None:
+    """Random ones, and those of a file of which one bit was changed, in any row and block."""
+    assert packed(torch.randn(3, 64).bfloat16()) is None
+    for row in range(7):
+        weight = make(7, 128)
+        changed = weight.view(torch.int16)
+        place = (row * 37) % 128
+        inside = weight[row, place // 32 * 32 :][:32]
+        if weight[row, place] in (inside.amin(), inside.amax()):
+            continue
+        changed[row, place] ^= 1
+        assert packed(weight) is None
+
+
+def test_what_cannot_be_packed_so_is_said() -> None:
+    for bits in BITS:
+        assert block_bytes(torch.empty(3, 33, dtype=torch.bfloat16), 3, bits) == 0
+        assert block_bytes(torch.empty(3, 32), 3, bits) == 0
+    with pytest.raises(RuntimeError, match="^block_bytes: bits must be 4 or 8, got 7"):
+        block_bytes(torch.empty(3, 32), 3, 7)
+    with pytest.raises(RuntimeError, match="^pack_blocks: weights must be of a kind that this processor packs so"):
+        pack_blocks([torch.zeros(3, 33, dtype=torch.bfloat16)], torch.empty(1000, dtype=torch.int8))
+    for short in (torch.empty(95, dtype=torch.int8), torch.empty(96, dtype=torch.uint8)):
+        with pytest.raises(RuntimeError, match="^pack_blocks: packed must be torch.int8 .* with 96 bytes, got"):
+            pack_blocks([q4_1(3, 32)], short)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_step_does_not_read_beyond_its_weights(make: Callable[..., Tensor]) -> None:
+    """make_step counts them."""
+    weight = make(7, 64)
+    memory, x = packed(weight), torch.randn(2, 64).bfloat16()
+    assert memory is not None
+    with pytest.raises(RuntimeError, match="make_step: code: a weight's elements must be"):
+        multiply(memory[:-2].clone(), weight.shape, x)
+    with pytest.raises(RuntimeError, match="make_step: code: packing must be that of the weight"):
+        multiply(memory.view(torch.uint8), weight.shape, x)
