@@ -230,7 +230,7 @@ TreeAttentionCall prepare_tree_attention(const Splits& splits, const Tensor& q, 
   args.ancestors = data<int64_t>(ancestors);
   args.sinks = sinks ? sinks->const_data_ptr() : nullptr;
   args.output = call.output.mutable_data_ptr();
-  args.splits = splits.tree_attention(args);
+  args.splits = splits.tree_attention(capacity);
   args.part_max = args.part_sum = args.part_output = nullptr;
   if (args.splits > 1) {
     const int64_t parts = rows * nodes * query_heads * args.splits;

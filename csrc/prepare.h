@@ -18,11 +18,10 @@ namespace cerberus {
 
 using torch::stable::Tensor;
 
-// Into how many pieces a device splits a call: DraftTopkArgs::parts, and TreeAttentionArgs::splits by the
-// sizes and the pointers that the arguments hold already.
+// Into how many pieces a device splits a call: DraftTopkArgs::parts and TreeAttentionArgs::splits.
 struct Splits {
   int64_t (*draft_topk)(int64_t vocab);
-  int64_t (*tree_attention)(const TreeAttentionArgs& args);
+  int64_t (*tree_attention)(int64_t capacity);
 };
 
 // The prepared call: `args` points into the tensors, which keep the memory alive; what the op returns.
