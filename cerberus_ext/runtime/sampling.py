@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from .. import ops
 from ..drafting.tree import Tree
+from ..ops.verify import sampling_numbers
 
 
 class Chooser(Protocol):
@@ -51,14 +53,13 @@ class Sampling:
 
     def choose(self, logits: Tensor, positions: Tensor) -> Tensor:
         """logits (..., V), positions (...) of the tokens to choose -> tokens (...)."""
-        flat = logits.reshape(-1, logits.shape[-1]).contiguous()
-        if self.min_p:
-            lowest = flat.amax(-1, keepdim=True).float() + self.temperature * math.log(self.min_p)
-            flat = flat.masked_fill(flat.float() < lowest, -math.inf)
-        chosen = ops.choose_tokens(
-            flat, positions.reshape(-1).contiguous(), self.seed, self.temperature, self.top_k, self.top_p
-        )
-        return chosen.view(positions.shape)
+        numbers = (self.seed, self.temperature, self.top_k, self.top_p)
+        return choose(logits, positions, self.distance if self.min_p else None, *numbers)
+
+    @property
+    def distance(self) -> float:
+        """How far below the best logit those are that min_p leaves out; at most 0."""
+        return self.temperature * math.log(self.min_p)
 
     def first(self, logits: Tensor, positions: Tensor) -> Tensor:
         return self.choose(logits, positions)
@@ -68,3 +69,46 @@ class Sampling:
 
     def extend(self, tokens: list[int]) -> None:
         pass
+
+
+class RecordedSampling:
+    """The Chooser of recorded steps that draw: as Sampling, whose numbers lie on the device, so that recordings serve
+    all of them. limited: whether there is a min_p."""
+
+    host_rules: ClassVar[Sequence[str]] = ()
+    seconds: ClassVar[float] = 0.0
+
+    def __init__(self, limited: bool, device: torch.device) -> None:
+        self._numbers = torch.zeros(3, dtype=torch.int64, device=device)
+        self._distance = torch.zeros((), device=device) if limited else None
+        self._put = Sampling()
+
+    def put(self, sampling: Sampling) -> None:
+        """From here on, tokens are chosen as it chooses them."""
+        if sampling != self._put:
+            numbers = sampling_numbers(sampling.seed, sampling.temperature, sampling.top_k, sampling.top_p)
+            self._numbers.copy_(numbers)
+            if self._distance is not None:
+                self._distance.fill_(sampling.distance)
+            self._put = sampling
+
+    def first(self, logits: Tensor, positions: Tensor) -> Tensor:
+        return choose(logits, positions, self._distance, 0, 1.0, 0, 1.0, self._numbers)
+
+    def targets(self, logits: Tensor, tokens: Tensor, tree: Tree | None, positions: Tensor) -> Tensor:
+        return self.first(logits, positions)
+
+    def extend(self, tokens: list[int]) -> None:
+        pass
+
+
+def choose(logits: Tensor, positions: Tensor, distance: float | Tensor | None, *numbers: Any) -> Tensor:
+    """logits (..., V), positions (...) of the tokens to choose -> tokens (...).
+
+    distance: those are left out that lie further than this below the best. numbers: as for `ops.choose_tokens`.
+    """
+    flat = logits.reshape(-1, logits.shape[-1]).contiguous()
+    if distance is not None:
+        lowest = flat.amax(-1, keepdim=True).float() + distance
+        flat = flat.masked_fill(flat.float() < lowest, -math.inf)
+    return ops.choose_tokens(flat, positions.reshape(-1).contiguous(), *numbers).view(positions.shape)

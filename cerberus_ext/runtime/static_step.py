@@ -27,7 +27,7 @@ from ..drafting.tree import Tree
 from ..ops.step import settle
 from ..target.cache import TreeCache
 from ..target.model import TargetModel
-from .sampling import Chooser
+from .sampling import Chooser, RecordedSampling, Sampling
 
 
 class StaticState(NamedTuple):
@@ -179,6 +179,7 @@ class StepMemory:
         self._drafts: dict[tuple[int, int], StaticDrafts] = {}
 
     @property
+        self._choosers: dict[bool, RecordedSampling] = {}  # by whether there is a min_p
     def state(self) -> StaticState:
         assert self._state is not None  # after the prompt
         return self._state
