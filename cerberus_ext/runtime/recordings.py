@@ -89,8 +89,8 @@ class Recordings:
             run_step(target, kind, self.memory, result)
 
         try:
-            for _ in range(_WARM_UPS):
-                self.recorder.warm_up(run)
+            for turn in range(_WARM_UPS):
+                self.recorder.warm_up(run, last=turn == _WARM_UPS - 1)
                 torch._foreach_copy_(changed, saved)
             return result, self.recorder.record(run)
         except Exception as error:
