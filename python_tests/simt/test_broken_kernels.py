@@ -134,6 +134,13 @@ BROKEN = [
         "SoftmaxSum softmax",
     ),
     Broken(
+        "a product does not wait for its input",
+        "step_product",
+        "step_product.cu",
+        "void begin() const { wait_for_previous_launch(); }",
+        "void begin() const {}",
+    ),
+    Broken(
         "the selection is set again while others read it",
         "choose_tokens",
         "choose_tokens.cu",
