@@ -82,7 +82,10 @@ struct ChooseTokensArgs {
   float temperature;  // >= 0
   int64_t top_k;      // 0: all
   float top_p;        // 1: all
-  int64_t* tokens;    // (M,)
+  // (3,) or null: where the call finds these four when it runs, for a temperature > 0: the seed, top_k, the
+  // bits of temperature and top_p. So a CUDA graph serves all of them.
+  const int64_t* numbers;
+  int64_t* tokens;  // (M,)
 };
 
 // Node i of row b sits in slot length[b] + i and attends to slots 0 .. length[b]-1 and to the slots of its

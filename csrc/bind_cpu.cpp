@@ -12,8 +12,7 @@ namespace {
 struct Cpu {
   explicit Cpu(const Tensor&) {}
 
-  static constexpr Splits kSplits = {draft_topk_parts_cpu,
-                                     [](const TreeAttentionArgs&) -> int64_t { return 1; }};
+  static constexpr Splits kSplits = {draft_topk_parts_cpu, [](int64_t) -> int64_t { return 1; }};
 
   template <typename Args>
   void run(const char*, void (*kernel)(const Args&, const Parallel&), const Args& args) const {

@@ -63,9 +63,7 @@ class Cuda {
   explicit Cuda(const Tensor& first) : index_(first.get_device_index()), guard_(index_) {}
 
   static constexpr Splits kSplits = {[](int64_t) { return draft_topk_parts(multiprocessors("draft_topk")); },
-                                     [](const TreeAttentionArgs& args) {
-                                       return tree_attention_splits(args, multiprocessors("tree_attention"));
-                                     }};
+                                     tree_attention_splits};
 
   template <typename Args>
   void run(const char* op, cudaError_t (*kernel)(const Args&, cudaStream_t), const Args& args) const {

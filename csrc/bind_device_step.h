@@ -63,8 +63,7 @@ class DeviceSteps {
     std::unique_ptr<Planned> planned(new Planned{call, cache, hidden, logits, {}, {}, {}});
     const std::lock_guard<std::mutex> lock(held->running);
     const auto lay_out = [&](void* memory, const void* instructions) {
-      return held->step.plan(call, memory, static_cast<const RowInstruction*>(instructions),
-                             Device::kSplits.tree_attention);
+      return held->step.plan(call, memory, static_cast<const RowInstruction*>(instructions));
     };
     const DevicePlan counted = lay_out(nullptr, nullptr);
     const int64_t bytes = counted.instructions.size() * sizeof(RowInstruction);

@@ -13,7 +13,8 @@
   OP(head_stack, HeadStack, "(Tensor hidden, Tensor anchor, Tensor weight, Tensor bias) -> Tensor")      \
   OP(draft_topk, DraftTopk, "(Tensor states, Tensor projection, int drafts) -> (Tensor, Tensor)")        \
   OP(choose_tokens, ChooseTokens,                                                                        \
-     "(Tensor logits, Tensor positions, int seed, float temperature, int top_k, float top_p) -> Tensor") \
+     "(Tensor logits, Tensor positions, int seed, float temperature, int top_k, float top_p, Tensor? "   \
+     "numbers=None) -> Tensor")                                                                          \
   OP(tree_attention, TreeAttention,                                                                      \
      "(Tensor q, Tensor keys, Tensor values, Tensor length, Tensor ancestors, float scale, int window, " \
      "float softcap=0.0, Tensor? sinks=None) -> Tensor")                                                 \

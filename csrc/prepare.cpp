@@ -154,7 +154,8 @@ DraftTopkCall prepare_draft_topk(const Splits& splits, const Tensor& states, con
 }
 
 ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& positions, int64_t seed,
-                                       double temperature, int64_t top_k, double top_p) {
+                                       double temperature, int64_t top_k, double top_p,
+                                       const std::optional<Tensor>& numbers) {
   Check check("choose_tokens");
   check.floating(logits, "logits", 2, "(M, V)");
   check.not_empty(logits, "logits", "(M, V)", 1, "V");
@@ -166,6 +167,10 @@ ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& posit
   check.that(std::isfinite(temperature) && temperature >= 0, "temperature", "finite and >= 0", temperature);
   check.that(top_k >= 0, "top_k", ">= 0", top_k);
   check.that(top_p > 0 && top_p <= 1, "top_p", "> 0 and <= 1", top_p);
+  if (numbers) {
+    check.integer(*numbers, "numbers", 1, "(3,)", ScalarType::Long);
+    check.sizes(*numbers, "numbers", "(3,)", {3});
+  }
 
   ChooseTokensCall call{{}, empty(check, logits, {rows}, ScalarType::Long)};
   call.args = {check.dtype(),
@@ -177,6 +182,7 @@ ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& posit
                static_cast<float>(temperature),
                top_k,
                static_cast<float>(top_p),
+               numbers ? data<int64_t>(*numbers) : nullptr,
                mutable_data<int64_t>(call.tokens)};
   return call;
 }
@@ -230,7 +236,7 @@ TreeAttentionCall prepare_tree_attention(const Splits& splits, const Tensor& q, 
   args.ancestors = data<int64_t>(ancestors);
   args.sinks = sinks ? sinks->const_data_ptr() : nullptr;
   args.output = call.output.mutable_data_ptr();
-  args.splits = splits.tree_attention(args);
+  args.splits = splits.tree_attention(capacity);
   args.part_max = args.part_sum = args.part_output = nullptr;
   if (args.splits > 1) {
     const int64_t parts = rows * nodes * query_heads * args.splits;

@@ -18,11 +18,10 @@ namespace cerberus {
 
 using torch::stable::Tensor;
 
-// Into how many pieces a device splits a call: DraftTopkArgs::parts, and TreeAttentionArgs::splits by the
-// sizes and the pointers that the arguments hold already.
+// Into how many pieces a device splits a call: DraftTopkArgs::parts and TreeAttentionArgs::splits.
 struct Splits {
   int64_t (*draft_topk)(int64_t vocab);
-  int64_t (*tree_attention)(const TreeAttentionArgs& args);
+  int64_t (*tree_attention)(int64_t capacity);
 };
 
 // The prepared call: `args` points into the tensors, which keep the memory alive; what the op returns.
@@ -88,7 +87,8 @@ HeadStackCall prepare_head_stack(const Tensor& hidden, const Tensor& anchor, con
 DraftTopkCall prepare_draft_topk(const Splits& splits, const Tensor& states, const Tensor& projection,
                                  int64_t drafts);
 ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& positions, int64_t seed,
-                                       double temperature, int64_t top_k, double top_p);
+                                       double temperature, int64_t top_k, double top_p,
+                                       const std::optional<Tensor>& numbers);
 TreeAttentionCall prepare_tree_attention(const Splits& splits, const Tensor& q, const Tensor& keys,
                                          const Tensor& values, const Tensor& length, const Tensor& ancestors,
                                          double scale, int64_t window, double softcap,

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from cerberus_ext.evaluation.timing import timed, wait_for
+from cerberus_ext.runtime.recorder import CudaRecorder
 
 Call = Callable[[], Any]
 T = TypeVar("T")
@@ -82,16 +83,17 @@ def in_graph(calls: Sequence[Call], reset: Call | None) -> float:
     Raises RuntimeError where a call cannot be captured.
     """
     made = [calls[i % len(calls)] for i in range(max(FEWEST_CALLS, len(calls)))]
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # what a first call sets up cannot be captured
-        for call in made[:3]:
-            call()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in made:
-            call()
+    recorder, graph = CudaRecorder(torch.device("cuda")), torch.cuda.CUDAGraph()
+    for call in made[:3]:  # what a first call sets up cannot be captured
+        recorder.warm_up(call, last=False)
+    recorder.warm_up(made[0], last=True)
+    current = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            for call in made:
+                call()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails leaves torch on its own
     try:
         once = median(seconds_of(graph.replay, "cuda", 3, reset))
         repeats = min(200, max(7, int(_SECONDS / max(once, 1e-6))))

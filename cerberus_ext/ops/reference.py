@@ -137,13 +137,20 @@ def gumbel_noise(positions: Tensor, seed: int, vocab: int) -> Tensor:
     return -(-((words.double() + 0.5) * 2.0**-32).log()).log()
 
 
-def choose_tokens(logits: Tensor, positions: Tensor, seed: int, temperature: float, top_k: int, top_p: float) -> Tensor:
+def choose_tokens(
+    logits: Tensor, positions: Tensor, seed: int, temperature: float, top_k: int, top_p: float,
+    numbers: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """logits (M, V), positions (M,) -> tokens (M,) int64.
 
     temperature 0: the largest logit. Otherwise the largest logit / temperature + noise among the tokens kept:
     the top_k best (0: all), and of these the fewest best whose probabilities sum to at least top_p. Ties go
     to the lowest id. A NaN is worse than everything else; a row of nothing but NaN gives token 0.
+    numbers (3,) int64: seed, top_k, and the bits of temperature and top_p in float32; they count instead.
     """
+    if numbers is not None and temperature != 0:
+        seed, top_k = numbers[:2].tolist()
+        temperature, top_p = numbers[2:].view(torch.float32).tolist()
     x = logits.double()
     missing = x.isnan()
     x = x.masked_fill(missing, -math.inf)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import struct
+
 import torch
 from torch import Tensor
 
 from .native import fake, native
 
 
-def choose_tokens(logits: Tensor, positions: Tensor, seed: int, temperature: float, top_k: int, top_p: float) -> Tensor:
+def choose_tokens(
+    logits: Tensor, positions: Tensor, seed: int, temperature: float, top_k: int, top_p: float,
+    numbers: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The token that follows each row of logits: the best one, or one drawn with reproducible noise.
 
     logits: (M, V) float32 | bfloat16 | float16, contiguous, V >= 1. A NaN is never chosen, unless there is
@@ -19,14 +24,22 @@ def choose_tokens(logits: Tensor, positions: Tensor, seed: int, temperature: flo
         temperature is sampled (Gumbel-max: argmax of logits / temperature - log(-log(u)), u from Philox).
     top_k: >= 0: only the top_k largest logits can be drawn; 0: all of them.
     top_p: 0 < top_p <= 1: of these, only the fewest best whose probabilities sum to at least top_p.
+    numbers: (3,) int64, of `sampling_numbers`: where these four are read from when the op runs, instead; what the
+        numbers are is not checked. Only for a temperature > 0, there and as an argument.
     Returns (M,) int64. Ties go to the lowest id.
     Raises RuntimeError on other shapes, dtypes, devices, on a non-contiguous tensor, on numbers out of range.
     Source: Gumbel-max; Salmon et al. 2011 (Philox4x32-10).
     """
-    return native.choose_tokens(logits, positions, seed, temperature, top_k, top_p)
+    return native.choose_tokens(logits, positions, seed, temperature, top_k, top_p, numbers)
 
 
-@fake(choose_tokens, "logits MV, positions M")
+def sampling_numbers(seed: int, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """(3,) int64, on the CPU: `numbers` of choose_tokens. Seed, top_k, the bits of temperature and top_p in float32."""
+    bits = int.from_bytes(struct.pack("<ff", temperature, top_p), "little", signed=True)
+    return torch.tensor([seed, top_k, bits])
+
+
+@fake(choose_tokens, "logits MV, positions M, numbers? N")
 def _(logits: Tensor, *_: object) -> Tensor:
     return logits.new_empty(logits.shape[:1], dtype=torch.int64)
 

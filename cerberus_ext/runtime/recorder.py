@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -16,8 +18,8 @@ class Unrecordable(Exception):
 class Recorder(Protocol):
     """Records what the device is told to do. All recordings of one recorder may share their temporary memory."""
 
-    def warm_up(self, run: Callable[[], None]) -> None:
-        """Runs it, where it is going to be recorded."""
+    def warm_up(self, run: Callable[[], None], last: bool) -> None:
+        """Runs it, where it is going to be recorded. last: the next time it is; it may raise what that would."""
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """-> what does the same again, on the current stream, with the same memory."""
@@ -35,10 +37,10 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         self._copied = torch.cuda.Event()
 
-    def warm_up(self, run: Callable[[], None]) -> None:
+    def warm_up(self, run: Callable[[], None], last: bool) -> None:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), waiting_refused(last):
             run()
         current.wait_stream(self._stream)
 
@@ -59,6 +61,19 @@ class CudaRecorder:
         host.copy_(source, non_blocking=True)  # pinned
         self._copied.record(torch.cuda.current_stream(self._device))
         self._copied.synchronize()
+
+
+@contextmanager
+def waiting_refused(refused: bool) -> Iterator[None]:
+    """While inside, what waits for the device raises, as it would while recording: a recording that fails keeps its
+    memory for good. The mode is the whole process's, so that it is left alone where there are other threads."""
+    before = torch.cuda.get_sync_debug_mode()
+    if refused and threading.active_count() == 1:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}  # by the type of the device

@@ -21,7 +21,6 @@ from ..target.model import TargetModel, lasting_capacity
 from ..target.step_row import StepForward
 from .recorder import RECORDERS, Unrecordable
 from .replayable import memory_of
-from .sampling import Sampling
 from .static_step import StaticResult, StepKind, StepMemory, run_step
 from .stats import DecodeStats
 
@@ -83,9 +82,6 @@ class Recordings:
         return self._steps[kind]
 
     def _record(self, target: TargetModel, kind: StepKind) -> Recorded:
-        # Numbers of the sampling are part of a recording, and there is no end of seeds.
-        choosers = (kind.chooser, Sampling())
-        self._steps = {other: step for other, step in self._steps.items() if other.chooser in choosers}
         result, changed = self.memory.result(kind), self.memory.changed_by(kind)
         saved = [tensor.clone() for tensor in changed]
 
@@ -93,8 +89,8 @@ class Recordings:
             run_step(target, kind, self.memory, result)
 
         try:
-            for _ in range(_WARM_UPS):
-                self.recorder.warm_up(run)
+            for turn in range(_WARM_UPS):
+                self.recorder.warm_up(run, last=turn == _WARM_UPS - 1)
                 torch._foreach_copy_(changed, saved)
             return result, self.recorder.record(run)
         except Exception as error:

@@ -30,7 +30,7 @@ from .sampling import Chooser
 from .stats import DecodeStats
 from .stepper import Drafts
 
-_ORDER_ON_A_GPU = "attention on a GPU is summed in an order that depends on the number of nodes"
+_ORDER_ON_A_GPU = "attention on a GPU is summed in the order of slots, and drafts lie in other slots than the text will"
 _TRIED = 64  # tokens of a prompt that a new fused step is tried behind
 
 

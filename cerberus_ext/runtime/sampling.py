@@ -13,6 +13,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from .. import ops
 from ..drafting.tree import Tree
+from ..ops.verify import sampling_numbers
 
 
 class Chooser(Protocol):
@@ -57,11 +58,13 @@ class Sampling:
 
     def choose(self, logits: Tensor, positions: Tensor) -> Tensor:
         """logits (..., V), positions (...) of the tokens to choose -> tokens (...)."""
-        flat = self._without_improbable(logits.reshape(-1, logits.shape[-1]).contiguous())
-        chosen = ops.choose_tokens(
-            flat, positions.reshape(-1).contiguous(), self.seed, self.temperature, self.top_k, self.top_p
-        )
-        return chosen.view(positions.shape)
+        numbers = (self.seed, self.temperature, self.top_k, self.top_p)
+        return choose(logits, positions, self.distance if self.min_p else None, *numbers)
+
+    @property
+    def distance(self) -> float:
+        """How far below the best logit those are that min_p leaves out; at most 0."""
+        return self.temperature * math.log(self.min_p)
 
     def follow(self, logits: Tensor, position: Tensor, drafts: list[int]) -> int:
         """What follows a node whose children are `drafts`: logits (1, V), position (1,) of the token to choose."""
@@ -75,13 +78,6 @@ class Sampling:
 
     def extend(self, tokens: list[int]) -> None:
         pass
-
-    def _without_improbable(self, logits: Tensor) -> Tensor:
-        """logits (M, V) -> the same without those that min_p leaves out."""
-        if not self.min_p:
-            return logits
-        lowest = logits.amax(-1, keepdim=True).float() + self.temperature * math.log(self.min_p)
-        return logits.masked_fill(logits.float() < lowest, -math.inf)
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ class Typical(Sampling):
 
     def _accepted(self, logits: Tensor, drawn: Tensor, parents: Tensor, tokens: Tensor) -> list[bool]:
         """logits (N, V), drawn (N,) after each node; parents, tokens (M,) of drafts -> which of them are accepted."""
-        scores = self._without_improbable(logits).float() / self.temperature
+        scores = without_improbable(logits, self.distance if self.min_p else None).float() / self.temperature
         ids: Any = drawn[:, None]  # nothing is made of them
         if self.top_k:
             scores = TopKLogitsWarper(self.top_k)(ids, scores)
@@ -128,3 +124,52 @@ class Typical(Sampling):
         known = (tokens >= 0) & (tokens < logits.shape[-1])
         likely = probabilities[parents, tokens.where(known, 0)] > lowest[parents]
         return (known & (likely | (tokens == drawn[parents]))).tolist()
+
+
+class RecordedSampling:
+    """The Chooser of recorded steps that draw: as Sampling, whose numbers lie on the device, so that recordings serve
+    all of them. limited: whether there is a min_p."""
+
+    host_rules: ClassVar[Sequence[str]] = ()
+    seconds: ClassVar[float] = 0.0
+    inexact_because: ClassVar[str | None] = None
+
+    def __init__(self, limited: bool, device: torch.device) -> None:
+        self._numbers = torch.zeros(3, dtype=torch.int64, device=device)
+        self._distance = torch.zeros((), device=device) if limited else None
+        self._put = Sampling()
+
+    def put(self, sampling: Sampling) -> None:
+        """From here on, tokens are chosen as it chooses them."""
+        if sampling != self._put:
+            numbers = sampling_numbers(sampling.seed, sampling.temperature, sampling.top_k, sampling.top_p)
+            self._numbers.copy_(numbers)
+            if self._distance is not None:
+                self._distance.fill_(sampling.distance)
+            self._put = sampling
+
+    def first(self, logits: Tensor, positions: Tensor) -> Tensor:
+        return choose(logits, positions, self._distance, 0, 1.0, 0, 1.0, self._numbers)
+
+    def targets(self, logits: Tensor, tokens: Tensor, tree: Tree | None, positions: Tensor) -> Tensor:
+        return self.first(logits, positions)
+
+    def extend(self, tokens: list[int]) -> None:
+        pass
+
+
+def choose(logits: Tensor, positions: Tensor, distance: float | Tensor | None, *numbers: Any) -> Tensor:
+    """logits (..., V), positions (...) of the tokens to choose -> tokens (...).
+
+    distance: those are left out that lie further than this below the best. numbers: as for `ops.choose_tokens`.
+    """
+    flat = without_improbable(logits.reshape(-1, logits.shape[-1]).contiguous(), distance)
+    return ops.choose_tokens(flat, positions.reshape(-1).contiguous(), *numbers).view(positions.shape)
+
+
+def without_improbable(logits: Tensor, distance: float | Tensor | None) -> Tensor:
+    """logits (M, V) -> the same without those that lie further than `distance` below the best of their row."""
+    if distance is None:
+        return logits
+    lowest = logits.amax(-1, keepdim=True).float() + distance
+    return logits.masked_fill(logits.float() < lowest, -math.inf)

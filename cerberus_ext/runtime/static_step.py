@@ -27,7 +27,7 @@ from ..drafting.tree import Tree
 from ..ops.step import settle
 from ..target.cache import TreeCache
 from ..target.model import TargetModel
-from .sampling import Chooser
+from .sampling import Chooser, RecordedSampling, Sampling
 
 
 class StaticState(NamedTuple):
@@ -66,6 +66,8 @@ class StaticNodes:
         self._packed = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         self.parents, self.depths, self.sources, ancestors, given = self._packed.split(sizes)
         self.ancestors, self.given = ancestors.view(nodes, words), given.view(batch, nodes)
+        # The last copy from there is over when the host has read a step behind it.
+        self._host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
         self.tree: Tree | None = None
         self._drafts = 0
 
@@ -77,8 +79,8 @@ class StaticNodes:
         if tree is not self.tree or drafts != self._drafts:
             self.tree = None  # whatever happens in between
             batch, nodes = self.given.shape
-            packed = torch.from_numpy(pack_tree(tree, nodes, batch, drafts))
-            self._packed.copy_(packed, non_blocking=True)  # of pageable memory: it is read before this returns
+            self._host.copy_(torch.from_numpy(pack_tree(tree, nodes, batch, drafts)))
+            self._packed.copy_(self._host, non_blocking=True)
             self.tree, self._drafts = tree, drafts
 
     def tokens(self, pending: Tensor, ids: Tensor | None) -> Tensor:
@@ -177,6 +179,7 @@ class StepMemory:
         self._state: StaticState | None = None
         self._nodes: dict[int, StaticNodes] = {}
         self._drafts: dict[tuple[int, int], StaticDrafts] = {}
+        self._choosers: dict[bool, RecordedSampling] = {}  # by whether there is a min_p
 
     @property
     def state(self) -> StaticState:
@@ -200,6 +203,16 @@ class StepMemory:
         if shape not in self._drafts:
             self._drafts[shape] = StaticDrafts(self.batch, *shape, self.device)
         return self._drafts[shape]
+
+    def chooser(self, chooser: Chooser) -> Chooser:
+        """What a recording has in its place."""
+        if not isinstance(chooser, Sampling) or chooser.temperature == 0:
+            return chooser
+        limited = chooser.min_p > 0
+        if limited not in self._choosers:
+            self._choosers[limited] = RecordedSampling(limited, self.device)
+        self._choosers[limited].put(chooser)
+        return self._choosers[limited]
 
     def result(self, kind: StepKind) -> StaticResult:
         """A new one."""

@@ -214,7 +214,8 @@ class Stepper:
         involved = drafting is not Drafting.NEVER or self._drafter.has_context
         shape = self._shape if names_drafts or drafting is Drafting.AFTER else None
         size = filled_size(nodes, self._drafts.sizes)
-        return StepKind(size, self._chooser, self._drafter if involved else NO_DRAFTER, shape, drafting)
+        chooser = self._memory.chooser(self._chooser)
+        return StepKind(size, chooser, self._drafter if involved else NO_DRAFTER, shape, drafting)
 
     def _prepare(self, tree: Tree) -> BegunStep:
         """With a tree whose drafts are where they have to be."""

@@ -255,7 +255,15 @@ int64_t sample_limited(const ChooseTokensArgs& a, const T* logits, int64_t posit
 
 }  // namespace
 
-void choose_tokens(const ChooseTokensArgs& a, const Parallel& parallel) {
+void choose_tokens(const ChooseTokensArgs& args, const Parallel& parallel) {
+  ChooseTokensArgs a = args;
+  if (a.numbers && a.temperature != 0) {
+    a.seed = static_cast<uint64_t>(a.numbers[0]);
+    a.top_k = a.numbers[1];
+    const uint64_t bits = static_cast<uint64_t>(a.numbers[2]);
+    a.temperature = bit_cast<float>(static_cast<uint32_t>(bits));
+    a.top_p = bit_cast<float>(static_cast<uint32_t>(bits >> 32));
+  }
   with_type(a.dtype, [&](auto type) {
     using T = decltype(type);
     parallel_tasks(parallel, a.rows, [&](int64_t row) {

@@ -194,14 +194,26 @@ __device__ uint64_t lowest_kept_rank(const Row<T, kVector>& row, uint64_t floor,
   return prefix;
 }
 
+// With the numbers that lie on the device.
+__device__ inline ChooseTokensArgs with_numbers(ChooseTokensArgs a) {
+  if (a.numbers == nullptr) return a;
+  a.seed = static_cast<uint64_t>(a.numbers[0]);
+  a.top_k = a.numbers[1];
+  const uint64_t bits = static_cast<uint64_t>(a.numbers[2]);
+  a.temperature = float_of_bits(static_cast<uint32_t>(bits));
+  a.top_p = float_of_bits(static_cast<uint32_t>(bits >> 32));
+  return a;
+}
+
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kThreads, 1)
-    sample_kernel(const ChooseTokensArgs a, const RankLayout layout) {
-  Row<T, kVector> row = {static_cast<const T*>(a.logits) + blockIdx.x * a.vocab, a.vocab, layout,
-                         a.temperature, -INFINITY};
+    sample_kernel(const ChooseTokensArgs given, const RankLayout layout) {
   __shared__ Selection selection;
   wait_for_previous_launch();
   allow_next_launch();
+  const ChooseTokensArgs a = with_numbers(given);
+  Row<T, kVector> row = {static_cast<const T*>(a.logits) + blockIdx.x * a.vocab, a.vocab, layout,
+                         a.temperature, -INFINITY};
   float max = -INFINITY;
   // fmaxf passes over what is not a number.
   row.for_each([&](int64_t, float logit) { max = fmaxf(max, logit); });

@@ -40,6 +40,7 @@ __device__ inline fp16 from_float<fp16>(float x) {
 
 __device__ inline bool is_nan(float x) { return x != x; }
 __device__ inline uint32_t float_bits(float x) { return __float_as_uint(x); }
+__device__ inline float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 
 // kVector consecutive elements: one element, or 16 bytes at a multiple of 16 bytes.
 template <typename T, int kVector>

@@ -39,6 +39,7 @@ class DraftTopk {
     for (SoftmaxSum& softmax : softmax_) softmax = no_softmax_sum();
   }
 
+  __device__ void begin() const {}
   __device__ Place first() const { return {begin_}; }
   __device__ bool is_over(const Place& place) const { return place.tile >= end_; }
   __device__ Place after(const Place& place) const { return {place.tile + round_tiles_}; }
@@ -113,7 +114,8 @@ constexpr int kPartBlocks = Product::kRows > 32 ? 1 : Product::kResidentBlocks;
 template <typename Product>
 __global__ void __launch_bounds__(kProductThreads, kPartBlocks<Product>)
     draft_topk_parts_kernel(const DraftTopkArgs a, const ProductSplit split) {
-  allow_next_launch();  // which waits for the end of this one before it reads
+  wait_for_previous_launch();  // for the weights, too: it may have written them
+  allow_next_launch();
   const int groups = static_cast<int>((a.rows + Product::kRows - 1) / Product::kRows);
   const int part = blockIdx.x / groups, group = blockIdx.x % groups;
   DraftTopk<Product> work(a, split, part, int64_t{group} * Product::kRows);
@@ -182,14 +184,14 @@ cudaError_t draft_topk_cuda(const DraftTopkArgs& a, cudaStream_t stream) {
         const ProductSplit split(divide_up(a.vocab, kTileRows), a.parts, divide_up(a.size, Product::kChunk),
                                  1);
         parts = split.blocks;
-        return launch(
-            draft_topk_parts_kernel<Product>,
-            {split.blocks * divide_up(a.rows, Product::kRows), kProductThreads, Product::kSharedBytes},
-            stream, a, split);
+        return launch(draft_topk_parts_kernel<Product>,
+                      overlapping(split.blocks * divide_up(a.rows, Product::kRows), kProductThreads,
+                                  Product::kSharedBytes),
+                      stream, a, split);
       },
       a.states, a.projection);
   if (error != cudaSuccess) return error;
-  return launch(draft_topk_merge_kernel, {a.rows, kMergeThreads, 0, false, true}, stream, a, parts);
+  return launch(draft_topk_merge_kernel, overlapping(a.rows, kMergeThreads), stream, a, parts);
 }
 
 }  // namespace cerberus

@@ -34,6 +34,7 @@ class HeadStack {
         begin_(split.first_tile(blockIdx.x)),
         end_(split.first_tile(blockIdx.x + 1)) {}
 
+  __device__ void begin() const {}
   __device__ Place first() const { return {0, begin_, 0}; }
   __device__ bool is_over(const Place& place) const { return place.layer == a_.layers; }
   __device__ Place after(const Place& place) const {
@@ -139,6 +140,7 @@ class HeadStack {
 template <typename Product>
 __global__ void __launch_bounds__(kProductThreads, Product::kResidentBlocks)
     head_stack_kernel(const HeadStackArgs a, const ProductSplit split) {
+  allow_next_launch();
   HeadStack<Product> work(a, split);
   multiply<Product>(split, static_cast<int>(a.size), work);
 }

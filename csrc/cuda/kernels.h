@@ -24,9 +24,8 @@ constexpr int64_t kMaxVerifyNodes = 32768;      // verify_tree: N
 // DraftTopkArgs::parts.
 int64_t draft_topk_parts(int64_t multiprocessors);
 
-// Into how many pieces tree_attention splits the slots of such a call, so that a device with so many
-// multiprocessors is busy: TreeAttentionArgs::splits. Needs the sizes and the pointers to q, keys and values.
-int64_t tree_attention_splits(const TreeAttentionArgs& a, int64_t multiprocessors);
+// Into how many pieces tree_attention splits the slots of a cache: TreeAttentionArgs::splits.
+int64_t tree_attention_splits(int64_t capacity);
 
 // cudaError_t <op>_cuda(const <Op>Args&, cudaStream_t) of every op that runs on CUDA.
 #define CERBERUS_DECLARE(name, Name, schema) \

@@ -97,10 +97,11 @@ struct RoundSums {
 };
 
 // All rounds of a block. `work` says what is multiplied and what becomes of it:
-//   Place first(), after(place); bool is_over(place)   the rounds; a place has the first `tile` of a round
-//   WeightRows<T> weights(place, tile, part)   called rounds ahead, and more than once at the end of the walk
-//   XRows<T> x(place, tile, part)              what they are multiplied with
-//   void finish(place, RoundSums)              by all threads, the sums of the round being complete
+//   void begin()   by all threads, when the first weights have been asked for and before anything else is
+//   read Place first(), after(place); bool is_over(place)   the rounds; a place has the first `tile` of a
+//   round WeightRows<T> weights(place, tile, part)   called rounds ahead, and more than once at the end of
+//   the walk XRows<T> x(place, tile, part)              what they are multiplied with void finish(place,
+//   RoundSums)              by all threads, the sums of the round being complete
 // A warp may be left without a tile at the end of a walk: it has no weights and no rows of X.
 template <typename Product, typename Work>
 __device__ inline void multiply(const ProductSplit& split, int part_columns, Work& work) {
@@ -110,6 +111,7 @@ __device__ inline void multiply(const ProductSplit& split, int part_columns, Wor
   const WarpSlice slice(split, part_columns, Product::kChunk, Product::kVector);
   std::conditional_t<Product::kRing, WeightRing<Product, Work>, WeightLoads<Product, Work>> stream(slice,
                                                                                                    work);
+  work.begin();
   const RoundSums<Product> round{dynamic_shared<float>() + Product::kRingBytes / sizeof(float), split};
 
   for (auto place = work.first(); !work.is_over(place); place = work.after(place)) {

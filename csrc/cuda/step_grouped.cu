@@ -32,6 +32,7 @@ class StepGrouped {
         begin_(split.first_tile(blockIdx.x)),
         end_(split.first_tile(blockIdx.x + 1)) {}
 
+  __device__ void begin() const {}  // which weights these are has been waited for
   __device__ Place first() const { return {begin_}; }
   __device__ bool is_over(const Place& place) const { return place.tile >= end_; }
   __device__ Place after(const Place& place) const { return {place.tile + split_.round_tiles()}; }

@@ -52,6 +52,9 @@ class StepProduct {
         begin_(split.first_tile(blockIdx.x)),
         end_(split.first_tile(blockIdx.x + 1)) {}
 
+  // The input is of the launch before. The weights are of nobody's: whoever has written them has ended before
+  // the first launch of the step went on, which reads tokens alone.
+  __device__ void begin() const { wait_for_previous_launch(); }
   __device__ Place first() const { return {begin_, 0}; }
   __device__ bool is_over(const Place& place) const { return place.tile >= end_; }
   __device__ Place after(const Place& place) const {
@@ -104,7 +107,6 @@ class StepProduct {
 template <typename Product>
 __global__ void __launch_bounds__(kProductThreads, Product::kResidentBlocks)
     step_product_kernel(const StepProductArgs a, const ProductSplit split) {
-  wait_for_previous_launch();
   allow_next_launch();
   StepProduct<Product> work(a, split);
   multiply<Product>(split, static_cast<int>(a.in_size), work);

@@ -16,12 +16,9 @@
 namespace cerberus {
 namespace {
 
-constexpr int64_t kMinTiles = 2;  // in a piece: fewer would not pay for a partial result
-
 // The main kernel of a call.
 struct Plan {
-  int rows, keys;       // of a tile
-  int resident_blocks;  // that a multiprocessor holds at once
+  int rows;  // of a tile
   int threads;
   int64_t shared_bytes;
 
@@ -41,7 +38,7 @@ cudaError_t with_kernel(const TreeAttentionArgs& a, F&& f) {
   if (!on_tensor_cores(a)) {
     return with_fma_shape(a, [&](auto element, auto vector, auto columns) {
       using Tile = FmaTile<columns()>;
-      const Plan plan = {Tile::kTile, kFmaKeys, kFmaBlocks, kFmaThreads, 0};
+      const Plan plan = {Tile::kTile, kFmaThreads, 0};
       return f(tree_attention_fma_kernel<decltype(element), vector(), columns()>, plan, element);
     });
   }
@@ -52,32 +49,26 @@ cudaError_t with_kernel(const TreeAttentionArgs& a, F&& f) {
     } else {
       return with_mma_shape<T>(a, [&](auto shape) {
         using Shape = decltype(shape);
-        const Plan plan = {Shape::kRows, Shape::kKeys, Shape::kBlocks, Shape::kThreads, Shape::kSharedBytes};
+        const Plan plan = {Shape::kRows, Shape::kThreads, Shape::kSharedBytes};
         return f(tree_attention_mma_kernel<Shape>, plan, element);
       });
     }
   });
 }
 
-bool is_empty(const TreeAttentionArgs& a) { return a.rows == 0 || a.nodes == 0 || a.query_heads == 0; }
-
 }  // namespace
 
-int64_t tree_attention_splits(const TreeAttentionArgs& a, int64_t multiprocessors) {
-  if (is_empty(a) || a.head_size > kMaxHeadSize) return 1;
-  int64_t splits = 1;
-  with_kernel(a, [&](auto, const Plan& plan, auto) {
-    splits = choose_splits(plan.blocks(a), plan.resident_blocks * multiprocessors,
-                           divide_up(a.capacity, kMinTiles * plan.keys));
-    return cudaSuccess;
-  });
+int64_t tree_attention_splits(int64_t capacity) {
+  int splits = 1;
+  while (splits < kMaxSplits && first_slot_of_piece(splits) < capacity) ++splits;
   return splits;
 }
 
 cudaError_t tree_attention_cuda(const TreeAttentionArgs& a, cudaStream_t stream) {
-  if (a.head_size > kMaxHeadSize || a.splits < 1 || a.splits > kMaxSplits) return cudaErrorInvalidValue;
+  if (a.head_size > kMaxHeadSize || a.splits != tree_attention_splits(a.capacity))
+    return cudaErrorInvalidValue;
   if (a.nodes * a.query_heads > INT32_MAX || a.capacity > INT32_MAX) return cudaErrorInvalidValue;
-  if (is_empty(a)) return cudaSuccess;
+  if (a.rows == 0 || a.nodes == 0 || a.query_heads == 0) return cudaSuccess;
   return with_kernel(a, [&](auto kernel, const Plan& plan, auto element) {
     const Launch how = overlapping(plan.blocks(a) * a.splits, plan.threads, plan.shared_bytes);
     const cudaError_t error = launch(kernel, how, stream, a);

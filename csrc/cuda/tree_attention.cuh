@@ -2,15 +2,12 @@
 // sees, and how partial results are left for the combining kernel.
 //
 // The query rows of a key/value head are the N nodes times the group of query heads that share it: row r is
-// node r / group, head r % group of the group. A block owns a tile of these rows and one of `splits` pieces
-// of the slots. Slots are taken in tiles counted from slot 0, whatever the window and the tree; the tiles in
-// use, those from the window's begin to slot length + N, are dealt out evenly, so that all pieces have work
-// also where the cache is much larger than what is in it.
+// node r / group, head r % group of the group. A block owns a tile of these rows and one piece of the slots.
 //
-// So a node's result depends on its own query, on the slots it sees, and, in the order in which float32 sums
-// are taken, on N, length, window and the number of splits (of sizes and the device). It does not depend on
-// the other nodes' queries, keys, values and places in the tree, be they not a number: a slot that a row does
-// not see adds nothing to it, exactly.
+// Pieces begin at fixed slots (first_slot_of_piece), and are walked in tiles counted from slot 0 whose size
+// depends on the element type and the head size alone. So a node's result, to the last bit, depends on its
+// own query and on the slots that it sees: not on N, on the other nodes, be they not a number, on the length,
+// on the size of the cache, on the device. What a row does not see adds nothing to it, exactly.
 #pragma once
 
 #include <cfloat>
@@ -23,7 +20,19 @@
 
 namespace cerberus {
 
-constexpr int kMaxSplits = 128;
+// Of a piece, a row leaves E numbers of float32, which are written and read once. With 64 nodes and 4 heads
+// that share their keys and values, pieces of 256 slots make that twice the bytes of 16-bit keys and values,
+// through the L2 cache. Smaller pieces would make it most of the work; with larger ones, a node alone in a
+// short cache would leave most of the device idle. Further on there is work for all blocks anyway: the size
+// doubles every 16 pieces, so that 2^20 slots have no more pieces than kMaxSplits.
+constexpr int kFirstPieceSlots = 256, kPiecesOfOneSize = 16, kMaxSplits = 128;
+
+__host__ __device__ constexpr int64_t first_slot_of_piece(int piece) {
+  const int doubled = piece / kPiecesOfOneSize;
+  const int64_t before = int64_t{kPiecesOfOneSize} * ((1 << doubled) - 1);  // in first pieces
+  return piece >= kMaxSplits ? INT32_MAX
+                             : kFirstPieceSlots * (before + (int64_t{piece % kPiecesOfOneSize} << doubled));
+}
 
 // What one block does.
 struct Piece {
@@ -77,10 +86,11 @@ __device__ inline Piece piece_of_block(const TreeAttentionArgs& a) {
   const int64_t begin = a.window > 0 && piece.length >= a.window ? piece.length - a.window + 1 : 0;
   piece.end = static_cast<int>(end);
   piece.begin = static_cast<int>(begin < end ? begin : end);
-  const int first = piece.begin / kKeys;
-  const int64_t tiles = piece.begin < piece.end ? (piece.end + kKeys - 1) / kKeys - first : 0;
-  piece.tile = first + static_cast<int>(tiles * piece.split / splits);
-  piece.end_tile = first + static_cast<int>(tiles * (piece.split + 1) / splits);
+  static_assert(kFirstPieceSlots % kKeys == 0, "pieces begin with a tile");
+  const int first = max(piece.begin, static_cast<int>(first_slot_of_piece(piece.split)));
+  const int last = min(piece.end, static_cast<int>(first_slot_of_piece(piece.split + 1)));
+  piece.tile = first / kKeys;
+  piece.end_tile = first < last ? (last + kKeys - 1) / kKeys : piece.tile;
   return piece;
 }
 
@@ -170,27 +180,10 @@ __device__ inline float share_of(const TreeAttentionArgs& a, int64_t query_row, 
     const float top = fmaxf(max, sink);
     if (top != -INFINITY) {
       const float factor = exp2f(max - top);
-      return factor / (factor * sum + exp2f(sink - top));
+      return factor / fmaf(factor, sum, exp2f(sink - top));
     }
   }
   return sum == 0.0f ? 0.0f : 1.0f / sum;
-}
-
-// A device holds `slots` such blocks at once. Into how many pieces to split the slots, at most `most`, where
-// there are `blocks` of them unsplit: the fewest pieces with which the call takes hardly longer than with the
-// best number of them, if a block's time is in proportion to its part of the slots.
-inline int64_t choose_splits(int64_t blocks, int64_t slots, int64_t most) {
-  most = most < kMaxSplits ? most : kMaxSplits;
-  if (blocks == 0 || most <= 1) return 1;
-  const auto time = [=](int64_t splits) {
-    return static_cast<double>(divide_up(blocks * splits, slots)) / static_cast<double>(splits);
-  };
-  double best = time(1);
-  for (int64_t splits = 2; splits <= most; ++splits) best = time(splits) < best ? time(splits) : best;
-  constexpr double kHardlyLonger = 1.1;  // a piece less is a partial result less to write and read
-  int64_t splits = 1;
-  while (time(splits) > kHardlyLonger * best) ++splits;
-  return splits;
 }
 
 }  // namespace cerberus

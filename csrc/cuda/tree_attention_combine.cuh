@@ -10,6 +10,7 @@
 namespace cerberus {
 
 constexpr int kCombineThreads = 128;
+constexpr int kAtOnce = 4;  // pieces whose outputs a warp has under way
 
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const TreeAttentionArgs a) {
@@ -23,7 +24,6 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const TreeAtte
 
   // Lane l knows all about pieces l, l + 32, ...; every warp the same.
   constexpr int kOwn = kMaxSplits / kLanes;
-  constexpr float kNothing = -1.0f;  // instead of a weight: the row sees nothing of the piece
   float weight[kOwn], sum[kOwn], max = -INFINITY;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
@@ -36,27 +36,41 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const TreeAtte
   float total = 0.0f;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
-    weight[i] = sum[i] == 0.0f ? kNothing : exp2f(weight[i] - max);
-    if (sum[i] != 0.0f) total += weight[i] * sum[i];
+    weight[i] = sum[i] == 0.0f ? 0.0f : exp2f(weight[i] - max);  // the row sees nothing of the piece
+    total = fmaf(weight[i], sum[i], total);
   }
   total = warp_reduce(total, Sum{});
 
   float output[kColumns] = {};
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
-#pragma unroll 4
-    for (int other = warp_index(); other < kLanes; other += kWarps) {
-      const float of_piece = shuffle(weight[i], other);
-      if (of_piece == kNothing) continue;
-      const float* part = a.part_output + (first_part + i * kLanes + other) * head_size;
+    if (i * kLanes >= splits) break;
+#pragma unroll 1
+    for (int first = warp_index(); first < kLanes; first += kAtOnce * kWarps) {
+      float of_piece[kAtOnce];
+      Pack<float, kVector> packs[kAtOnce][kColumns / kVector];
 #pragma unroll
-      for (int c = 0; c < kColumns; c += kVector) {
-        const int column = c * kLanes + lane * kVector;
-        if (column >= head_size) continue;
-        float x[kVector];
-        load<kVector>(part + column).unpack(x);
+      for (int p = 0; p < kAtOnce; ++p) {
+        const int other = first + p * kWarps;
+        of_piece[p] = shuffle(weight[i], other);
+        // Of a piece of which the row sees nothing, nothing is there.
+        const bool sees = shuffle(sum[i], other) != 0.0f;
+        const float* part = a.part_output + (first_part + i * kLanes + other) * head_size;
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) output[c + j] += of_piece * x[j];
+        for (int c = 0; c < kColumns; c += kVector) {
+          const int column = c * kLanes + lane * kVector;
+          packs[p][c / kVector] = load_if<kVector>(sees && column < head_size, part + column);
+        }
+      }
+#pragma unroll
+      for (int p = 0; p < kAtOnce; ++p) {
+#pragma unroll
+        for (int c = 0; c < kColumns; c += kVector) {
+          float x[kVector];
+          packs[p][c / kVector].unpack(x);
+#pragma unroll
+          for (int j = 0; j < kVector; ++j) output[c + j] = fmaf(of_piece[p], x[j], output[c + j]);
+        }
       }
     }
   }

@@ -78,10 +78,9 @@ __global__ void __launch_bounds__(kFmaThreads, kFmaBlocks)
 
 #pragma unroll 1
   for (int step = piece.tile; step < piece.end_tile; ++step) {
-    const int tile_start = step * kFmaKeys;
-    const int start = tile_start > piece.begin ? tile_start : piece.begin;
-    const int end = tile_start + kFmaKeys < piece.end ? tile_start + kFmaKeys : piece.end;
-    const int count = end - start;
+    // From the tile's first slot on, also where the window begins inside of it: which lane owns a slot
+    // decides the order of the sums.
+    const int start = step * kFmaKeys, count = min(kFmaKeys, piece.end - start);
     const bool masked = count < kFmaKeys || !piece.all_visible(a, start, count);
     const int64_t from = piece.first_element(a) + static_cast<int64_t>(start) * head_size;
     __syncthreads();  // all have read the values before these

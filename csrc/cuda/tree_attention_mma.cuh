@@ -1,8 +1,7 @@
 // tree_attention of bf16 and fp16 on tensor cores (flash attention 2's inner loop).
 //
-// The block's queries lie in shared memory; key and value tiles pass through it, the next one on its way
-// while a tile is computed with. A warp owns kTiles times 16 query rows and, where there are few rows and the
-// warps share them, a part of every tile's slots:
+// The block's queries lie in shared memory; key and value tiles pass through it, the next ones on their way
+// while a tile is computed with. A warp owns kTiles times 16 query rows:
 //
 //   scores = Q K^T        mma, A from the queries, B from the keys as they lie; with a soft cap, capped here
 //   weight = 2^(score - max)   float32, rounded for the next step; max as below
@@ -36,31 +35,23 @@ namespace cerberus {
 constexpr float kLift = 7.0f, kSlack = 8.0f;
 
 // kSize: head size that the registers are laid out for; a smaller head is filled up with zeros.
-// kRowWarps x kKeyWarps warps; each owns kTiles x 16 rows and kKeys / kKeyWarps slots of a tile.
-template <typename T, int kSize_, int kRowWarps_, int kKeyWarps_, int kTiles_, int kKeys_>
+// kWarps warps, each with kTiles x 16 rows; kStages tiles of kKeys slots in shared memory.
+template <typename T, int kSize_, int kWarps_, int kTiles_, int kKeys_, int kStages_>
 struct MmaShape {
   using Element = T;
-  static constexpr int kSize = kSize_, kRowWarps = kRowWarps_, kKeyWarps = kKeyWarps_, kTiles = kTiles_,
-                       kKeys = kKeys_;
-  static constexpr int kThreads = kRowWarps * kKeyWarps * kLanes;
-  static constexpr int kWarpRows = 16 * kTiles, kRows = kWarpRows * kRowWarps;
-  static constexpr int kWarpKeys = kKeys / kKeyWarps;
+  static constexpr int kSize = kSize_, kWarps = kWarps_, kTiles = kTiles_, kKeys = kKeys_, kStages = kStages_;
+  static constexpr int kThreads = kWarps * kLanes;
+  static constexpr int kWarpRows = 16 * kTiles, kRows = kWarpRows * kWarps;
   static constexpr int kChunks = kSize / 8;  // of 16 bytes, in a row
 
   static constexpr int kQueryElements = kRows * kSize, kTileElements = kKeys * kSize;
-  static constexpr int kSharedBytes =
-      (kQueryElements + 4 * kTileElements) * 2;  // two tiles of keys and values
+  static constexpr int kSharedBytes = (kQueryElements + kStages * 2 * kTileElements) * 2;  // keys and values
   // How many blocks of this shape share a multiprocessor, as far as its 228 KB of shared memory go, of which
   // a block takes up to 4 KB besides the tiles, and registers without spilling.
   static constexpr int kByMemory = (228 << 10) / (kSharedBytes + (4 << 10));
-  static constexpr int kByRegisters = kThreads > 128 ? 1 : kRowWarps > 1 && kSize > 64 ? 2 : 3;
+  static constexpr int kByRegisters = kThreads > 128 ? 1 : kWarps > 1 && kSize > 64 ? 2 : 3;
   static constexpr int kBlocks = kByMemory < kByRegisters ? kByMemory : kByRegisters;
 
-  // For the warps that share rows to put their results together, in the memory of the tiles. Eight more
-  // columns let neighbouring rows begin eight banks apart.
-  static constexpr int kMergeStride = kSize + 8;
-  static_assert(kKeyWarps == 1 || kKeyWarps * kRows * kMergeStride * 4 <= 4 * kTileElements * 2,
-                "the results of all warps fit into the tiles");
   static_assert(kSharedBytes <= 96 << 10, "a block may have 99 KB on every device from sm_80 up");
   static_assert(kKeys <= 64 && kRows <= kThreads, "masks are 64 bits, made by one thread each");
 };
@@ -81,13 +72,13 @@ template <typename Shape>
 struct MmaBlock {
   using T = typename Shape::Element;
   static constexpr int kSize = Shape::kSize, kKeys = Shape::kKeys, kTiles = Shape::kTiles;
-  static constexpr int kKeyGroups = Shape::kWarpKeys / 16, kSizeGroups = kSize / 16;
+  static constexpr int kKeyGroups = kKeys / 16, kSizeGroups = kSize / 16;
 
   const TreeAttentionArgs& a;
   const Piece& piece;
   float scale;  // score_scale
   T* query;     // (kRows, kSize)
-  T* tiles;     // keys, values, keys, values: (kKeys, kSize) each
+  T* tiles;     // keys, values, keys, values ...: (kKeys, kSize) each
   // (kRows,): the slots of a tile that the row sees. Written only for a tile that not all rows see wholly.
   uint64_t* visible;
   int* marks;  // (kKeys,): the number + 1 of the last tile with a value in this slot that is not finite
@@ -98,12 +89,11 @@ struct MmaBlock {
   float sum[kTiles][4];  // d[1] and d[3] repeat d[0] and d[2]
   float max[kTiles][2];  // what is taken off the scaled scores
 
-  __device__ int first_row() const { return warp_index() / Shape::kKeyWarps * Shape::kWarpRows; }
+  __device__ int first_row() const { return warp_index() * Shape::kWarpRows; }
   __device__ int lane_row(int m, int half) const {
     return first_row() + 16 * m + 8 * half + lane_index() / 4;
   }
-  __device__ int first_key() const { return warp_index() % Shape::kKeyWarps * Shape::kWarpKeys; }
-  __device__ T* keys_of(int tile) const { return tiles + tile % 2 * 2 * Shape::kTileElements; }
+  __device__ T* keys_of(int tile) const { return tiles + tile % Shape::kStages * 2 * Shape::kTileElements; }
   __device__ T* values_of(int tile) const { return keys_of(tile) + Shape::kTileElements; }
 
   __device__ void load_queries() const {
@@ -119,8 +109,13 @@ struct MmaBlock {
     }
   }
 
-  // Slots outside of [begin, end) are not read; their places are filled with zeros.
+  // Slots outside of [begin, end) are not read; their places are filled with zeros. A tile behind the last
+  // one is an empty group of copies.
   __device__ void start_tile(int tile) const {
+    if (tile < piece.end_tile) start_copies(tile);
+    end_copies();
+  }
+  __device__ void start_copies(int tile) const {
     const int head_size = static_cast<int>(a.head_size), start = tile * kKeys;
     const int64_t first = piece.first_element(a) + static_cast<int64_t>(start) * head_size;
     const T* keys = static_cast<const T*>(a.keys) + first;
@@ -136,7 +131,6 @@ struct MmaBlock {
       start_copy16(keys_of(tile) + to, keys + from, valid);
       start_copy16(values_of(tile) + to, values + from, valid);
     }
-    end_copies();
   }
 
   // For a tile that not all rows see wholly: which slots each row sees, and values that are not finite
@@ -170,7 +164,7 @@ struct MmaBlock {
   __device__ void add_not_finite(int tile, uint64_t slots) {
     const int head_size = static_cast<int>(a.head_size);
 #pragma unroll 1
-    for (int key = first_key(); key < first_key() + Shape::kWarpKeys; ++key) {
+    for (int key = 0; key < kKeys; ++key) {
       if ((slots >> key & 1) == 0) continue;
       const T* value = static_cast<const T*>(a.values) + piece.first_element(a) +
                        static_cast<int64_t>(tile * kKeys + key) * head_size;
@@ -211,7 +205,7 @@ struct MmaBlock {
 #pragma unroll
       for (int n = 0; n < kKeyGroups; ++n) {
         uint32_t k[4];  // two times 8 slots, two times 8 of the inner index
-        const int slot = first_key() + 16 * n + lane / 16 * 8 + lane % 8;
+        const int slot = 16 * n + lane / 16 * 8 + lane % 8;
         load_matrices(k, keys + element_of<kSize>(slot, 2 * step + lane / 8 % 2));
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
@@ -238,7 +232,7 @@ struct MmaBlock {
       for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const uint64_t sees = visible[lane_row(m, half)] >> (first_key() + lane % 4 * 2);
+          const uint64_t sees = visible[lane_row(m, half)] >> (lane % 4 * 2);
 #pragma unroll
           for (int n = 0; n < 2 * kKeyGroups; ++n) {
 #pragma unroll
@@ -261,10 +255,10 @@ struct MmaBlock {
         for (int n = 0; n < 2 * kKeyGroups; ++n)
           top = fmaxf(top, fmaxf(score[m][n][2 * half], score[m][n][2 * half + 1]));
         top = fmaxf(top, shuffle_xor(top, 1));
-        top = scale * fmaxf(top, shuffle_xor(top, 2));
+        top = fmaxf(top, shuffle_xor(top, 2));
         const float before = max[m][half];
-        const bool grows = top > before + (kLift + kSlack);
-        if (grows) max[m][half] = top - kLift;
+        const bool grows = scale * top > before + (kLift + kSlack);
+        if (grows) max[m][half] = fmaf(scale, top, -kLift);  // one rounding, in the kernels of all shapes
         factor[m][half] = grows ? exp2_flushed(before - max[m][half]) : 1.0f;
         rescale |= grows;
         // Until the row has seen a slot the maximum is -infinity, which cannot be taken off.
@@ -306,7 +300,7 @@ struct MmaBlock {
 #pragma unroll
       for (int n = 0; n < kSizeGroups; ++n) {
         uint32_t v[4];  // two times 8 columns, two times 8 slots
-        const int slot = first_key() + 16 * step + lane % 16;
+        const int slot = 16 * step + lane % 16;
         load_matrices_transposed(v, values + element_of<kSize>(slot, 2 * n + lane / 16));
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
@@ -328,7 +322,6 @@ struct MmaBlock {
     }
   }
 
-  // Every warp has the whole of its rows.
   __device__ void write_rows() const {
     const int head_size = static_cast<int>(a.head_size);
 #pragma unroll
@@ -348,48 +341,6 @@ struct MmaBlock {
             write(query_row, column, share, output[m][n][2 * half], output[m][n][2 * half + 1]);
         }
       }
-    }
-  }
-
-  // The warps hold the same rows, of different slots. Through the memory of the tiles, which all have read.
-  __device__ void merge_and_write_rows() const {
-    static_assert(Shape::kKeyWarps == 1 || (kTiles == 1 && Shape::kRowWarps == 1), "one tile of 16 rows");
-    constexpr int kRows = Shape::kRows, kStride = Shape::kMergeStride;
-    float (*outputs)[kRows][kStride] = reinterpret_cast<float (*)[kRows][kStride]>(tiles);
-    __shared__ float maxima[Shape::kKeyWarps][kRows], sums[Shape::kKeyWarps][kRows];
-    __syncthreads();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = lane_row(0, half);
-      if (lane_index() % 4 == 0) {
-        maxima[warp_index()][row] = max[0][half];
-        sums[warp_index()][row] = sum[0][2 * half];
-      }
-#pragma unroll
-      for (int n = 0; n < 2 * kSizeGroups; ++n) {
-        float* to = &outputs[warp_index()][row][n * 8 + lane_index() % 4 * 2];
-        *reinterpret_cast<uint2*>(to) = {float_bits(output[0][n][2 * half]),
-                                         float_bits(output[0][n][2 * half + 1])};
-      }
-    }
-    __syncthreads();
-    const int pairs = static_cast<int>(a.head_size) / 2;
-    for (int i = threadIdx.x; i < piece.rows * pairs; i += Shape::kThreads) {
-      const int row = i / pairs, column = i % pairs * 2;
-      float top = -INFINITY, total = 0.0f, x0 = 0.0f, x1 = 0.0f;
-#pragma unroll
-      for (int warp = 0; warp < Shape::kKeyWarps; ++warp) top = fmaxf(top, maxima[warp][row]);
-#pragma unroll
-      for (int warp = 0; warp < Shape::kKeyWarps; ++warp) {
-        if (sums[warp][row] == 0.0f) continue;  // sees nothing; its maximum cannot be taken off
-        const float factor = exp2_flushed(maxima[warp][row] - top);
-        total += factor * sums[warp][row];
-        x0 += factor * outputs[warp][row][column];
-        x1 += factor * outputs[warp][row][column + 1];
-      }
-      const int64_t query_row = piece.query_row(a, row);
-      if (a.splits > 1 && column == 0) write_part(a, query_row, piece.split, top, total);
-      write(query_row, column, share_of<T>(a, query_row, top, total), x0, x1);
     }
   }
 };
@@ -415,25 +366,22 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 #pragma unroll
   for (int m = 0; m < Shape::kTiles; ++m) block.max[m][0] = block.max[m][1] = -INFINITY;
 
-  if (piece.tile < piece.end_tile) block.start_tile(piece.tile);
+#pragma unroll
+  for (int ahead = 0; ahead < Shape::kStages - 1; ++ahead) block.start_tile(piece.tile + ahead);
   for (int i = threadIdx.x; i < Shape::kKeys; i += Shape::kThreads) marks[i] = 0;
   block.load_queries();
 #pragma unroll 1
   for (int tile = piece.tile; tile < piece.end_tile; ++tile) {
-    wait_for_copies<0>();
+    wait_for_copies<Shape::kStages - 2>();
     __syncthreads();  // the tile is there, and nobody needs the one before it
-    if (tile + 1 < piece.end_tile) block.start_tile(tile + 1);
+    block.start_tile(tile + Shape::kStages - 1);
     const bool masked = !piece.all_visible(a, tile * Shape::kKeys, Shape::kKeys);
     const uint64_t not_finite = masked ? block.prepare_masked(tile) : 0;
     if (block.first_row() >= piece.rows) continue;
     block.add_tile(tile, masked);
     if (not_finite != 0) block.add_not_finite(tile, not_finite);
   }
-  if constexpr (Shape::kKeyWarps == 1) {
-    block.write_rows();
-  } else {
-    block.merge_and_write_rows();
-  }
+  block.write_rows();
 }
 
 // f(Shape{}) for the shape of the blocks of such a call.
@@ -442,16 +390,19 @@ auto with_mma_shape(const TreeAttentionArgs& a, F&& f) {
   const int64_t rows = a.nodes * (a.query_heads / a.kv_heads);
   const auto of_size = [&](auto size) {
     constexpr int kSize = decltype(size)::value;
-    // Few rows: warps share them. Up to 128: 64 rows a block, since the products of so few take less time
-    // than the slots take to arrive. More: as many rows as fit, so that blocks rarely read the same slots,
-    // and 32 rows a warp, so that half as much is read from shared memory for a product.
+    // The slots of a tile: the same for every number of rows, since they decide when the maximum follows.
+    constexpr int kKeys = kSize < 96 ? 64 : 32;
+    // Few rows: one warp, of which a multiprocessor has several. Up to 128: 64 rows a block, since the
+    // products of so few take less time than the slots take to arrive. More: as many rows as fit, so that
+    // blocks rarely read the same slots, and 32 rows a warp, so that half as much is read from shared memory
+    // for a product. Stages: what keeps the memory busy, as far as there is room.
     if constexpr (kSize > 128) {
-      if (rows <= 16) return f(MmaShape<T, kSize, 1, 2, 1, 32>{});
-      return f(MmaShape<T, kSize, 4, 1, 1, 32>{});
+      if (rows <= 16) return f(MmaShape<T, kSize, 1, 1, kKeys, 2>{});
+      return f(MmaShape<T, kSize, 4, 1, kKeys, 2>{});
     } else {
-      if (rows <= 16) return f(MmaShape<T, kSize, 1, 4, 1, 64>{});
-      if (rows <= 128) return f(MmaShape<T, kSize, 4, 1, 1, 64>{});
-      return f(MmaShape < T, kSize, 8, 1, 2, kSize<96 ? 64 : 32>{});
+      if (rows <= 16) return f(MmaShape<T, kSize, 1, 1, kKeys, 4>{});
+      if (rows <= 128) return f(MmaShape < T, kSize, 4, 1, kKeys, kSize<96 ? 2 : 3>{});
+      return f(MmaShape<T, kSize, 8, 2, kKeys, 2>{});
     }
   };
   if (a.head_size <= 64) return of_size(std::integral_constant<int, 64>{});

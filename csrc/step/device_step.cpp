@@ -106,8 +106,7 @@ DeviceLaunch DeviceStep::grouped(const Grouped& g, int64_t nodes) const {
   return launch;
 }
 
-DevicePlan DeviceStep::plan(const StepCall& call, void* memory, const RowInstruction* instructions,
-                            int64_t (*attention_splits)(const TreeAttentionArgs&)) {
+DevicePlan DeviceStep::plan(const StepCall& call, void* memory, const RowInstruction* instructions) {
   const StepText& text = call.texts[0];
   Memory pieces(memory);
   without_logits_ = 0;
@@ -133,7 +132,7 @@ DevicePlan DeviceStep::plan(const StepCall& call, void* memory, const RowInstruc
       launch.kind = kAttentionStage;
       launch.attention = attention_args(stage.attention, text);
       TreeAttentionArgs& args = launch.attention;
-      args.splits = attention_splits(args);
+      args.splits = tree_attention_splits(args.capacity);
       if (args.splits > 1) partial_rows = std::max(partial_rows, call.nodes * args.query_heads * args.splits);
       plan.launches.push_back(launch);
     } else if (stage.rows.count > 0) {

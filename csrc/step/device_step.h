@@ -40,9 +40,8 @@ class DeviceStep : public Step {
 
   // call: of one text, with the logits of all nodes; its tokens, positions, length and ancestors are not
   // looked at. memory: plan.memory_bytes on the device, at a multiple of 64; null: it is only counted.
-  // instructions: where those of the plan are going to be. attention_splits: see Splits.
-  DevicePlan plan(const StepCall& call, void* memory, const RowInstruction* instructions,
-                  int64_t (*attention_splits)(const TreeAttentionArgs&));
+  // instructions: where those of the plan are going to be.
+  DevicePlan plan(const StepCall& call, void* memory, const RowInstruction* instructions);
 
  private:
   class Memory;

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cerberus_ext.ops.device_step import DeviceStep
+from cerberus_ext.ops.step import NativeStep
 
 
 class EmulatedStep(DeviceStep):
@@ -20,3 +21,22 @@ class EmulatedStep(DeviceStep):
 def launches() -> int:
     """How many there were so far."""
     return int(torch.ops.cerberus_simt.launches())
+
+
+def run(
+    step: NativeStep | EmulatedStep,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    sizes: tuple[int, int],
+    length: int = 3,
+    heads: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """sizes: of hidden states and logits -> these, and the cache."""
+    nodes = len(tokens)
+    hidden, logits = (torch.full((nodes, size), torch.nan, dtype=dtype) for size in sizes)
+    ancestors, cache = (
+        torch.zeros(nodes, -(-nodes // 64), dtype=torch.int64),
+        torch.zeros(2, 1, heads, 8, 4, dtype=dtype),
+    )
+    step.run(tokens, torch.arange(nodes), [torch.tensor([length])], [ancestors], [cache], hidden, logits)
+    return hidden, logits, cache

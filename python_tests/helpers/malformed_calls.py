@@ -34,7 +34,7 @@ AXES = {
     "hidden_entropy": "hidden BD",
     "head_stack": "hidden BD, anchor BD, weight LKDD, bias LKD",
     "draft_topk": "states BKD, projection VD",
-    "choose_tokens": "logits MV, positions M",
+    "choose_tokens": "logits MV, positions M, numbers 3",
     "tree_attention": "q BNHE, keys BGSE, values BGSE, length B, ancestors NW, sinks H",
     "write_cache": "keys BHSE, values BHSE, new_keys BNHE, new_values BNHE, length B",
     "verify_tree": "draft BN, target BN, parents N, ancestors NW",
@@ -150,6 +150,7 @@ def _sized(op: str, dtype: torch.dtype, r: random.Random) -> dict[str, Any]:
     axes = dict(text.split() for text in AXES[op].split(", "))
     sizes = {letter: _size(r) for letter in sorted(set("".join(axes.values())))}
     sizes["W"] = -(-sizes.get("N", 0) // 64)
+    sizes["3"] = 3
     for letter in r.sample(sorted(sizes), r.randint(0, 2)):
         sizes[letter] = r.choice((0, *HUGE)) if letter != "W" else sizes[letter]
     for name, letters in axes.items():

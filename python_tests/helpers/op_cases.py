@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cerberus_ext.ops.verify import sampling_numbers
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 33, 129)
 
@@ -162,6 +164,7 @@ def _choose_tokens(dtype: torch.dtype, device: str) -> dict[str, Any]:
         "temperature": 0.8,
         "top_k": 50,
         "top_p": 0.9,
+        "numbers": sampling_numbers(-5, 1.3, 60, 0.8).to(device),
     }
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from device_steps import EmulatedStep, run
 from op_cases import (
     DTYPES,
     TOLERANCE,
@@ -29,8 +30,10 @@ from op_cases import (
     tree,
 )
 from simt_library import Emulation
+from step_codes import OUT, linear_step
 
 from cerberus_ext.ops import reference
+from cerberus_ext.ops.step import NativeStep
 
 SEEDS = 6
 SECONDS = 60  # of one library
@@ -84,9 +87,26 @@ def results(returned: Any, arguments: list[Any]) -> list[torch.Tensor]:
     return list(returned) if isinstance(returned, tuple) else [returned]
 
 
+def check_products(simt: Emulation) -> None:
+    """A step that embeds its tokens and multiplies what comes out."""
+    tokens = torch.arange(20) % 7
+    for seed in range(SEEDS):
+        simt.seed(seed)
+        simt.device(ptx_version=90 if seed % 2 else 80)
+        for dtype in DTYPES:
+            tensors, numbers = linear_step(dtype, packed=False, width=320)
+            want, got = (
+                run(step(tensors, torch.tensor(numbers)), tokens, dtype, (320, OUT))[1]
+                for step in (NativeStep, EmulatedStep)
+            )
+            torch.testing.assert_close(got, want, atol=0.5 if dtype == torch.bfloat16 else 0.05, rtol=0.02)
+
+
 def check(op: str, library: str) -> None:
     torch.set_num_threads(1)
     simt = Emulation(Path(library))
+    if op == "step_product":
+        return check_products(simt)
     wanted = []
     for arguments in cases(op):
         given = copies(arguments)

@@ -126,7 +126,8 @@ class Emulation:
             for value in arguments
         ]
         result = op(*(value.inside if isinstance(value, Guarded) else value for value in guarded))
-        for value, argument, declared in zip(guarded, arguments, op._schema.arguments, strict=True):
+        declarations = op._schema.arguments[: len(arguments)]  # the last ones may be left out
+        for value, argument, declared in zip(guarded, arguments, declarations, strict=True):
             if isinstance(value, Guarded):
                 written = declared.alias_info is not None and declared.alias_info.is_write
                 value.check(may_change=written)

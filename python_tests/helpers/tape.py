@@ -74,7 +74,7 @@ class TapeRecorder:
         self.replays = 0
         self.tapes: list[Tape] = []
 
-    def warm_up(self, run: Callable[[], None]) -> None:
+    def warm_up(self, run: Callable[[], None], last: bool) -> None:
         run()
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:

@@ -26,7 +26,7 @@ SHAPES: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
         "bias": ("(L, K, D)", (0, 1, 2)),
     },
     "draft_topk": {"states": ("(B, K, D)", ()), "projection": ("(Vd, D)", (1,))},
-    "choose_tokens": {"logits": ("(M, V)", ()), "positions": ("(M,)", (0,))},
+    "choose_tokens": {"logits": ("(M, V)", ()), "positions": ("(M,)", (0,)), "numbers": ("(3,)", (0,))},
     "tree_attention": {
         "q": ("(B, N, Hq, E)", ()),
         "keys": ("(B, Hkv, S, E)", (0, 3)),

@@ -10,6 +10,7 @@ from op_cases import DTYPES, SIZES, integers, normal
 
 from cerberus_ext import ops
 from cerberus_ext.ops import reference
+from cerberus_ext.ops.verify import sampling_numbers
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -64,6 +65,18 @@ def test_sampled(rows, vocab, top_k, top_p, dtype, device):
     for seed, temperature in ((0, 1.0), (2**63 - 1, 0.3), (-12345678901234, 3.0)):
         arguments = (logits, positions, seed, temperature, top_k, top_p)
         assert torch.equal(ops.choose_tokens(*arguments), reference.choose_tokens(*arguments))
+
+
+@dtypes
+def test_numbers_on_the_device(dtype, device):
+    """They count, and not the arguments; at temperature 0, which is the caller's to say, nothing does."""
+    logits = normal(3, 300, scale=2.0, dtype=dtype, device=device)
+    positions = torch.arange(3, device=device)
+    for numbers in ((-(2**63) + 5, 0.7, 40, 0.9), (3, 2.5, 0, 1.0)):
+        expected = ops.choose_tokens(logits, positions, *numbers)
+        given = sampling_numbers(*numbers).to(device)
+        assert torch.equal(ops.choose_tokens(logits, positions, 1, 1.0, 3, 0.5, given), expected)
+        assert torch.equal(ops.choose_tokens(logits, positions, 1, 0.0, 3, 0.5, given), logits.argmax(-1))
 
 
 def test_position_counts_in_full(device):

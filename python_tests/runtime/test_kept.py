@@ -142,14 +142,25 @@ def test_no_more_than_a_few_heads_are_kept(model: PreTrainedModel) -> None:
     assert run(model, several[2]).stats.captures == 0 and run(model, several[1]).stats.captures == 1
 
 
-def test_seeds_do_not_pile_up(model: PreTrainedModel) -> None:
+def test_numbers_of_the_sampling_are_data(model: PreTrainedModel) -> None:
+    """Another seed, temperature, top_k, top_p or min_p replays what the first ones recorded, with its own effect."""
     heads = oracle(model)
     run(model, heads)
-    for seed in (1, 2, 3):
-        assert run(model, heads, seed=seed, temperature=1.0).stats.captures > 0
-    assert run(model, heads, seed=3, temperature=1.0).stats.captures == 0
-    assert run(model, heads, seed=9, top_k=3).stats.captures == 0, "without a temperature they mean nothing"
-    assert len(kept_of(model)._steps) <= 4
+    ways: list[dict[str, Any]] = [
+        {"seed": 1, "temperature": 1.0}, {"seed": 2, "temperature": 1.0}, {"seed": 2, "temperature": 3.0},
+        {"seed": 2, "temperature": 3.0, "top_k": 4}, {"seed": 2, "temperature": 3.0, "top_p": 0.4},
+        {"seed": 1, "temperature": 1.0, "min_p": 0.2}, {"seed": 1, "temperature": 3.0, "min_p": 0.7, "top_k": 20},
+        {"seed": 9, "top_k": 3}, {"seed": 1, "temperature": 1.0},
+    ]  # fmt: skip
+    texts, captures = [], []
+    for way in ways:
+        out = run(model, heads, **way)
+        want = decode(model, heads, prompt(), max_new_tokens=NEW, tree=TREE, gate=Alternating(), graphs=False, **way)
+        assert out.sequences.tolist() == want.sequences.tolist()
+        texts.append(out.sequences.tolist())
+        captures.append(out.stats.captures)
+    assert captures == [2, 0, 0, 0, 0, 2, 0, 0, 0]
+    assert len({str(text) for text in texts[:8]}) == 8 and texts[8] == texts[0]
 
 
 def test_release(model: PreTrainedModel) -> None:

@@ -189,7 +189,11 @@ def test_other_requests_are_refused(client: httpx.Client) -> None:
     for content in (b"{", b"[]", b"\xff", b"", b"null"):
         response = client.post(CHAT, content=content, headers={"content-type": "application/json"})
         error = response.json()["error"]
-        assert response.status_code == 400 and error["type"] == "invalid_request_error" and error["param"] in ("body", None)
+        assert (
+            response.status_code == 400
+            and error["type"] == "invalid_request_error"
+            and error["param"] in ("body", None)
+        )
     assert client.get("/v1/none").status_code == 404 and client.get(CHAT).status_code == 405
     long = client.post(COMPLETIONS, json={"model": "tiny", "prompt": [3] * 256})
     assert long.status_code == 400 and "1 to 255 tokens, got 256" in long.json()["error"]["message"]

@@ -7,6 +7,7 @@ import torch
 from op_cases import DTYPES, integers, normal
 
 from cerberus_ext.ops import reference
+from cerberus_ext.ops.verify import sampling_numbers
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -34,6 +35,18 @@ def test_sampled(rows, vocab, top_k, top_p, dtype, simt):
     positions = torch.arange(2**33, 2**33 + rows)
     for seed, temperature in ((0, 1.0), (-12345678901234, 0.3)):
         check(simt, logits, positions, seed, temperature, top_k, top_p)
+
+
+@dtypes
+def test_numbers_on_the_device(dtype, simt):
+    """They count, and not the arguments; at temperature 0, which is the caller's to say, nothing does."""
+    logits, positions = normal(3, 300, scale=2.0, dtype=dtype), torch.arange(3)
+    for numbers in ((-(2**63) + 5, 0.7, 40, 0.9), (3, 2.5, 0, 1.0)):
+        expected = reference.choose_tokens(logits, positions, *numbers)
+        given = (logits, positions, 1, 1.0, 3, 0.5, sampling_numbers(*numbers))
+        assert torch.equal(simt("choose_tokens", *given), expected)
+        assert torch.equal(reference.choose_tokens(*given), expected)
+        check(simt, logits, positions, 1, 0.0, 3, 0.5, given[-1])
 
 
 @dtypes

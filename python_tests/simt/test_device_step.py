@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from device_steps import EmulatedStep, launches
+from device_steps import EmulatedStep, launches, run
 from op_cases import DTYPES, assert_same_bits
 from simt_library import Emulation
 from step_codes import CHOSEN, EXPERTS, NONE, OUT, VOCAB, WIDTH, damaged, experts_step, linear_step, row
@@ -22,25 +22,6 @@ Code = tuple[list[Tensor], list[int]]
 # Of a product: not at multiples of 16 bytes, and more chunks than a warp has stages, the last one not whole.
 widths = pytest.mark.parametrize("width", [WIDTH, 4104])
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.003}
-
-
-def run(
-    step: NativeStep | EmulatedStep,
-    tokens: Tensor,
-    dtype: torch.dtype,
-    sizes: tuple[int, int],
-    length: int = 3,
-    heads: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """sizes: of hidden states and logits -> these, and the cache."""
-    nodes = len(tokens)
-    hidden, logits = (torch.full((nodes, size), torch.nan, dtype=dtype) for size in sizes)
-    ancestors, cache = (
-        torch.zeros(nodes, -(-nodes // 64), dtype=torch.int64),
-        torch.zeros(2, 1, heads, 8, 4, dtype=dtype),
-    )
-    step.run(tokens, torch.arange(nodes), [torch.tensor([length])], [ancestors], [cache], hidden, logits)
-    return hidden, logits, cache
 
 
 def tokens_of(nodes: int) -> Tensor:

@@ -7,7 +7,17 @@ import math
 
 import pytest
 import torch
-from op_cases import DTYPES, SMALL_TREE, assert_close, assert_same_bits, attention_inputs, chain, normal, random_parents
+from op_cases import (
+    DTYPES,
+    SMALL_TREE,
+    assert_close,
+    assert_same_bits,
+    attention_inputs,
+    chain,
+    normal,
+    random_parents,
+    tree,
+)
 
 from cerberus_ext.ops import reference
 
@@ -40,7 +50,7 @@ def test_sizes(nodes, lengths, dtype, simt):
 @dtypes
 @pytest.mark.parametrize("length", [0, 31, 32, 63, 64, 65, 127, 128, 200, 300])
 def test_lengths(length, dtype, simt):
-    """Around the borders of blocks of keys; with several multiprocessors the keys are split."""
+    """Around the borders of blocks of keys; with more than 256 slots the keys are split."""
     check(simt, attention_inputs(1, SMALL_TREE, [length], dtype=dtype, head_size=64, query_heads=2, kv_heads=1))
 
 
@@ -67,13 +77,6 @@ def test_full_cache_and_unaligned(head_size, offset, dtype, simt):
     """length + N == S: the last node sits in the last slot, and behind it lies the guard."""
     arguments = attention_inputs(2, random_parents(9, seed=2), [55, 23], spare=0, dtype=dtype, head_size=head_size)
     check(simt, arguments, offset=offset)
-
-
-@dtypes
-@pytest.mark.parametrize("device", [(1, 1), (2, 2), (9, 2)], ids=str)
-def test_devices(device, dtype, simt):
-    simt.device(*device)
-    check(simt, attention_inputs(2, SMALL_TREE, [130, 3], dtype=dtype, head_size=32))
 
 
 @pytest.mark.pairwise
@@ -128,9 +131,8 @@ def test_scores_far_below_zero(simt):
 )
 def test_shapes_of_blocks(query_heads, kv_heads, nodes, head_size, window, dtype, simt):
     """From one query row to several tiles of them, in a cache much larger than what is in it: many pieces."""
-    simt.device(20, 2)
     heads = {"query_heads": query_heads, "kv_heads": kv_heads, "head_size": head_size}
-    check(simt, attention_inputs(1, random_parents(nodes), [201], dtype=dtype, spare=400, **heads) | {"window": window})
+    check(simt, attention_inputs(1, random_parents(nodes), [271], dtype=dtype, spare=400, **heads) | {"window": window})
 
 
 @pytest.mark.pairwise
@@ -243,11 +245,7 @@ def test_what_is_not_finite_stays_where_it_is_seen(dtype, head_size, query_heads
 @pytest.mark.parametrize("head_size", [64, 33])
 @pytest.mark.parametrize("nodes", [4, 50])
 def test_bits_do_not_depend_on_the_other_nodes(nodes, head_size, dtype, simt):
-    """Three nodes in a row, and other nodes: other queries, another tree, keys and values of nothing but NaN.
-
-    What stays the same is what decides the order of the sums: the number of nodes, the length and the device.
-    """
-    simt.device(9, 2)
+    """Three nodes in a row, and other nodes: other queries, another tree, keys and values of nothing but NaN."""
     heads = {"query_heads": 3, "kv_heads": 1, "head_size": head_size}
     arguments = attention_inputs(1, [-1, 0, 1] + [1] * (nodes - 3), [250], dtype=dtype, **heads)
     wanted = simt("tree_attention", *arguments.values())[0, :3]
@@ -256,6 +254,71 @@ def test_bits_do_not_depend_on_the_other_nodes(nodes, head_size, dtype, simt):
     for name in ("keys", "values"):
         other[name][:, :, 253 : 250 + nodes] = math.nan
     assert_same_bits(simt("tree_attention", *other.values())[0, :3], wanted)
+
+
+def begun(arguments, first, count, capacity):
+    """The call for `count` nodes of a chain from node `first` on, those before it being committed, in a cache of
+    `capacity` slots of which those that nobody sees hold NaN."""
+    length = int(arguments["length"])
+    used = length + first + count
+    changed = dict(arguments)
+    for name in ("keys", "values"):
+        rows, heads, _, size = arguments[name].shape
+        changed[name] = torch.full((rows, heads, capacity, size), math.nan, dtype=arguments[name].dtype)
+        changed[name][:, :, :used] = arguments[name][:, :, :used]
+    changed["q"] = arguments["q"][:, first : first + count].contiguous()
+    changed["length"] = arguments["length"] + first
+    changed["ancestors"] = tree(chain(count))[1]
+    return changed
+
+
+EVERY = range(1, 64)
+SOME = (1, 3, 4, 5, 16, 17, 32, 33, 63)  # the first and last numbers of nodes of each shape of blocks among them
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "window", "counts"),
+    [
+        (torch.bfloat16, 16, 0, EVERY),
+        (torch.bfloat16, 16, 50, SOME),
+        (torch.bfloat16, 96, 0, SOME),
+        (torch.float16, 128, 50, SOME),
+        (torch.float16, 160, 0, SOME),
+        (torch.float32, 8, 0, EVERY),
+        (torch.float32, 33, 50, SOME),
+        (torch.bfloat16, 33, 0, SOME),
+    ],
+    ids=str,
+)
+def test_bits_do_not_depend_on_the_number_of_nodes(dtype, head_size, window, counts, simt):
+    """A chain of 64 nodes across the border of two pieces, and its beginnings of 1 to 63: 1 to 256 query rows."""
+    query_heads = 4 if dtype != torch.float32 and head_size % 8 == 0 else 1  # one shape of blocks without tensor cores
+    heads = {"query_heads": query_heads, "kv_heads": 1, "head_size": head_size, "dtype": dtype}
+    arguments = attention_inputs(1, chain(64), [220], **heads) | {"window": window}
+    wanted = simt("tree_attention", *arguments.values())
+    for nodes in counts:
+        got = simt("tree_attention", *begun(arguments, 0, nodes, 220 + 64 + nodes % 3 * 100).values())
+        assert_same_bits(got, wanted[:, :nodes])
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize(
+    ("dtype", "head_size"),
+    [(torch.float32, 16), (torch.float16, 33), *((torch.bfloat16, size) for size in (16, 96, 128, 160))],
+    ids=str,
+)
+@pytest.mark.parametrize("window", [0, 300])
+@pytest.mark.parametrize("border", [32, 64, 256, 512, 4096, 4608, 5120])
+def test_bits_do_not_depend_on_what_is_committed(border, window, dtype, head_size, simt):
+    """Around the borders of tiles and pieces, also where pieces double: a chain of five nodes gives what one node after
+    the other does, in a cache that ends with them and in a longer one."""
+    heads = {"query_heads": 4, "kv_heads": 1, "head_size": head_size, "dtype": dtype}
+    arguments = attention_inputs(1, chain(5), [border - 3], **heads) | {"window": window}
+    wanted = simt("tree_attention", *arguments.values())
+    for node in range(5):
+        for capacity in (border + 2, border + 700):
+            got = simt("tree_attention", *begun(arguments, node, 1, capacity).values())
+            assert_same_bits(got, wanted[:, node : node + 1])
 
 
 # ---------------------------------------------------------------- soft caps and sinks
@@ -268,12 +331,11 @@ def test_bits_do_not_depend_on_the_other_nodes(nodes, head_size, dtype, simt):
     ("query_heads", "kv_heads", "nodes", "head_size"),
     [(6, 2, 5, 33), (4, 2, 1, 64), (6, 1, 9, 96), (4, 2, 70, 64), (6, 1, 33, 128), (6, 1, 3, 160), (9, 3, 7, 256)],
 )
-@pytest.mark.parametrize("device", [(1, 1), (20, 2)], ids=["whole", "split"])
-def test_softcap_and_sinks(device, query_heads, kv_heads, nodes, head_size, window, softcap, dtype, simt):
+@pytest.mark.parametrize("length", [160, 271], ids=["whole", "split"])
+def test_softcap_and_sinks(length, query_heads, kv_heads, nodes, head_size, window, softcap, dtype, simt):
     """All kernels, unsplit and split: sinks far below the scores up to above them."""
-    simt.device(*device)
     heads = {"query_heads": query_heads, "kv_heads": kv_heads, "head_size": head_size}
-    arguments = attention_inputs(1, random_parents(nodes), [201], dtype=dtype, spare=300, **heads)
+    arguments = attention_inputs(1, random_parents(nodes), [length], dtype=dtype, **heads)
     sinks = torch.linspace(-30.0, 12.0, query_heads).to(dtype)
     sinks[1] = -math.inf
     check(simt, arguments | {"scale": 0.7, "window": window, "softcap": softcap, "sinks": sinks})
@@ -292,11 +354,10 @@ def test_caps_of_every_size(head_size, scale, softcap, dtype, simt):
 @pytest.mark.pairwise
 @dtypes
 @pytest.mark.parametrize("head_size", [16, 33])
-@pytest.mark.parametrize("device", [(1, 1), (9, 2)], ids=["whole", "split"])
-def test_sinks_that_are_not_finite_or_alone(device, head_size, dtype, simt):
+@pytest.mark.parametrize("length", [150, 300], ids=["whole", "split"])
+def test_sinks_that_are_not_finite_or_alone(length, head_size, dtype, simt):
     """inf and NaN reach no other head; a node that sees nothing gives 0 whether its head has a sink or none."""
-    simt.device(*device)
-    arguments = attention_inputs(1, SMALL_TREE, [150], dtype=dtype, head_size=head_size)
+    arguments = attention_inputs(1, SMALL_TREE, [length], dtype=dtype, head_size=head_size)
     without = simt("tree_attention", *arguments.values())
     arguments["sinks"] = torch.tensor([math.inf, -math.inf, math.nan, 300.0], dtype=dtype)
     got = simt("tree_attention", *arguments.values())
@@ -304,6 +365,6 @@ def test_sinks_that_are_not_finite_or_alone(device, head_size, dtype, simt):
     assert_same_bits(got[:, :, 1], without[:, :, 1])
 
     for name in ("keys", "values"):
-        arguments[name] = arguments[name][:, :, :150].contiguous()
+        arguments[name] = arguments[name][:, :, :length].contiguous()
     arguments |= {"window": 1, "sinks": torch.tensor([0.0, -math.inf, 3.0, -3.0], dtype=dtype)}
     assert not simt("tree_attention", *arguments.values()).any()

@@ -23,9 +23,7 @@ struct Emulated {
   explicit Emulated(const Tensor&) {}
 
   static constexpr Splits kSplits = {[](int64_t) { return draft_topk_parts(simt::device().multiprocessors); },
-                                     [](const TreeAttentionArgs& args) {
-                                       return tree_attention_splits(args, simt::device().multiprocessors);
-                                     }};
+                                     tree_attention_splits};
 
   // The kernels of one call, run to their end.
   template <typename Args>
