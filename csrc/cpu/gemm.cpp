@@ -231,42 +231,95 @@ void put_row(const Output<T>& output, int64_t m, int64_t n, const float* dots, i
   for (; i < count; ++i) from_float(bias ? dots[i] + to_float(bias[i]) : dots[i], to[i]);
 }
 
-// As tiles_of_weights, which asks for the weights of the next tile; these ask for those of the next task.
-template <int kMaxRows, int kWeights, typename X, typename W>
-int64_t blocks_of_weights(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w,
-                          int64_t begin, int64_t end, int64_t size, const Output<W>& output) {
-  const int64_t width = (end - begin) / kWeights * kWeights;
-  if (width == 0) return begin;
-  w += begin * size;
-  const int64_t block = block_size<X>(size, kMaxRows);
-  Buffer<X> kept(width * block);
-  Buffer<Vec> waiting(block < size ? rows * width : 0);
-  Scratch dots(kMaxRows * width);  // of a tile of rows
-  const int64_t step_bytes = kWeights * static_cast<int64_t>(sizeof(W)) * Product<X>::kStep;
-  Ahead ahead{reinterpret_cast<const char*>(w + width * size) + kAheadBytes, step_bytes / tiles};
+// What blocks_of_weights multiplies with. open(k, count) comes before a block of k; then, for each tile of
+// rows, times(is_first, body) calls body(weights_at), and weights_at(n) is what add_tile takes of the weight
+// rows from n on, counted from the first. kept: where it has room for a block of all of them.
+
+// Weight rows in memory, kept for the other tiles of rows as the first one widens them.
+template <typename X, typename W, int kWeights>
+struct RowsInMemory {
+  void open(int64_t from_k, int64_t) { k = from_k; }
+  template <typename Body>
+  void times(bool is_first, const Body& body) const {
+    if (is_first) {
+      body([&](int64_t n) {
+        return KeptWeights<X, W, kWeights>{{first + n * size + k, size}, kept + n * block};
+      });
+    } else {
+      body([&](int64_t n) { return Weights<X, X, kWeights>{kept + n * block, Product<X>::kStep}; });
+    }
+  }
+
+  const W* first;
+  int64_t size, block, k = 0;
+  X* kept = nullptr;
+};
+
+// Packed tiles from `tile` on, made ready for all tiles of rows.
+template <typename T>
+struct TilesMade {
+  using X = Row<T>;
+  void open(int64_t k, int64_t count) {
+    constexpr int64_t kStep = Product<X>::kStep;
+    for (int64_t i = 0; i < tiles; ++i)
+      packed.make(packed, tile + i, k / kStep, (count + kStep - 1) / kStep,
+                  kept + i * kPackedWeights * block);
+  }
+  template <typename Body>
+  void times(bool, const Body& body) const {
+    body([&](int64_t n) { return Weights<X, X, kPackedWeights>{kept + n * block, Product<X>::kStep}; });
+  }
+
+  const PackedTiles<T>& packed;
+  int64_t tile, tiles, block;
+  X* kept = nullptr;
+};
+
+// `width` weights of the source, of which the first `count` go to the output from weight n on. As
+// tiles_of_weights asks for the weights of the next tile, so do these for those of the next task.
+template <int kMaxRows, int kWeights, typename X, typename Source, typename T>
+void blocks_of_weights(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, Source& source,
+                       int64_t width, int64_t count, int64_t size, int64_t block, Ahead ahead, int64_t n,
+                       const Output<T>& output) {
+  // In one piece: several large ones, freed at once, are more than malloc keeps, and each of their pages
+  // would be new to every task.
+  constexpr int64_t kVec = sizeof(Vec);
+  const int64_t kept = width * block * static_cast<int64_t>(sizeof(X)) / kVec;
+  const int64_t waits = block < size ? rows * width : 0;
+  Buffer<Vec> memory(kept + waits + kMaxRows * width);  // the last: of a tile of rows, more than they need
+  source.kept = reinterpret_cast<X*>(memory.data);
+  Vec* const waiting = memory.data + kept;
+  float* const dots = reinterpret_cast<float*>(waiting + waits);
   for (int64_t k = 0; k == 0 || k < size; k += block) {
-    const int64_t count = smaller(block, size - k);
-    const bool last = k + count == size;
+    const int64_t part = smaller(block, size - k);
+    const bool last = k + part == size;
+    source.open(k, part);
     for_each_row_tile<kMaxRows>(rows, tiles, [&](int64_t m, auto row_count) {
       constexpr int kRows = decltype(row_count)::value;
-      const auto times = [&](const auto& weights_at) {
-        for (int64_t n = 0; n < width; n += kWeights) {
-          block_tile<kRows, kWeights>(x + m * x_stride + k, x_stride, weights_at(n), count, ahead,
-                                      waiting.data + m * width + n * kRows, k > 0,
-                                      last ? dots.data + n : nullptr, width);
-        }
-      };
-      if (m == 0) {
-        times([&](int64_t n) {
-          return KeptWeights<X, W, kWeights>{{w + n * size + k, size}, kept.data + n * block};
-        });
-      } else {
-        times([&](int64_t n) { return Weights<X, X, kWeights>{kept.data + n * block, Product<X>::kStep}; });
-      }
+      source.times(m == 0, [&](const auto& weights_at) {
+        for (int64_t i = 0; i < width; i += kWeights)
+          block_tile<kRows, kWeights>(x + m * x_stride + k, x_stride, weights_at(i), part, ahead,
+                                      waiting + m * width + i * kRows, k > 0, last ? dots + i : nullptr,
+                                      width);
+      });
       if (!last) return;
-      for (int row = 0; row < kRows; ++row) put_row(output, m + row, begin, dots.data + row * width, width);
+      for (int row = 0; row < kRows; ++row) put_row(output, m + row, n, dots + row * width, count);
     });
   }
+}
+
+// Weight rows `begin` to `end`, kWeights at a time, as many as there are; returns where they end.
+template <int kMaxRows, int kWeights, typename X, typename W>
+int64_t blocks_in_memory(const X* x, int64_t x_stride, int64_t rows, int64_t tiles, const W* w, int64_t begin,
+                         int64_t end, int64_t size, const Output<W>& output) {
+  const int64_t width = (end - begin) / kWeights * kWeights, block = block_size<X>(size, kMaxRows);
+  if (width == 0) return begin;
+  RowsInMemory<X, W, kWeights> source{w + begin * size, size, block};
+  const int64_t step_bytes = kWeights * static_cast<int64_t>(sizeof(W)) * Product<X>::kStep;
+  const Ahead ahead{reinterpret_cast<const char*>(w + (begin + width) * size) + kAheadBytes,
+                    step_bytes / tiles};
+  blocks_of_weights<kMaxRows, kWeights>(x, x_stride, rows, tiles, source, width, width, size, block, ahead,
+                                        begin, output);
   return begin + width;
 }
 
@@ -278,8 +331,8 @@ void blocks_times_weights(const X* x, int64_t x_stride, int64_t rows, const W* w
     constexpr int kMaxRows = decltype(largest)::value, kWeights = kSums / kMaxRows;
     if constexpr (kMaxRows > kMost / 2) {  // as many rows as there are give no others
       const int64_t next =
-          blocks_of_weights<kMaxRows, kWeights>(x, x_stride, rows, tiles, w, begin, end, size, output);
-      blocks_of_weights<kMaxRows, 1>(x, x_stride, rows, tiles, w, next, end, size, output);
+          blocks_in_memory<kMaxRows, kWeights>(x, x_stride, rows, tiles, w, begin, end, size, output);
+      blocks_in_memory<kMaxRows, 1>(x, x_stride, rows, tiles, w, next, end, size, output);
     }
   });
 }
@@ -311,8 +364,34 @@ void rows_times_weights(const Row<T>* x, int64_t x_stride, int64_t rows, const T
   }
 }
 
+template <typename T>
+void rows_times_tiles(const Row<T>* x, int64_t x_stride, int64_t rows, const PackedTiles<T>& packed,
+                      int64_t begin, int64_t end, const Output<T>& output) {
+  using X = Row<T>;
+  constexpr int kMost = kSums / kPackedWeights;
+  const int64_t first_tile = begin / kPackedWeights, size = packed.size;
+  const int64_t tiles_here = (end - begin + kPackedWeights - 1) / kPackedWeights;
+  const char* next = packed.tiles + (first_tile + tiles_here) * packed.tile_bytes;
+  const int64_t step_bytes = packed.tile_bytes * Product<X>::kStep / larger(1, size);
+  for (int64_t row = 0; row < rows; row += kBlockRows) {
+    const int64_t count = smaller(kBlockRows, rows - row);
+    with_row_tiles<kMost>(count, kMost, [&](auto largest, int64_t tiles) {
+      constexpr int kMaxRows = decltype(largest)::value;
+      const int64_t block = block_size<X>(size, kMaxRows), width = tiles_here * kPackedWeights;
+      TilesMade<T> source{packed, first_tile, tiles_here, block};
+      blocks_of_weights<kMaxRows, kPackedWeights>(
+          x + row * x_stride, x_stride, count, tiles, source, width, end - begin, size, block,
+          Ahead{next + kAheadBytes, step_bytes / tiles}, begin, output.from_row(row));
+    });
+  }
+}
+
 template void rows_times_weights(const Row<BFloat16>*, int64_t, int64_t, const BFloat16*, int64_t, int64_t,
                                  int64_t, const Output<BFloat16>&);
+#if defined(__AVX512F__)
+template void rows_times_tiles(const Row<BFloat16>*, int64_t, int64_t, const PackedTiles<BFloat16>&, int64_t,
+                               int64_t, const Output<BFloat16>&);
+#endif
 #if !defined(CERBERUS_BFLOAT16_ONLY)
 template void rows_times_weights(const float*, int64_t, int64_t, const float*, int64_t, int64_t, int64_t,
                                  const Output<float>&);

@@ -190,10 +190,34 @@ void many_rows(const X* x, int64_t x_stride, int64_t rows, const char* packed, i
   });
 }
 
+// From so many rows on it is a tile of them that stays in the L1 cache, not one of weights.
+constexpr int64_t kRowsToMakeFor = 48;
+template <typename T>
+constexpr bool kMakesForMany = false;
+#if defined(__AVX512F__)
+template <>
+constexpr bool kMakesForMany<BFloat16> = true;
+#endif
+
+template <typename Weights, typename T>
+void make_steps(const PackedTiles<T>& packed, int64_t tile, int64_t first, int64_t steps, Row<T>* to) {
+  using Ready = ReadyWeights<Row<T>, Weights>;
+  const typename Weights::Tile from(packed.tiles + tile * packed.tile_bytes, packed.size);
+  char* made = reinterpret_cast<char*>(to);
+  for (int64_t step = first; step < first + steps; ++step, made += Ready::kBytes)
+#pragma GCC unroll 4
+    for (int n = 0; n < kPackedWeights; ++n) Ready::make(Weights(from, step, n), made, n);
+}
+
 // Tiles of `tile_bytes`, read as `Weights`.
 template <typename Weights, typename X, typename W>
 void times_tiles(const X* x, int64_t x_stride, int64_t rows, const char* packed, int64_t tile_bytes,
                  int64_t begin, int64_t end, int64_t size, const Output<W>& output) {
+  if constexpr (kMakesForMany<W>)
+    if (rows >= kRowsToMakeFor) {
+      const PackedTiles<W> tiles{packed, tile_bytes, size, make_steps<Weights, W>};
+      return rows_times_tiles(x, x_stride, rows, tiles, begin, end, output);
+    }
   const int64_t blocks = row_blocks(rows, size * static_cast<int64_t>(sizeof(*x)));
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;

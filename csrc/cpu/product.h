@@ -5,6 +5,7 @@
 // theirs.
 #pragma once
 
+#include "cpu/parts.h"
 #include "cpu/vec.h"
 
 namespace cerberus::CERBERUS_ISA {
@@ -103,6 +104,20 @@ struct Output {
 template <typename T>
 void rows_times_weights(const Row<T>* x, int64_t x_stride, int64_t rows, const T* w, int64_t begin,
                         int64_t end, int64_t size, const Output<T>& output);
+
+// Weights in tiles of kPackedWeights rows, in a form that packed.cpp knows. make: steps `first` on of a tile,
+// as they are multiplied: of every step the parts of one weight row after the other.
+template <typename T>
+struct PackedTiles {
+  const char* tiles;
+  int64_t tile_bytes, size;  // size: of k
+  void (*make)(const PackedTiles& packed, int64_t tile, int64_t first, int64_t steps, Row<T>* to);
+};
+
+// Many rows times weight rows `begin` to `end`; begin is where a tile begins.
+template <typename T>
+void rows_times_tiles(const Row<T>* x, int64_t x_stride, int64_t rows, const PackedTiles<T>& packed,
+                      int64_t begin, int64_t end, const Output<T>& output);
 
 // Rows are read again for every tile of weights: so many bytes of them at a time, from the L2 cache.
 constexpr int64_t kBlockBytes = 64 << 10, kMinBlockRows = 16;
