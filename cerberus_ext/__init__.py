@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .drafting.heads import CerberusConfig, CerberusHeads
     from .engine.custom_generate import generate
     from .io.default_model import load_default_model
+    from .io.gguf_model import load_gguf
 
 try:
     __version__ = version("cerberus_ext")
@@ -51,6 +52,7 @@ __all__ = [
     "decode",
     "generate",
     "load_default_model",
+    "load_gguf",
 ]
 
 _LATER = {
@@ -58,6 +60,7 @@ _LATER = {
     "CerberusHeads": "drafting.heads",
     "generate": "engine.custom_generate",
     "load_default_model": "io.default_model",
+    "load_gguf": "io.gguf_model",
 }
 
 

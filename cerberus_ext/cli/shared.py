@@ -24,7 +24,8 @@ NO_HEADS = "none"
 MAX_THREADS = max(1024, 4 * (os.cpu_count() or 1))  # many more end in a segmentation fault of OpenMP
 
 Model = Annotated[
-    str | None, typer.Option(help="Local folder or Hub id of the target model. Default: SmolLM2-135M-Instruct.")
+    str | None,
+    typer.Option(help="The target model: local folder, Hub id or GGUF file. Default: SmolLM2-135M-Instruct."),
 ]
 Heads = Annotated[
     str | None, typer.Option(help="Packaged name, local folder or Hub id. Default: those of the default model.")

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .files import sha256
+from .gguf_file import is_gguf, read_gguf
 from .manifest import MANIFEST, find_damage, has_manifest, write_manifest
 from .model_files import check_model_name, load_error
 
@@ -62,7 +63,7 @@ def default_dtype(device: torch.device | str | None = None) -> torch.dtype:
 def load_model(
     name: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a causal LM and its tokenizer from a local folder or a Hub id, in evaluation mode.
+    """Loads a causal LM and its tokenizer from a local folder, a Hub id or a GGUF file, in evaluation mode.
 
     dtype: None takes `default_dtype(device)`. device: None takes CUDA where there is one, else the CPU.
     Raises OSError, of one sentence, where nothing of that name is found and where it cannot be loaded; it names the
@@ -72,15 +73,20 @@ def load_model(
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = dtype or default_dtype(device)
+    loaded: Any
+    if is_gguf(name):
+        loaded, tokenizer = read_gguf(Path(name), dtype)
+        return loaded.to(device).eval(), tokenizer
     check_model_name(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or default_dtype(device))
+        loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of many kinds: tokenizers raises plain ones
         raise load_error(name, error) from error
-    return model.to(device).eval(), tokenizer
+    return loaded.to(device).eval(), tokenizer
 
 
 def load_default_model(
@@ -178,13 +184,8 @@ def _check_sha256(path: Path, expected: str) -> None:
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Dequantizes a GGUF file to a transformers folder (bfloat16 safetensors, tokenizer, chat template)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from .transformers_names import dequantized_gguf
-
     print("cerberus_ext: dequantizing the weights to bfloat16 (once, about 30 s)", file=sys.stderr)
-    with redirect_stderr(io.StringIO()):  # its progress bar has no switch
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **dequantized_gguf(gguf.name))
+    with redirect_stderr(io.StringIO()):  # transformers' progress bars have no switch
+        model, tokenizer = read_gguf(gguf, torch.bfloat16)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -64,6 +64,7 @@ MODELS = [
     ("{cut}", "cut/model.safetensors is damaged ("),
     ("{no-tokenizer}", "no-tokenizer/tokenizer.json is damaged ("),
     ("{heads}", "heads is a folder of Cerberus heads, not of a model"),
+    ("{model}/none.gguf", "model/none.gguf"),
     ("{empty}", "empty has no config.json"),
     ("{lines.jsonl}", "lines.jsonl is a file, not a folder"),
     ("/nonexistent", "there is no folder '/nonexistent', and it is no Hub id"),

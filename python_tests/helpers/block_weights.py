@@ -1,9 +1,11 @@
-"""Weights as they come out of a file of fewer bits, in bfloat16."""
+"""Weights as they come out of a file of fewer bits, in bfloat16; packed in those again, and multiplied."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from cerberus_ext.ops.step import BLOCKS, NativeStep, block_bytes, pack_blocks
 
 
 def q4_1(out_size: int, size: int, scale: float = 0.05, seed: int = 0) -> Tensor:
@@ -33,3 +35,27 @@ def q8_0(out_size: int, size: int, scale: float = 0.05, seed: int = 0) -> Tensor
     d = blocks.abs().amax(-1, keepdim=True) / 127
     q = (blocks / d).round() + 0.0
     return (q * d.half().float()).view(out_size, size).bfloat16()
+
+
+def packed_in(bits: int, *weights: Tensor) -> Tensor | None:
+    """The weights in so many bits, one behind the other; None where they cannot be given so."""
+    size = block_bytes(weights[0], sum(map(len, weights)), bits)
+    memory = torch.full((size,), 85, dtype=torch.int8).view(BLOCKS[bits])
+    return memory if pack_blocks(weights, memory) else None
+
+
+def multiply(weights: Tensor, shape: torch.Size, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (N, I) @ the packed weights (O, I)^T, by a step whose embeddings are x."""
+    nodes, (out_size, size) = len(x), shape
+    tensors = [x, weights] if bias is None else [x, weights, bias]
+    packing = {torch.int8: 2, torch.int32: 4}.get(weights.dtype, 0)
+    code = [1, 1, 1, 1, 4, 2, 2, 0, 1, size, 0, out_size, 0]
+    code += [1, 0, 1, 0, 0, 1, 1, size, 2, 0, 0, 0, 0, 1, 5, 0, 0, 0, 0, 1, *[0] * 6]
+    code += [0, 0, 1, 1, size, out_size, -1 if bias is None else 2, packing]
+    step = NativeStep(tensors, torch.tensor(code))
+    hidden, logits = torch.empty_like(x), torch.empty(nodes, out_size, dtype=x.dtype)
+    ancestors, index = torch.zeros(nodes, -(-nodes // 64), dtype=torch.int64), torch.arange(nodes)
+    step.run(
+        index, index, [torch.tensor([0])], [ancestors], [torch.zeros(2, 1, 1, 8, 4, dtype=x.dtype)], hidden, logits
+    )
+    return logits

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import linear_core
 import torch
+from block_weights import multiply, packed_in, q4_0, q4_1, q8_0
 from op_cases import (
     DTYPES,
     EXAMPLES,
@@ -23,6 +24,7 @@ from op_cases import (
 
 from cerberus_ext import ops
 from cerberus_ext.ops import reference
+from cerberus_ext.ops.step import block_bytes
 
 
 def check_examples(dtype: torch.dtype) -> None:
@@ -112,6 +114,19 @@ def check_choice(dtype: torch.dtype) -> None:
         assert torch.equal(ops.choose_tokens(*arguments), reference.choose_tokens(*arguments))
 
 
+def check_blocks() -> None:
+    """Weights in fewer bits, where this level has those: the bits of linear, for every number of rows of a tile."""
+    for make, bits in ((q4_0, 4), (q4_1, 4), (q8_0, 8)):
+        weight = make(50, 192)
+        if not block_bytes(weight, 50, bits):
+            continue
+        memory = packed_in(bits, weight)
+        assert memory is not None
+        for rows in (*range(1, 10), 17, 33):
+            x = normal(rows, 192, seed=rows, dtype=torch.bfloat16)
+            assert_same_bits(multiply(memory, weight.shape, x), ops.linear(x, weight, None))
+
+
 def check_every_op() -> None:
     for dtype in DTYPES:
         check_examples(dtype)
@@ -123,5 +138,6 @@ def check_every_op() -> None:
 
 if __name__ == "__main__":
     check_every_op()
+    check_blocks()
     linear_core.check_all()
     print(f"checked: {torch.ops.cerberus_ext.cpu_isa()}")

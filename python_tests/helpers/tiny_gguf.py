@@ -5,19 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFWriter, TokenType
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from gguf.quants import quantize
 from tokenizers.pre_tokenizers import ByteLevel
 
 
-def tiny_gguf(path: Path) -> None:
-    """A llama of one layer with a tokenizer like the default model's: bytes, some merges, control tokens."""
+def tiny_gguf(path: Path, width: int = 8, kinds: dict[str, GGMLQuantizationType] | None = None) -> None:
+    """A llama of one layer with a tokenizer like the default model's: bytes, some merges, control tokens.
+
+    kinds: what the weights of these names (the last part but one) are in, which are random then; others are ones.
+    """
     special, merges = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["\u0120 w", "\u0120w o", "l d", "l o"]
     tokens = special + sorted(ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in merges]
     writer = GGUFWriter(path, "llama")
     writer.add_context_length(64)
     writer.add_block_count(1)
-    writer.add_embedding_length(8)
-    writer.add_feed_forward_length(16)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(2 * width)
     writer.add_head_count(2)
     writer.add_head_count_kv(1)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -34,11 +38,19 @@ def tiny_gguf(path: Path) -> None:
     writer.add_pad_token_id(2)
     writer.add_add_bos_token(False)
     writer.add_add_space_prefix(False)
-    shapes = {"attn_q": (8, 8), "attn_k": (4, 8), "attn_v": (4, 8), "attn_output": (8, 8), "ffn_gate": (16, 8)}
-    shapes |= {"ffn_up": (16, 8), "ffn_down": (8, 16), "attn_norm": (8,), "ffn_norm": (8,)}
+    half, twice = width // 2, 2 * width
+    shapes: dict[str, tuple[int, ...]] = {"attn_q": (width, width), "attn_k": (half, width), "attn_v": (half, width)}
+    shapes |= {"attn_output": (width, width), "ffn_gate": (twice, width), "ffn_up": (twice, width)}
+    shapes |= {"ffn_down": (width, twice), "attn_norm": (width,), "ffn_norm": (width,)}
     shapes = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
-    for name, shape in (shapes | {"token_embd.weight": (len(tokens), 8), "output_norm.weight": (8,)}).items():
-        writer.add_tensor(name, np.ones(shape, dtype=np.float32))
+    random = np.random.default_rng(0)
+    for name, shape in (shapes | {"token_embd.weight": (len(tokens), width), "output_norm.weight": (width,)}).items():
+        kind = (kinds or {}).get(name.split(".")[-2])
+        if kind is None:
+            writer.add_tensor(name, np.ones(shape, dtype=np.float32))
+        else:
+            values = random.normal(0, 0.3, shape).astype(np.float32)
+            writer.add_tensor(name, quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -8,48 +8,24 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from block_weights import q4_0, q4_1, q8_0
+from block_weights import multiply, packed_in, q4_0, q4_1, q8_0
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
 from cerberus_ext import ops
-from cerberus_ext.ops.step import BLOCKS, NativeStep, block_bytes, pack_blocks
+from cerberus_ext.ops.step import BLOCKS, block_bytes, pack_blocks
 
-VOCAB = 11
 BITS = [bits for bits in BLOCKS if block_bytes(torch.empty(1, 32, dtype=torch.bfloat16), 1, bits)]
 MAKERS = [make for make, bits in ((q4_1, 4), (q4_0, 4), (q8_0, 8)) if bits in BITS]
 
 pytestmark = pytest.mark.skipif(not BITS, reason="this processor makes no weights of blocks")
 
 
-def packed_in(bits: int, *weights: Tensor) -> Tensor | None:
-    size = block_bytes(weights[0], sum(map(len, weights)), bits)
-    memory = torch.full((size,), 85, dtype=torch.int8).view(BLOCKS[bits])
-    return memory if pack_blocks(weights, memory) else None
-
-
 def packed(*weights: Tensor) -> Tensor | None:
     """In the fewest bits in which they can be given."""
     every = (packed_in(bits, *weights) for bits in BITS)
     return next((memory for memory in every if memory is not None), None)
-
-
-def multiply(weights: Tensor, shape: torch.Size, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (N, I) @ the packed weights (O, I)^T, by a step whose embeddings are x."""
-    nodes, (out_size, size) = len(x), shape
-    tensors = [x, weights] if bias is None else [x, weights, bias]
-    packing = {torch.int8: 2, torch.int32: 4}.get(weights.dtype, 0)
-    code = [1, 1, 1, 1, 4, 2, 2, 0, 1, size, 0, out_size, 0]
-    code += [1, 0, 1, 0, 0, 1, 1, size, 2, 0, 0, 0, 0, 1, 5, 0, 0, 0, 0, 1, *[0] * 6]
-    code += [0, 0, 1, 1, size, out_size, -1 if bias is None else 2, packing]
-    step = NativeStep(tensors, torch.tensor(code))
-    hidden, logits = torch.empty_like(x), torch.empty(nodes, out_size, dtype=x.dtype)
-    ancestors, index = torch.zeros(nodes, -(-nodes // 64), dtype=torch.int64), torch.arange(nodes)
-    step.run(
-        index, index, [torch.tensor([0])], [ancestors], [torch.zeros(2, 1, 1, 8, 4, dtype=x.dtype)], hidden, logits
-    )
-    return logits
 
 
 @pytest.mark.parametrize("make", MAKERS)

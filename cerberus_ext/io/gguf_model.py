@@ -1,0 +1,46 @@
+"""Models of GGUF files, which other programs use, too."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .default_model import load_model
+from .gguf_file import is_gguf
+from .model_files import check_model_name, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_gguf(
+    name: str | os.PathLike[str],
+    file: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal LM and its tokenizer from a GGUF file, in evaluation mode.
+
+    name: the file; or a folder or a Hub id (user/name), in which it is `file`.
+    dtype: of the weights, None: `default_dtype(device)`. In bfloat16 on a CPU, `decode` packs those that came out of
+        Q4_0, Q4_1 or Q8_0 in their own bits again, and computes what the dequantized model does, to the bit.
+    device: None takes CUDA where there is one, else the CPU.
+    Raises OSError, of one sentence, where there is no such file, or it is damaged, or transformers knows no such model.
+    """
+    if file is None and not is_gguf(name):
+        raise OSError(f"{name} is no GGUF file, which end in .gguf: of a folder or a Hub id, say which file")
+    return load_model(_find(name, file), dtype, device)
+
+
+def _find(name: str | os.PathLike[str], file: str | None) -> Path:
+    if file is None or Path(name).is_dir():
+        return Path(name, file or "")
+    from transformers.utils import cached_file
+
+    check_model_name(name)
+    try:
+        return Path(str(cached_file(str(name), file)))
+    except OSError as error:
+        raise OSError(f"{name} has no file {file}, neither here nor on the Hub: {first_line(str(error))}") from error

@@ -1,0 +1,125 @@
+"""Models of GGUF files: loaded, computed in the file's own bits, and refused in one sentence where they are damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf.quants import dequantize
+from tiny_gguf import tiny_gguf
+
+import cerberus_ext
+from cerberus_ext.ops.step import block_bytes
+
+KINDS = {name: GGMLQuantizationType.Q4_1 for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_down")}
+KINDS |= {"ffn_gate": GGMLQuantizationType.Q4_0, "ffn_up": GGMLQuantizationType.Q4_0}
+KINDS |= {"token_embd": GGMLQuantizationType.Q8_0}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    tiny_gguf(path, 64, KINDS)
+    return path
+
+
+def test_a_file_is_a_model_and_a_tokenizer(file: Path) -> None:
+    model, tokenizer = cerberus_ext.load_gguf(file, dtype=torch.bfloat16, device="cpu")
+    assert model.dtype == torch.bfloat16 and not model.training
+    embeddings = next(tensor for tensor in GGUFReader(file).tensors if tensor.name == "token_embd.weight")
+    values = torch.from_numpy(dequantize(embeddings.data, embeddings.tensor_type)).bfloat16()
+    assert model.get_input_embeddings().weight.equal(values)
+    assert tokenizer.decode(tokenizer("hello world").input_ids) == "hello world"
+    again, _ = cerberus_ext.load_gguf(file.parent, file.name, dtype=torch.float32, device="cpu")
+    assert again.dtype == torch.float32
+
+
+def test_it_is_computed_in_its_own_bits(file: Path) -> None:
+    """Packed in as many as the file has, with the tokens of the model as it is."""
+    model, tokenizer = cerberus_ext.load_gguf(file, dtype=torch.bfloat16, device="cpu")
+    ids = tokenizer("hello world", return_tensors="pt").input_ids
+    fused = cerberus_ext.decode(model, None, ids, max_new_tokens=20, fuse=True, pack=True)
+    by_op = cerberus_ext.decode(model, None, ids, max_new_tokens=20, fuse=False)
+    assert fused.sequences.equal(by_op.sequences)
+    program = cerberus_ext.Decoder(model, pack=True).explain()
+    assert ("4 packed in four bits, 1 packed in eight bits" in program) == bool(
+        block_bytes(model.get_input_embeddings().weight, 1, 4)
+    )
+
+
+def changed(change: Callable[[bytearray], object]) -> Callable[[Path, Path], None]:
+    def damage(source: Path, target: Path) -> None:
+        content = bytearray(source.read_bytes())
+        kept = change(content)
+        target.write_bytes(content if kept is None else kept)  # type: ignore[arg-type]
+
+    return damage
+
+
+def retyped(content: bytearray) -> None:
+    """The first tensor's type, behind its name, axes and two sizes, becomes one that there is not."""
+    place = content.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 2 * 8
+    content[place : place + 4] = (999).to_bytes(4, "little")
+
+
+def widened(content: bytearray) -> None:
+    """Its first size becomes larger than the file."""
+    place = content.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4
+    content[place : place + 8] = (1 << 20).to_bytes(8, "little")
+
+
+def without_a_weight(source: Path, target: Path) -> None:
+    reader = GGUFReader(source)
+    writer = GGUFWriter(target, "llama")
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        if field.types[0].name == "ARRAY":
+            writer.add_array(name, field.contents())
+        else:
+            writer.add_key_value(name, field.contents(), field.types[0])
+    for tensor in reader.tensors:
+        if "ffn_up" not in tensor.name:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+DAMAGE = {
+    "no magic": (changed(lambda content: b"GGML" + content[4:]), "is no GGUF file"),
+    "empty": (changed(lambda content: b""), "is no GGUF file"),
+    "cut in its header": (changed(lambda content: content[:200]), r"is damaged \(.+\)"),
+    "cut in its weights": (changed(lambda content: content[:-500]), r"is damaged \(.+\)"),
+    "an unknown type": (changed(retyped), r"is damaged \(.*999.* is not a valid GGMLQuantizationType\)"),
+    "a size that does not fit": (changed(widened), r"is damaged \(.+\)"),
+    "another model": (changed(lambda c: c.replace(b"llama", b"lamma")), "cannot be loaded: .*lamma is not supported"),
+    "a weight that is not there": (without_a_weight, r"is damaged \(it has no model.layers.0.mlp.up_proj.weight\)"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_one_sentence(file: Path, tmp_path: Path, name: str) -> None:
+    damage, message = DAMAGE[name]
+    damage(file, tmp_path / "damaged.gguf")
+    with pytest.raises(OSError, match=f"^{tmp_path}/damaged.gguf {message}") as caught:
+        cerberus_ext.load_gguf(tmp_path / "damaged.gguf")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match=f"^there is no file {tmp_path}/none.gguf$"):
+        cerberus_ext.load_gguf(tmp_path / "none.gguf")
+    with pytest.raises(FileNotFoundError, match=f"^there is no file {tmp_path}/none.gguf$"):
+        cerberus_ext.load_gguf(tmp_path, "none.gguf")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="^nobody/nothing has no file none.gguf, neither here nor on the Hub: "):
+        cerberus_ext.load_gguf("nobody/nothing", "none.gguf")
+    with pytest.raises(OSError, match=f"^{tmp_path} is no GGUF file, .* say which file$"):
+        cerberus_ext.load_gguf(tmp_path)
