@@ -77,49 +77,82 @@ class Pieces {
   std::vector<std::unique_ptr<char[]>> pieces_;
 };
 
-void settle(Tensor draft, Tensor target, Tensor parents, Tensor ancestors, Tensor cache, Tensor length,
-            Tensor hidden, Tensor state, Tensor pending, Tensor path) {
-  Check check("settle");
-  check.integer(draft, "draft", 2, "(1, N)", ScalarType::Long);
+// Memory of one text that settling reads and writes.
+struct Settled {
+  int64_t first, nodes;  // of its nodes, and how many
+  CommitCacheArgs cache;
+  const int64_t* ancestors;
+  void* state;
+  int64_t* pending;
+};
+
+int64_t* integers(const Tensor& tensor) { return static_cast<int64_t*>(tensor.mutable_data_ptr()); }
+
+void settle(Tensor draft, Tensor target, Tensor parents, std::vector<Tensor> ancestors,
+            std::vector<Tensor> cache, std::vector<Tensor> length, Tensor hidden, std::vector<Tensor> state,
+            std::vector<Tensor> pending, Tensor path) {
+  Check check("settle"), states("settle");  // hidden states have a dtype of their own
+  check.integer(draft, "draft", 1, "(N,)", ScalarType::Long);
   on_cpu(check, draft, "draft");
-  const int64_t nodes = draft.size(1);
-  check.that(nodes >= 1, "draft", "(1, N) with N >= 1", nodes);
-  check.sizes(draft, "draft", "(1, N)", {1, nodes});
-  check.integer(target, "target", 2, "(1, N)", ScalarType::Long);
-  check.sizes(target, "target", "(1, N)", {1, nodes});
+  const int64_t nodes = draft.size(0);
+  check.integer(target, "target", 1, "(N,)", ScalarType::Long);
+  check.sizes(target, "target", "(N,)", {nodes});
   check.integer(parents, "parents", 1, "(N,)", ScalarType::Long);
   check.sizes(parents, "parents", "(N,)", {nodes});
-  check.integer(ancestors, "ancestors", 2, "(N, W)", ScalarType::Long);
-  check.sizes(ancestors, "ancestors", "(N, W)", {nodes, (nodes + 63) / 64});
-  check.floating(cache, "cache", 5, "(C, 1, Hkv, S, E)");
-  check.sizes(cache, "cache", "(C, 1, Hkv, S, E)", {cache.size(0), 1});
-  check.integer(length, "length", 1, "(1,)", ScalarType::Long);
-  check.sizes(length, "length", "(1,)", {1});
-  Check states("settle");  // whose dtype is their own
-  states.floating(hidden, "hidden", 3, "(1, N, D)");
+  states.floating(hidden, "hidden", 2, "(N, D)");
   on_cpu(states, hidden, "hidden");
-  states.sizes(hidden, "hidden", "(1, N, D)", {1, nodes});
-  states.floating(state, "state", 2, "(1, D)");
-  states.sizes(state, "state", "(1, D)", {1, hidden.size(2)});
-  check.integer(pending, "pending", 1, "(1,)", ScalarType::Long);
-  check.sizes(pending, "pending", "(1,)", {1});
-  check.integer(path, "path", 2, "(1, N)", ScalarType::Long);
-  check.sizes(path, "path", "(1, N)", {1, nodes});
-  const auto integers = [](const Tensor& t) { return static_cast<int64_t*>(t.mutable_data_ptr()); };
-  std::vector<int32_t> right(nodes);  // the path
-  int32_t accepted = 0;
+  states.sizes(hidden, "hidden", "(N, D)", {nodes, hidden.size(1)});
+  check.integer(path, "path", 1, "(N,)", ScalarType::Long);
+  check.sizes(path, "path", "(N,)", {nodes});
+  const size_t count = ancestors.size();
+  const std::pair<const char*, const std::vector<Tensor>*> lists[] = {
+      {"cache", &cache}, {"length", &length}, {"state", &state}, {"pending", &pending}};
+  for (const auto& [argument, list] : lists)
+    check.that(list->size() == count, argument, "a tensor for each of ancestors, " + std::to_string(count),
+               list->size());
+  std::vector<Settled> texts;
+  int64_t first = 0;
+  for (size_t i = 0; i < count; ++i) {
+    check.integer(ancestors[i], "ancestors", 2, "(N, W)", ScalarType::Long);
+    const int64_t own = ancestors[i].size(0), words = (own + 63) / 64;
+    check.that(own >= 1 && own <= nodes - first, "ancestors",
+               "(N, W) with N from 1 to the " + std::to_string(nodes - first) + " nodes that are left", own);
+    check.sizes(ancestors[i], "ancestors", "(N, W)", {own, words});
+    check.floating(cache[i], "cache", 5, "(C, 1, Hkv, S, E)");
+    check.sizes(cache[i], "cache", "(C, 1, Hkv, S, E)", {cache[i].size(0), 1});
+    check.integer(length[i], "length", 1, "(1,)", ScalarType::Long);
+    check.sizes(length[i], "length", "(1,)", {1});
+    states.floating(state[i], "state", 2, "(1, D)");
+    states.sizes(state[i], "state", "(1, D)", {1, hidden.size(1)});
+    check.integer(pending[i], "pending", 1, "(1,)", ScalarType::Long);
+    check.sizes(pending[i], "pending", "(1,)", {1});
+    const CommitCacheArgs commit{check.element_bytes(), cache[i].size(0), 1,      cache[i].size(2),
+                                 cache[i].size(3),      cache[i].size(4), own,    cache[i].mutable_data_ptr(),
+                                 integers(length[i]),   nullptr,          nullptr};
+    texts.push_back(
+        {first, own, commit, integers(ancestors[i]), state[i].mutable_data_ptr(), integers(pending[i])});
+    first += own;
+  }
+  check.that(first == nodes, "ancestors", "of " + std::to_string(nodes) + " nodes in all, like draft", first);
+  const int64_t bytes = hidden.size(1) * states.element_bytes();
+  const auto* hidden_states = static_cast<const char*>(hidden.const_data_ptr());
   const Parallel alone{nullptr, 1};  // less than it takes to wake a thread
-  verify_tree_cpu({1, nodes, ancestors.size(1), nodes - 1, integers(draft), integers(target),
-                   integers(parents), integers(ancestors), right.data(), &accepted},
-                  alone);
-  commit_cache_cpu({check.element_bytes(), cache.size(0), 1, cache.size(2), cache.size(3), cache.size(4),
-                    nodes, cache.mutable_data_ptr(), integers(length), right.data(), &accepted},
-                   alone);
-  const int64_t last = right[accepted], bytes = hidden.size(2) * states.element_bytes();
-  std::memcpy(state.mutable_data_ptr(), static_cast<const char*>(hidden.const_data_ptr()) + last * bytes,
-              bytes);
-  *integers(pending) = integers(target)[last];
-  std::copy(right.begin(), right.end(), integers(path));
+  std::vector<int32_t> right;        // the path of a text
+  for (Settled& text : texts) {
+    right.resize(text.nodes);
+    int32_t accepted = 0;
+    const int64_t* chosen = integers(target) + text.first;
+    verify_tree_cpu({1, text.nodes, (text.nodes + 63) / 64, text.nodes - 1, integers(draft) + text.first,
+                     chosen, integers(parents) + text.first, text.ancestors, right.data(), &accepted},
+                    alone);
+    text.cache.path = right.data();
+    text.cache.accepted = &accepted;
+    commit_cache_cpu(text.cache, alone);
+    const int64_t last = right[accepted];
+    std::memcpy(text.state, hidden_states + (text.first + last) * bytes, bytes);
+    *text.pending = chosen[last];
+    std::copy(right.begin(), right.end(), integers(path) + text.first);
+  }
 }
 
 HeadStackArgs stack_args(Check& check, const Tensor& hidden, const Tensor& stack, const Tensor& bias) {
@@ -218,8 +251,8 @@ void draft(Tensor hidden, Tensor pending, Tensor embeddings, std::optional<Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cerberus_ext, m) {
   m.def(
-      "settle(Tensor draft, Tensor target, Tensor parents, Tensor ancestors, Tensor(a!) cache, Tensor(b!) "
-      "length, Tensor hidden, Tensor(c!) state, Tensor(d!) pending, Tensor(e!) path) -> ()");
+      "settle(Tensor draft, Tensor target, Tensor parents, Tensor[] ancestors, Tensor(a!)[] cache, "
+      "Tensor(b!)[] length, Tensor hidden, Tensor(c!)[] state, Tensor(d!)[] pending, Tensor(e!) path) -> ()");
   m.def("eight_bit_bytes(int rows, int size) -> int");
   m.def("pack_eight_bits(Tensor weight, Tensor(a!) packed) -> ()");
   m.def("eight_bit_linear(Tensor input, Tensor weight, Tensor(a!) output) -> ()");

@@ -20,6 +20,8 @@ from ..drafting.tree import Tree
 # Heads take up to half as long as a node of the model does, for every text, and more for the first. So they are asked
 # where a draft for each text makes a step longer by no more than this share.
 _HEADS_PAY_BELOW = 0.15
+# By so much drafts have to make a step better: what the host does for them is not in the costs.
+_MARGIN = 0.03
 _MOST = 64  # drafts in a step whose times are looked up once
 
 
@@ -92,7 +94,8 @@ class Budget:
         """Of a step of so many texts."""
         if texts not in self._terms:
             times = self.times(texts, max(texts, _MOST))
-            least = (times[1:] / times[0] - 1) / np.arange(1, len(times)) * texts  # so likely have so many to be
+            # So likely 1, 2, ... drafts have to be on average.
+            least = ((1 + _MARGIN) * times[1:] / times[0] - 1) / np.arange(1, len(times)) * texts
             self._terms[texts] = Terms(bool(times[texts] < (1 + _HEADS_PAY_BELOW) * times[0]), float(least.min()))
         return self._terms[texts]
 
@@ -122,7 +125,9 @@ class Budget:
         added = np.cumsum([0.0, *(-negative for negative, _ in places)])
         taken = sum(nodes) - len(trees)
         times = self.times(len(trees), taken + len(places))[taken : taken + len(added)]
-        best = int(np.argmax((sum(nodes) + added) / times))
+        worth = (sum(nodes) + added) / times
+        worth[0] *= 1 + _MARGIN
+        best = int(worth.argmax())
         for _, text in places[:best]:
             nodes[text] += 1
         return [tree.first(count) for tree, count in zip(trees, nodes, strict=True)]

@@ -51,18 +51,22 @@ class NativeStep:
 
 
 def settle(
-    draft: Tensor, target: Tensor, parents: Tensor, ancestors: Tensor, cache: Tensor, length: Tensor, hidden: Tensor,
-    state: Tensor, pending: Tensor, path: Tensor,
+    draft: Tensor, target: Tensor, parents: Tensor, ancestors: Sequence[Tensor], cache: Sequence[Tensor],
+    length: Sequence[Tensor], hidden: Tensor, state: Sequence[Tensor], pending: Sequence[Tensor], path: Tensor,
 ) -> None:  # fmt: skip
-    """`verify_tree` and `commit_cache` of one text on a CPU, and what the next step begins with, in one call.
+    """`verify_tree` and `commit_cache` of one or more texts on a CPU, and what their next steps begin with, in one
+    call.
 
-    draft, target: (1, N) int64, parents (N,), ancestors (N, W), cache (C, 1, Hkv, S, E), length (1,): as there; depth
-        is N - 1. hidden: (1, N, D).
-    Written: cache and length; path (1, N) int64, the accepted nodes, then -1; state (1, D) and pending (1,) int64,
-        hidden and target of the last of them.
+    draft, target, parents: (N,) int64, hidden: (N, D), of all texts' nodes, those of a text one behind the other; a
+        parent is counted from the text's first node.
+    Of each text, with Nt nodes: ancestors (Nt, W), cache (C, 1, Hkv, S, E), length (1,), as there; depth is Nt - 1.
+    Written: caches and lengths; path (N,) int64, of each text the accepted nodes, then -1; state (1, D) and pending
+        (1,) int64 of each text, hidden and target of the last of them.
     Raises RuntimeError on other shapes, dtypes, devices, on a non-contiguous tensor.
     """
-    native.settle(draft, target, parents, ancestors, cache, length, hidden, state, pending, path)
+    native.settle(
+        draft, target, parents, list(ancestors), list(cache), list(length), hidden, list(state), list(pending), path
+    )
 
 
 def packed_bytes(weight: Tensor, rows: int) -> int:

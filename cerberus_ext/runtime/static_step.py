@@ -108,7 +108,7 @@ class Read(NamedTuple):
 
     target: list[int]  # what the target model chose after each node
     path: list[int]  # the accepted nodes, node 0 included
-    entropy: float
+    entropy: float | None  # None: it was not asked for
     drafts: tuple[NDArray[np.int64], NDArray[np.float32]] | None  # ids, logprobs (K, P) for the next step
 
 
@@ -255,18 +255,13 @@ def begin_step(target: TargetModel, kind: StepKind, memory: StepMemory) -> StepI
 
 
 def end_step(
-    kind: StepKind, memory: StepMemory, inputs: StepInputs, hidden: Tensor, logits: Tensor, result: StaticResult,
-    target: Tensor | None = None,
-) -> None:  # fmt: skip
-    """What comes behind the forward of `run_step`, which gave hidden (B, N, D) and logits (B, N, V).
-
-    target (B, N): what is chosen after each node; None: it is chosen here.
-    """
+    kind: StepKind, memory: StepMemory, inputs: StepInputs, hidden: Tensor, logits: Tensor, result: StaticResult
+) -> None:
+    """What comes behind the forward of `run_step`, which gave hidden (B, N, D) and logits (B, N, V)."""
     cache, state, nodes = memory.cache, memory.state, memory.nodes(kind.nodes)
-    if target is None:
-        # The token after node i stands one place behind the node, which is at length + depth.
-        positions = cache.length[:, None] + nodes.depths + 1  # (B, N)
-        target = kind.chooser.targets(logits, inputs.tokens, nodes.tree, positions)
+    # The token after node i stands one place behind the node, which is at length + depth.
+    positions = cache.length[:, None] + nodes.depths + 1  # (B, N)
+    target = kind.chooser.targets(logits, inputs.tokens, nodes.tree, positions)
     kind.drafter.keep_nodes(cache, state.hidden, hidden, inputs.known, nodes)
     _settle(kind, cache, nodes, inputs.tokens, hidden, target, state, result)
     kind.drafter.keep_path(hidden, inputs.known, result.path)
@@ -292,9 +287,9 @@ def _settle(
         state.pending.copy_(target[:, 0])
         return
     if tokens.device.type == "cpu" and len(tokens) == 1 and cache.tensor is not None:
-        tree = tokens, target.contiguous(), nodes.parents, nodes.ancestors
-        written = state.hidden, state.pending, result.path
-        return settle(*tree, cache.tensor, cache.length, hidden.contiguous(), *written)
+        tree = tokens[0], target[0].contiguous(), nodes.parents, [nodes.ancestors]
+        written = [state.hidden], [state.pending], result.path[0]
+        return settle(*tree, [cache.tensor], [cache.length], hidden[0].contiguous(), *written)
     # However deep the tree is, its longest path has no more than N nodes.
     path, accepted = ops.verify_tree(tokens, target, nodes.parents, nodes.ancestors, kind.nodes - 1)
     cache.commit(path, accepted)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,12 +19,12 @@ from .. import ops
 from ..drafting.drafter import NO_DRAFTER, Drafter, DraftRow, HeadsLike
 from ..drafting.tree import ALONE, Tree, filled_size, tree_of_ranks
 from ..target.model import TargetModel
-from ..target.step_row import StepForward
 from .recorder import Unrecordable
-from .recordings import Recordings
-from .sampling import Chooser, Sampling
-from .static_step import Drafting, Read, StaticResult, StepKind, StepMemory, begin_step, end_step, run_step
+from .recordings import Recorded, Recordings
+from .sampling import Chooser
+from .static_step import Drafting, Read, StaticResult, StepKind, StepMemory, run_step
 from .stats import DecodeStats, shared_phase
+from .together import TextStep, run_together
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,11 @@ class Chunk(NamedTuple):
 
 
 class BegunStep(NamedTuple):
-    """A step that is ready to run. replay: runs it whole, where that is not left to `step_together`."""
+    """A step that is ready to run. recorded: what replays it whole; None: nothing does."""
 
     tree: Tree
     kind: StepKind
-    result: StaticResult
-    replay: Callable[[], None] | None
+    recorded: Recorded | None
 
 
 def prefill(target: TargetModel, drafter: Drafter, ids: Tensor, reused: int = 0) -> tuple[Tensor, Tensor]:
@@ -161,8 +159,20 @@ class Stepper:
             tree = self._with_drafts(tree)
         return self._prepare(tree)
 
+    def run(self, step: BegunStep) -> StaticResult:
+        """The step by itself -> where the host is to `read` what comes out of it."""
+        if step.recorded is not None:
+            result, replay = step.recorded
+            replay()
+            return result
+        size = step.kind.nodes
+        if size not in self._results:
+            self._results[size] = self._memory.result(step.kind)
+        run_step(self.target, step.kind, self._memory, self._results[size])
+        return self._results[size]
+
     def read(self, result: StaticResult) -> Read:
-        """What came out of a step. The one place where the host waits."""
+        """The one place where the host waits."""
         if self._recordings is not None:
             self._recordings.recorder.fetch(result.buffer, result.host)
         else:
@@ -223,19 +233,17 @@ class Stepper:
         with self.stats.phase("draft"):
             self._memory.nodes(kind.nodes).put(tree, self.max_drafts)
         if self._recordings is None:
-            if kind.nodes not in self._results:
-                self._results[kind.nodes] = self._memory.result(kind)
-            return BegunStep(tree, kind, self._results[kind.nodes], None)
+            return BegunStep(tree, kind, None)
         cache = self.target.cache
         assert cache.committed + kind.nodes <= cache.capacity  # nothing checks it in a replay
         try:
-            result, replay = self._recordings.step(self.target, kind, self.stats)
+            recorded = self._recordings.step(self.target, kind, self.stats)
         except Unrecordable as error:
             self._recordings = None
             self._give_up(error)
             return self._prepare(self._with_drafts(tree))
         self.stats.graphed_steps += 1
-        return BegunStep(tree, kind, result, replay)
+        return BegunStep(tree, kind, recorded)
 
     def _draft(self) -> tuple[Tensor, Tensor]:
         """The heads' drafts and their log-probabilities, (B, K, P) each; made once a step, for all texts at once where
@@ -259,28 +267,10 @@ def step_together(texts: Sequence[Stepper], trees: Sequence[Tree]) -> list[Chunk
     with shared_phase(stats, "verify"):
         fused = texts[0].target.fused
         if len(texts) > 1 and fused is not None:
-            _run_together(fused, texts, steps)
+            together = zip(texts, steps, strict=True)
+            found = run_together(fused, [TextStep(text.target, step.kind, text._memory) for text, step in together])
         else:
-            for text, step in zip(texts, steps, strict=True):
-                if step.replay is None:
-                    run_step(text.target, step.kind, text._memory, step.result)
-                else:
-                    step.replay()
-        results = [text.read(step.result) for text, step in zip(texts, steps, strict=True)]
+            results = [text.run(step) for text, step in zip(texts, steps, strict=True)]
+            found = [text.read(result) for text, result in zip(texts, results, strict=True)]
     with shared_phase(stats, "commit"):
-        return [text.finish(step.tree, read) for text, step, read in zip(texts, steps, results, strict=True)]
-
-
-def _run_together(fused: StepForward, texts: Sequence[Stepper], steps: Sequence[BegunStep]) -> None:
-    """As `run_step` of each of them, with one forward, and one choice where all texts choose alike."""
-    nodes = [text._memory.nodes(step.kind.nodes) for text, step in zip(texts, steps, strict=True)]
-    inputs = [begin_step(text.target, step.kind, text._memory) for text, step in zip(texts, steps, strict=True)]
-    rows = [text.target.row(given.known, tree) for text, given, tree in zip(texts, inputs, nodes, strict=True)]
-    hidden, logits = fused.step(rows)  # (N, D), (N, V) of all nodes
-    sizes, chooser = [step.kind.nodes for step in steps], texts[0]._chooser
-    parts = zip(hidden[None].split(sizes, 1), logits[None].split(sizes, 1), strict=True)
-    chosen: Sequence[Tensor | None] = [None] * len(texts)
-    if isinstance(chooser, Sampling) and all(text._chooser == chooser for text in texts):
-        chosen = chooser.choose(logits[None], torch.cat([row.positions for row in rows])[None] + 1).split(sizes, 1)
-    for text, step, given, (states, scores), target in zip(texts, steps, inputs, parts, chosen, strict=True):
-        end_step(step.kind, text._memory, given, states, scores, step.result, target)
+        return [text.finish(step.tree, read) for text, step, read in zip(texts, steps, found, strict=True)]

@@ -47,7 +47,10 @@ def test_no_other_choice_is_expected_to_be_faster(drafts: list[list[float]], slo
         assert found == (trees[0].size,), "a text alone has its gate"
         return
     best = max(map(worth, itertools.product(*(range(1, tree.size + 1) for tree in trees))))
-    assert worth(found) == pytest.approx(best)
+    if sum(found) == len(trees):  # no drafts, where they would gain too little
+        assert best <= 1.03 * worth(found) + 1e-9
+    else:
+        assert worth(found) == pytest.approx(best)
     # What is less likely than the terms ask for is never taken.
     likeliest = max((tree.probabilities[1] for tree in trees if tree.size > 1), default=0.0)
     assert sum(found) == len(trees) or likeliest >= budget.terms(len(trees)).least - 1e-9
