@@ -4,7 +4,8 @@
     python bench/gpu --out results --stages kernels steps
     python bench/gpu --out results --device cpu    # the same code at tiny sizes, to see that it works; a minute
 
-Writes results/gpu.json and, made from it by report.py, results/gpu.md, after every stage. Each stage is a process with
+Writes results/gpu.json and, made from it by report.py, results/gpu.md, after every stage, and what the stages print to
+results/gpu.log. Each stage is a process with
 a time limit of its own: one that crashes, hangs or breaks the GPU's context takes no other along. What a stage does not
 use of its time goes to those after it. The status is 1 where a stage that checks correctness failed.
 """
@@ -15,6 +16,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,18 +66,18 @@ def run_stages(plans: Sequence[Plan], budget: float, out: Path, options: Sequenc
         left = budget - (time.monotonic() - begin)
         limit = left * plan.share / sum(later.share for later in plans[index:])
         print(f"{plan.name:12} at most {limit:4.0f} s ... ", end="", flush=True)
-        stages[plan.name] = run_stage(plan, limit, out, options)
+        with tempfile.TemporaryDirectory() as folder, (out / "gpu.log").open("a" if index else "w") as log:
+            stages[plan.name] = run_stage(plan, limit, Path(folder), options)
+            log.write(f"=== {plan.name}\n{(Path(folder) / f'{plan.name}.log').read_text()}")
         record["seconds"] = round(time.monotonic() - begin, 1)
         stage.write_json(out / "gpu.json", record)
         (out / "gpu.md").write_text(report.markdown(record))
         print(f"{stages[plan.name]['status']}, {stages[plan.name]['seconds']:.0f} s", flush=True)
 
 
-def run_stage(plan: Plan, limit: float, out: Path, options: Sequence[str]) -> dict[str, Any]:
-    """What became of a stage, and what it found; what it printed is in out/<name>.log."""
-    file, log = out / f"{plan.name}.json", out / f"{plan.name}.log"
-    file.unlink(missing_ok=True)
-    log.unlink(missing_ok=True)
+def run_stage(plan: Plan, limit: float, folder: Path, options: Sequence[str]) -> dict[str, Any]:
+    """What became of a stage, and what it found; what it printed is in <name>.log of the folder, which is empty."""
+    file, log = folder / f"{plan.name}.json", folder / f"{plan.name}.log"
     begin = time.monotonic()
     status: int | None = None
     for _ in range(_MAX_STARTS):

@@ -21,7 +21,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBLEMS = 3  # exit status of a stage that ran to its end and found something wrong
-sys.path += [str(ROOT / "bench" / "shared"), str(ROOT / "python_tests" / "helpers")]  # what stages import
+# What stages import.
+sys.path += [str(ROOT / name) for name in ("bench/shared", "python_tests/helpers", "bench/gpu/stages")]
+if (ROOT / "cerberus_ext" / "_C.so").exists():  # built where it lies; nothing needs to be installed
+    sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 class Skipped(Exception):

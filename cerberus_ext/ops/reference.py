@@ -149,11 +149,9 @@ def choose_tokens(
     numbers (3,) int64: seed, top_k, and the bits of temperature and top_p in float32; they count instead.
     """
     if numbers is not None and temperature != 0:
-        seed, top_k = numbers[:2].tolist()
-        temperature, top_p = numbers[2:].view(torch.float32).tolist()
-    x = logits.double()
-    missing = x.isnan()
-    x = x.masked_fill(missing, -math.inf)
+        (seed, top_k), (temperature, top_p) = numbers[:2].tolist(), numbers[2:].view(torch.float32).tolist()
+    missing = logits.isnan()
+    x = logits.double().masked_fill(missing, -math.inf)
     # Best first, equal ones in order of id, NaN after everything else.
     order = x.sort(dim=-1, descending=True, stable=True).indices
     order = order.gather(-1, missing.gather(-1, order).int().sort(dim=-1, stable=True).indices)

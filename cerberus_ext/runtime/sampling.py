@@ -158,6 +158,24 @@ class RecordedSampling:
         pass
 
 
+class RecordedChoosers:
+    """What recordings of one device have in the place of choosers."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._drawing: dict[bool, RecordedSampling] = {}  # by whether there is a min_p
+
+    def of(self, chooser: Chooser) -> Chooser:
+        """From here on it chooses as the given one does, in every recording that has it."""
+        if not isinstance(chooser, Sampling) or chooser.temperature == 0:
+            return chooser
+        limited = chooser.min_p > 0
+        if limited not in self._drawing:
+            self._drawing[limited] = RecordedSampling(limited, self._device)
+        self._drawing[limited].put(chooser)
+        return self._drawing[limited]
+
+
 def choose(logits: Tensor, positions: Tensor, distance: float | Tensor | None, *numbers: Any) -> Tensor:
     """logits (..., V), positions (...) of the tokens to choose -> tokens (...).
 

@@ -27,7 +27,7 @@ from ..drafting.tree import Tree
 from ..ops.step import settle
 from ..target.cache import TreeCache
 from ..target.model import TargetModel
-from .sampling import Chooser, RecordedSampling, Sampling
+from .sampling import Chooser, RecordedChoosers
 
 
 class StaticState(NamedTuple):
@@ -179,7 +179,7 @@ class StepMemory:
         self._state: StaticState | None = None
         self._nodes: dict[int, StaticNodes] = {}
         self._drafts: dict[tuple[int, int], StaticDrafts] = {}
-        self._choosers: dict[bool, RecordedSampling] = {}  # by whether there is a min_p
+        self.choosers = RecordedChoosers(self.device)
 
     @property
     def state(self) -> StaticState:
@@ -203,16 +203,6 @@ class StepMemory:
         if shape not in self._drafts:
             self._drafts[shape] = StaticDrafts(self.batch, *shape, self.device)
         return self._drafts[shape]
-
-    def chooser(self, chooser: Chooser) -> Chooser:
-        """What a recording has in its place."""
-        if not isinstance(chooser, Sampling) or chooser.temperature == 0:
-            return chooser
-        limited = chooser.min_p > 0
-        if limited not in self._choosers:
-            self._choosers[limited] = RecordedSampling(limited, self.device)
-        self._choosers[limited].put(chooser)
-        return self._choosers[limited]
 
     def result(self, kind: StepKind) -> StaticResult:
         """A new one."""

@@ -224,7 +224,7 @@ class Stepper:
         involved = drafting is not Drafting.NEVER or self._drafter.has_context
         shape = self._shape if names_drafts or drafting is Drafting.AFTER else None
         size = filled_size(nodes, self._drafts.sizes)
-        chooser = self._memory.chooser(self._chooser)
+        chooser = self._memory.choosers.of(self._chooser)
         return StepKind(size, chooser, self._drafter if involved else NO_DRAFTER, shape, drafting)
 
     def _prepare(self, tree: Tree) -> BegunStep:

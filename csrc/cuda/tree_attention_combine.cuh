@@ -17,6 +17,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const TreeAtte
   constexpr int kWarps = kCombineThreads / kLanes, kColumns = kMaxHeadSize / kLanes;
   __shared__ float of_warp[kWarps][kMaxHeadSize];
   wait_for_previous_launch();
+  allow_next_launch();
 
   const int splits = static_cast<int>(a.splits), head_size = static_cast<int>(a.head_size);
   const int64_t first_part = static_cast<int64_t>(blockIdx.x) * splits;

@@ -16,9 +16,9 @@ from cerberus_ext.target.model import StepWay, TargetModel
 CAPACITY = 256
 
 
-def every_call_seen(model: Any) -> TargetModel:
+def every_call_seen(model: Any, capacity: int = CAPACITY) -> TargetModel:
     """Whose steps op by op are all of our row-invariant ops, where there is one."""
-    return TargetModel(model, StepWay(names_attention(model), sees_all=True), CAPACITY)
+    return TargetModel(model, StepWay(names_attention(model), sees_all=True), capacity)
 
 
 def both_ways(model: Any, tree: Tree, pack: bool | None = None) -> tuple[list[Tensor], list[Tensor]]:

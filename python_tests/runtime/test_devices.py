@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from cerberus_ext import CerberusConfig, CerberusHeads, Decoder
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.engine.decode import decode
-from cerberus_ext.runtime.recorder import RECORDERS
+from cerberus_ext.runtime.recorder import RECORDERS, waiting_refused
 
 NEW = 24
 TREE = StaticPolicy.from_accuracies([[0.6, 0.3, 0.1, 0.05]] * 4, 16)
@@ -102,3 +103,20 @@ def test_recorder(device: str, recorders: list[TapeRecorder]) -> None:
         replay()
         recorder.fetch(total, host)
     assert host.eq(15).all()
+
+
+@pytest.mark.parametrize(("threads", "modes"), [(1, ["error", 0]), (2, [0])])
+def test_what_waits_is_refused_while_there_is_one_thread(
+    threads: int, modes: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not any more afterwards, whatever happened."""
+    found: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", found.append)
+    monkeypatch.setattr(threading, "active_count", lambda: threads)
+    with pytest.raises(ValueError, match="inside"), waiting_refused(True):
+        raise ValueError("inside")
+    assert found == modes
+    with waiting_refused(False):
+        pass
+    assert found == [*modes, 0]

@@ -172,7 +172,7 @@ def test_a_step_never_leaves_the_device(name: str, drafting: Drafting, nodes: in
         hidden, logits = base.prefill(torch.zeros(1, 9, dtype=torch.int64, device=device))
         sampling = Sampling(seed=3, temperature=0.7, top_p=0.9, min_p=0.1)
         memory = StepMemory(base.cache)
-        kind = StepKind(nodes, memory.chooser(sampling), drafter, (3, 4), drafting)
+        kind = StepKind(nodes, memory.choosers.of(sampling), drafter, (3, 4), drafting)
         memory.begin(hidden, logits.argmax(-1))
         result = memory.result(kind)
         assert (result.ids is None) == (drafting is Drafting.BEFORE)

@@ -41,7 +41,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def step(model: Any, tree: Tree, tokens: Tensor) -> tuple[list[Tensor], int]:
     """Hidden states, logits and the cache of a fused step, and its launches."""
-    with torch.inference_mode(), every_call_seen(model) as target:
+    # More slots than are attended to in one piece.
+    with torch.inference_mode(), every_call_seen(model, capacity=300) as target:
         target.prefill(prompt())
         target.fused = FusedStep(target, pack=False)
         before = launches()

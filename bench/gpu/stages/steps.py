@@ -90,6 +90,7 @@ class Steps:
             "captures": sum(one.captures for every in stats.values() for one in every),
             "capture_seconds": sum(one.capture_seconds for every in stats.values() for one in every),
             "graphed_steps": long.graphed_steps,
+            "fused": long.fused,
             "fallback": long.fallback,
         }
 
@@ -132,7 +133,6 @@ def measure(
         "nodes": nodes,
         "weight_bytes": steps.bytes,
         "floor_milliseconds": steps.bytes / copy_speed * 1e3,
-        "expected_milliseconds": step_time(steps.shapes, context, nodes, PROGRAMS["op by op"]).seconds * 1e3,
     }
     graphs = not run.on_cpu
     found, failure = tried(lambda: steps.seconds(context, nodes, graphs), run.device)
@@ -144,6 +144,8 @@ def measure(
     if found is None:
         return row | {"error": failure}, f"{_key(steps.shapes.name, context, nodes)}: {failure}"
     row |= found | {"milliseconds": found.pop("seconds") * 1e3, "graphed": graphs and problem is None}
+    program = PROGRAMS["fused" if row["fused"] else "op by op"]
+    row["expected_milliseconds"] = step_time(steps.shapes, context, nodes, program).seconds * 1e3
     row["share_of_floor"] = row["floor_milliseconds"] / row["milliseconds"]
     alone = run.rows.get(_key(steps.shapes.name, context, 1), {}).get("milliseconds")
     row["over_autoregressive"] = row["milliseconds"] / (alone or row["milliseconds"]) if nodes == 1 or alone else None
