@@ -65,6 +65,7 @@ class GeneratedText:
         self._eos_token_ids = eos_token_ids
         self._stopping_criteria = stopping_criteria
         self._streamer = streamer
+        self._text = ids  # for the criteria, with room for more tokens: to copy all of it after each is quadratic
 
     @property
     def ended(self) -> bool:
@@ -87,11 +88,11 @@ class GeneratedText:
             self.stopped = token in self._eos_token_ids or self._meets_criterion()
         return tokens
 
-    def sequences(self) -> Tensor:
-        """The prompt and the new tokens, (1, S)."""
-        return torch.cat([self.prompt, self.prompt.new_tensor([self.tokens])], dim=1)
-
     def _meets_criterion(self) -> bool:
         if self._stopping_criteria is None:
             return False
-        return bool(call("decode: stopping_criteria", self._stopping_criteria, self.sequences(), None).any())
+        end = self.prompt.shape[1] + len(self.tokens)
+        if end > self._text.shape[1]:
+            self._text = torch.cat([self._text, torch.empty_like(self._text)], 1)
+        self._text[0, end - 1] = self.tokens[-1]
+        return bool(call("decode: stopping_criteria", self._stopping_criteria, self._text[:, :end], None).any())

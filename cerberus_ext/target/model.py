@@ -127,7 +127,7 @@ class TargetModel:
         Raises ValueError where the model does not show them.
         """
         if self.fused is not None and self.goes_as_steps(ids):
-            return self._run_prompt(ids)
+            return self._run_steps(ids, every=True)
         found: list[Any] = []
         body: Any = self.model.base_model
         with body.register_forward_hook(lambda module, inputs, output: found.append(output)):
@@ -166,15 +166,15 @@ class TargetModel:
         seen = self.fused is not None or self.way.names_attention
         return seen and ids.device.type == "cpu" and ids.shape[1] <= self.max_positions
 
-    def _run_steps(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """As `_run_prompt`, as chains of nodes -> hidden of all positions where there is a fused step."""
+    def _run_steps(self, ids: Tensor, every: bool = False) -> tuple[Tensor, Tensor]:
+        """As `_run_prompt`, as chains of nodes; every: with hidden of all positions, where there is a fused step."""
         self.cache.whole = True
-        states = []
+        states: list[Tensor] = []
         for tokens in ids.split(_PROMPT_NODES, 1):
             nodes = tokens.shape[1]
             positions = self.cache.length[:, None] + torch.arange(nodes)
             hidden, logits = self._run_nodes(tokens, positions, chain_ancestors(nodes), 1)
-            states.append(hidden.clone())
+            states = [*(states if every else []), hidden.clone()]
             self.cache.extend(nodes)
         return torch.cat(states, 1), logits[:, -1]
 

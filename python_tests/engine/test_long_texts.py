@@ -1,0 +1,128 @@
+"""Long texts: a step at 128 k tokens costs what one at 1 k does, but for its attention; nothing is copied whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from stand_ins import OracleHeads
+from tiny_families import tiny_family
+from tiny_models import VOCAB, generate, prompt
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cerberus_ext import AlwaysClosed, Decoder, decode, ops
+from cerberus_ext.runtime.runtime import runtime_of
+from cerberus_ext.target.cache import TreeCache
+from cerberus_ext.target.model import lasting_capacity
+
+POSITIONS, SIZE, NEW = 1 << 17, 16, 48
+
+
+def long_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    tokens = dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"))
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=SIZE, max_position_embeddings=POSITIONS, initializer_range=0.3, **tokens,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def attention(context: int) -> Callable[[], Any]:
+    """Of one node, as a step computes it."""
+    keys, q = torch.randn(2, 1, 1, context + 2, SIZE), torch.randn(1, 1, 1, SIZE)
+    places = torch.tensor([context]), torch.ones(1, 1, dtype=torch.int64)
+    return lambda: ops.tree_attention(q, keys[0], keys[1], *places, 0.25, 0, 0.0, None)
+
+
+def streamed(decoder: Decoder, ids: Tensor) -> tuple[float, float, list[int]]:
+    """Seconds of the fastest step, and of its attention, which take turns; the tokens."""
+    steps, alone, tokens = list[float](), list[float](), list[int]()
+    stream, attend = decoder.stream(ids, max_new_tokens=NEW), attention(ids.shape[1])
+    begin = time.perf_counter()
+    for chunk in stream:
+        steps.append(time.perf_counter() - begin)
+        tokens += chunk.tokens
+        begin = time.perf_counter()
+        attend()
+        alone.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+    return min(steps), min(alone), tokens
+
+
+def test_a_step_grows_by_its_attention_alone() -> None:
+    """And drafts change nothing there; a second text reads nothing again, and its cache stays where it is."""
+    model, rest = long_llama(), list[float]()
+    for context in (1 << 10, POSITIONS - 2 * NEW):
+        ids = torch.randint(VOCAB, (1, context), generator=torch.Generator().manual_seed(1))
+        with Decoder(model, None, gate=AlwaysClosed()) as decoder:
+            decoder.decode(ids[:, :2], max_new_tokens=1)
+            put_past(model, ids[0, :-1].tolist())
+            step, alone, want = streamed(decoder, ids)
+            rest.append(step - alone)
+            assert decoder.stats is not None and decoder.stats.reused_tokens == context - 1
+            place = cache_of(model).data_ptr()
+            assert streamed(Decoder(model, None), ids)[2] == want
+            assert cache_of(model).data_ptr() == place
+    assert rest[1] - rest[0] < 0.3 * alone + 1e-4, f"{rest} s beside attention, which takes {alone} s"
+
+
+def put_past(model: LlamaForCausalLM, tokens: list[int]) -> None:
+    """As if the tokens had been read, which takes half a minute of this many. Keys and values are any."""
+    past = runtime_of(model).pasts[-1]
+    past.cut([], lasting_capacity(model, len(tokens)))
+    past.tokens = tokens
+    cache_of(model).normal_()
+
+
+def cache_of(model: LlamaForCausalLM) -> Tensor:
+    tensor = runtime_of(model).pasts[-1].cache.tensor
+    assert tensor is not None
+    return tensor
+
+
+def test_room_is_not_taken_before_it_is_needed() -> None:
+    """2 GiB for a million tokens, of which 100 come."""
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    before = resident()
+    cache = TreeCache(2, 1 << 20, 1, torch.device("cpu"))
+    keys = torch.randn(1, 4, 100, 32)
+    for layer in range(2):
+        cache.update(keys, keys, layer)
+    assert cache.tensor is not None and cache.tensor.nbytes == 2 << 30
+    assert resident() - before < 200 << 20
+
+
+@pytest.mark.parametrize("fuse", [None, False])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_oss", "phi3"])
+def test_what_lies_behind_the_text_is_not_read(family: str, fuse: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has written there: it may be anything."""
+    allocate = TreeCache.allocate
+    monkeypatch.setattr(TreeCache, "allocate", lambda *arguments: allocate(*arguments).fill_(torch.nan))
+    model = tiny_family(family)
+    want = generate(model, prompt(), max_new_tokens=20)
+    heads = OracleHeads(want, 3, VOCAB)
+    with Decoder(model, heads, fuse=fuse, tree=9) as decoder:
+        for _ in range(2):  # the second one reuses the first one's
+            assert decoder.decode(prompt(), max_new_tokens=20, streamer=heads).sequences.equal(want)
+
+
+def test_criteria_see_the_text_and_no_more() -> None:
+    """Tokens are added in place behind the text."""
+    seen: list[list[int]] = []
+
+    def keep(ids: Tensor, scores: None) -> Tensor:
+        seen.append(ids[0].tolist())
+        return torch.tensor([False])
+
+    ids = prompt()
+    out = decode(tiny_family("llama"), None, ids, max_new_tokens=30, stopping_criteria=[keep]).sequences[0].tolist()
+    assert seen == [out[:end] for end in range(10, 40)] and ids.equal(prompt())
