@@ -56,20 +56,14 @@ Steps& steps() {
   return *all;
 }
 
-DType dtype_of_type(ScalarType type) {
-  return type == ScalarType::BFloat16 ? DType::kBFloat16
-         : type == ScalarType::Half   ? DType::kFloat16
-                                      : DType::kFloat32;
-}
-
-const char* name_of(DType dtype) {
-  return dtype == DType::kBFloat16  ? "torch.bfloat16"
-         : dtype == DType::kFloat16 ? "torch.float16"
-                                    : "torch.float32";
+ScalarType type_of(DType dtype) {
+  return dtype == DType::kBFloat16  ? ScalarType::BFloat16
+         : dtype == DType::kFloat16 ? ScalarType::Half
+                                    : ScalarType::Float;
 }
 
 void on_cpu(const Check& check, const Tensor& tensor, const char* argument) {
-  if (!tensor.defined()) check.fail(argument, "tensors", "None");
+  check.plain(tensor, argument);
   if (device_type(tensor) != aoti_torch_device_type_cpu())
     check.fail(argument, "on cpu", device_text(tensor));
   if (!tensor.is_contiguous()) check.fail(argument, "contiguous", "shape " + shape_text(tensor));
@@ -93,9 +87,8 @@ int64_t make_step(std::vector<Tensor> tensors, Tensor code) {
                                                         : Packing::kNone;
     const int64_t bytes = dtype == DType::kFloat32 ? 4 : 2;
     const bool is_float32 = type == ScalarType::Float;
-    const bool is_bytes = type == ScalarType::Byte || type == ScalarType::Char || type == ScalarType::Short;
-    if (packing == Packing::kNone && !is_float32 && (dtype_of_type(type) != dtype || is_bytes))
-      check.fail("tensors", std::string("torch.float32, ") + name_of(dtype) + " or packed", dtype_text(type));
+    if (packing == Packing::kNone && !is_float32 && type != type_of(dtype))
+      check.fail("tensors", "torch.float32, " + dtype_text(type_of(dtype)) + " or packed", dtype_text(type));
     constants.push_back({const_cast<void*>(tensor.const_data_ptr()),
                          packing == Packing::kNone
                              ? tensor.numel()
@@ -103,10 +96,8 @@ int64_t make_step(std::vector<Tensor> tensors, Tensor code) {
                          width, is_float32, packing});
   }
   Step step(std::move(constants), numbers, code.size(0));
-  const ScalarType type = dtype == DType::kBFloat16  ? ScalarType::BFloat16
-                          : dtype == DType::kFloat16 ? ScalarType::Half
-                                                     : ScalarType::Float;
-  return steps().add(std::shared_ptr<Held>(new Held{std::move(tensors), std::move(step), type, {}}));
+  return steps().add(
+      std::shared_ptr<Held>(new Held{std::move(tensors), std::move(step), type_of(dtype), {}}));
 }
 
 const int64_t* integers(const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); }
