@@ -115,7 +115,8 @@ void settle(Tensor draft, Tensor target, Tensor parents, Tensor ancestors, Tenso
   commit_cache_cpu({check.element_bytes(), cache.size(0), 1, cache.size(2), cache.size(3), cache.size(4),
                     nodes, cache.mutable_data_ptr(), integers(length), right.data(), &accepted},
                    alone);
-  const int64_t last = right[accepted], bytes = hidden.size(2) * states.element_bytes();
+  // Ancestors that are none of parents may leave the path shorter than it counts.
+  const int64_t last = std::max(0, right[accepted]), bytes = hidden.size(2) * states.element_bytes();
   std::memcpy(state.mutable_data_ptr(), static_cast<const char*>(hidden.const_data_ptr()) + last * bytes,
               bytes);
   *integers(pending) = integers(target)[last];
