@@ -148,7 +148,8 @@ void settle(Tensor draft, Tensor target, Tensor parents, std::vector<Tensor> anc
     text.cache.path = right.data();
     text.cache.accepted = &accepted;
     commit_cache_cpu(text.cache, alone);
-    const int64_t last = right[accepted];
+    // Ancestors that are none of parents may leave the path shorter than it counts.
+    const int64_t last = std::max(0, right[accepted]);
     std::memcpy(text.state, hidden_states + (text.first + last) * bytes, bytes);
     *text.pending = chosen[last];
     std::copy(right.begin(), right.end(), integers(path) + text.first);

@@ -78,14 +78,8 @@ Packing packing_of(ScalarType type) {
   }
 }
 
-const char* name_of(DType dtype) {
-  return dtype == DType::kBFloat16  ? "torch.bfloat16"
-         : dtype == DType::kFloat16 ? "torch.float16"
-                                    : "torch.float32";
-}
-
 void on_cpu(const Check& check, const Tensor& tensor, const char* argument) {
-  if (!tensor.defined()) check.fail(argument, "tensors", "None");
+  check.plain(tensor, argument);
   if (device_type(tensor) != aoti_torch_device_type_cpu())
     check.fail(argument, "on cpu", device_text(tensor));
   if (!tensor.is_contiguous()) check.fail(argument, "contiguous", "shape " + shape_text(tensor));
@@ -107,7 +101,7 @@ int64_t make_step(std::vector<Tensor> tensors, Tensor code) {
     const int64_t bytes = dtype == DType::kFloat32 ? 4 : 2;
     const bool is_float32 = type == ScalarType::Float;
     if (packing == Packing::kNone && type != ScalarType::Float && type != floating)
-      check.fail("tensors", std::string("torch.float32, ") + name_of(dtype) + " or packed", dtype_text(type));
+      check.fail("tensors", "torch.float32, " + dtype_text(floating) + " or packed", dtype_text(type));
     constants.push_back({const_cast<void*>(tensor.const_data_ptr()),
                          packing == Packing::kNone
                              ? tensor.numel()

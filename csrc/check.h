@@ -127,6 +127,25 @@ class Check {
     throw std::runtime_error(std::string(op_) + ": " + argument + " must be " + must_be + ", got " + got);
   }
 
+  // A tensor with sizes, strides and memory. bind_cpu.cpp gives us sparse, quantized and nested tensors, too,
+  // so that the refusal names the argument. Nothing that asks for sizes or strides may come before `plain`.
+  void plain(const Tensor& tensor, const char* argument) const {
+    if (!tensor.defined()) fail(argument, "a tensor", "None");
+    int32_t layout = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+    if (layout != aoti_torch_layout_strided())
+      fail(argument, "a tensor of layout torch.strided", layout_text(layout));
+    bool has_sizes = true;
+    try {
+      tensor.sizes();
+      tensor.is_contiguous();
+    } catch (const std::exception&) {
+      has_sizes = false;
+    }
+    if (!has_sizes)
+      fail(argument, "a plain tensor", "one without sizes and strides, such as a nested tensor");
+  }
+
   // A floating-point tensor of `rank` axes, which `letters` names: "(B, D)".
   void floating(const Tensor& tensor, const char* argument, int64_t rank, const char* letters) {
     common(tensor, argument, rank, letters);
@@ -197,25 +216,6 @@ class Check {
     } else if (type != type_) {
       fail(argument, dtype_text(type_) + " like " + floating_argument_, dtype_text(type));
     }
-  }
-
-  // bind_cpu.cpp gives us sparse, quantized and nested tensors, too, so that the refusal names the argument.
-  // Nothing that asks for sizes or strides may come before `plain`.
-  void plain(const Tensor& tensor, const char* argument) const {
-    if (!tensor.defined()) fail(argument, "a tensor", "None");
-    int32_t layout = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
-    if (layout != aoti_torch_layout_strided())
-      fail(argument, "a tensor of layout torch.strided", layout_text(layout));
-    bool has_sizes = true;
-    try {
-      tensor.sizes();
-      tensor.is_contiguous();
-    } catch (const std::exception&) {
-      has_sizes = false;
-    }
-    if (!has_sizes)
-      fail(argument, "a plain tensor", "one without sizes and strides, such as a nested tensor");
   }
 
   void common(const Tensor& tensor, const char* argument, int64_t rank, const char* letters) {

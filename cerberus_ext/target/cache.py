@@ -7,12 +7,17 @@ giving nodes up costs nothing.
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from .. import ops
+
+_LINE = 64  # bytes; torch's tensors begin with one
 
 
 class UnevenLayers(ValueError):
@@ -44,9 +49,7 @@ class TreeCache(Cache):
         """shape (B, Hkv, N, E) of the first keys that a model hands over -> the cache's tensor."""
         batch, heads, _, size = shape
         planes = 2 * (len(self.layers) + self.context)
-        # What lies behind the text is read by nobody, and memory that is not written to is none yet on a CPU: a large
-        # capacity costs what the text needs.
-        make = torch.empty if like.device.type == "cpu" else torch.zeros
+        make = _zeros_on_demand if like.device.type == "cpu" else torch.zeros
         self.tensor = make((planes, batch, heads, self.capacity, size), dtype=like.dtype, device=like.device)
         return self.tensor
 
@@ -146,3 +149,11 @@ class TreeCacheLayer(CacheLayerMixin):
         return self.cache.capacity
 
     get_max_cache_shape = get_max_length  # its name up to 5.15
+
+
+def _zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.zeros on a CPU, but without writing them: the system gives memory, a large capacity's, when it is used."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = torch.from_numpy(np.zeros(size + _LINE, np.uint8))
+    begin = -memory.data_ptr() % _LINE
+    return memory[begin : begin + size].view(dtype).view(shape)

@@ -5,12 +5,16 @@
 makes the calls FIRST .. FIRST + COUNT, the same ones at every run, writes each one's number before it is made, so that
 whoever started this process knows which one ended it, and at last a line of JSON: how many were accepted and refused,
 and the refusals that name no argument. Call number 7 alone: python malformed_calls.py 7 1
+
+With a library that is built with the address sanitizer, see docs/testing.md, memory has no limit here: the sanitizer's
+own is larger than any.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import resource
@@ -20,7 +24,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import native_calls
 import torch
+from native_calls import NATIVE_EXAMPLES
 from op_cases import DTYPES, EXAMPLES, example
 from torch import Tensor
 
@@ -133,6 +139,24 @@ MUTATIONS: dict[str, Callable[[Tensor, random.Random], Any]] = {
 }  # fmt: skip
 
 
+def _mutated(value: Tensor, r: random.Random) -> tuple[Any, str]:
+    how = r.choice(sorted(MUTATIONS))
+    try:
+        return MUTATIONS[how](value, r), how
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+        return value, f"not {how}: {str(error)[:40]}"  # torch cannot make such a tensor of this one
+
+
+def _other_list(values: list[Tensor], r: random.Random) -> tuple[list[Any], str]:
+    """One tensor of it another, more of it or less."""
+    values, place = list(values), r.randrange(len(values))
+    if r.random() < 0.7:
+        values[place], how = _mutated(values[place], r)
+        return values, f"[{place}] {how}"
+    kept = r.choice((0, 1, place, len(values) + 1))
+    return (values * 2)[:kept], f"{kept} of them"
+
+
 def _number(value: Any, r: random.Random) -> Any:
     if r.random() < 0.2:
         return r.choice(OTHER)
@@ -167,22 +191,21 @@ def make(index: int) -> tuple[str, dict[str, Any], list[str]]:
     """Call number `index`: the op, its arguments, and what was done to them."""
     r = random.Random(index)
     torch.manual_seed(index)
-    op = r.choice(sorted(EXAMPLES))
+    op = r.choice(sorted((*EXAMPLES, *NATIVE_EXAMPLES)))
     dtype = r.choice(DTYPES)
     done = []
     if op in AXES and r.random() < 0.4:
         arguments, done = _sized(op, dtype, r), ["sizes that agree"]
     else:
-        arguments = example(op, dtype)
+        arguments = example(op, dtype) if op in EXAMPLES else NATIVE_EXAMPLES[op](dtype)
     for name in r.sample(sorted(arguments), r.choice((0, 1, 1, 1, 2, 3)) % (len(arguments) + 1)):
         value = arguments[name]
-        if isinstance(value, Tensor):
-            how = r.choice(sorted(MUTATIONS))
-            try:
-                arguments[name] = MUTATIONS[how](value, r)
-                done.append(f"{name}: {how}")
-            except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
-                done.append(f"{name}: not {how}: {str(error)[:40]}")  # torch cannot make such a tensor of this one
+        if isinstance(value, list):
+            arguments[name], how = _other_list(value, r)
+            done.append(f"{name}: {how}")
+        elif isinstance(value, Tensor):
+            arguments[name], how = _mutated(value, r)
+            done.append(f"{name}: {how}")
         else:
             arguments[name] = _number(value, r)
             done.append(f"{name}: {arguments[name]!r}"[:80])
@@ -202,9 +225,13 @@ def describe(index: int) -> str:
 
 
 def names_an_argument(op: str, message: str) -> bool:
-    """As the op says it, or as torch does where it compares a call with the schema."""
+    """As the op says it, or as torch does where it compares a call with the schema. Of NATIVE_EXAMPLES torch itself
+    refuses nested, conjugate and negated tensors."""
+    kept = (f"Could not run 'cerberus_ext::{op}' with arguments from", "Expected Tensor but got ", " fallback doesn't")
+    if op in NATIVE_EXAMPLES and message.startswith(kept):
+        return True
     schema = [argument.name for argument in getattr(torch.ops.cerberus_ext, op).default._schema.arguments]
-    said = re.match(rf"{op}: (\w+) must be ", message) or re.search(r"argument '(\w+)'", message)
+    said = re.match(rf"{op}: (\w+)(?:: .*)? must be ", message) or re.search(r"argument '(\w+)'", message)
     return said is not None and said[1] in schema
 
 
@@ -216,7 +243,10 @@ def run(first: int, count: int) -> dict[str, Any]:
         sys.stdout.flush()
         signal.setitimer(signal.ITIMER_REAL, SECONDS)  # nobody catches the signal: it ends the process
         try:
-            getattr(ops, op)(**arguments)
+            if op in EXAMPLES:
+                getattr(ops, op)(**arguments)
+            else:
+                native_calls.call(op, arguments)
             accepted += 1
         except (RuntimeError, TypeError, ValueError) as error:
             refused += 1
@@ -230,7 +260,8 @@ def run(first: int, count: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    if "libasan" not in os.environ.get("LD_PRELOAD", ""):
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(2)
     print(json.dumps(run(int(sys.argv[1]), int(sys.argv[2]))))

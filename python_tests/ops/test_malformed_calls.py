@@ -15,9 +15,11 @@ from pathlib import Path
 import malformed_calls
 import pytest
 import torch
+from step_codes import experts_step
 
 from cerberus_ext import ops
 from cerberus_ext.ops import libraries
+from cerberus_ext.ops.native import native
 
 WORKER = Path(malformed_calls.__file__)
 CALLS = int(os.environ.get("CERBERUS_MALFORMED_CALLS", "3000"))
@@ -61,7 +63,8 @@ def test_a_worker_is_ended_by_a_crash_or_a_hang(tmp_path: Path):
     path = os.pathsep.join([str(WORKER.parent), str(libraries.PACKAGE.parent)])
     for last_words in ("os.abort()", "[None for _ in iter(int, 1)]"):
         text = "import os, malformed_calls as m; m.SECONDS = 0.5\n"
-        text += f"for op in m.EXAMPLES: setattr(m.ops, op, lambda **arguments: {last_words})\nm.run(3, 9)"
+        text += f"for op in m.EXAMPLES: setattr(m.ops, op, lambda **arguments: {last_words})\n"
+        text += f"m.native_calls.call = lambda op, arguments: {last_words}\nm.run(3, 9)"
         environment = os.environ | {"PYTHONPATH": path}
         command = [sys.executable, "-c", text]  # elsewhere: `-c` puts the current folder on sys.path
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
@@ -113,3 +116,26 @@ def test_results_that_do_not_fit_into_memory():
 def test_linear_of_very_many_rows_without_outputs():
     got = ops.linear(torch.zeros(2**62, 0), torch.zeros(0, 0), None)
     assert got.shape == (2**62, 0)
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
+def test_layouts_around_a_step(layout):
+    """Asking whether such a tensor is contiguous, or where it lies, was an error of torch's that named no argument."""
+    other = getattr(torch.ones(4, 64), layout)()
+    calls = {
+        "make_step: tensors": lambda: native.make_step([other], torch.zeros(3, dtype=torch.int64)),
+        "pack_weights: packed": lambda: native.pack_weights([torch.ones(4, 64)], other),
+        "pack_four_bits: packed": lambda: native.pack_four_bits([torch.ones(4, 64).bfloat16()], other),
+        "prefer_large_pages: memory": lambda: native.prefer_large_pages(other),
+    }
+    for named, call in calls.items():
+        with pytest.raises(RuntimeError, match=rf"^{named} must be a tensor of layout torch.strided, got torch\."):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float64, torch.complex64])
+def test_a_constant_of_another_dtype_is_not_read_as_float32(dtype):
+    tensors, code = experts_step(torch.float32, False)
+    tensors[3] = tensors[3].to(dtype)
+    with pytest.raises(RuntimeError, match=f"^make_step: tensors must be torch.float32, .* or packed, got {dtype}"):
+        native.make_step(tensors, torch.tensor(code))

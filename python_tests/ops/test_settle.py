@@ -84,3 +84,11 @@ def test_refused() -> None:
         arguments[place] = wrong
         with pytest.raises(RuntimeError, match=f"^settle: {message}"):
             settle(*arguments)
+
+
+def test_ancestors_that_are_not_those_of_the_parents() -> None:
+    """Bits beyond the nodes count as depth, but are no nodes: where the path ends before, node 0 is the last."""
+    arguments = call([1, 3, 0, 4, 8, 0])
+    arguments[3] = [torch.full((6, 1), 7 << 60)]
+    settle(*arguments)
+    assert arguments[7][0].equal(arguments[6][:1]) and arguments[8][0].item() == 1
