@@ -28,6 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "shared"))
 import machine  # noqa: E402
 from servers import Server, llama_cpp, ours  # noqa: E402
 
+import cerberus_ext  # noqa: E402
+from cerberus_ext.io.prompts import encode_chat  # noqa: E402
+
 LENGTHS = (16, 48, 96, 160)  # tokens of answers, in turns
 PARTS = 5  # of the requests, every fifth each, so that there are all lengths in them: a server's turns
 CONTEXT = 2048  # tokens of a slot of llama.cpp's
@@ -137,20 +140,23 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return {"p50": cuts[9] * 1e3, "p95": cuts[18] * 1e3}
 
 
-def differing(requests: list[Asked]) -> int:
-    """How many answers are not those of `decode` alone."""
-    import cerberus_ext
-    from cerberus_ext.io.prompts import encode_chat
+class Alone:
+    """`decode` in this process."""
 
-    model, tokenizer = cerberus_ext.load_default_model()
-    known: dict[tuple[str, int], str] = {}
-    with cerberus_ext.Decoder(model) as decoder:
-        for asked in requests:
-            if (key := (asked.prompt, asked.tokens)) not in known:
-                ids = encode_chat(tokenizer, [asked.prompt])
-                tokens = decoder.decode(ids, max_new_tokens=asked.tokens).sequences[0, ids.shape[1] :]
-                known[key] = str(tokenizer.decode(tokens, skip_special_tokens=True))
-    return sum(asked.text != known[asked.prompt, asked.tokens] for asked in requests)
+    def __init__(self) -> None:
+        self._model, self._tokenizer = cerberus_ext.load_default_model()
+        self._known: dict[tuple[str, int], str] = {}
+
+    def differing(self, requests: list[Asked]) -> int:
+        """How many answers are others than these."""
+        return sum(asked.text != self._answer(asked.prompt, asked.tokens) for asked in requests)
+
+    def _answer(self, prompt: str, tokens: int) -> str:
+        if (prompt, tokens) not in self._known:
+            ids = encode_chat(self._tokenizer, [prompt])
+            new = cerberus_ext.decode(self._model, None, ids, max_new_tokens=tokens).sequences[0, ids.shape[1] :]
+            self._known[prompt, tokens] = str(self._tokenizer.decode(new, skip_special_tokens=True))
+        return self._known[prompt, tokens]
 
 
 def main() -> int:
@@ -168,12 +174,13 @@ def main() -> int:
     requests, rows, wrong = requests_of(arguments.questions, arguments.requests), [], 0
     with ExitStack() as stack:
         servers = servers_of(arguments, stack)
-        measured(servers, requests[: 2 * PARTS], 2)  # warms up
+        measured(servers, requests[:PARTS], 1)  # warms up
+        alone = Alone() if arguments.check else None
         for concurrency in arguments.concurrency:
             for name, (asked, seconds) in measured(servers, requests, concurrency).items():
                 row = summary(name, asked, seconds, concurrency)
-                if arguments.check and name != LLAMA_CPP:
-                    row["differ"] = differing(asked)
+                if alone is not None and name != LLAMA_CPP:
+                    row["differ"] = alone.differing(asked)
                 wrong += row["errors"] + row.get("differ", 0)
                 rows.append(row)
                 print(json.dumps(row), flush=True)
