@@ -77,7 +77,7 @@ def _on_ray(address: str, count: int, loading: tuple[Any, ...], **options: Any) 
 
         from ..serving.on_ray import replicas
     except ModuleNotFoundError as error:
-        fail(f'--ray: {error.name} is missing: pip install "cerberus_ext[ray]"', cause=error)
+        fail(f'--ray: {str(error.name).partition(".")[0]} is missing: pip install "cerberus_ext[ray]"', cause=error)
     *_, device, threads = loading
     takes_gpu = None if device is None else device.startswith("cuda")
     try:

@@ -28,6 +28,7 @@ def serve(
     waiting: Annotated[int, typer.Option(min=1, help="Answers that may wait; more are told to come back.")] = 64,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take, in all.")] = 600.0,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 1 << 20,
+    drafts: Annotated[bool, typer.Option(help="--no-drafts: a token at every step, to compare with.")] = True,
     dtype: DTypeName = None,
     device: Device = None,
     threads: Threads = None,
@@ -44,6 +45,7 @@ def serve(
         from ..serving.prompts import positions_of
     except ModuleNotFoundError as error:
         fail(f'{error.name} is missing: pip install "cerberus_ext[serve]"', cause=error)
+    from ..drafting.gate import AlwaysClosed
     from ..engine.checks import eos_token_ids
     from ..engine.decoder import Decoder
 
@@ -57,7 +59,7 @@ def serve(
         timeout=timeout,
         max_body=max_body,
     )
-    with Decoder(target, trained) as decoder:
+    with Decoder(target, trained, gate=None if drafts else AlwaysClosed()) as decoder:
         decoder.warm_up()
         with Engine(decoder, waiting, slots) as engine:
             application = create_app(engine, tokenizer, settings)

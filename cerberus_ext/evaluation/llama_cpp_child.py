@@ -1,7 +1,7 @@
 """Run by a Python that has xllamacpp, see llama_cpp.py: serves GGUF files until the other process is gone.
 
 Lines of JSON: to {} it answers {"version": ...}, to {"files": [...], "threads": ...} then {"addresses": [...]}, where
-each file's server listens.
+each file's server listens. With "slots" and "context" it answers so many at once, with so many tokens in all.
 """
 
 import ctypes
@@ -28,8 +28,8 @@ servers = []
 for file in order["files"]:
     parameters = xllamacpp.CommonParams()
     parameters.model.path = file
-    parameters.n_ctx = 0  # as much as the model can
-    parameters.n_parallel = 1
+    parameters.n_parallel = order.get("slots", 1)
+    parameters.n_ctx = order.get("context", 0)  # of all slots together; 0: as much as the model can
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = order["threads"]
     servers.append(xllamacpp.Server(parameters))
 print(json.dumps({"addresses": [server.listening_address for server in servers]}), file=answers, flush=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..io.words import Words
 from .engine import Job
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from ..runtime.stats import DecodeStats
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """entries: log-probabilities of the tokens that begin in it, where they are asked for."""
 
     text: str = ""

@@ -35,11 +35,12 @@ def tiny(folder: Path) -> tuple[Any, Any]:
 class Scripted:
     """A decoder whose every text is the tokens 3, 4, 5 ... in chunks of two.
 
-    pause: seconds before each chunk. fails_at: the chunk of a text at which all of them break. ended: texts that did.
+    pause: seconds before each chunk. fails_at: the chunk of a text at which all of them break. steps: so far.
+    ended: texts that did.
     """
 
     def __init__(self, pause: float = 0.0, fails_at: int | None = None) -> None:
-        self.pause, self.fails_at, self.ended = pause, fails_at, 0
+        self.pause, self.fails_at, self.steps, self.ended = pause, fails_at, 0, 0
 
     def batch(self, slots: int) -> ScriptedBatch:
         return ScriptedBatch(self)
@@ -64,6 +65,7 @@ class ScriptedBatch:
     def chunks(self) -> Iterator[Chunk]:
         while self._texts:
             time.sleep(self._decoder.pause)
+            self._decoder.steps += 1
             for request in list(self._texts):
                 if request.made == self._decoder.fails_at:
                     raise MemoryError("no memory")

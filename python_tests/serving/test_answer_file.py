@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,12 @@ def test_refused(folder: Path, tmp_path: Path, questions: list[Any], there: str,
 def test_refused_options(folder: Path) -> None:
     assert "--output: must be given with --file" in run(folder, QUESTIONS[:1]).output
     assert "--file: cannot be had with PROMPT" in run(folder, QUESTIONS[:1], "--compare").output
+
+
+def test_without_ray(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = run(folder, QUESTIONS[:1], "--output", str(tmp_path / "answers.jsonl"), "--ray", "auto")
+    assert result.exit_code == 2 and '--ray: ray is missing: pip install "cerberus_ext[ray]"' in result.output
 
 
 def test_in_order_and_no_more_than_each_worker_may_have() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +47,37 @@ def test_a_client_that_goes_away_ends_its_answer(tokenizer: Any) -> None:
         until(lambda: decoder.ended == 2)
         assert said(client) == "w0 w1 w2 w3"
         assert 'status="failed"} 2.0' in client.get("/metrics").text
+
+
+def test_its_slot_is_free_within_a_step(tokenizer: Any) -> None:
+    decoder = Scripted(pause=0.2)
+    with served(decoder, tokenizer, positions=1 << 20) as client:
+        with client.stream("POST", CHAT, json=chat(stream=True, max_tokens=100000)) as response:
+            next(response.iter_lines())
+            steps = decoder.steps
+        until(lambda: decoder.ended == 1)
+        assert decoder.steps <= steps + 3  # the one that runs, the one that notices, and one of slow machines
+
+
+def test_what_is_refused_disturbs_no_other(tokenizer: Any) -> None:
+    decoder = Scripted(pause=0.02)
+    json_type = {"content-type": "application/json"}
+    with served(decoder, tokenizer, max_body=100000) as client:
+        body = chat(stream=True, max_tokens=60)
+        with client.stream("POST", CHAT, json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            statuses = [
+                client.post("/v1/completions", json={"model": "tiny", "prompt": [3] * 300}).status_code,
+                client.post(CHAT, content=b"{" * 50000, headers=json_type).status_code,
+                client.post(CHAT, content=b'{"a":' * 15000, headers=json_type).status_code,
+                client.post(CHAT, json=chat(temperature="hot")).status_code,
+                client.post(CHAT, json=chat("w3 " * 20000)).status_code,
+            ]
+            parts = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        assert statuses == [400] * 5
+        content = "".join(part["choices"][0]["delta"].get("content", "") for part in parts)
+        assert content.split() == [f"w{number % 50}" for number in range(2, 60)]
 
 
 def test_as_many_wait_as_may(tokenizer: Any) -> None:
@@ -122,6 +157,37 @@ def test_many_connections(tokenizer: Any) -> None:
         for thread in threads:
             thread.join()
         assert done == ["w0 w1 w2 w3"] * 64
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2500:
+        pytest.skip(f"a process may have {hard} open files here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2500), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_thousand_connections(tokenizer: Any, many_files: None) -> None:
+    """Some of which say nothing, and some half of a request; of the others all are answered, or told to come back."""
+    body = json.dumps(chat(max_tokens=4)).encode()
+    head = ("Host: x", "Connection: close", "Content-Type: application/json", f"Content-Length: {len(body)}", "", "")
+    whole = f"POST {CHAT} HTTP/1.1\r\n".encode() + "\r\n".join(head).encode() + body
+    with served(Scripted(), tokenizer, waiting=8) as client:
+        address = (client.base_url.host, client.base_url.port)
+        sockets = [socket.create_connection(address, 60) for _ in range(1000)]
+        try:
+            for number, connection in enumerate(sockets):
+                connection.sendall((b"", whole[:50], whole, whole)[number % 4])
+            assert said(client) == "w0 w1 w2 w3"
+            answers = [connection.makefile("rb").read() for n, connection in enumerate(sockets) if n % 4 > 1]
+        finally:
+            for connection in sockets:
+                connection.close()
+        found = Counter(answer.split()[1] for answer in answers)
+        assert found[b"200"] + found[b"429"] == 500 and found[b"200"]
+        assert said(client) == "w0 w1 w2 w3"
 
 
 def test_the_command_ends_running_answers(tmp_path: Path) -> None:

@@ -93,6 +93,15 @@ def test_stop_strings_end_the_answer_before_them(loaded: Any, client: httpx.Clie
         assert got["choices"][0]["finish_reason"] == "stop" and got["usage"]["completion_tokens"] == 6
 
 
+def test_an_answer_may_have_no_text(loaded: Any, client: httpx.Client) -> None:
+    words = next(words for i in range(60) if told(loaded, words := f"w{i}", max_new_tokens=1)[1] == [2])
+    choice = answer(client, chat(words))["choices"][0]
+    assert choice["message"]["content"] == "" and choice["finish_reason"] == "stop"
+    with client.stream("POST", CHAT, json=chat(words, stream=True)) as response:
+        first, last = [part["choices"][0] for part in events(response)]
+    assert first["delta"] == {"role": "assistant", "content": ""} and last["finish_reason"] == "stop"
+
+
 def test_n_answers_have_seeds_one_after_the_other(loaded: Any, client: httpx.Client) -> None:
     got = answer(client, chat(temperature=1.0, seed=5, n=3))
     texts = [told(loaded, "w3 w4", temperature=1.0, seed=5 + number)[0] for number in range(3)]
