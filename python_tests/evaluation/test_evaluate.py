@@ -406,7 +406,7 @@ def test_median_entropy_where_plain_decoding_is_the_fastest(folder: Path, monkey
     context = Context(model, tokenizer, CerberusHeads.from_pretrained(folder / "heads"))
     questions = read_questions(folder / "questions.jsonl")
     want = median_entropy(context, questions)
-    plain = SimpleNamespace(tree=StaticPolicy.root(), gate=AlwaysOpen())
+    plain = SimpleNamespace(tree=StaticPolicy.root(), gate=AlwaysOpen(), batches=None)
     monkeypatch.setattr(plan, "find", lambda *arguments: plain)
     assert decode(model, context.heads, [3, 4], max_new_tokens=8).stats.open_steps == 0
     assert median_entropy(context, questions) == want

@@ -17,18 +17,19 @@ from cerberus_ext.ops.native import native
 
 
 def _settle(dtype: torch.dtype) -> dict[str, Any]:
+    """Of two texts."""
     parents, ancestors, _ = tree(SMALL_TREE, "cpu")
     return {
-        "draft": integers(0, 2, 1, 5, seed=1),
-        "target": integers(0, 2, 1, 5, seed=2),
-        "parents": parents,
-        "ancestors": ancestors,
-        "cache": normal(4, 1, 2, 16, 3, dtype=dtype),
-        "length": torch.tensor([7]),
-        "hidden": normal(1, 5, 6, dtype=dtype),
-        "state": normal(1, 6, dtype=dtype),
-        "pending": torch.zeros(1, dtype=torch.int64),
-        "path": torch.zeros(1, 5, dtype=torch.int64),
+        "draft": integers(0, 2, 10, seed=1),
+        "target": integers(0, 2, 10, seed=2),
+        "parents": parents.repeat(2),
+        "ancestors": [ancestors, ancestors],
+        "cache": [normal(4, 1, 2, 16, 3, seed=seed, dtype=dtype) for seed in range(2)],
+        "length": [torch.tensor([7]), torch.tensor([3])],
+        "hidden": normal(10, 6, dtype=dtype),
+        "state": [normal(1, 6, seed=seed, dtype=dtype) for seed in range(2)],
+        "pending": [torch.zeros(1, dtype=torch.int64) for _ in range(2)],
+        "path": torch.zeros(10, dtype=torch.int64),
     }
 
 
@@ -71,9 +72,13 @@ def _pack_weights(dtype: torch.dtype) -> dict[str, Any]:
     return {"weights": weights, "packed": torch.zeros(native.packed_bytes(weights[0], 12), dtype=torch.uint8)}
 
 
-def _pack_four_bits(dtype: torch.dtype) -> dict[str, Any]:
+def _block_bytes(dtype: torch.dtype) -> dict[str, Any]:
+    return {**_packed_bytes(dtype), "bits": 4}
+
+
+def _pack_blocks(dtype: torch.dtype) -> dict[str, Any]:
     weights = [integers(0, 16, rows, 64, seed=rows).to(dtype) for rows in (7, 5)]
-    return {"weights": weights, "packed": torch.zeros(native.four_bit_bytes(weights[0], 12), dtype=torch.int8)}
+    return {"weights": weights, "packed": torch.zeros(native.block_bytes(weights[0], 12, 4), dtype=torch.int8)}
 
 
 def _make_step(dtype: torch.dtype) -> dict[str, Any]:
@@ -123,8 +128,8 @@ NATIVE_EXAMPLES: dict[str, Callable[[torch.dtype], dict[str, Any]]] = {
     "eight_bit_linear": _eight_bit_linear,
     "packed_bytes": _packed_bytes,
     "pack_weights": _pack_weights,
-    "four_bit_bytes": _packed_bytes,
-    "pack_four_bits": _pack_four_bits,
+    "block_bytes": _block_bytes,
+    "pack_blocks": _pack_blocks,
     "make_step": _make_step,
     "run_step": _run_step,
     "step_times": _step_times,

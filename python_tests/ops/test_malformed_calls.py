@@ -125,7 +125,7 @@ def test_layouts_around_a_step(layout):
     calls = {
         "make_step: tensors": lambda: native.make_step([other], torch.zeros(3, dtype=torch.int64)),
         "pack_weights: packed": lambda: native.pack_weights([torch.ones(4, 64)], other),
-        "pack_four_bits: packed": lambda: native.pack_four_bits([torch.ones(4, 64).bfloat16()], other),
+        "pack_blocks: packed": lambda: native.pack_blocks([torch.ones(4, 64).bfloat16()], other),
         "prefer_large_pages: memory": lambda: native.prefer_large_pages(other),
     }
     for named, call in calls.items():
