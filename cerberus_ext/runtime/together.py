@@ -60,8 +60,9 @@ def _targets(
     choosers: Sequence[Chooser], logits: Tensor, tokens: Tensor, positions: Tensor, trees: Sequence[StaticNodes]
 ) -> Tensor:
     """`Chooser.targets` of all texts' nodes, (N,): at once, where they choose alike and look at nothing else."""
-    if isinstance(choosers[0], Sampling) and all(chooser == choosers[0] for chooser in choosers):
-        return choosers[0].choose(logits, positions)
+    first = choosers[0]
+    if type(first) is Sampling and all(chooser == first for chooser in choosers):  # Typical looks at the tree
+        return first.choose(logits, positions)
     sizes = [len(tree.parents) for tree in trees]
     parts = zip(choosers, *(part[None].split(sizes, 1) for part in (logits, tokens, positions)), trees, strict=True)
     return torch.cat([chooser.targets(one, at, tree.tree, to)[0] for chooser, one, at, to, tree in parts])
