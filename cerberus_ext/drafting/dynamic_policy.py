@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .. import _host
 from ..io.checks import call, check_integer
 from .proposers import (
@@ -99,7 +102,7 @@ class DynamicTrees:
         depth = min(max_depth, self._policy.size - 1)
         others = [ask_proposer(proposer, depth) for proposer in self._proposers]
         drafts = list(enumerate(others, start=HEADS + 1))
-        if heads is not None:
+        if heads is not None and not any(_fills(part.probabilities, self._policy.size - 1) for part in others):
             drafts.insert(0, (HEADS, HeadsProposer(heads, self._vocabulary, self._policy.platt).propose(depth)))
         # The likeliest of depth 1 comes first, and nothing deeper is likelier than what it stands below.
         best = max((part.probabilities.item(0) for _, part in drafts if part.tokens.size), default=0.0)
@@ -113,3 +116,13 @@ class DynamicTrees:
             for proposer, part in zip(self._proposers, others, strict=True):
                 check_values(proposer, part, self._vocabulary)  # says whose they are
             raise
+
+
+def _fills(path: NDArray[np.float64], places: int) -> bool:
+    """Whether a path with these probabilities takes all places of a tree, whatever else is drafted: what it leaves to
+    others after each of its nodes is no more than its last node's."""
+    if path.ndim != 1 or len(path) < places:
+        return False
+    accepted = np.cumprod(path[:places])
+    left = np.append(1.0, accepted[:-1]) - accepted
+    return bool(left.max() <= accepted[-1])

@@ -13,6 +13,7 @@ from tiny_models import VOCAB, generated, prompt, tiny_model
 from transformers import PreTrainedModel
 
 from cerberus_ext import CerberusConfig, CerberusHeads
+from cerberus_ext.drafting import dynamic_policy
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import ConfidenceGate
 from cerberus_ext.drafting.static_policy import StaticPolicy
@@ -48,6 +49,45 @@ def test_step_tree() -> None:
     tensors = tree.on(torch.device("cpu"))
     assert small.tokens.tolist() == [0, 7, 8] and tensors.parents.tolist() == parents.tolist()
     assert tensors.ancestors.tolist() == [[0b1], [0b11], [0b111], [0b1001], [0b10111]]
+
+
+class CountedHeads:
+    """Heads with some drafts of 9 tokens at each of 3 depths, their probabilities together less than 1."""
+
+    def __init__(self, generator: np.random.Generator) -> None:
+        self.asked = 0
+        logits = generator.normal(size=(3, 10)) * 3
+        order = (-logits[:, :9]).argsort(1, "stable")
+        self._ids, every = order.astype(np.int64), np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        self._logprobs = np.log(np.take_along_axis(every, order, 1)).astype(np.float32)
+
+    def drafts(self) -> tuple[np.ndarray, np.ndarray]:
+        self.asked += 1
+        return self._ids, self._logprobs
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 6])
+def test_heads_are_not_asked_where_none_of_their_drafts_could_win(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trees are what they would be otherwise."""
+    generator, asked = np.random.default_rng(size), list[bool]()
+    for _ in range(200):
+        path = generator.integers(0, 9, 5), generator.random(5) ** 0.3
+
+        class Past:
+            def extend(self, tokens: list[int]) -> None: ...
+
+            def propose(self, max_depth: int, path: Any = path) -> tuple[np.ndarray, np.ndarray]:
+                return path[0][:max_depth], path[1][:max_depth]
+
+        heads, trees = CountedHeads(generator), DynamicPolicy(size).begin([Past()], 9)
+        got = trees.grow(heads, 5, True)
+        asked.append(heads.asked > 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(dynamic_policy, "_fills", lambda *arguments: False)
+            want = trees.grow(heads, 5, True)
+        assert np.array_equal(got.parents, want.parents) and np.array_equal(got.tokens, want.tokens)
+        assert (got.probabilities <= want.probabilities + 1e-6).all()
+    assert 0.1 < np.mean(asked) < 0.9
 
 
 WRONG_TREES: list[tuple[dict[str, Any], type[Exception], str]] = [
