@@ -143,6 +143,7 @@ def test_on_two_nodes_one_of_which_loses_its_replica(
     monkeypatch.setenv("RAY_agent_register_timeout_ms", "120000")
     monkeypatch.setenv("RAY_health_check_timeout_ms", "120000")
     monkeypatch.setattr(on_ray, "Answerer", Mortal)
+    monkeypatch.chdir(tmp_path)  # a worker begins there, too, and imports from there first: not from the sources
     assert run(folder, QUESTIONS, "--output", str(tmp_path / "here.jsonl")).exit_code == 0
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
