@@ -5,9 +5,9 @@
     python bench/gpu --out results --device cpu    # the same code at tiny sizes, to see that it works; a minute
 
 Writes results/gpu.json and, made from it by report.py, results/gpu.md, after every stage, and what the stages print to
-results/gpu.log. Each stage is a process with
-a time limit of its own: one that crashes, hangs or breaks the GPU's context takes no other along. What a stage does not
-use of its time goes to those after it. The status is 1 where a stage that checks correctness failed.
+results/gpu.log. Each stage is a process with a time limit of its own: one that crashes, hangs or breaks the GPU's
+context takes no other along. What a stage does not use of its time goes to those after it. The status is 1 where a
+stage that checks correctness failed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ PLANS = [Plan(name, STAGES / f"{name}.py", share, name in CHECKS) for name, shar
 
 
 def run_stages(plans: Sequence[Plan], budget: float, out: Path, options: Sequence[str], record: dict[str, Any]) -> None:
-    """Runs the stages one after the other; `record` and the two files in `out` say what became of each."""
+    """Runs the stages one after the other; `record` and the files in `out` say what became of each."""
     begin = time.monotonic()
     stages = record["stages"] = {plan.name: {"status": "not started", "checks": plan.checks} for plan in plans}
     for index, plan in enumerate(plans):

@@ -44,10 +44,10 @@ def llama(heads: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def fastest(call: Callable[[], Any], calls: int = 30) -> float:
+def fastest(call: Callable[[], Any]) -> float:
     """Milliseconds."""
     found = []
-    for _ in range(calls):
+    for _ in range(30):
         begin = time.perf_counter()
         call()
         found.append(time.perf_counter() - begin)

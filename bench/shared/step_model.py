@@ -34,7 +34,7 @@ class Launches(NamedTuple):
         return shapes.layers * self.of_layer + self.others
 
 
-PROGRAMS = {"op by op": Launches(40, 50), "fused": Launches(12, 20)}
+PROGRAMS = {"op by op": Launches(40, 50), "fused": Launches(10, 20)}
 
 
 class StepTime(NamedTuple):

@@ -4,8 +4,8 @@
     cache folder        calibration/<fingerprint of the heads>.json, for heads of this package and of the Hub, and for
                         folders that cannot be written
 
-An entry belongs to a device, a dtype and, on a CPU, a number of threads. Heads that
-were trained on have another fingerprint: what was measured with the old ones is not used for them.
+An entry belongs to a device, a dtype and, on a CPU, a number of threads. Heads that were trained on have another
+fingerprint: what was measured with the old ones is not used for them.
 """
 
 from __future__ import annotations

@@ -103,9 +103,7 @@ def check_proposers(proposers: Any) -> None:
         )
 
 
-def check_sampling(
-    temperature: Any, top_k: Any, top_p: Any, min_p: Any, seed: Any, acceptance: Any = "exact"
-) -> Sampling:
+def check_sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any, seed: Any, acceptance: Any) -> Sampling:
     temperature = check_number(
         "decode: temperature", temperature, ">= 0 and finite", lambda number: 0 <= number < math.inf
     )

@@ -33,6 +33,7 @@ from ..drafting.proposers import ProposerFactory
 from ..drafting.tree import TreePolicy
 from ..runtime.logit_rules import REFUSED, check_refused
 from .decoder import Decoder
+from .request import seed_of_row
 from .text import ends_streamer
 
 _ASSISTED = "drafts are those of heads and proposers"
@@ -114,7 +115,8 @@ def generate(
         return [
             _text(
                 decoder, input_ids[row : row + at_once], logits_processor, stopping_criteria, generation_config,
-                first + row if row else first, streamer=put_to, acceptance=acceptance,
+                seed_of_row(int(first), row) if row and generation_config.do_sample else first,
+                streamer=put_to, acceptance=acceptance,
                 attention_mask=None if mask is None else mask[row : row + at_once],
             )
             for row in range(0, len(input_ids), at_once)

@@ -124,7 +124,10 @@ class Decoder:
         return stream
 
     def batch(self, slots: int = SLOTS) -> Batch:
-        """Texts that may be added while others are decoded, at most `slots` of them at once."""
+        """Texts that may be added while others are decoded, at most `slots` of them at once.
+
+        Raises TypeError or ValueError where `slots` is no number from 1 on.
+        """
         from .batch import Batch
         from .checks import check_integer
 

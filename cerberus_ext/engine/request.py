@@ -75,7 +75,7 @@ def make_requests(
         plan = plan.without_drafts()
     texts = []
     for row, prompt in enumerate(prompts.rows):
-        drawn = replace(sampling, seed=_seed_of_row(sampling.seed, row)) if sampling.temperature else sampling
+        drawn = replace(sampling, seed=seed_of_row(sampling.seed, row)) if sampling.temperature else sampling
         chooser = logit_rules(model, prompt, max_new_tokens, eos, drawn, generation_config, own)
         limit = checks.max_new_tokens(model, prompt, max_new_tokens)
         text = GeneratedText(prompt, limit, eos, stopping, put_to)
@@ -84,6 +84,6 @@ def make_requests(
     return Requests(plan, prompts, texts, pad_token(config, eos_token_id), slots)
 
 
-def _seed_of_row(seed: int, row: int) -> int:
+def seed_of_row(seed: int, row: int) -> int:
     """seed + row, as int64: prompts that are alike are answered differently."""
     return (seed + row + 2**63) % 2**64 - 2**63

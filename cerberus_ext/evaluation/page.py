@@ -27,7 +27,7 @@ def html(summary: dict[str, Any], results: Results, plots: Mapping[str, bytes]) 
         keep_trailing_newline=True,
     )  # fmt: skip
     pages.filters["code"] = code
-    shown = views(summary, results)
+    shown = views(results)
     return pages.get_template("page.html").render(
         settings=summary["settings"],
         about=summary["about"],
@@ -47,7 +47,7 @@ def code(text: str) -> Markup:
     return Markup("".join(f"<code>{piece}</code>" if index % 2 else piece for index, piece in enumerate(pieces)))
 
 
-def views(summary: dict[str, Any], results: Results) -> list[dict[str, Any]]:
+def views(results: Results) -> list[dict[str, Any]]:
     """The texts that are shown token by token, of the ways with drafts."""
     found: list[dict[str, Any]] = []
     for key, row in results.items():

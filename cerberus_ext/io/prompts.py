@@ -58,6 +58,11 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str]) -> Ten
     if tokenizer.chat_template is None:
         return tokenizer("\n\n".join(turns), return_tensors="pt").input_ids
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return encode_messages(tokenizer, messages)
+
+
+def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Tensor:
+    """As `encode_chat`, of messages as the tokenizer's chat template has them. Raises what the template likes."""
     encoded: Any = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

@@ -70,7 +70,11 @@ def settle(
 
 
 def packed_bytes(weight: Tensor, rows: int) -> int:
-    """Of so many packed rows like those of weight (O, I); 0: this processor reads such weights as they are."""
+    """Of so many packed rows like those of weight (O, I), float32 | bfloat16 | float16; 0: this processor reads such
+    weights as they are.
+
+    Raises RuntimeError on another rank or dtype, on a non-contiguous tensor, on rows beyond 2^32.
+    """
     return int(native.packed_bytes(weight, rows))
 
 
@@ -84,7 +88,11 @@ def pack_weights(weights: Sequence[Tensor], packed: Tensor) -> None:
 
 
 def block_bytes(weight: Tensor, rows: int, bits: int) -> int:
-    """Of so many rows like those of weight (O, I) in blocks; 0: this processor, dtype or size has no such form."""
+    """Of so many rows like those of weight (O, I) in blocks of so many bits a weight, 4 or 8; 0: this processor, dtype
+    or size has no such form.
+
+    Raises RuntimeError as `packed_bytes`, and on other bits.
+    """
     return int(native.block_bytes(weight, rows, bits))
 
 
@@ -101,7 +109,10 @@ def pack_blocks(weights: Sequence[Tensor], packed: Tensor) -> bool:
 
 
 def prefer_large_pages(memory: Tensor) -> None:
-    """Moves a tensor on a CPU to pages of 2 MiB, where the system has them; it lies where it lay. Contiguous."""
+    """Moves a tensor on a CPU to pages of 2 MiB, where the system has them; it lies where it lay.
+
+    Raises RuntimeError on a non-contiguous tensor, or one on another device.
+    """
     native.prefer_large_pages(memory)
 
 

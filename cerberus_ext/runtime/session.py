@@ -186,9 +186,8 @@ def session(runtime: Runtime, drafts: Drafts, running: Running) -> Iterator[Sess
 
 @contextmanager
 def steps(
-    runtime: Runtime, drafts: Drafts, chooser: Chooser, stats: DecodeStats, capacity: int,
-    running: Running = ALONE, prompt: Tensor | None = None,
-) -> Iterator[Stepper]:  # fmt: skip
-    """Steps of a decode of one text, see `Session.open`."""
+    runtime: Runtime, drafts: Drafts, chooser: Chooser, stats: DecodeStats, capacity: int, running: Running = ALONE
+) -> Iterator[Stepper]:
+    """Steps of a decode of one text, see `Session.open`, of which nothing is kept."""
     with session(runtime, drafts, running) as found:
-        yield found.open(chooser, stats, capacity, prompt)
+        yield found.open(chooser, stats, capacity)

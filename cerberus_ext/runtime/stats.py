@@ -41,7 +41,7 @@ class DecodeStats(StepCounts):
     """Counts and times of one `decode`.
 
     new_tokens         tokens generated; the first one comes with the prompt's forward, before any step
-    reused_tokens      tokens of the prompt that were not read again, since the Decoder's last text began with them
+    reused_tokens      tokens of the prompt that were not read again, since one of the Decoder's texts began with them
     accepted_histogram entry [a]: steps that accepted a drafts (each also added the target model's own next token)
     step_tokens        tokens that steps added, before the last step's were cut at the end of the text
     trace              entry [i]: of step i, how many nodes its tree had, and which of them it accepted, the root left

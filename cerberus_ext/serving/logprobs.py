@@ -23,7 +23,7 @@ class Logprobs:
     """A logits processor that changes nothing: of each token of one text, its log-probability and the `top` best ones.
 
     They are the log softmax, in float32, of what comes: behind the rules of the generation_config, before temperature,
-    top_k and top_p. `decode` calls it for each accepted token once, in order.
+    top_k and top_p. `decode` calls it for each accepted token once, in order, with ids (1, S) and scores (1, V).
     found: of each token that was taken, (token, log-probability) of the token and of the best ones.
     """
 

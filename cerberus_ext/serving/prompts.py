@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..io.model_files import first_line
+from ..io.prompts import encode_messages
 from .engine import Refused
 
 if TYPE_CHECKING:
@@ -46,9 +47,6 @@ class Prompts:
         if self._tokenizer.chat_template is None:
             raise Refused("messages: the model has no chat template: ask /v1/completions")
         try:
-            encoded: Any = self._tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+            return encode_messages(self._tokenizer, prompt)
         except Exception as error:  # a template may raise what it likes: "roles must alternate"
             raise Refused(f"messages: {first_line(str(error))}") from error
-        return encoded.input_ids

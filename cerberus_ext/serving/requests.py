@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ..engine.request import seed_of_row
+
 MAX_CHOICES, MAX_STOPS = 16, 16
 Ids: TypeAlias = list[Annotated[int, Field(ge=0)]]
 # Of OpenAI's, with the only values that they may have here: with another one an answer would be another.
@@ -79,7 +81,7 @@ class Request(BaseModel):
 
     def options(self, choice: int) -> dict[str, Any]:
         """Of `decode`, for one of the n answers."""
-        seed = (self.seed + choice + 2**63) % 2**64 - 2**63
+        seed = seed_of_row(self.seed, choice)
         sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "seed": seed}
         return sampling if self.temperature else {}
 

@@ -18,7 +18,6 @@ namespace cerberus::CERBERUS_ISA {
 namespace {
 
 constexpr int kBlock = 64;
-constexpr int kBlockVectors = kBlock / kLanes;
 // Queries that are computed side by side, by kVectors vectors of keys or of a value's elements: their sums,
 // one number of each query and one vector fill the registers.
 constexpr int kTogether = kLanes == 16 ? 6 : 3;

@@ -113,27 +113,4 @@ __device__ inline T block_sum_before(T value) {
   return before;
 }
 
-// kCount sums over the warp at once: lane l gets the sum of value[l % kCount]. Each step halves the values
-// that a lane still carries, so that kCount sums cost about kCount shuffles and not 5 * kCount.
-template <int kCount>
-__device__ inline float warp_sums(float (&value)[kCount]) {
-  static_assert(kCount <= kLanes && (kCount & (kCount - 1)) == 0, "a power of two");
-#pragma unroll
-  for (int step = 0; step < 5; ++step) {
-    const bool odd = lane_index() >> step & 1;
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) {
-      // Not the loop's bound, which has to be a constant for the loop to be unrolled.
-      if (i >= kCount >> (step + 1)) break;
-      const float keep = odd ? value[2 * i + 1] : value[2 * i];
-      const float give = odd ? value[2 * i] : value[2 * i + 1];
-      value[i] = keep + shuffle_xor(give, 1 << step);
-    }
-  }
-  float sum = value[0];
-#pragma unroll
-  for (int mask = kCount; mask < kLanes; mask *= 2) sum += shuffle_xor(sum, mask);
-  return sum;
-}
-
 }  // namespace cerberus

@@ -221,7 +221,7 @@ def test_sanitizer_stage(tmp_path):
         tool = tmp_path / name
         tool.write_text(f"#!/bin/sh\ncat <<'END'\n{says}END\nexit {status}\n")
         tool.chmod(0o755)
-        found = gpu_sanitizer.run_tool("memcheck", [str(tool)], "cpu", 60, tmp_path / "log")
+        found = gpu_sanitizer.run_tool([str(tool)], "cpu", 60, tmp_path / "log")
         assert found["status"] == {"clean": "passed", "wrong": "failed", "useless": "could not run"}[name]
 
 

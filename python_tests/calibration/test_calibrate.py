@@ -14,9 +14,8 @@ import torch
 from memorized import answer, memorize, untrained
 from stand_ins import RandomHeads
 from tiny_models import VOCAB, prompt, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
+from word_tokenizer import word_tokenizer
 
 from cerberus_ext import CerberusHeads, decode
 from cerberus_ext.calibration import calibrate as calibrate_module
@@ -42,18 +41,12 @@ QUICK = {"tokens": 144, "new_tokens": 24, "sizes": (1, 2, 4), "contexts": (16, 6
 runner = CliRunner()
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0")
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
     """Model with its tokenizer, heads that know some of its text, and a file of questions."""
     root, model = tmp_path_factory.mktemp("calibrate"), tiny_model("llama")
     model.save_pretrained(root / "model")
-    make_tokenizer().save_pretrained(root / "model")
+    word_tokenizer(WORDS).save_pretrained(root / "model")
     asked = [torch.tensor([[3, 4, 5]]), torch.tensor([[8, 9, 10, 11]])]
     memorize(model, [answer(model, ids, 24) for ids in asked]).save_pretrained(root / "heads")
     lines = [{"question_id": one.id, "category": one.category, "turns": one.turns} for one in QUESTIONS]
@@ -118,7 +111,7 @@ def test_picture_beside_the_calibration() -> None:
     """Heads without a folder; own questions, of which a few are taken; twice, the second one replaces the first."""
     model, heads = tiny_model("llama"), untrained(tiny_model("llama"))
     for _ in range(2):
-        found = calibrate(model, heads, make_tokenizer(), CalibrateOptions(**QUICK))
+        found = calibrate(model, heads, word_tokenizer(WORDS), CalibrateOptions(**QUICK))
         assert found.details["texts"] == 6
         stored = find(heads, model.device, model.dtype, torch.get_num_threads())
         assert json.loads(json.dumps(found.to_json())) == json.loads(json.dumps(stored.to_json()))
@@ -179,7 +172,7 @@ def test_answers_that_are_too_short() -> None:
     model.generation_config.eos_token_id = list(range(VOCAB))
     try:
         with pytest.raises(ValueError, match="questions must get answers of at least 2 tokens, all were shorter"):
-            calibrate(model, untrained(model), make_tokenizer(), CalibrateOptions(**QUICK))
+            calibrate(model, untrained(model), word_tokenizer(WORDS), CalibrateOptions(**QUICK))
     finally:
         model.generation_config.eos_token_id = before
 
@@ -188,12 +181,13 @@ def test_a_model_with_few_positions() -> None:
     """gpt2 has 96: texts reach its end, and steps are timed where a tree still has positions."""
     model = tiny_model("gpt2")
     quick = {**QUICK, "contexts": None, "new_tokens": 120, "tokens": 360}
-    found = calibrate(model, untrained(model), make_tokenizer(), CalibrateOptions(questions=QUESTIONS[1:], **quick))
+    options = CalibrateOptions(questions=QUESTIONS[1:], **quick)
+    found = calibrate(model, untrained(model), word_tokenizer(WORDS), options)
     assert found.details["costs"]["contexts"] == (64, 92)
 
 
 def test_second_turns_follow_the_first_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = tiny_model("llama"), make_tokenizer()
+    model, tokenizer = tiny_model("llama"), word_tokenizer(WORDS)
     first, second, _ = trace_module.write_answers(model, untrained(model), tokenizer, QUESTIONS[:2], 6)
     said = tokenizer.decode(first.ids[0, first.prompt :])
     assert first.ids[0, :3].tolist() == [3, 4, 5] and (first.question, second.question) == (0, 0)
@@ -212,7 +206,7 @@ def test_what_the_clock_decides(slower: bool, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(calibrate_module, "gate_gain", lambda choice, measured: gain)
     model = tiny_model("llama")
     options = CalibrateOptions(questions=QUESTIONS, **QUICK)
-    found = calibrate(model, memorize(model, [answer(model, prompt(), 24)]), make_tokenizer(), options)
+    found = calibrate(model, memorize(model, [answer(model, prompt(), 24)]), word_tokenizer(WORDS), options)
     assert isinstance(found.gate, ConfidenceGate) == (not slower)
     assert found.details["gate_gain"]["measured"] == 0.9 and "by the clock 0.900x (0.8" in "\n".join(
         report.lines(found)
@@ -227,7 +221,7 @@ def test_first_turns_before_second_ones() -> None:
 def test_heads_of_another_kind() -> None:
     model = tiny_model("llama")
     with pytest.raises(TypeError, match="calibrate: heads must be CerberusHeads, got RandomHeads"):
-        calibrate(model, RandomHeads(prompt(), 3, VOCAB), make_tokenizer())
+        calibrate(model, RandomHeads(prompt(), 3, VOCAB), word_tokenizer(WORDS))
 
 
 @pytest.mark.parametrize("name", ["questions", "sizes", "contexts"])

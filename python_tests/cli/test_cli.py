@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import typer
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
+from word_tokenizer import word_tokenizer
 
 from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.cli import generate as generate_command
@@ -34,11 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(root / "model")
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(root / "model")
+    word_tokenizer(WORDS, bos_token="<s>", eos_token="</s>").save_pretrained(root / "model")
     heads = CerberusHeads(CerberusConfig("tiny", hidden_size=32, vocab_size=len(WORDS), num_heads=3))
     heads.save_pretrained(root / "heads")
     return str(root / "model"), str(root / "heads")

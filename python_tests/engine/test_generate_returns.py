@@ -145,6 +145,19 @@ def test_several_texts_of_several_prompts() -> None:
     alone = [cerberus(model, prompts[row // 2][None], seed=7 + row, **options) for row in range(4)]
     assert got.equal(torch.cat(alone)) and kept.sequences.equal(got)
     assert [tuple(part.shape) for part in kept.scores] == [(4, model.config.vocab_size)] * 6
+    last = {"seed": 2**63 - 1, **options}
+    assert cerberus(model, prompts, **last, return_dict_in_generate=True, output_scores=True).sequences.equal(
+        cerberus(model, prompts, **last)
+    )
+
+
+def test_scores_of_several_prompts_without_a_seed() -> None:
+    model, prompts = tiny_model("llama"), torch.cat([prompt(), prompt().flip(1)])
+    options = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None}
+    got = cerberus(model, prompts, **options, **ALL)
+    want = run(model, prompts, **options, **ALL)
+    assert got.sequences.equal(want.sequences)
+    close(got.scores, want.scores)
 
 
 @pytest.mark.parametrize(

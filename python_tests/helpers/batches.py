@@ -30,7 +30,7 @@ def alone(model: PreTrainedModel, rows: list[Tensor], **options: Any) -> list[Te
     ]
 
 
-def texts_of(sequences: Tensor, rows: list[Tensor], new: int = NEW) -> list[Tensor]:
+def texts_of(sequences: Tensor, rows: list[Tensor]) -> list[Tensor]:
     """What a decode of prompts of several lengths returns -> each row's text."""
     longest = max(row.shape[1] for row in rows)
     return [part[None, longest - row.shape[1] :] for part, row in zip(sequences, rows, strict=True)]

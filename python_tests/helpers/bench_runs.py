@@ -26,14 +26,14 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
-def way_file(folder: Path, body: str, name: str = "mine") -> Path:
-    """A file with one way, whose `run` is the autoregressive one and then `body`, which may change `tokens`."""
-    file = folder / f"{name}.py"
+def way_file(folder: Path, body: str) -> Path:
+    """A file with one way, "mine", whose `run` is the autoregressive one and then `body`, which may change `tokens`."""
+    file = folder / "mine.py"
     file.write_text(f"""
 from cerberus_ext import AlwaysClosed, decode
 
 class Way:
-    name = "{name}"
+    name = "mine"
     expected = 123.0
 
     def __init__(self, context):

@@ -8,10 +8,15 @@ from torch import Tensor
 from cerberus_ext.ops.step import BLOCKS, NativeStep, block_bytes, pack_blocks
 
 
+def _blocks(out_size: int, size: int, scale: float, seed: int) -> Tensor:
+    """(out_size, size / 32, 32), normally distributed."""
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(out_size, size // 32, 32, generator=generator)
+
+
 def q4_1(out_size: int, size: int, scale: float = 0.05, seed: int = 0) -> Tensor:
     """As ggml makes them: the least of 32 weights is m, the largest 15 d + m, both d and m float16."""
-    generator = torch.Generator().manual_seed(seed)
-    blocks = scale * torch.randn(out_size, size // 32, 32, generator=generator)
+    blocks = _blocks(out_size, size, scale, seed)
     least, largest = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
     d = ((largest - least) / 15).half().float()
     q = ((blocks - least) / d.clamp(min=1e-30)).round().clamp(0, 15)
@@ -20,8 +25,7 @@ def q4_1(out_size: int, size: int, scale: float = 0.05, seed: int = 0) -> Tensor
 
 def q4_0(out_size: int, size: int, scale: float = 0.05, seed: int = 0) -> Tensor:
     """The one of the largest magnitude is -8 d."""
-    generator = torch.Generator().manual_seed(seed)
-    blocks = scale * torch.randn(out_size, size // 32, 32, generator=generator)
+    blocks = _blocks(out_size, size, scale, seed)
     furthest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     d = (furthest / -8).half().float()
     q = (blocks / d).round().clamp(-8, 7) + 0.0  # an integer: its zero has no sign
@@ -30,8 +34,7 @@ def q4_0(out_size: int, size: int, scale: float = 0.05, seed: int = 0) -> Tensor
 
 def q8_0(out_size: int, size: int, scale: float = 0.05, seed: int = 0) -> Tensor:
     """The largest magnitude of 32 weights is 127 d."""
-    generator = torch.Generator().manual_seed(seed)
-    blocks = scale * torch.randn(out_size, size // 32, 32, generator=generator)
+    blocks = _blocks(out_size, size, scale, seed)
     d = blocks.abs().amax(-1, keepdim=True) / 127
     q = (blocks / d).round() + 0.0
     return (q * d.half().float()).view(out_size, size).bfloat16()

@@ -21,11 +21,11 @@ ROWS = 70
 BLOCKS = (767, 768, 769, 1024, 1025, 1537, 2049, 3073)
 
 
-def cancelling(rows: int, outputs: int, size: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+def cancelling(rows: int, outputs: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """input (rows, size), weight (outputs, size) whose products sum to little: of two large terms anywhere one takes
     away what the other adds, in every sum at once, and small terms stand between them. What float32 loses on the way
     is as large as the sum, so that even eight bits of it tell one order of summation from another."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def wide(*shape: int) -> Tensor:  # of very different size: products of 16 bits each would add up exactly
         return torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-6, 10, shape, generator=generator)

@@ -12,9 +12,9 @@ from cerberus_ext.drafting.heads import input_matrix, output_matrix
 from cerberus_ext.ops import reference
 
 
-def untrained(model: PreTrainedModel, num_heads: int = 3, draft_vocab: int | None = None) -> CerberusHeads:
+def untrained(model: PreTrainedModel, num_heads: int = 3) -> CerberusHeads:
     size, vocab = output_matrix(model).shape[1], output_matrix(model).shape[0]
-    config = CerberusConfig("tiny", size, vocab, num_heads=num_heads, num_layers=2, draft_vocab=draft_vocab)
+    config = CerberusConfig("tiny", size, vocab, num_heads=num_heads, num_layers=2)
     return CerberusHeads(config).to(model.dtype)
 
 

@@ -23,6 +23,7 @@ from cerberus_ext.serving.engine import Engine
 
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 END = 2
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
 def tiny(folder: Path) -> tuple[Any, Any]:
@@ -97,8 +98,8 @@ def served(decoder: Any, tokenizer: Any, waiting: int = 8, slots: int = 1, **set
             thread.join()
 
 
-def until(condition: Any, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
+def until(condition: Any) -> None:
+    end = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
@@ -106,6 +107,13 @@ def until(condition: Any, seconds: float = 20.0) -> None:
 
 def chat(text: str = "w3 w4", **more: Any) -> dict[str, Any]:
     return {"model": "tiny", "messages": [{"role": "user", "content": text}], "temperature": 0, **more}
+
+
+def answered(client: httpx.Client, body: dict[str, Any], path: str = CHAT) -> Any:
+    """The whole answer."""
+    response = client.post(path, json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
 
 
 def events(response: httpx.Response) -> list[Any]:

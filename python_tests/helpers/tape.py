@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from cerberus_ext.runtime import runtime
 from cerberus_ext.runtime.recorder import RECORDERS
+from cerberus_ext.runtime.stats import DecodeStats
 
 # Reading a value back to the host (item and such), results whose shape depends on values, constants from host memory.
 _REFUSED_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -105,3 +106,14 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TapeRecorder]]:
     runtime._runtimes.clear()
     yield made
     runtime._runtimes.clear()
+
+
+def check_replayed(replayed: DecodeStats, eager: DecodeStats) -> None:
+    """They count the same steps, of which the former has replayed all, and the latter none."""
+    for name in (
+        "steps", "open_steps", "zero_accept_steps", "step_tokens", "accepted_histogram", "trace", "trace_proposers",
+        "new_tokens",
+    ):  # fmt: skip
+        assert getattr(replayed, name) == getattr(eager, name), name
+    assert replayed.graphed_steps == replayed.steps and replayed.fallback is None
+    assert (eager.graphed_steps, eager.captures, eager.fallback) == (0, 0, None)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
+from word_tokenizer import word_tokenizer
 
 from cerberus_ext import CerberusConfig, CerberusHeads
 
@@ -23,18 +23,14 @@ def save_model(folder: Path, seed: int = 0) -> None:
         num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
+    word_tokenizer(WORDS, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
-def save_heads(folder: Path, chained: bool = True, seed: int = 1) -> None:
+def save_heads(folder: Path, chained: bool = True) -> None:
     """Random ones, so that not all draft the same."""
     heads = CerberusHeads(CerberusConfig("tiny", SIZE, len(WORDS), num_heads=3, chained=chained))
     with torch.no_grad():
-        heads.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(seed))
+        heads.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
     heads.save_pretrained(folder)
 
 

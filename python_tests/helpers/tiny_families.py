@@ -1,4 +1,4 @@
-"""A tiny model with random weights of every family that README's table names, by what differs between their configs."""
+"""A tiny model with random weights of every family of docs/exactness.md, by what differs between their configs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from tiny_models import VOCAB
+from tiny_models import COMMON, VOCAB
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -15,20 +15,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-# Weights large enough for the logits to be far apart, so that rounding never decides which one is the largest.
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "initializer_range": 0.3,
-    "eos_token_id": None,
-    "bos_token_id": None,
-    "pad_token_id": None,
-}
 _HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4}
 _DECODER = {
-    **_COMMON, **_HEADS, "hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2,
+    **COMMON, **_HEADS, "hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }  # fmt: skip
-_GPT2 = {**_COMMON, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+_GPT2 = {**COMMON, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16}
 _WINDOW = {"sliding_window": 6}
 _EXPERTS = {"num_experts_per_tok": 2}
@@ -68,7 +60,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "gpt_neox": {key: value for key, value in _DECODER.items() if key != "num_key_value_heads"} | {"rotary_pct": 0.25},
     "gpt2": _GPT2,
     "gptj": _GPT2 | {"rotary_dim": 8},
-    "opt": _COMMON | _HEADS
+    "opt": COMMON | _HEADS
     | {"hidden_size": 64, "ffn_dim": 96, "max_position_embeddings": 128, "word_embed_proj_dim": 64, "init_std": 0.3},
     "falcon": _DECODER,
     "olmo2": _DECODER,
@@ -87,19 +79,19 @@ EXACT: dict[str, dict[str, Any]] = {
 
 # Refused before anything is printed.
 REFUSED: dict[str, dict[str, Any]] = {
-    "bloom": _COMMON | {"hidden_size": 64, "n_layer": 2, "n_head": 4},
-    "mpt": _COMMON | {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+    "bloom": COMMON | {"hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "mpt": COMMON | {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
     "falcon-alibi": _DECODER | {"alibi": True},
-    "gpt_neo": _COMMON | {
+    "gpt_neo": COMMON | {
         "hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
         "window_size": 6, "max_position_embeddings": 128,
     },
     "deepseek_v2": _DECODER | _LATENT,
     "deepseek_v3": _DECODER | _LATENT,
-    "rwkv": _COMMON | {
+    "rwkv": COMMON | {
         "hidden_size": 64, "attention_hidden_size": 64, "num_hidden_layers": 2, "context_length": 64
     },
-    "mamba": _COMMON | {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+    "mamba": COMMON | {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
     "jamba": _DECODER | _JAMBA,
     "lfm2": _DECODER | {"layer_types": ["conv", "full_attention"]},
     "qwen3_next": _DECODER | _NEXT,
@@ -107,8 +99,8 @@ REFUSED: dict[str, dict[str, Any]] = {
         "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 96,
         "attention_chunk_size": 8,
     },
-    "t5": _COMMON | {"d_model": 64, "d_ff": 96, "num_layers": 2, "num_heads": 4},
-    "bert": _COMMON | _HEADS | {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 128},
+    "t5": COMMON | {"d_model": 64, "d_ff": 96, "num_layers": 2, "num_heads": 4},
+    "bert": COMMON | _HEADS | {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 128},
 }  # fmt: skip
 _TYPES = {"falcon-alibi": "falcon", "gemma3n-shared": "gemma3n_text"}
 _CLASSES = {"t5": T5ForConditionalGeneration, "bert": BertLMHeadModel}

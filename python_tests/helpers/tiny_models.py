@@ -23,7 +23,7 @@ from transformers import (
 
 VOCAB = 101
 # Weights large enough for the logits to be far apart, so that rounding never decides which one is the largest.
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "initializer_range": 0.3,
     "eos_token_id": None,
@@ -31,7 +31,7 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": None,
 }
 _DECODER: dict[str, Any] = {
-    **_COMMON,
+    **COMMON,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
@@ -46,7 +46,7 @@ _MODELS = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_DECODER)),
     "qwen2-window": lambda: Qwen2ForCausalLM(Qwen2Config(**_DECODER, **_WINDOWED)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_DECODER, sliding_window=6)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**_COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=96)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=96)),
     # Soft caps on attention scores, which only the model's own attention computes, and windows in every second layer.
     "gemma2": lambda: Gemma2ForCausalLM(
         Gemma2Config(

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from word_tokenizer import word_tokenizer
 
 from cerberus_ext.training.options import TrainOptions
 
@@ -30,9 +30,7 @@ def options(answers: Path | None, output: Path, **changes: object) -> TrainOptio
 
 def tokenizer(chat: bool) -> PreTrainedTokenizerFast:
     """Of words, with a chat template or without."""
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    made = word_tokenizer(WORDS, bos_token="<s>", eos_token="</s>")
     if chat:
         made.chat_template = TEMPLATE
     return made

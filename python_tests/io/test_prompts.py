@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from word_tokenizer import word_tokenizer
 
 from cerberus_ext.io.prompts import Question, encode_chat, read_questions
 
@@ -24,10 +24,7 @@ def write(path: Path, *lines: object) -> Path:
 
 
 def make_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
-    words = ["<unk>", "user", "assistant", "a", "b", "c"]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    tokenizer = word_tokenizer(["<unk>", "user", "assistant", "a", "b", "c"])
     tokenizer.chat_template = template
     return tokenizer
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from stand_ins import AdversarialHeads, LastDraftHeads, OracleHeads, RandomGate, RandomHeads
 from static_stand_ins import StaticHeads
-from tape import TapeRecorder
+from tape import TapeRecorder, check_replayed
 from tiny_models import VOCAB, generated, prompt, tiny_model
 
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate, Signals
@@ -47,18 +47,7 @@ def check(replayed: DecodeOutput, eager: DecodeOutput, text: torch.Tensor | None
     assert replayed.sequences.tolist() == eager.sequences.tolist()
     if text is not None:
         assert replayed.sequences.tolist() == text.tolist()
-    for name in (
-        "steps",
-        "open_steps",
-        "zero_accept_steps",
-        "step_tokens",
-        "accepted_histogram",
-        "trace",
-        "new_tokens",
-    ):
-        assert getattr(replayed.stats, name) == getattr(eager.stats, name), name
-    assert replayed.stats.graphed_steps == replayed.stats.steps and replayed.stats.fallback is None
-    assert (eager.stats.graphed_steps, eager.stats.captures, eager.stats.fallback) == (0, 0, None)
+    check_replayed(replayed.stats, eager.stats)
 
 
 @pytest.mark.pairwise

@@ -18,10 +18,8 @@ from typing import Any
 
 import httpx
 import pytest
-from serving_runs import Scripted, chat, served, tiny, until
+from serving_runs import CHAT, COMPLETIONS, Scripted, answered, chat, served, tiny, until
 from tiny_chat import save_model
-
-CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +29,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def said(client: httpx.Client, tokens: int = 4) -> str:
     """A request that is answered."""
-    response = client.post(CHAT, json=chat(max_tokens=tokens))
-    assert response.status_code == 200, response.text
-    return str(response.json()["choices"][0]["message"]["content"])
+    return str(answered(client, chat(max_tokens=tokens))["choices"][0]["message"]["content"])
 
 
 def test_a_client_that_goes_away_ends_its_answer(tokenizer: Any) -> None:
@@ -68,7 +64,7 @@ def test_what_is_refused_disturbs_no_other(tokenizer: Any) -> None:
             lines = response.iter_lines()
             next(lines)
             statuses = [
-                client.post("/v1/completions", json={"model": "tiny", "prompt": [3] * 300}).status_code,
+                client.post(COMPLETIONS, json={"model": "tiny", "prompt": [3] * 300}).status_code,
                 client.post(CHAT, content=b"{" * 50000, headers=json_type).status_code,
                 client.post(CHAT, content=b'{"a":' * 15000, headers=json_type).status_code,
                 client.post(CHAT, json=chat(temperature="hot")).status_code,
@@ -203,7 +199,7 @@ def test_the_command_ends_running_answers(tmp_path: Path) -> None:
         assert found, line
         body = {"model": "model", "prompt": "w3 w4", "max_tokens": 200, "stream": True, "temperature": 0}
         own = {"headers": {"authorization": "Bearer k"}, "trust_env": False}
-        with httpx.stream("POST", f"{found[1]}/v1/completions", json=body, **own) as response:
+        with httpx.stream("POST", f"{found[1]}{COMPLETIONS}", json=body, **own) as response:
             next(lines := response.iter_lines())
             process.send_signal(signal.SIGTERM)
             assert [line for line in lines if line][-1] == "data: [DONE]"

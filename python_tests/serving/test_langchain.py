@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
-from serving_runs import served, tiny
+from serving_runs import served
 
 from cerberus_ext import Decoder, decode
 
 langchain: Any = pytest.importorskip("langchain_openai")
 
 
-def test_chat(tmp_path_factory: pytest.TempPathFactory) -> None:
-    model, tokenizer = tiny(tmp_path_factory.mktemp("langchain"))
-    alone = copy.deepcopy(model)
+def test_chat(loaded: Any) -> None:
+    model, tokenizer, alone = loaded
 
     def want(stop: str | None = None, **options: Any) -> str:
         new = decode(alone, None, [3 + 3, 3 + 4], max_new_tokens=16, **options).sequences[0, 2:]

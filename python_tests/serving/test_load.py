@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from serving_runs import served, tiny
+from serving_runs import COMPLETIONS, served
 
 from cerberus_ext import Decoder, decode
 
@@ -30,7 +28,7 @@ def asked(number: int) -> dict[str, Any]:
 def answer(client: httpx.Client, number: int) -> str:
     """Every second one as a stream."""
     body = {**asked(number), "stream": number % 2 == 1}
-    response = client.post("/v1/completions", json=body)
+    response = client.post(COMPLETIONS, json=body)
     assert response.status_code == 200, response.text
     if not body["stream"]:
         return str(response.json()["choices"][0]["text"])
@@ -40,9 +38,8 @@ def answer(client: httpx.Client, number: int) -> str:
 
 
 @pytest.mark.slow
-def test_every_answer_is_that_of_decode(tmp_path: Path) -> None:
-    model, tokenizer = tiny(tmp_path)
-    alone = copy.deepcopy(model)
+def test_every_answer_is_that_of_decode(loaded: Any) -> None:
+    model, tokenizer, alone = loaded
 
     @cache
     def want(number: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,31 +9,18 @@ import httpx
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
-from serving_runs import chat, events, served, tiny
+from serving_runs import CHAT, COMPLETIONS, answered, chat, events, served
 
 from cerberus_ext import Decoder
 from cerberus_ext.serving.logprobs import Logprobs, Spellings
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PROMPT = "w5 w5"  # is answered at length, with drafts that are right
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    model, tokenizer = tiny(tmp_path_factory.mktemp("logprobs"))
-    return model, tokenizer, copy.deepcopy(model)
 
 
 @pytest.fixture(scope="module")
 def client(loaded: Any) -> Iterator[httpx.Client]:
     with Decoder(loaded[0]) as decoder, served(decoder, loaded[1], slots=3, waiting=32) as client:
         yield client
-
-
-def answer(client: httpx.Client, body: dict[str, Any], path: str = CHAT) -> Any:
-    response = client.post(path, json=body)
-    assert response.status_code == 200, response.text
-    return response.json()
 
 
 def expected(loaded: Any, tokens: list[int], prompt: str = PROMPT) -> torch.Tensor:
@@ -60,7 +46,7 @@ def check(loaded: Any, entries: list[Any], top: int) -> None:
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_p": 0.9, "seed": 4}])
 def test_of_a_chat(loaded: Any, client: httpx.Client, sampling: dict[str, Any]) -> None:
     body = chat(PROMPT, max_tokens=60, **sampling)
-    plain, got = answer(client, body), answer(client, {**body, "logprobs": True, "top_logprobs": 4})
+    plain, got = answered(client, body), answered(client, {**body, "logprobs": True, "top_logprobs": 4})
     choice = got["choices"][0]
     assert choice["message"] == plain["choices"][0]["message"] and plain["choices"][0]["logprobs"] is None
     if not sampling:
@@ -72,21 +58,21 @@ def test_of_a_chat(loaded: Any, client: httpx.Client, sampling: dict[str, Any]) 
         parts = [part["choices"][0] for part in events(response)]
     assert [entry for part in parts if part["logprobs"] for entry in part["logprobs"]["content"]] == entries
     assert parts[-1]["logprobs"] is None
-    none = answer(client, {**body, "logprobs": True})["choices"][0]["logprobs"]["content"]
+    none = answered(client, {**body, "logprobs": True})["choices"][0]["logprobs"]["content"]
     assert none == [{**entry, "top_logprobs": []} for entry in entries]
 
 
 def test_several_at_once(loaded: Any, client: httpx.Client) -> None:
-    got = answer(client, chat(PROMPT, n=4, temperature=1.0, seed=1, logprobs=True, top_logprobs=20))
+    got = answered(client, chat(PROMPT, n=4, temperature=1.0, seed=1, logprobs=True, top_logprobs=20))
     for choice in got["choices"]:
         check(loaded, choice["logprobs"]["content"], 20)
 
 
 def test_of_a_completion(loaded: Any, client: httpx.Client) -> None:
     body = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 12}
-    chat_entries = answer(client, chat(PROMPT, max_tokens=12, logprobs=True, top_logprobs=2))
+    chat_entries = answered(client, chat(PROMPT, max_tokens=12, logprobs=True, top_logprobs=2))
     entries = chat_entries["choices"][0]["logprobs"]["content"]
-    choice = answer(client, {**body, "logprobs": 2}, COMPLETIONS)["choices"][0]
+    choice = answered(client, {**body, "logprobs": 2}, COMPLETIONS)["choices"][0]
     found = choice["logprobs"]
     assert found["tokens"] == [entry["token"] for entry in entries]
     assert found["token_logprobs"] == pytest.approx([entry["logprob"] for entry in entries], abs=1e-6)
@@ -95,22 +81,22 @@ def test_of_a_completion(loaded: Any, client: httpx.Client) -> None:
     ]
     words = choice["text"].split()
     assert [choice["text"][place:].split()[0] for place in found["text_offset"]] == words
-    alone = answer(client, {**body, "logprobs": 0}, COMPLETIONS)["choices"][0]["logprobs"]
+    alone = answered(client, {**body, "logprobs": 0}, COMPLETIONS)["choices"][0]["logprobs"]
     assert [list(best) for best in alone["top_logprobs"]] == [[token] for token in found["tokens"]]
 
 
 def test_stops_have_none(client: httpx.Client) -> None:
     """As many entries as there are words before the stop string, and none for the token that ends a text."""
-    words = answer(client, chat("w3 w4"))["choices"][0]["message"]["content"].split()
+    words = answered(client, chat("w3 w4"))["choices"][0]["message"]["content"].split()
     body = chat("w3 w4", stop=f" {words[4]} {words[5]}", logprobs=True)
-    choice = answer(client, body)["choices"][0]
+    choice = answered(client, body)["choices"][0]
     assert [entry["token"].strip() for entry in choice["logprobs"]["content"]] == words[:4]
     with client.stream("POST", CHAT, json={**body, "stream": True}) as response:
         parts = [part["choices"][0] for part in events(response)]
     assert [entry for part in parts if part["logprobs"] for entry in part["logprobs"]["content"]] == (
         choice["logprobs"]["content"]
     )
-    got = answer(client, chat("w3", n=16, temperature=2.0, seed=0, max_tokens=100, logprobs=True))["choices"]
+    got = answered(client, chat("w3", n=16, temperature=2.0, seed=0, max_tokens=100, logprobs=True))["choices"]
     ended = [choice for choice in got if choice["finish_reason"] == "stop"]
     assert ended and all("</s>" not in [e["token"].strip() for e in c["logprobs"]["content"]] for c in ended)
 

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving_runs import served, tiny
+from serving_runs import served
 
 from cerberus_ext import Decoder, decode
 
 openai: Any = pytest.importorskip("openai")
 QUESTION: Any = [{"role": "user", "content": "w3 w4"}]
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    model, tokenizer = tiny(tmp_path_factory.mktemp("openai"))
-    return model, tokenizer, copy.deepcopy(model)
 
 
 @pytest.fixture(scope="module")

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
-from serving_runs import chat, events, served, tiny
+from serving_runs import CHAT, COMPLETIONS, answered, chat, events, served
 
 from cerberus_ext import Decoder, decode
-
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    model, tokenizer = tiny(tmp_path_factory.mktemp("serving"))
-    return model, tokenizer, copy.deepcopy(model)
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +27,11 @@ def told(loaded: Any, words: str, **options: Any) -> tuple[str, list[int]]:
     return tokenizer.decode(tokens, skip_special_tokens=True), tokens
 
 
-def answer(client: httpx.Client, body: dict[str, Any], path: str = CHAT) -> Any:
-    response = client.post(path, json=body)
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
 @pytest.mark.parametrize(
     "sampling", [{}, {"temperature": 0.8, "seed": -3}, {"temperature": 1.5, "top_k": 5, "seed": 7}]
 )
 def test_a_chat_is_answered_as_decode_does(loaded: Any, client: httpx.Client, sampling: dict[str, Any]) -> None:
-    got = answer(client, chat("w3 w4", **sampling))
+    got = answered(client, chat("w3 w4", **sampling))
     text, tokens = told(loaded, "w3 w4", **sampling)
     choice = got["choices"][0]
     assert choice["message"] == {"role": "assistant", "content": text}
@@ -67,7 +52,7 @@ def test_pieces_make_the_whole(client: httpx.Client, path: str) -> None:
         if path == CHAT
         else {"model": "tiny", "prompt": "w3 w4", "temperature": 0, "max_tokens": 11}
     )
-    whole = answer(client, body, path)
+    whole = answered(client, body, path)
     streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
     with client.stream("POST", path, json=streamed) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -88,14 +73,14 @@ def test_stop_strings_end_the_answer_before_them(loaded: Any, client: httpx.Clie
     words = told(loaded, "w3 w4")[0].split()
     stop = " ".join(words[4:6])
     for stops in (stop, ["nowhere", stop]):
-        got = answer(client, chat(stop=stops))
+        got = answered(client, chat(stop=stops))
         assert got["choices"][0]["message"]["content"] == " ".join(words[:4]) + " "
         assert got["choices"][0]["finish_reason"] == "stop" and got["usage"]["completion_tokens"] == 6
 
 
 def test_an_answer_may_have_no_text(loaded: Any, client: httpx.Client) -> None:
     words = next(words for i in range(60) if told(loaded, words := f"w{i}", max_new_tokens=1)[1] == [2])
-    choice = answer(client, chat(words))["choices"][0]
+    choice = answered(client, chat(words))["choices"][0]
     assert choice["message"]["content"] == "" and choice["finish_reason"] == "stop"
     with client.stream("POST", CHAT, json=chat(words, stream=True)) as response:
         first, last = [part["choices"][0] for part in events(response)]
@@ -103,7 +88,7 @@ def test_an_answer_may_have_no_text(loaded: Any, client: httpx.Client) -> None:
 
 
 def test_n_answers_have_seeds_one_after_the_other(loaded: Any, client: httpx.Client) -> None:
-    got = answer(client, chat(temperature=1.0, seed=5, n=3))
+    got = answered(client, chat(temperature=1.0, seed=5, n=3))
     texts = [told(loaded, "w3 w4", temperature=1.0, seed=5 + number)[0] for number in range(3)]
     assert [choice["message"]["content"] for choice in got["choices"]] == texts and len(set(texts)) == 3
     assert [choice["index"] for choice in got["choices"]] == [0, 1, 2]
@@ -117,7 +102,7 @@ def test_answers_that_come_and_go(loaded: Any, client: httpx.Client) -> None:
     """More requests than slots, of several lengths: each answer is that of its prompt and seed alone."""
     asked = [{"max_tokens": 3 + 5 * (seed % 4), "temperature": float(seed % 2), "seed": seed} for seed in range(16)]
     with ThreadPoolExecutor(8) as pool:
-        got = list(pool.map(lambda options: answer(client, chat("w3 w4", **options)), asked))
+        got = list(pool.map(lambda options: answered(client, chat("w3 w4", **options)), asked))
     for options, result in zip(asked, got, strict=True):
         want = told(loaded, "w3 w4", max_new_tokens=options.pop("max_tokens"), **options)[0]
         assert result["choices"][0]["message"]["content"] == want
@@ -127,7 +112,7 @@ def test_a_client_that_goes_away_disturbs_no_other(loaded: Any, client: httpx.Cl
     with ThreadPoolExecutor(2) as pool:
         for seed in range(6):
             options = {"temperature": 1.0, "seed": seed, "max_tokens": 40}
-            stays = pool.submit(answer, client, chat("w3 w4", **options))
+            stays = pool.submit(answered, client, chat("w3 w4", **options))
             with client.stream("POST", CHAT, json=chat("w5", stream=True, max_tokens=200)) as response:
                 next(response.iter_lines())
             want = told(loaded, "w3 w4", temperature=1.0, seed=seed, max_new_tokens=40)[0]
@@ -138,10 +123,10 @@ def test_prompts_as_texts_and_as_tokens(loaded: Any, client: httpx.Client) -> No
     want = [told(loaded, words)[0] for words in ("w3 w4", "w5 w6 w7")]
     ids = [loaded[1](words).input_ids for words in ("w3 w4", "w5 w6 w7")]
     for prompt in (["w3 w4", "w5 w6 w7"], ids):
-        got = answer(client, {"model": "tiny", "prompt": prompt, "temperature": 0}, COMPLETIONS)
+        got = answered(client, {"model": "tiny", "prompt": prompt, "temperature": 0}, COMPLETIONS)
         assert [choice["text"] for choice in got["choices"]] == want and got["usage"]["prompt_tokens"] == 5
     assert (
-        answer(client, {"model": "tiny", "prompt": ids[0], "temperature": 0}, COMPLETIONS)["choices"][0]["text"]
+        answered(client, {"model": "tiny", "prompt": ids[0], "temperature": 0}, COMPLETIONS)["choices"][0]["text"]
         == want[0]
     )
 
@@ -149,9 +134,9 @@ def test_prompts_as_texts_and_as_tokens(loaded: Any, client: httpx.Client) -> No
 def test_parts_of_a_message_and_newer_names(loaded: Any, client: httpx.Client) -> None:
     parts = [{"type": "text", "text": "w3 "}, {"type": "text", "text": "w4"}]
     body = {**chat(), "messages": [{"role": "user", "content": parts, "name": "me"}], "max_completion_tokens": 5}
-    assert answer(client, body)["choices"][0]["message"]["content"] == told(loaded, "w3 w4", max_new_tokens=5)[0]
+    assert answered(client, body)["choices"][0]["message"]["content"] == told(loaded, "w3 w4", max_new_tokens=5)[0]
     harmless = {"user": "me", "store": False, "metadata": {}, "logit_bias": None, "tools": [], "logprobs": False}
-    assert answer(client, chat(**harmless))["choices"][0]["message"]["content"] == told(loaded, "w3 w4")[0]
+    assert answered(client, chat(**harmless))["choices"][0]["message"]["content"] == told(loaded, "w3 w4")[0]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +207,7 @@ def test_models_health_and_metrics(loaded: Any, client: httpx.Client) -> None:
 
     names = ["cerberus_generated_tokens_total", "cerberus_prompt_tokens_total", "cerberus_first_token_seconds_count"]
     before = [metric(name) for name in names]
-    tokens = answer(client, chat("w3 w4"))["usage"]["completion_tokens"]
+    tokens = answered(client, chat("w3 w4"))["usage"]["completion_tokens"]
     assert [metric(name) - old for name, old in zip(names, before, strict=True)] == [tokens, 2, 1]
 
 

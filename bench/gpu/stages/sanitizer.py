@@ -49,7 +49,7 @@ def read(output: str) -> dict[str, Any]:
     }
 
 
-def run_tool(tool: str, prefix: list[str], device: str, seconds: float, log: Path) -> dict[str, Any]:
+def run_tool(prefix: list[str], device: str, seconds: float, log: Path) -> dict[str, Any]:
     """What a tool says of the launches; what it prints is in `log`."""
     # The script stops launching in time for the tool to write its summary.
     until = time.time() + 0.75 * seconds
@@ -103,7 +103,7 @@ def body(run: stage.Stage) -> None:
     for tool, prefix in prefixes.items():
         ahead = sum(part for name, part in parts.items() if name not in tools)
         log = run.arguments.out.with_name(f"{tool.replace(' ', '_')}.log")
-        found = run_tool(tool, prefix, run.device, run.left * parts[tool] / ahead, log)
+        found = run_tool(prefix, run.device, run.left * parts[tool] / ahead, log)
         tools[tool] = found
         if found["status"] == "failed":
             run.problems.append(f"{tool}, errors {found['errors']}: {' / '.join(found['said'][:3])}")
