@@ -410,16 +410,16 @@ GroupedLinearCall prepare_grouped_linear(const Tensor& input, const Tensor& weig
   return call;
 }
 
-ActivationCall prepare_activation(const Tensor& input, const std::string& kind) {
+ActivationCall prepare_activation(const Tensor& input, const Text& kind) {
   constexpr const char* kKinds[] = {"silu", "gelu", "gelu_tanh", "tanh", "sigmoid",
                                     "exp",  "erf",  "softplus",  "cos",  "sin"};  // as in `Activation`
   Check check("activation");
   check.floating(input, "input");
-  const auto found = std::find(std::begin(kKinds), std::end(kKinds), kind);
+  const auto found = std::find(std::begin(kKinds), std::end(kKinds), kind.text);
   if (found == std::end(kKinds)) {
     std::string all;
     for (const char* known : kKinds) all += (all.empty() ? "" : ", ") + std::string(known);
-    check.fail("kind", "one of " + all, kind);
+    check.fail("kind", "one of " + all, kind.text);
   }
 
   const auto sizes = input.sizes();

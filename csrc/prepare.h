@@ -9,10 +9,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <string>
 #include <tuple>
 
 #include "args.h"
+#include "text.h"
 
 namespace cerberus {
 
@@ -104,6 +104,6 @@ LinearCall prepare_linear(const Tensor& input, const Tensor& weight, const std::
 GroupedLinearCall prepare_grouped_linear(const Tensor& input, const Tensor& weight,
                                          const std::optional<Tensor>& bias, const Tensor& chosen,
                                          bool transposed);
-ActivationCall prepare_activation(const Tensor& input, const std::string& kind);
+ActivationCall prepare_activation(const Tensor& input, const Text& kind);
 
 }  // namespace cerberus

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import output_capturing
 
+from ..target import model as target_model
 from ..target.attention import names_attention
 
 
@@ -60,12 +61,16 @@ def memory_of(model: PreTrainedModel) -> tuple[Any, ...]:
 
 
 def hooks_of(model: PreTrainedModel) -> tuple[int, ...]:
-    """The numbers of all hooks on forwards; no two hooks have the same."""
+    """The numbers of all hooks on forwards but ours, which is there while a text is; no two hooks have the same."""
     numbers: list[int] = []
     for module in _modules(model):
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             if hooks:
-                numbers += hooks
+                numbers += [
+                    number
+                    for number, hook in hooks.items()
+                    if getattr(hook, "__module__", None) != target_model.__name__
+                ]
     return tuple(numbers)
 
 

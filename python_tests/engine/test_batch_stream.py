@@ -107,3 +107,15 @@ def test_generate_takes_several_rows() -> None:
         want = model.generate(ids, **options, **pad)
         found = model.generate(ids, **options, **pad, custom_generate=cerberus_ext.generate)
         assert found.tolist() == want.tolist()
+
+
+def test_a_model_is_not_examined_again_for_a_text_that_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_family("llama")
+    with Decoder(model) as decoder:
+        decoder.warm_up()
+        monkeypatch.setattr("cerberus_ext.runtime.runtime.examine", None)
+        batch = decoder.batch()
+        batch.add([3, 4], max_new_tokens=9)
+        for number, _ in enumerate(batch.chunks()):
+            if number < 3:
+                batch.add([3, 4, 5 + number], max_new_tokens=9)
