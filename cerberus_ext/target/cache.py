@@ -50,7 +50,12 @@ class TreeCache(Cache):
         batch, heads, _, size = shape
         planes = 2 * (len(self.layers) + self.context)
         make = _zeros_on_demand if like.device.type == "cpu" else torch.zeros
-        self.tensor = make((planes, batch, heads, self.capacity, size), dtype=like.dtype, device=like.device)
+        try:
+            self.tensor = make((planes, batch, heads, self.capacity, size), dtype=like.dtype, device=like.device)
+        except (MemoryError, ValueError) as error:  # of numpy, the latter where no address is so large
+            raise MemoryError(
+                f"decode: max_new_tokens: there is no memory for keys and values of {self.capacity} tokens"
+            ) from error
         return self.tensor
 
     def planes(self) -> list[Tensor]:

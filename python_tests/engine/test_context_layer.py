@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.calibration.trace import Answer, trace
+from cerberus_ext.drafting import dynamic_policy
 from cerberus_ext.drafting.context_layer import BoundContext, rotate
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate
@@ -42,9 +43,10 @@ TREES = {"static": StaticPolicy.from_widths([3, 2, 1]), "dynamic": DynamicPolicy
 
 
 class Spy:
-    """What the heads read, by the number of tokens before the root."""
+    """What the heads read, by the number of tokens before the root. They are asked at every step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dynamic_policy, "_fills", lambda *arguments: False)
         self.read: dict[int, Tensor] = {}
         self.drafts: dict[int, tuple[Tensor, Tensor]] = {}
         drafted, reads = HeadsDrafter.draft, BoundContext.read

@@ -3,8 +3,11 @@ time."""
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
+from context_stand_ins import heads_for
 from stand_ins import OracleHeads
 from tiny_families import tiny_family
 from tiny_models import VOCAB, generate, prompt
@@ -12,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cerberus_ext import AlwaysClosed, Decoder, decode
+from cerberus_ext.runtime.fused import step
 from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.target.cache import TreeCache
 from cerberus_ext.target.model import lasting_capacity
@@ -91,6 +95,30 @@ def test_what_lies_behind_the_text_is_not_read(family: str, fuse: bool | None, m
     with Decoder(model, heads, fuse=fuse, tree=9) as decoder:
         for _ in range(2):  # the second one reuses the first one's
             assert decoder.decode(prompt(), max_new_tokens=20, streamer=heads).sequences.equal(want)
+
+
+@pytest.mark.parametrize("context", [False, True])
+def test_tables_grow_with_the_text(context: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of positions that a text does not reach there are none, however many it may have."""
+    monkeypatch.setattr(step, "_AT_ONCE", 16)
+    monkeypatch.setattr(step, "_MIN_POSITIONS", 16)
+    model = deepcopy(tiny_family("llama"))  # that has no program yet
+    heads = heads_for(model) if context else None
+    want = decode(model, None, prompt(), max_new_tokens=70, fuse=False).sequences
+    with Decoder(model, heads, tree=4) as decoder:
+        seen = list[int]()
+        for _ in decoder.stream(prompt(), max_new_tokens=70):
+            found = runtime_of(model)._fused
+            assert found is not None
+            seen.append(found[1].program.positions)
+        assert sorted(seen) == seen and {16, 32, 64, 128} >= set(seen) and seen[0] < seen[-1] == 128
+    assert decode(model, heads, prompt(), max_new_tokens=70, tree=4).sequences.equal(want)
+
+
+def test_a_text_that_no_memory_could_hold() -> None:
+    for tokens in (10**13, 2**62, 10**30):
+        with pytest.raises((MemoryError, ValueError), match="max_new_tokens"):
+            decode(tiny_family("llama"), None, prompt(), max_new_tokens=tokens)
 
 
 def test_criteria_see_the_text_and_no_more() -> None:

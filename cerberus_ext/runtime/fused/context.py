@@ -33,13 +33,13 @@ class ContextProgram:
         self._trace = _trace(context, cache)
         assert context.packed is not None  # on a CPU
         self._packed = {context.tensors[name].data_ptr(): context.packed[name] for name in ("qkv", "output", "mixer")}
-        self._make(cache)
+        self._make(cache, table_positions(cache, 1))
 
     def run(self, texts: Sequence[Pairs]) -> list[Tensor]:
         """Puts the pairs into their caches -> what each text's last one is read as, (1, D)."""
-        largest = max((text.cache for text in texts), key=lambda cache: cache.capacity)
-        if largest.capacity > self._positions:
-            self._make(largest)
+        needed = max(table_positions(text.cache, 1) for text in texts)
+        if needed > self._positions:
+            self._make(texts[0].cache, needed)
         last: list[Tensor] = [text.states[-1:] for text in texts]
         for begin in range(0, max(len(text.tokens) for text in texts), _MOST_ROWS):
             left = [number for number, text in enumerate(texts) if len(text.tokens) > begin]
@@ -61,11 +61,11 @@ class ContextProgram:
                 last[number] = found[-1:]
         return last
 
-    def _make(self, cache: TreeCache) -> None:
+    def _make(self, cache: TreeCache, positions: int) -> None:
         assert cache.tensor is not None
         _, _, heads, _, size = cache.tensor.shape
-        self._positions = table_positions(cache)
-        program = lower(self._trace, cache.tensor.dtype, heads, size, False, self._positions)
+        self._positions = positions
+        program = lower(self._trace, cache.tensor.dtype, heads, size, False, positions)
         products = [stage for stage in program.stages if isinstance(stage, Product)]
         weights = [self._packed[product.weights[0].data_ptr()] for product in products]
         self._native = NativeStep(*encode(program, weights, [None] * len(weights)))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _ALIGNMENT = 4096  # bytes, of the packed weights of a product
 _MIN_POSITIONS = 1024  # that the tables know
+_AT_ONCE = 1 << 14  # positions: of a cache with room for more, tables grow as its text does
 _ALL_POSITIONS = 1 << 62
 _SPARE = 2 << 30  # bytes of memory that packing leaves free
 
@@ -58,15 +59,18 @@ class FusedStep:
         self._packs = pack is not False and not self.recordable and (pack or _has_room(target.model))
         self._most_positions = _ALL_POSITIONS
         self._last_position = target.max_positions
-        self._make([target.cache])
+        self._make([target.cache], self._positions(target.cache, 1))
         self.seconds = time.perf_counter() - begin
 
-    def _make(self, caches: Sequence[TreeCache]) -> None:
-        """The program, for as many positions as the caches have room for; its weights stay where they are."""
+    def _positions(self, cache: TreeCache, nodes: int) -> int:
+        """Steps that may be captured have one program, for all that the cache has room for."""
+        return table_positions(cache, cache.capacity if self.recordable else nodes)
+
+    def _make(self, caches: Sequence[TreeCache], positions: int) -> None:
+        """The program, for so many positions; its weights stay where they are."""
         assert caches[0].tensor is not None
         _, _, heads, _, size = caches[0].tensor.shape
         sizes = (self._trace, self._dtype, heads, size, self._packs or self.recordable)
-        positions = max(map(table_positions, caches))
         try:
             self.program: Program = lower(*sizes, positions)
         except IndexError:  # the model looks its positions up, and has no more; nor is there a step beyond them
@@ -87,8 +91,9 @@ class FusedStep:
         """See StepForward; hidden and logits are written over by the next step."""
         for row in rows:
             row.cache.check_room(len(row.tokens))
-        if min(max(row.cache.capacity for row in rows), self._most_positions) > self.program.positions:
-            self._make([row.cache for row in rows])
+        needed = max(self._positions(row.cache, len(row.tokens)) for row in rows)
+        if min(needed, self._most_positions) > self.program.positions:
+            self._make([row.cache for row in rows], needed)
         tokens, positions = _joined([row.tokens for row in rows]), _joined([row.positions for row in rows])
         wanted = len(tokens) if logits_of is None else logits_of
         hidden, logits = self._memory(len(tokens), wanted)
@@ -140,9 +145,10 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
 
-def table_positions(cache: TreeCache) -> int:
-    """For how many positions tables are made: as many as the cache has room for, at least."""
-    return max(_MIN_POSITIONS, 1 << (cache.capacity - 1).bit_length())
+def table_positions(cache: TreeCache, nodes: int) -> int:
+    """For how many positions tables are made, which so many nodes behind the text are to find theirs in."""
+    needed = min(cache.capacity, max(_AT_ONCE, cache.committed + nodes))
+    return max(_MIN_POSITIONS, 1 << (needed - 1).bit_length())
 
 
 def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
