@@ -74,7 +74,7 @@ def check_gguf(path: Path) -> None:
 def _reason(error: Exception) -> str:
     """What transformers says, but where that is advice for its callers or only an index."""
     text = first_line(str(error)) or type(error).__name__
-    if "ignore_mismatched_sizes" in text:
+    if "ignore_mismatched_sizes" in text or text.startswith("cannot reshape"):  # of transformers; of numpy
         return "its weights have other shapes than its metadata say"
     if isinstance(error, LookupError | ArithmeticError):
         return f"its metadata do not fit its weights or its tokens ({type(error).__name__}: {text})"

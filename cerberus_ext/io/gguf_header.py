@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import re
 import struct
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 _STRING, _ARRAY = 8, 9
+_MAX_AXES = 4  # of ggml
 _LEAST = (1, 1, 2, 2, 4, 4, 4, 1, 8, 12, 8, 8, 8)  # bytes of a value of each type, of strings and arrays when empty
 _SIZES = (  # of the model, what they are called, and the tensor and its axis that have each
     ("embedding_length", "token_embd.weight", 0),
@@ -21,7 +23,7 @@ _SIZES = (  # of the model, what they are called, and the tensor and its axis th
 
 
 def check_lengths(path: Path) -> None:
-    """Raises ValueError where a length in the header is more than what is left of the file.
+    """Raises ValueError where a length in the header is more than what is left, or a tensor ends behind the file.
 
     gguf's reader believes them: one flipped bit, and it loops 2^40 times over nothing.
     """
@@ -35,7 +37,9 @@ def check_sizes(reader: GGUFReader) -> None:
     transformers builds what the metadata say: fewer layers without a word, or more than the memory has.
     """
     fields, tensors = reader.fields, {tensor.name: tensor for tensor in reader.tensors}
-    prefix = fields["general.architecture"].contents() if "general.architecture" in fields else "general"
+    if "general.architecture" not in fields:
+        raise ValueError("it has no general.architecture")
+    prefix = fields["general.architecture"].contents()
     layers = [int(found[1]) for name in tensors if (found := re.match(r"blk\.(\d+)\.", name))]
     sizes = {"block_count": 1 + max(layers)} if layers else {}
     sizes |= {size: int(tensors[name].shape[axis]) for size, name, axis in _SIZES if name in tensors}
@@ -65,9 +69,20 @@ class _Header:
         for _ in range(pairs):  # ends with the file at the latest, as all that is read is
             self.skip(self.length(1))
             self.value(self.number("I"))
-        for _ in range(tensors):
-            self.skip(self.length(1))
-            self.skip(8 * self.number("I") + 12)  # sizes, type and place
+        end = max((self.tensor_end() for _ in range(tensors)), default=0)
+        if (missing := self.place + end - self.size) > 0:  # or up to an alignment more, which the reader finds
+            raise ValueError(f"its weights would end {missing} bytes behind it")
+
+    def tensor_end(self) -> int:
+        """Counted from the end of the header."""
+        from gguf import GGML_QUANT_SIZES
+
+        self.skip(self.length(1))
+        if (axes := self.number("I")) > _MAX_AXES:
+            raise ValueError(f"a tensor has {axes} axes")
+        elements = math.prod(self.number("Q") for _ in range(axes))
+        items, size = GGML_QUANT_SIZES.get(self.number("I"), (1, 0))  # type: ignore[call-overload]
+        return self.number("Q") + elements * size // items
 
     def value(self, kind: int) -> None:
         if kind == _STRING:

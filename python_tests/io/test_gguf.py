@@ -108,7 +108,10 @@ DAMAGE = {
     "no magic": (changed(lambda content: b"GGML" + content[4:]), "is no GGUF file"),
     "empty": (changed(lambda content: b""), "is no GGUF file"),
     "cut in its header": (changed(lambda content: content[:200]), r"is damaged \(.+\)"),
-    "cut in its weights": (changed(lambda content: content[:-500]), r"is damaged \(.+\)"),
+    "cut in its weights": (
+        changed(lambda content: content[:-500]),
+        r"is damaged \(its weights would end \d+ ",
+    ),
     "an unknown type": (changed(retyped), r"is damaged \(.*999.* is not a valid GGMLQuantizationType\)"),
     "a size that does not fit": (changed(widened), r"is damaged \(.+\)"),
     "an endless array": (metadata("tokenizer.ggml.token_type", 4, 1 << 40, 8), rf"is damaged \(a length of {1 << 40} "),
@@ -116,6 +119,10 @@ DAMAGE = {
     "an endless name": (metadata("llama.vocab_size", 0, 1 << 40, 8), rf"is damaged \(a length of {1 << 40} "),
     "endless metadata": (metadata("GGUF.kv_count", 0, 1 << 40, 8), r"is damaged \(.+\)"),
     "endless tensors": (metadata("GGUF.tensor_count", 0, 1 << 40, 8), r"is damaged \(.+\)"),
+    "no kind of model": (
+        changed(lambda c: c.replace(b"architecture", b"orchitecture")),
+        r"is damaged \(it has no general.architecture\)",
+    ),
     "no layers": (
         metadata("llama.block_count", 3, 0, 4),
         r"is damaged \(llama.block_count is 0, .* of 1\)",
@@ -135,6 +142,7 @@ DAMAGE = {
         metadata("llama.attention.head_count", 3, 4, 4),
         "cannot be loaded: its weights have other shapes ",
     ),
+    "other heads of keys": (metadata("llama.attention.head_count_kv", 3, 129, 4), "cannot be loaded: its weights have"),
     "no such token": (
         metadata("tokenizer.ggml.eos_token_id", 3, 9999, 4),
         "cannot be loaded: its metadata do not fit its weights or its tokens",
