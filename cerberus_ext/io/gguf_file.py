@@ -8,6 +8,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .gguf_header import check_lengths, check_sizes
 from .model_files import first_line
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
         except MemoryError:
             raise
         except Exception as error:  # of many kinds
-            raise OSError(f"{path} cannot be loaded: {first_line(str(error)) or type(error).__name__}") from error
+            raise OSError(f"{path} cannot be loaded: {_reason(error)}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):  # transformers would make some up
         raise OSError(f"{path} is damaged (it has no {missing[0]})")
@@ -48,7 +49,7 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
 
 
 def check_gguf(path: Path) -> None:
-    """Raises OSError, of one sentence, where the file is none of GGUF, or what it lists is not in it."""
+    """Raises OSError, of one sentence, where the file is none of GGUF, or lacks what it lists or says of its model."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
@@ -58,10 +59,23 @@ def check_gguf(path: Path) -> None:
         if file.read(len(_MAGIC)) != _MAGIC:
             raise OSError(f"{path} is no GGUF file")
     try:
-        for tensor in GGUFReader(path).tensors:
+        check_lengths(path)
+        reader = GGUFReader(path)
+        for tensor in reader.tensors:
             name, rows = tensor.name, tensor.data.reshape(-1, tensor.data.shape[-1])
             dequantize(rows[:1], tensor.tensor_type)
+        check_sizes(reader)
     except NotImplementedError as error:
         raise OSError(f"{path} has weights of a type that gguf cannot dequantize ({name}: {error})") from error
     except Exception as error:  # of numpy, where something lies outside of the file; of enum, where it has no name
         raise OSError(f"{path} is damaged ({first_line(str(error)) or type(error).__name__})") from error
+
+
+def _reason(error: Exception) -> str:
+    """What transformers says, but where that is advice for its callers or only an index."""
+    text = first_line(str(error)) or type(error).__name__
+    if "ignore_mismatched_sizes" in text or text.startswith("cannot reshape"):  # of transformers; of numpy
+        return "its weights have other shapes than its metadata say"
+    if isinstance(error, LookupError | ArithmeticError):
+        return f"its metadata do not fit its weights or its tokens ({type(error).__name__}: {text})"
+    return text

@@ -73,6 +73,18 @@ def widened(content: bytearray) -> None:
     content[place : place + 8] = (1 << 20).to_bytes(8, "little")
 
 
+def metadata(name: str, part: int, value: int, size: int) -> Callable[[Path, Path], None]:
+    """The metadata's number at `part` of what gguf reads of it becomes `value`."""
+
+    def damage(source: Path, target: Path) -> None:
+        reader, content = GGUFReader(source), bytearray(source.read_bytes())
+        place = reader.fields[name].parts[part].ctypes.data - reader.data.ctypes.data
+        content[place : place + size] = value.to_bytes(size, "little")
+        target.write_bytes(content)
+
+    return damage
+
+
 def without_a_weight(source: Path, target: Path) -> None:
     reader = GGUFReader(source)
     writer = GGUFWriter(target, "llama")
@@ -96,9 +108,45 @@ DAMAGE = {
     "no magic": (changed(lambda content: b"GGML" + content[4:]), "is no GGUF file"),
     "empty": (changed(lambda content: b""), "is no GGUF file"),
     "cut in its header": (changed(lambda content: content[:200]), r"is damaged \(.+\)"),
-    "cut in its weights": (changed(lambda content: content[:-500]), r"is damaged \(.+\)"),
+    "cut in its weights": (
+        changed(lambda content: content[:-500]),
+        r"is damaged \(its weights would end \d+ ",
+    ),
     "an unknown type": (changed(retyped), r"is damaged \(.*999.* is not a valid GGMLQuantizationType\)"),
     "a size that does not fit": (changed(widened), r"is damaged \(.+\)"),
+    "an endless array": (metadata("tokenizer.ggml.token_type", 4, 1 << 40, 8), rf"is damaged \(a length of {1 << 40} "),
+    "an endless string": (metadata("tokenizer.ggml.model", 3, 1 << 40, 8), rf"is damaged \(a length of {1 << 40} "),
+    "an endless name": (metadata("llama.vocab_size", 0, 1 << 40, 8), rf"is damaged \(a length of {1 << 40} "),
+    "endless metadata": (metadata("GGUF.kv_count", 0, 1 << 40, 8), r"is damaged \(.+\)"),
+    "endless tensors": (metadata("GGUF.tensor_count", 0, 1 << 40, 8), r"is damaged \(.+\)"),
+    "no kind of model": (
+        changed(lambda c: c.replace(b"architecture", b"orchitecture")),
+        r"is damaged \(it has no general.architecture\)",
+    ),
+    "no layers": (
+        metadata("llama.block_count", 3, 0, 4),
+        r"is damaged \(llama.block_count is 0, .* of 1\)",
+    ),
+    "too many layers": (metadata("llama.block_count", 3, 1 << 31, 4), r"is damaged \(llama.block_count is \d+, "),
+    "another width": (metadata("llama.embedding_length", 3, 66, 4), r"is damaged \(llama.embedding_length is 66, "),
+    "too wide": (
+        metadata("llama.feed_forward_length", 3, 1 << 21, 4),
+        r"is damaged \(llama.feed_forward_length is ",
+    ),
+    "another vocabulary": (metadata("llama.vocab_size", 3, 9, 4), r"is damaged \(llama.vocab_size is 9, .* of 263\)"),
+    "no name of its layers": (
+        changed(lambda c: c.replace(b"block_count", b"block_cound")),
+        r"is damaged \(it has no ",
+    ),
+    "other heads": (
+        metadata("llama.attention.head_count", 3, 4, 4),
+        "cannot be loaded: its weights have other shapes ",
+    ),
+    "other heads of keys": (metadata("llama.attention.head_count_kv", 3, 129, 4), "cannot be loaded: its weights have"),
+    "no such token": (
+        metadata("tokenizer.ggml.eos_token_id", 3, 9999, 4),
+        "cannot be loaded: its metadata do not fit its weights or its tokens",
+    ),
     "another model": (changed(lambda c: c.replace(b"llama", b"lamma")), "cannot be loaded: .*lamma is not supported"),
     "a weight that is not there": (without_a_weight, r"is damaged \(it has no model.layers.0.mlp.up_proj.weight\)"),
 }
