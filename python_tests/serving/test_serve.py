@@ -151,6 +151,7 @@ def test_parts_of_a_message_and_newer_names(loaded: Any, client: httpx.Client) -
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0}, "top_p"),
+        ({"top_k": 2**63}, "top_k"),
         ({"seed": 2**63}, "seed"),
         ({"n": 0}, "n"),
         ({"n": 1000}, "n"),
