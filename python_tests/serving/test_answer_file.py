@@ -72,7 +72,13 @@ def test_what_is_answered_is_kept(folder: Path, tmp_path: Path) -> None:
     ("questions", "there", "message"),
     [
         ([{"prompt": "w3"}], '{"id": "other"}\n', "--output: answers.jsonl line 1: must be the answer to 1, got"),
-        ([{"prompt": "w3"}], '{"id": 1}\n{"id": 2}\n', "line 2: must be the answer to None"),
+        ([{"prompt": "w3"}], '{"id": 1, "answer": ""}\n{"id": 2}\n', "line 2: must not be there, with 1 prompts"),
+        ([{"prompt": "w3"}], '{"id": 1, "prompt": "w3"}\n', "line 1: must be the answer to 1, got"),
+        ([{"prompt": "w3"}], '{"id": 1, "prompt": "w3"}', "answers.jsonl: the last line must be an answer, got"),
+        ([{"prompt": "w3"}], '{"id": 12, "answer": "w', "the last line must be an answer, got"),
+        ([{"prompt": "w3"}], '{"id": 1, "answer": ""}\n{', "the last line must be an answer, got b'{'"),
+        ([{"prompt": "w3"}], "my notes", "the last line must be an answer, got b'my notes'"),
+        ([{"prompt": "w3", "id": None}], '{"answer": ""}\n', "line 1: must be the answer to None, got"),
         ([{"prompt": ""}], "", '--file: prompts.jsonl line 1: must have "prompt", a text, or "messages"'),
         ([{"prompt": "w3", "messages": ["w3"]}], "", "--file: prompts.jsonl line 1"),
         ([{"messages": [3]}], "", '--file: prompts.jsonl line 1: must have "prompt"'),
@@ -84,6 +90,32 @@ def test_refused(folder: Path, tmp_path: Path, questions: list[Any], there: str,
     (tmp_path / "answers.jsonl").write_text(there)
     result = run(folder, questions, "--output", str(tmp_path / "answers.jsonl"))
     assert result.exit_code == 2 and message in result.output
+    assert (tmp_path / "answers.jsonl").read_text() == there
+
+
+def test_other_files_are_no_output(folder: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(folder / "prompts.jsonl")
+    for output, message in (
+        (link, "link.jsonl must be another file than that of the prompts"),
+        (Path("/dev/full"), "full must be a regular file"),
+        (folder, "must be a regular file"),
+    ):
+        result = run(folder, QUESTIONS[:2], "--output", str(output))
+        assert result.exit_code == 2 and message in result.output
+    assert link.read_text() == "".join(json.dumps(question) + "\n" for question in QUESTIONS[:2])
+
+
+def test_goes_on_behind_an_error_and_an_id_that_is_null(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    questions = [{"prompt": "w9 " * 300, "id": None}, {"prompt": "w3", "id": None}, {"prompt": "w4", "id": [1, {}]}]
+    assert run(folder, questions, "--output", str(out)).exit_code == 1
+    lines = out.read_text().splitlines(keepends=True)
+    for there in (lines[:1], [*lines[:2], lines[2][:20]], lines):
+        out.write_text("".join(there))
+        result = run(folder, questions, "--output", str(out))
+        assert result.exit_code == 1 and ", 1 refused]" in result.output
+        assert out.read_text() == "".join(lines)
 
 
 def test_refused_options(folder: Path) -> None:
