@@ -118,6 +118,14 @@ def test_goes_on_behind_an_error_and_an_id_that_is_null(folder: Path, tmp_path: 
         assert out.read_text() == "".join(lines)
 
 
+@pytest.mark.parametrize("raw", [[], ["--raw"]])
+def test_half_a_character_is_refused_alone(folder: Path, tmp_path: Path, raw: list[str]) -> None:
+    out = tmp_path / "answers.jsonl"
+    result = run(folder, [{"prompt": "w3"}, {"prompt": "w3 \ud800"}, {"prompt": "w4"}], "--output", str(out), *raw)
+    assert result.exit_code == 1 and "[2 answered, 0 were there, 1 refused]" in result.output
+    assert answers(out)[1] == {"id": 2, "error": "the prompt must be text, got '\\ud800', half of a character"}
+
+
 def test_refused_options(folder: Path) -> None:
     assert "--output: must be given with --file" in run(folder, QUESTIONS[:1]).output
     assert "--file: cannot be had with PROMPT" in run(folder, QUESTIONS[:1], "--compare").output
