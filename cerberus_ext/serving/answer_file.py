@@ -18,10 +18,16 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     questions = []
     for where, line in read_json_lines(path):
         found = [line[name] for name in ("prompt", "messages") if line.get(name)] if isinstance(line, dict) else []
-        if len(found) != 1 or not (_are_messages(found[0]) if "messages" in line else isinstance(found[0], str)):
+        if len(found) != 1 or not (_are_messages(found[0]) if line.get("messages") else isinstance(found[0], str)):
             got = json.dumps(line)[:40]
             raise ValueError(f'{where}: must have "prompt", a text, or "messages" of texts, got {got!r}')
-        questions.append({"id": line.get("id", int(where.rsplit(" ", 1)[1])), "prompt": found[0]})
+        identity = line.get("id", int(where.rsplit(" ", 1)[1]))
+        try:
+            json.dumps(identity, ensure_ascii=False, allow_nan=False).encode()
+        except ValueError:  # it could not be written, or not be found again
+            got = json.dumps(identity)[:40]
+            raise ValueError(f'{where}: "id" must be JSON of finite numbers and whole characters, got {got}') from None
+        questions.append({"id": identity, "prompt": found[0]})
     if not questions:
         raise ValueError(f"{path.name} must have at least one prompt, got none")
     return questions

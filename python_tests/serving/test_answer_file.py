@@ -41,8 +41,8 @@ def answers(file: Path) -> list[Any]:
 
 def test_as_decode_alone(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
-    chat = {"messages": [{"role": "user", "content": "w7"}, {"role": "assistant", "content": "w8"}]}
-    questions = [*QUESTIONS[:20], chat, {"prompt": "w9 " * 300}, {"prompt": "w3"}]
+    chat = {"prompt": None, "messages": [{"role": "user", "content": "w7"}, {"role": "assistant", "content": "w8"}]}
+    questions = [*QUESTIONS[:20], chat, {"prompt": "w9 " * 300}, {"prompt": "w3", "messages": None}]
     result = run(folder, questions, "--output", str(out), "--slots", "3")
     assert result.exit_code == 1 and "[22 answered, 0 were there, 1 refused]" in result.output
     model, tokenizer = tiny(tmp_path)
@@ -83,6 +83,13 @@ def test_what_is_answered_is_kept(folder: Path, tmp_path: Path) -> None:
         ([{"prompt": "w3", "messages": ["w3"]}], "", "--file: prompts.jsonl line 1"),
         ([{"messages": [3]}], "", '--file: prompts.jsonl line 1: must have "prompt"'),
         ([3], "", "--file: prompts.jsonl line 1"),
+        (
+            [{"prompt": "w3"}, {"prompt": "w3", "id": "\ud800"}],
+            "",
+            'line 2: "id" must be JSON of finite numbers and whole',
+        ),
+        ([{"prompt": "w3", "id": [float("nan")]}], "", 'prompts.jsonl line 1: "id" must be JSON of finite numbers'),
+        ([{"prompt": "w3", "id": float("inf")}], "", 'line 1: "id" must be JSON of finite numbers'),
         ([], "", "--file: prompts.jsonl must have at least one prompt"),
     ],
 )
