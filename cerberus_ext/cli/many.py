@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -34,8 +33,9 @@ def answer_file(
     file: Path, output: Path | None, ray: str | None, replicas: int, slots: int, loading: tuple[Any, ...],
     **options: Any,
 ) -> None:  # fmt: skip
-    """loading: arguments of load_any. options: Answerer's. Status 1 where some prompts could not be answered."""
-    from ..serving.answer_file import answered, read_questions
+    """loading: arguments of load_any. options: Answerer's. Status 1 where some prompts could not be answered,
+    now or before."""
+    from ..serving.answer_file import answered, line_of, read_questions
     from ..serving.answerer import AHEAD, in_order
 
     if output is None:
@@ -43,21 +43,22 @@ def answer_file(
     with option("--file"):
         questions = read_questions(file)
     with option("--output"):
-        there = answered(output, questions)
+        there, errors = answered(output, questions, file)
         to = output.open("ab")
     options |= {"load": partial(load_any, *loading), "slots": slots}
 
     async def write(workers: Any) -> int:
-        refused = 0
+        refused = errors
         async for answer in in_order(questions[there:], workers, AHEAD * slots):
             refused += "error" in answer
-            to.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+            to.write(line_of(answer))
             to.flush()
         return refused
 
     with to, _here(**options) if ray is None else _on_ray(ray, replicas, loading, **options) as workers:
         refused = asyncio.run(write(workers))
-    typer.echo(f"[{len(questions) - there - refused} answered, {there} were there, {refused} refused]", err=True)
+    old = there - errors
+    typer.echo(f"[{len(questions) - old - refused} answered, {old} were there, {refused} refused]", err=True)
     if refused:
         raise typer.Exit(1)
 

@@ -51,9 +51,12 @@ class Batch:
             self._waiting.remove(request)
 
     def chunks(self) -> Generator[Chunk, None, None]:
-        """Until nothing is left: the tokens that steps add. The model is decoding meanwhile."""
+        """Until nothing is left: the tokens that steps add. The model is decoding meanwhile.
+
+        A text that fails before its first token ends alone: with an empty chunk, and the error in its Request.
+        """
         if self._latest is None:
             return
         plan = self._latest.plan
         with session(runtime_of(self._model), plan.drafts, self._running) as texts:
-            yield from generate(texts, plan, self._waiting, self._running.slots, True)
+            yield from generate(texts, plan, self._waiting, self._running.slots, True, apart=True)

@@ -109,7 +109,7 @@ def check_sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any, seed: A
     )
     top_p = check_number("decode: top_p", top_p, "> 0 and <= 1", lambda number: 0 < number <= 1)
     min_p = check_number("decode: min_p", min_p, ">= 0 and <= 1", lambda number: 0 <= number <= 1)
-    top_k = check_integer("decode: top_k", top_k, 0)
+    top_k = check_integer("decode: top_k", top_k, 0, 2**63 - 1)
     seed = check_integer("decode: seed", seed, -(2**63), 2**63 - 1)
     if not isinstance(acceptance, str) or acceptance not in _ACCEPTANCES:
         raise ValueError(f"decode: acceptance must be one of {sorted(_ACCEPTANCES)}, got {acceptance!r}")

@@ -84,27 +84,40 @@ def begin(session: Session, plan: Plan, request: Request, keep: bool) -> tuple[R
     text, stats = request.text, request.stats
     with torch.inference_mode():
         stepper = session.open(request.chooser, stats, request.capacity, text.prompt if keep else None)
-        with stats.phase("prefill"):
-            first = stepper.prefill(text.prompt)
-        with stats.phase("draft"):
-            trees = plan.begin(text.prompt[0].tolist() + first)
-        with stats.phase("prefill"):
-            text.begin()
-            return Row(request, stepper, trees), Chunk(text.add(first), [None], request.row)
+        try:
+            with stats.phase("prefill"):
+                first = stepper.prefill(text.prompt)
+            with stats.phase("draft"):
+                trees = plan.begin(text.prompt[0].tolist() + first)
+            with stats.phase("prefill"):
+                text.begin()
+                return Row(request, stepper, trees), Chunk(text.add(first), [None], request.row)
+        except BaseException:
+            session.close(stepper)
+            raise
 
 
-def generate(session: Session, plan: Plan, waiting: deque[Request], slots: int, keep: bool) -> Iterator[Chunk]:
+def generate(
+    session: Session, plan: Plan, waiting: deque[Request], slots: int, keep: bool, apart: bool = False
+) -> Iterator[Chunk]:
     """Generates the texts, step by step -> the tokens that they take of each, first that of the prompt's forward.
 
     A text that ends frees its slot, which the next one takes before the next step. One alone is a batch of one.
-    waiting: is taken from; more may be put there between the chunks.
+    waiting: is taken from; more may be put there between the chunks. apart: see `Batch.chunks`.
     """
     rows: list[Row] = []
     budget = Budget(plan.costs)
     while waiting or rows:
         if waiting and len(rows) < slots:
-            row, chunk = begin(session, plan, waiting.popleft(), keep)
-            rows.append(row)
+            request = waiting.popleft()
+            try:
+                row, chunk = begin(session, plan, request, keep)
+                rows.append(row)
+            except Exception as error:
+                if not apart:
+                    raise
+                request.error, request.text.stopped = error, True
+                chunk = Chunk([], [], request.row)
             chunks = [chunk]
         else:
             with torch.inference_mode():  # not where the caller goes on: it would be his mode, too

@@ -21,7 +21,7 @@ from .text import MAX_NEW_TOKENS, SLOTS, GeneratedText
 @dataclass
 class Request:
     """One text. row: of the prompts. capacity: tokens, of its cache. limit: tokens for which the model has positions,
-    at most as many as were asked for."""
+    at most as many as were asked for. error: why it ended before its first token, see `Batch.chunks`."""
 
     row: int
     text: GeneratedText
@@ -30,6 +30,7 @@ class Request:
     capacity: int
     limit: int
     asked: int
+    error: Exception | None = None
 
     def warn_where_positions_ended(self, model: PreTrainedModel, stacklevel: int) -> None:
         if len(self.text.tokens) == self.limit < self.asked and not self.text.stopped:

@@ -79,16 +79,16 @@ def read_object(file: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def read_json_lines(path: Path, what: str = "") -> Iterator[tuple[str, Any]]:
+def read_json_lines(path: Path, what: str = "", *, ended: bool = False) -> Iterator[tuple[str, Any]]:
     """Yields (where, value) for every line that is not blank; `where` names file and line, for messages.
 
-    what: put before it, "train: " say.
+    what: put before it, "train: " say. ended: without a last line that has no end.
     Raises ValueError, naming the line, where one is not JSON in UTF-8, OSError where the file cannot be read.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             text, where = line.strip(), f"{what}{path.name} line {number}"
-            if not text:
+            if not text or (ended and not line.endswith(b"\n")):
                 continue
             try:
                 value = json.loads(text.decode("utf-8-sig" if number == 1 else "utf-8"))

@@ -152,4 +152,4 @@ class Engine:
         job.put(chunk.tokens)
         if job.request.text.ended:
             del self._running[chunk.row]
-            job.put(None)
+            job.put(job.request.error)  # None: it is whole

@@ -55,6 +55,13 @@ class Spelling:
     text: str
     bytes: list[int] | None
 
+    @property
+    def name(self) -> str:
+        """As completions have it, where it is a key: of the parts of a character OpenAI's `bytes:\\xe2`."""
+        if "\ufffd" not in self.text or self.bytes is None:
+            return self.text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes)
+
 
 class Spellings:
     """Of a tokenizer's tokens."""
@@ -97,8 +104,8 @@ def of_completion(entries: Sequence[Entry]) -> dict[str, Any]:
     """As completions have them: the token itself is always among the best ones."""
     best = [[*entry.best, entry.own] for entry in entries]
     return {
-        "tokens": [entry.own[0].text for entry in entries],
+        "tokens": [entry.own[0].name for entry in entries],
         "token_logprobs": [entry.own[1] for entry in entries],
-        "top_logprobs": [{spelling.text: logprob for spelling, logprob in of_one} for of_one in best],
+        "top_logprobs": [{spelling.name: logprob for spelling, logprob in of_one} for of_one in best],
         "text_offset": [entry.offset for entry in entries],
     }

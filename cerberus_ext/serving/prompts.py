@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +41,14 @@ class Prompts:
         return ids
 
     def _encode(self, prompt: Any) -> Tensor:
+        if not isinstance(prompt, str) and isinstance(prompt[0], int):
+            return torch.tensor([prompt])
+        try:
+            json.dumps(prompt, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise Refused(f"the prompt must be text, got {error.object[error.start]!r}, half of a character") from None
         if isinstance(prompt, str):
             return self._tokenizer(prompt, return_tensors="pt").input_ids.to(torch.int64)
-        if isinstance(prompt[0], int):
-            return torch.tensor([prompt])
         if self._tokenizer.chat_template is None:
             raise Refused("messages: the model has no chat template: ask /v1/completions")
         try:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from ..engine.request import seed_of_row
 
 MAX_CHOICES, MAX_STOPS = 16, 16
-Ids: TypeAlias = list[Annotated[int, Field(ge=0)]]
+Ids: TypeAlias = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1)]
 # Of OpenAI's, with the only values that they may have here: with another one an answer would be another.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
@@ -43,7 +51,7 @@ class Request(BaseModel):
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Annotated[int, Field(ge=0, lt=2**63)] = 0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = Field(default_factory=lambda: secrets.randbits(62))
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     stop: list[str] = []
@@ -131,10 +139,17 @@ class ChatRequest(Request):
 class CompletionRequest(Request):
     """POST /v1/completions: one or several prompts, as text or as tokens."""
 
-    prompt: (
-        str | Annotated[Ids, Field(min_length=1)] | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=64)]
-    )
+    prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=64)]
     logprobs: Annotated[int | None, Field(ge=0, le=5)] = None
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _of_one_kind(cls, prompt: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        """Not an error for each of the kinds."""
+        try:
+            return check(prompt)
+        except ValidationError:
+            raise ValueError("must be a text, tokens from 0 to 2**63 - 1, at least one, or 1 to 64 of either") from None
 
     @property
     def top(self) -> int | None:

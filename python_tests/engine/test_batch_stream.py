@@ -79,6 +79,43 @@ def test_a_decoder_is_usable_after_a_stream_that_did_not_end(how: str) -> None:
     equal(texts_of(Decoder(model).decode(rows, max_new_tokens=NEW).sequences, rows), alone(model, rows))
 
 
+class Fails:
+    """A logits processor that raises at its first token, or at its second one."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not self.calls:
+            raise MemoryError("no memory")
+        self.calls -= 1
+        return scores
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_text_that_fails_before_its_first_token_ends_alone(place: int) -> None:
+    model, rows = tiny_family("llama"), prompts([5, 2, 11])
+    batch = Decoder(model, tree=6).batch(3)
+    requests = [
+        batch.add(row, max_new_tokens=NEW, **({"logits_processor": [Fails(0)]} if number == place else {}))
+        for number, row in enumerate(rows)
+    ]
+    chunks = list(batch.chunks())
+    assert [chunk.row for chunk in chunks if not chunk.tokens] == [place]
+    assert isinstance(requests[place].error, MemoryError) and requests[place].text.ended
+    for number, (request, text) in enumerate(zip(requests, alone(model, rows), strict=True)):
+        assert request.text.tokens == ([] if number == place else text[0, rows[number].shape[1] :].tolist())
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_one_that_fails_later_ends_all() -> None:
+    batch = Decoder(tiny_family("llama"), tree=6).batch(3)
+    for row, options in zip(prompts([5, 2]), ({}, {"logits_processor": [Fails(1)]}), strict=True):
+        batch.add(row, max_new_tokens=NEW, **options)
+    with pytest.raises(MemoryError):
+        list(batch.chunks())
+
+
 def test_each_row_goes_on_from_what_has_most_in_common_with_it() -> None:
     """The turns of several conversations."""
     model, rows = tiny_family("llama"), prompts([5, 2, 11])

@@ -6,6 +6,7 @@ The same to the bit: sequences, and keys and values of all tokens. What is kept 
 from __future__ import annotations
 
 import copy
+import linecache
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -256,14 +257,20 @@ def test_goes_on_behind_a_stream_that_is_left(llama: PreTrainedModel) -> None:
 
 @contextmanager
 def interrupt_at(line: int) -> Iterator[list[int]]:
-    """Raises KeyboardInterrupt in front of this line of the package that is run, counted from here; -> the count."""
+    """Raises KeyboardInterrupt in front of this line of the package that is run, counted from here; -> the count.
+
+    Not at a `with`: the interpreter stops there on the way out, too, before the lock is let go, where no signal comes.
+    """
     package, seen = str(Path(cerberus_ext.__file__).parent), [0]
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
         if not frame.f_code.co_filename.startswith(package):
             return None
-        seen[0] += event == "line"
-        if event == "line" and seen[0] == line:
+        here = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
+        if event != "line" or here.startswith("with "):
+            return trace
+        seen[0] += 1
+        if seen[0] == line:
             raise KeyboardInterrupt
         return trace
 

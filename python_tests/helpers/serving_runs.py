@@ -55,7 +55,8 @@ class ScriptedBatch:
 
     def add(self, ids: Any, max_new_tokens: int = 256, **_: Any) -> Any:
         text = SimpleNamespace(ended=False)
-        request = SimpleNamespace(row=self._count, stats=DecodeStats(), text=text, left=max_new_tokens // 2, made=0)
+        request = SimpleNamespace(row=self._count, stats=DecodeStats(), text=text, error=None)
+        request.left, request.made = max_new_tokens // 2, 0
         self._count += 1
         self._texts.append(request)
         return request

@@ -41,8 +41,8 @@ def answers(file: Path) -> list[Any]:
 
 def test_as_decode_alone(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
-    chat = {"messages": [{"role": "user", "content": "w7"}, {"role": "assistant", "content": "w8"}]}
-    questions = [*QUESTIONS[:20], chat, {"prompt": "w9 " * 300}, {"prompt": "w3"}]
+    chat = {"prompt": None, "messages": [{"role": "user", "content": "w7"}, {"role": "assistant", "content": "w8"}]}
+    questions = [*QUESTIONS[:20], chat, {"prompt": "w9 " * 300}, {"prompt": "w3", "messages": None}]
     result = run(folder, questions, "--output", str(out), "--slots", "3")
     assert result.exit_code == 1 and "[22 answered, 0 were there, 1 refused]" in result.output
     model, tokenizer = tiny(tmp_path)
@@ -72,11 +72,24 @@ def test_what_is_answered_is_kept(folder: Path, tmp_path: Path) -> None:
     ("questions", "there", "message"),
     [
         ([{"prompt": "w3"}], '{"id": "other"}\n', "--output: answers.jsonl line 1: must be the answer to 1, got"),
-        ([{"prompt": "w3"}], '{"id": 1}\n{"id": 2}\n', "line 2: must be the answer to None"),
+        ([{"prompt": "w3"}], '{"id": 1, "answer": ""}\n{"id": 2}\n', "line 2: must not be there, with 1 prompts"),
+        ([{"prompt": "w3"}], '{"id": 1, "prompt": "w3"}\n', "line 1: must be the answer to 1, got"),
+        ([{"prompt": "w3"}], '{"id": 1, "prompt": "w3"}', "answers.jsonl: the last line must be an answer, got"),
+        ([{"prompt": "w3"}], '{"id": 12, "answer": "w', "the last line must be an answer, got"),
+        ([{"prompt": "w3"}], '{"id": 1, "answer": ""}\n{', "the last line must be an answer, got b'{'"),
+        ([{"prompt": "w3"}], "my notes", "the last line must be an answer, got b'my notes'"),
+        ([{"prompt": "w3", "id": None}], '{"answer": ""}\n', "line 1: must be the answer to None, got"),
         ([{"prompt": ""}], "", '--file: prompts.jsonl line 1: must have "prompt", a text, or "messages"'),
         ([{"prompt": "w3", "messages": ["w3"]}], "", "--file: prompts.jsonl line 1"),
         ([{"messages": [3]}], "", '--file: prompts.jsonl line 1: must have "prompt"'),
         ([3], "", "--file: prompts.jsonl line 1"),
+        (
+            [{"prompt": "w3"}, {"prompt": "w3", "id": "\ud800"}],
+            "",
+            'line 2: "id" must be JSON of finite numbers and whole',
+        ),
+        ([{"prompt": "w3", "id": [float("nan")]}], "", 'prompts.jsonl line 1: "id" must be JSON of finite numbers'),
+        ([{"prompt": "w3", "id": float("inf")}], "", 'line 1: "id" must be JSON of finite numbers'),
         ([], "", "--file: prompts.jsonl must have at least one prompt"),
     ],
 )
@@ -84,6 +97,40 @@ def test_refused(folder: Path, tmp_path: Path, questions: list[Any], there: str,
     (tmp_path / "answers.jsonl").write_text(there)
     result = run(folder, questions, "--output", str(tmp_path / "answers.jsonl"))
     assert result.exit_code == 2 and message in result.output
+    assert (tmp_path / "answers.jsonl").read_text() == there
+
+
+def test_other_files_are_no_output(folder: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(folder / "prompts.jsonl")
+    for output, message in (
+        (link, "link.jsonl must be another file than that of the prompts"),
+        (Path("/dev/full"), "full must be a regular file"),
+        (folder, "must be a regular file"),
+    ):
+        result = run(folder, QUESTIONS[:2], "--output", str(output))
+        assert result.exit_code == 2 and message in result.output
+    assert link.read_text() == "".join(json.dumps(question) + "\n" for question in QUESTIONS[:2])
+
+
+def test_goes_on_behind_an_error_and_an_id_that_is_null(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    questions = [{"prompt": "w9 " * 300, "id": None}, {"prompt": "w3", "id": None}, {"prompt": "w4", "id": [1, {}]}]
+    assert run(folder, questions, "--output", str(out)).exit_code == 1
+    lines = out.read_text().splitlines(keepends=True)
+    for there in (lines[:1], [*lines[:2], lines[2][:20]], lines):
+        out.write_text("".join(there))
+        result = run(folder, questions, "--output", str(out))
+        assert result.exit_code == 1 and ", 1 refused]" in result.output
+        assert out.read_text() == "".join(lines)
+
+
+@pytest.mark.parametrize("raw", [[], ["--raw"]])
+def test_half_a_character_is_refused_alone(folder: Path, tmp_path: Path, raw: list[str]) -> None:
+    out = tmp_path / "answers.jsonl"
+    result = run(folder, [{"prompt": "w3"}, {"prompt": "w3 \ud800"}, {"prompt": "w4"}], "--output", str(out), *raw)
+    assert result.exit_code == 1 and "[2 answered, 0 were there, 1 refused]" in result.output
+    assert answers(out)[1] == {"id": 2, "error": "the prompt must be text, got '\\ud800', half of a character"}
 
 
 def test_refused_options(folder: Path) -> None:

@@ -21,6 +21,9 @@ import pytest
 from serving_runs import CHAT, COMPLETIONS, Scripted, answered, chat, served, tiny, until
 from tiny_chat import save_model
 
+from cerberus_ext import Decoder
+from cerberus_ext.serving.logprobs import Logprobs
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -107,6 +110,21 @@ def test_what_breaks_breaks_alone(tokenizer: Any, fails_at: int) -> None:
         assert "MemoryError: the answer failed" in lines[-1] and "[DONE]" not in lines[-1]
         decoder.fails_at = None
         assert said(client) == "w0 w1 w2 w3"
+
+
+def test_a_prompt_that_breaks_breaks_no_stream(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Logprobs, ids: Any, scores: Any) -> Any:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(Logprobs, "__call__", broken)
+    with Decoder(loaded[0]) as decoder, served(decoder, loaded[1], slots=2) as client:
+        body = chat("w5 w5", stream=True, max_tokens=200)
+        with client.stream("POST", CHAT, json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            whole = client.post(CHAT, json=chat(logprobs=True))
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert whole.status_code == 500 and whole.json()["error"]["message"] == "MemoryError: the answer failed"
 
 
 def test_a_request_may_take_so_long(tokenizer: Any) -> None:

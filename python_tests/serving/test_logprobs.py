@@ -12,7 +12,7 @@ from byte_tokenizer import byte_tokenizer
 from serving_runs import CHAT, COMPLETIONS, answered, chat, events, served
 
 from cerberus_ext import Decoder
-from cerberus_ext.serving.logprobs import Logprobs, Spellings
+from cerberus_ext.serving.logprobs import Entry, Logprobs, Spelling, Spellings, of_completion
 
 PROMPT = "w5 w5"  # is answered at length, with drafts that are right
 
@@ -123,6 +123,21 @@ def test_how_tokens_read() -> None:
     for text in ("a", " ", "é", "\n", "\U0001f600"):
         found = [spellings.of(token) for token in tokenizer.encode(text, add_special_tokens=False)]
         assert b"".join(bytes(spelling.bytes or ()) for spelling in found) == text.encode()
+
+
+def test_parts_of_a_character_have_names_of_their_own() -> None:
+    tokenizer = byte_tokenizer(256)
+    spellings = Spellings(tokenizer)
+    found = [spellings.of(token) for token in tokenizer.encode("é", add_special_tokens=False)]
+    assert [spelling.text for spelling in found] == ["\ufffd", "\ufffd"]
+    best = [
+        (spelling, -1.0 - place) for place, spelling in enumerate([*found, spellings.of(tokenizer.encode("a")[-1])])
+    ]
+    got = of_completion([Entry(0, best[0], best), Entry(0, best[1], best), Entry(1, best[2], [])])
+    first, second = "bytes:\\xc3", "bytes:\\xa9"
+    assert got["tokens"] == [first, second, "a"]
+    assert got["top_logprobs"] == [{first: -1.0, second: -2.0, "a": -3.0}] * 2 + [{"a": -3.0}]
+    assert Spelling("\ufffd", None).name == "\ufffd"
 
 
 def test_what_is_forbidden_is_a_number_in_json() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -151,6 +152,7 @@ def test_parts_of_a_message_and_newer_names(loaded: Any, client: httpx.Client) -
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0}, "top_p"),
+        ({"top_k": 2**63}, "top_k"),
         ({"seed": 2**63}, "seed"),
         ({"n": 0}, "n"),
         ({"n": 1000}, "n"),
@@ -170,8 +172,8 @@ def test_parts_of_a_message_and_newer_names(loaded: Any, client: httpx.Client) -
 )
 def test_what_is_refused_is_named(client: httpx.Client, change: dict[str, Any], param: str) -> None:
     content = repr({**chat(), **change})  # JSON, but for its NaN
-    for python, json in (("'", '"'), ("True", "true"), ("nan", "NaN")):
-        content = content.replace(python, json)
+    for python, own in (("'", '"'), ("True", "true"), ("nan", "NaN")):
+        content = content.replace(python, own)
     response = client.post(CHAT, content=content, headers={"content-type": "application/json"})
     error = response.json()["error"]
     assert response.status_code == 400 and error["type"] == "invalid_request_error"
@@ -193,7 +195,17 @@ def test_other_requests_are_refused(client: httpx.Client) -> None:
     assert long.status_code == 400 and "1 to 255 tokens, got 256" in long.json()["error"]["message"]
     unknown = client.post(COMPLETIONS, json={"model": "tiny", "prompt": [64000]})
     assert unknown.status_code == 400 and "ids must be in 0..63" in unknown.json()["error"]["message"]
-    assert client.post(COMPLETIONS, json={"model": "tiny", "prompt": ""}).status_code == 400
+    for prompt in ("", [], [[]], [[3], []], ["w3", ""], [10**30], [[10**30]], [-1], [True], ["w3", [3]], [3.5]):
+        refused = client.post(COMPLETIONS, json={"model": "tiny", "prompt": prompt})
+        assert refused.status_code == 400 and "prompt" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("words", ["\ud800 w3", "w3 \udfff"])
+def test_half_a_character_is_refused(client: httpx.Client, words: str) -> None:
+    for path, body in ((CHAT, chat(words)), (COMPLETIONS, {"model": "tiny", "prompt": ["w3", words]})):
+        response = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+        assert response.status_code == 400
+        assert "the prompt must be text, got '\\ud" in response.json()["error"]["message"]
 
 
 def test_models_health_and_metrics(loaded: Any, client: httpx.Client) -> None:
