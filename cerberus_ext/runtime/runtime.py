@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -34,6 +34,10 @@ _ORDER_ON_A_GPU = "attention on a GPU is summed in the order of slots, and draft
 _TRIED = 64  # tokens of a prompt that a new fused step is tried behind
 
 
+class _Use:
+    """Of a model, as long as this object lives. A lock would stay taken where an interrupt comes before its release."""
+
+
 class Runtime:
     """Of one model, which it does not keep alive.
 
@@ -43,6 +47,7 @@ class Runtime:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = weakref.ref(model)
         self._lock = threading.Lock()
+        self._use: Callable[[], _Use | None] = lambda: None  # of who decodes at this moment
         self._capability: tuple[Any, Capability] | None = None
         self._memory: Any = None  # memory_of the model when its capability was last asked for
         self.weights: Any = None  # versions of its tensors when the latest text began
@@ -82,19 +87,19 @@ class Runtime:
     @contextmanager
     def sole(self) -> Iterator[None]:
         """While inside, another decode of the model is refused: both would switch its attention and use its memory."""
-        held = False
-        try:
-            held = self._lock.acquire(blocking=False)
-            if not held:
+        mine = _Use()
+        with self._lock:
+            if self._use() is not None:
                 raise RuntimeError(
                     "decode: model must not be decoding already, another thread, or a gate, streamer or stopping"
                     " criterion that was called from a decode, uses it at this moment: take turns, or decode with a"
                     " copy of it"
                 )
+            self._use = weakref.ref(mine)
+        try:
             yield
         finally:
-            if held:
-                self._lock.release()
+            del mine  # where an interrupt comes before it, the end of its traceback
 
     @property
     def state(self) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from tiny_models import VOCAB, generate, generated, prompt, tiny_model
 from transformers import PreTrainedModel
 
 from cerberus_ext import CerberusConfig, CerberusHeads
+from cerberus_ext.drafting import dynamic_policy
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate, Gate, Signals
 from cerberus_ext.drafting.suffix import SuffixProposer
@@ -189,8 +190,9 @@ def test_trace_sources_of_paths_and_places(llama: PreTrainedModel) -> None:
             assert [len(path) for _, path in out.stats.trace] == list(map(len, out.stats.trace_proposers))
 
 
-def test_trace_sources_name_the_likelier(llama: PreTrainedModel) -> None:
+def test_trace_sources_name_the_likelier(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads and proposer draft the same: the heads' best drafts are at exp(-0.1) = 0.905."""
+    monkeypatch.setattr(dynamic_policy, "_fills", lambda *arguments: False)  # else they are not asked
     text = generated("llama", "cpu", NEW)
     for probability, proposer in ((0.95, 1), (0.85, 0)):
         for answer in (
