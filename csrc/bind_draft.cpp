@@ -19,11 +19,6 @@ namespace {
 
 Parallel threads() { return team(torch::stable::get_num_threads()); }
 
-void on_cpu(const Check& check, const Tensor& tensor, const char* argument) {
-  if (device_type(tensor) != aoti_torch_device_type_cpu())
-    check.fail(argument, "on cpu", device_text(tensor));
-}
-
 int64_t eight_bit_bytes(int64_t rows, int64_t size) {
   Check check("eight_bit_bytes");
   constexpr int64_t kMost = int64_t{1} << 30;
@@ -35,7 +30,7 @@ int64_t eight_bit_bytes(int64_t rows, int64_t size) {
 void pack_eight_bits(Tensor weight, Tensor packed) {
   Check check("pack_eight_bits");
   check.floating(weight, "weight", 2, "(O, I)");
-  on_cpu(check, weight, "weight");
+  check.on_cpu(weight, "weight");
   check.integer(packed, "packed", 1, "(n,)", ScalarType::Short);
   const int64_t count = eight_bit_bytes_cpu(weight.size(0), weight.size(1)) / 2;
   check.sizes(packed, "packed", "(n,)", {count});
@@ -47,7 +42,7 @@ void pack_eight_bits(Tensor weight, Tensor packed) {
 void eight_bit_linear(Tensor input, Tensor weight, Tensor output) {
   Check check("eight_bit_linear");
   check.floating(input, "input", 2, "(M, I)");
-  on_cpu(check, input, "input");
+  check.on_cpu(input, "input");
   check.floating(output, "output", 2, "(M, O)");
   check.sizes(output, "output", "(M, O)", {input.size(0), output.size(1)});
   check.integer(weight, "weight", 1, "(n,)", ScalarType::Short);
@@ -93,14 +88,14 @@ void settle(Tensor draft, Tensor target, Tensor parents, std::vector<Tensor> anc
             std::vector<Tensor> pending, Tensor path) {
   Check check("settle"), states("settle");  // hidden states have a dtype of their own
   check.integer(draft, "draft", 1, "(N,)", ScalarType::Long);
-  on_cpu(check, draft, "draft");
+  check.on_cpu(draft, "draft");
   const int64_t nodes = draft.size(0);
   check.integer(target, "target", 1, "(N,)", ScalarType::Long);
   check.sizes(target, "target", "(N,)", {nodes});
   check.integer(parents, "parents", 1, "(N,)", ScalarType::Long);
   check.sizes(parents, "parents", "(N,)", {nodes});
   states.floating(hidden, "hidden", 2, "(N, D)");
-  on_cpu(states, hidden, "hidden");
+  states.on_cpu(hidden, "hidden");
   states.sizes(hidden, "hidden", "(N, D)", {nodes, hidden.size(1)});
   check.integer(path, "path", 1, "(N,)", ScalarType::Long);
   check.sizes(path, "path", "(N,)", {nodes});
@@ -113,11 +108,7 @@ void settle(Tensor draft, Tensor target, Tensor parents, std::vector<Tensor> anc
   std::vector<Settled> texts;
   int64_t first = 0;
   for (size_t i = 0; i < count; ++i) {
-    check.integer(ancestors[i], "ancestors", 2, "(N, W)", ScalarType::Long);
-    const int64_t own = ancestors[i].size(0), words = (own + 63) / 64;
-    check.that(own >= 1 && own <= nodes - first, "ancestors",
-               "(N, W) with N from 1 to the " + std::to_string(nodes - first) + " nodes that are left", own);
-    check.sizes(ancestors[i], "ancestors", "(N, W)", {own, words});
+    const int64_t own = check.nodes_of_text(ancestors[i], nodes - first, "nodes");
     check.floating(cache[i], "cache", 5, "(C, 1, Hkv, S, E)");
     check.sizes(cache[i], "cache", "(C, 1, Hkv, S, E)", {cache[i].size(0), 1});
     check.integer(length[i], "length", 1, "(1,)", ScalarType::Long);
@@ -158,7 +149,7 @@ void settle(Tensor draft, Tensor target, Tensor parents, std::vector<Tensor> anc
 
 HeadStackArgs stack_args(Check& check, const Tensor& hidden, const Tensor& stack, const Tensor& bias) {
   check.floating(hidden, "hidden", 2, "(B, D)");
-  on_cpu(check, hidden, "hidden");
+  check.on_cpu(hidden, "hidden");
   check.not_empty(hidden, "hidden", "(B, D)", 1, "D");
   check.floating(bias, "bias", 3, "(L, K, D)");
   const int64_t size = hidden.size(1), layers = bias.size(0), heads = bias.size(1);

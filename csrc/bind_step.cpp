@@ -78,23 +78,22 @@ Packing packing_of(ScalarType type) {
   }
 }
 
-void on_cpu(const Check& check, const Tensor& tensor, const char* argument) {
+void plain_on_cpu(const Check& check, const Tensor& tensor, const char* argument) {
   check.plain(tensor, argument);
-  if (device_type(tensor) != aoti_torch_device_type_cpu())
-    check.fail(argument, "on cpu", device_text(tensor));
+  check.on_cpu(tensor, argument);
   if (!tensor.is_contiguous()) check.fail(argument, "contiguous", "shape " + shape_text(tensor));
 }
 
 int64_t make_step(std::vector<Tensor> tensors, Tensor code) {
   Check check("make_step");
   check.integer(code, "code", 1, "(n,)", ScalarType::Long);
-  on_cpu(check, code, "code");
+  plain_on_cpu(check, code, "code");
   const int64_t* numbers = static_cast<const int64_t*>(code.const_data_ptr());
   const DType dtype = static_cast<DType>(code.size(0) > 1 ? numbers[1] : 0);
   const ScalarType floating = type_of_dtype(dtype);
   std::vector<StepConstant> constants;
   for (const Tensor& tensor : tensors) {
-    on_cpu(check, tensor, "tensors");
+    plain_on_cpu(check, tensor, "tensors");
     const ScalarType type = dtype_of(tensor);
     const int64_t width = tensor.dim() > 0 ? tensor.size(tensor.dim() - 1) : 1;
     const Packing packing = tensor.dim() == 1 ? packing_of(type) : Packing::kNone;
@@ -128,11 +127,8 @@ std::vector<StepText> texts_of(Check& check, const Held& held, int64_t nodes,
   for (int64_t i = 0; i < count; ++i) {
     check.integer(length[i], "length", 1, "(1,)", ScalarType::Long);
     check.sizes(length[i], "length", "(1,)", {1});
-    check.integer(ancestors[i], "ancestors", 2, "(N, W)", ScalarType::Long);
-    const int64_t own = ancestors[i].size(0), words = (own + 63) / 64;
-    check.that(own >= 1 && own <= nodes - first, "ancestors",
-               "(N, W) with N from 1 to the " + std::to_string(nodes - first) + " tokens that are left", own);
-    check.sizes(ancestors[i], "ancestors", "(N, W)", {own, words});
+    const int64_t own = check.nodes_of_text(ancestors[i], nodes - first, "tokens");
+    const int64_t words = ancestors[i].size(1);
     check.floating(cache[i], "cache", 5, "(C, 1, Hkv, S, E)");
     check.that(cache[i].scalar_type() == held.type, "cache", dtype_text(held.type) + " like the step",
                dtype_text(cache[i].scalar_type()));
@@ -156,7 +152,7 @@ void run_step(int64_t number, Tensor tokens, Tensor positions, std::vector<Tenso
   const Step& step = held->step;
   Check check("run_step");
   check.integer(tokens, "tokens", 1, "(N,)", ScalarType::Long);
-  on_cpu(check, tokens, "tokens");
+  plain_on_cpu(check, tokens, "tokens");
   const int64_t nodes = tokens.size(0);
   check.that(nodes >= 1 && nodes <= 1 << 16, "tokens", "(N,) with N from 1 to 65536", nodes);
   check.integer(positions, "positions", 1, "(N,)", ScalarType::Long);
@@ -216,12 +212,12 @@ struct ToPack {
 ToPack check_packing(const char* op, Packing packing, const std::vector<Tensor>& weights,
                      const Tensor& packed) {
   Check check(op);
-  on_cpu(check, packed, "packed");
+  plain_on_cpu(check, packed, "packed");
   int64_t rows = 0;
   for (const Tensor& weight : weights) {
     check.floating(weight, "weights", 2, "(O, I)");
     check.that(weight.size(1) == weights[0].size(1), "weights", "of one I", weight.size(1));
-    on_cpu(check, weight, "weights");
+    plain_on_cpu(check, weight, "weights");
     rows += weight.size(0);
   }
   if (rows == 0) return {DType::kFloat32, 0, 0};
@@ -266,7 +262,7 @@ bool pack_blocks(std::vector<Tensor> weights, Tensor packed) {
 
 void prefer_large_pages(Tensor memory) {
   Check check("prefer_large_pages");
-  on_cpu(check, memory, "memory");
+  plain_on_cpu(check, memory, "memory");
   prefer_large_pages_cpu(memory.mutable_data_ptr(), memory.numel() * memory.element_size());
 }
 

@@ -171,6 +171,21 @@ class Check {
         fail(argument, std::string(letters) + " = " + shape_text(expected), shape_text(tensor));
   }
 
+  void on_cpu(const Tensor& tensor, const char* argument) const {
+    if (device_type(tensor) != aoti_torch_device_type_cpu()) fail(argument, "on cpu", device_text(tensor));
+  }
+
+  // Ancestors (N, W) of one of several texts, which has some of the nodes that are left; returns how many.
+  // noun: what these are called in a message.
+  int64_t nodes_of_text(const Tensor& ancestors, int64_t left, const char* noun) {
+    integer(ancestors, "ancestors", 2, "(N, W)", ScalarType::Long);
+    const int64_t nodes = ancestors.size(0);
+    that(nodes >= 1 && nodes <= left, "ancestors",
+         "(N, W) with N from 1 to the " + std::to_string(left) + " " + noun + " that are left", nodes);
+    sizes(ancestors, "ancestors", "(N, W)", {nodes, (nodes + 63) / 64});
+    return nodes;
+  }
+
   // An axis that may not be empty.
   void not_empty(const Tensor& tensor, const char* argument, const char* letters, int64_t axis,
                  const char* letter) const {

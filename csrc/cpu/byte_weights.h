@@ -47,13 +47,12 @@ struct ByteTile {
   const float* scales;
 };
 
-// 32 weights as Product<X> takes them: get<part>(); and as they are in memory: words(). kInPairs: q of even
-// numbers come first, then those of odd ones.
+// kInPairs: q of even numbers come first, then those of odd ones.
 template <typename X>
 class ByteWeights;
 
 template <>
-class ByteWeights<PairedFloat> {
+class ByteWeights<PairedFloat> : public BlockWeights<PairedFloat> {
  public:
   static constexpr int64_t kBytes = kPackedWeights * (kBlock + 4);
   static constexpr bool kInPairs = true;
@@ -64,36 +63,19 @@ class ByteWeights<PairedFloat> {
     for (int half = 0; half < 2; ++half)
       parts_[half] = bit_cast<Vec>(round_to_bfloat16(constants, tile.values(step, n, half), 0xffff));
   }
-  template <int kPart>
-  Vec get() const {
-    return parts_[kPart];
-  }
-  __m512i words() const {
-    return bit_cast<__m512i>(bit_cast<UIntVec>(parts_[0]) >> 16 | bit_cast<UIntVec>(parts_[1]));
-  }
-
- private:
-  Vec parts_[2];
 };
 
 #if defined(__AVX512BF16__)
 template <>
-class ByteWeights<BFloat16> {
+class ByteWeights<BFloat16> : public BlockWeights<BFloat16> {
  public:
   static constexpr int64_t kBytes = kPackedWeights * (kBlock + 4);
   static constexpr bool kInPairs = false;
   using Tile = ByteTile;
   ByteWeights() = default;
-  ByteWeights(const Tile& tile, int64_t step, int n)
-      : words_(bit_cast<__m512i>(_mm512_cvtne2ps_pbh(tile.values(step, n, 1), tile.values(step, n, 0)))) {}
-  template <int>
-  __m512bh get() const {
-    return bit_cast<__m512bh>(words_);
+  ByteWeights(const Tile& tile, int64_t step, int n) {
+    words_ = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(tile.values(step, n, 1), tile.values(step, n, 0)));
   }
-  __m512i words() const { return words_; }
-
- private:
-  __m512i words_;
 };
 #endif
 

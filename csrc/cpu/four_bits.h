@@ -60,12 +60,11 @@ struct FourBitTile {
   const char *codes_, *scales_;
 };
 
-// 32 weights as Product<X> takes them: get<part>(); and as they are in memory: words().
 template <typename X>
 class FourBitWeights;
 
 template <>
-class FourBitWeights<PairedFloat> {
+class FourBitWeights<PairedFloat> : public BlockWeights<PairedFloat> {
  public:
   static constexpr int64_t kBytes = kPackedWeights * 16 + kFourBitScaleBytes;
   using Tile = FourBitTile;
@@ -78,21 +77,11 @@ class FourBitWeights<PairedFloat> {
     parts_[0] = bit_cast<Vec>(_mm512_permutexvar_ps(codes, values));
     parts_[1] = bit_cast<Vec>(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), values));
   }
-  template <int kPart>
-  Vec get() const {
-    return parts_[kPart];
-  }
-  __m512i words() const {
-    return bit_cast<__m512i>(bit_cast<UIntVec>(parts_[0]) >> 16 | bit_cast<UIntVec>(parts_[1]));
-  }
-
- private:
-  Vec parts_[2];
 };
 
 #if defined(__AVX512BF16__)
 template <>
-class FourBitWeights<BFloat16> {
+class FourBitWeights<BFloat16> : public BlockWeights<BFloat16> {
  public:
   static constexpr int64_t kBytes = kPackedWeights * 16 + kFourBitScaleBytes;
   using Tile = FourBitTile;
@@ -105,14 +94,6 @@ class FourBitWeights<BFloat16> {
     const __m512i codes = _mm512_mask_blend_epi16(0xaaaaaaaa, even, _mm512_slli_epi32(even, 12));
     words_ = _mm512_permutexvar_epi16(codes, _mm512_broadcast_i64x4(values));
   }
-  template <int>
-  __m512bh get() const {
-    return bit_cast<__m512bh>(words_);
-  }
-  __m512i words() const { return words_; }
-
- private:
-  __m512i words_;
 };
 #endif
 

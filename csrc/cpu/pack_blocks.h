@@ -32,6 +32,42 @@ static inline __m512 round_to_bfloat16(const RoundingConstants& constants, __m51
 }
 #endif
 
+#if defined(__AVX512F__)
+// 32 weights as Product<X> takes them: get<part>(); and as they are in memory: words(). A kind makes them.
+template <typename X>
+class BlockWeights;
+
+template <>
+class BlockWeights<PairedFloat> {
+ public:
+  template <int kPart>
+  Vec get() const {
+    return parts_[kPart];
+  }
+  __m512i words() const {
+    return bit_cast<__m512i>(bit_cast<UIntVec>(parts_[0]) >> 16 | bit_cast<UIntVec>(parts_[1]));
+  }
+
+ protected:
+  Vec parts_[2];
+};
+
+#if defined(__AVX512BF16__)
+template <>
+class BlockWeights<BFloat16> {
+ public:
+  template <int>
+  __m512bh get() const {
+    return bit_cast<__m512bh>(words_);
+  }
+  __m512i words() const { return words_; }
+
+ protected:
+  __m512i words_;
+};
+#endif
+#endif
+
 static inline float rounded_to_bfloat16(float x) {
   BFloat16 rounded;
   from_float(x, rounded);
