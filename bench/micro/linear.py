@@ -1,11 +1,12 @@
 """`linear` at the shapes of small and large models, beside torch's and both limits: memory and multiply-adds.
 
-    python bench/micro/linear.py [--op linear] [--dtype bfloat16] [--other OLD_LIBRARY.so=NAMESPACE] [--out RESULT.json]
+    GOMP_SPINCOUNT=20000 python bench/micro/linear.py [--op linear] [--dtype bfloat16] [--other OLD_LIBRARY.so=NAMESPACE] [--out RESULT.json]
 
 One process, calls take turns: torch, the other build, ours, a plain sum over the same weights, which is what reading
 them takes, and a loop of multiply-adds over registers (multiply_adds.cpp, compiled here). Weights have left the last
 cache before they are used again. The share is the larger of these two limits over our time; medians, and the fastest
-tenth (p10), which tells more where other programs run.
+tenth (p10), which tells more where other programs run. GOMP_SPINCOUNT: else torch's threads go on spinning behind a call
+for 20 ms (Emerald Rapids, where a spin takes 140 cycles), beside whatever is measured next.
 
 `transposed` has weights (I, O), beside torch's matmul, as GPT-2's Conv1D; `grouped` 8 weights, and the rows in 8 groups
 (fewer where there are fewer rows) beside a loop of torch's linear over the groups, as a mixture model's experts. At a
@@ -46,7 +47,7 @@ COLD_BYTES = 2**27  # of weights that take turns: several last caches
 FEWEST, MOST = 5, 400
 IN_A_ROW, PAUSE, WARM_UP = 4, 0.003, 0.002  # calls, seconds, seconds
 GROUPS = 8
-LEVELS = ("CERBERUS_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+SETTINGS = ("GOMP_SPINCOUNT", "CERBERUS_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 
 
 def multiply_adds(dtype: torch.dtype) -> Callable[[], float]:
@@ -198,7 +199,7 @@ def main() -> None:
     if arguments.out:
         about = machine.describe() | {"date": date.today().isoformat(), "commit": commit()}
         about |= {"op": arguments.op, "dtype": arguments.dtype}
-        about |= {name: os.environ[name] for name in LEVELS if name in os.environ}
+        about |= {name: os.environ[name] for name in SETTINGS if name in os.environ}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         cases = ",\n".join(json.dumps(result) for result in results)
         arguments.out.write_text('{"machine": ' + json.dumps(about, indent=1) + ',\n"cases": [\n' + cases + "\n]}\n")
