@@ -1,12 +1,13 @@
-"""`linear` at the shapes of small and large models, beside torch's and both limits: memory and multiply-adds.
+r"""`linear` at the shapes of small and large models, beside torch's and both limits: memory and multiply-adds.
 
-    GOMP_SPINCOUNT=20000 python bench/micro/linear.py [--op linear] [--dtype bfloat16] [--other OLD_LIBRARY.so=NAMESPACE] [--out RESULT.json]
+    GOMP_SPINCOUNT=20000 python bench/micro/linear.py [--op linear] [--dtype bfloat16] \
+        [--other OLD_LIBRARY.so=NAMESPACE] [--out RESULT.json]
 
 One process, calls take turns: torch, the other build, ours, a plain sum over the same weights, which is what reading
 them takes, and a loop of multiply-adds over registers (multiply_adds.cpp, compiled here). Weights have left the last
 cache before they are used again. The share is the larger of these two limits over our time; medians, and the fastest
-tenth (p10), which tells more where other programs run. GOMP_SPINCOUNT: else torch's threads go on spinning behind a call
-for 20 ms (Emerald Rapids, where a spin takes 140 cycles), beside whatever is measured next.
+tenth (p10), which tells more where other programs run. Without GOMP_SPINCOUNT torch's threads spin on behind a call for
+some 20 ms where a pause takes 140 cycles (Emerald Rapids), beside whatever is measured next.
 
 `transposed` has weights (I, O), beside torch's matmul, as GPT-2's Conv1D; `grouped` 8 weights, and the rows in 8 groups
 (fewer where there are fewer rows) beside a loop of torch's linear over the groups, as a mixture model's experts. At a
