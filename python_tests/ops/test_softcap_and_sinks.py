@@ -126,11 +126,11 @@ def test_tree_gives_the_bits_of_one_token_at_a_time(sizes, window, dtype):
     """A chain inside of trees of up to 64 nodes, in different places and company, against one token after the other."""
     heads = dict(zip(("query_heads", "kv_heads", "head_size"), sizes, strict=True))
     more = {"softcap": 2.0, "sinks": normal(sizes[0], seed=9, dtype=dtype)}
-    text = make_text(heads, 200, dtype)
-    for position in range(200):
+    text = make_text(heads, 600, dtype)
+    for position in range(600):
         commit(text, position)
     whole_text = text["cache"].clone()
-    for length in (0, 1, 60, 64, 127):
+    for length in (0, 1, 60, 64, 127, 253, 520):
         wanted = [step(text, length + place, [length + place], [-1], window, **more)[0] for place in range(5)]
         for nodes in (5, 6, 17, 33, 64):
             # Every (nodes - 1) // 4th node is on the chain, the others hang from whatever comes before them.
@@ -147,7 +147,7 @@ def test_tree_gives_the_bits_of_one_token_at_a_time(sizes, window, dtype):
 
 
 def test_rows_and_threads_do_not_matter():
-    a = inputs(random_parents(40, seed=3), [0, 50, 130, 64], query_heads=6, kv_heads=2, head_size=33)
+    a = inputs(random_parents(40, seed=3), [0, 300, 700, 64], query_heads=6, kv_heads=2, head_size=33)
     whole = ops.tree_attention(**a)
     before = torch.get_num_threads()
     try:

@@ -153,7 +153,7 @@ def test_nan_stays_where_it_is_seen(name, dtype, device):
 
 # ---------------------------------------------------------------- a node's bits do not depend on the tree (CPU)
 
-LENGTHS = (0, 1, 63, 64, 65, 127, 200)  # around the borders of blocks of 64 positions
+LENGTHS = (0, 1, 63, 64, 65, 127, 200, 254, 257, 600)  # around the borders of blocks of 64 and pieces of 256 positions
 #        0 - 1 - 3 - 6 - 8 - 10      the chain that is looked at
 #         \   \   \   \
 #          2   4   7   9             branches in between, so that its nodes are not in neighbouring slots
@@ -164,7 +164,7 @@ TOKENS = (0, 1, 3, 6, 8, 10)
 
 
 @dtypes
-@pytest.mark.parametrize("window", [0, 3, 64, 100])
+@pytest.mark.parametrize("window", [0, 3, 64, 100, 300])
 @pytest.mark.parametrize("sizes", [(9, 3, 64), (2, 1, 33)], ids=str)
 def test_tree_gives_the_bits_of_one_token_at_a_time(sizes, window, dtype):
     """Design rule 6: one text token by token, as a path of a tree with branches, and as a plain chain."""
@@ -198,12 +198,13 @@ def test_long_chain_across_blocks(dtype):
 
 @dtypes
 @pytest.mark.parametrize("group", [1, 3, 4, 5, 7])
-def test_any_number_of_queries_side_by_side(group, dtype):
+@pytest.mark.parametrize("length", [130, 765])
+def test_any_number_of_queries_side_by_side(length, group, dtype):
     """Sums that cancel, of 1 to 63 queries a key/value head: a node's bits are those that it has alone.
 
     Elements of keys and values take turns at being large, with both signs, so that any other order of a sum shows.
     """
-    length, nodes, size = 130, 9, 80
+    nodes, size = 9, 80
     whole = attention_inputs(1, chain(nodes), [length], query_heads=group, kv_heads=1, head_size=size, dtype=dtype)
     whole["q"][..., ::3] *= 8
     whole["keys"][:, :, ::2, ::5] *= 8
