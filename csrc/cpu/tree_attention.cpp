@@ -64,33 +64,39 @@ class Tasks {
       longest = larger(longest, smaller(a.length[row], a.capacity));
     }
     first_ = a.window > 0 ? larger(0, shortest - a.window) / kPiece : 0;
-    pieces_ = (longest + a.nodes) / kPiece + 1 - first_;
+    keys_ = longest + a.nodes - first_ * kPiece;
+    pieces_ = (keys_ + kPiece - 1) / kPiece;
   }
 
-  // Tiles of queries a task, with all pieces or one: what makes all threads finish first. A piece costs a
-  // task two quarters of a tile to bring in the keys and, where it has a task of its own, one more.
+  // Tiles of queries a task, with all pieces or one: what makes all threads finish first. Times in quarters
+  // of what a tile takes for a key; bringing the key in takes two, and a task as long as 32 keys of one tile.
   void cut(const TreeAttentionArgs& a, int64_t threads) {
-    const int64_t tiles = (queries_ + kTogether - 1) / kTogether, padded = whole_vectors(a.head_size);
+    constexpr int64_t kTask = 32 * (4 + 2);
+    const auto rounds = [threads](int64_t parts) { return (parts + threads - 1) / threads; };
+    const auto bytes_of = [&](int64_t count) {
+      return pieces_ * State::bytes(count, whole_vectors(a.head_size));
+    };
+    const int64_t tiles = (queries_ + kTogether - 1) / kTogether;
     int64_t least = INT64_MAX;
-    for (int way = 0; way < 2; ++way)
-      for (int64_t each = smaller(kTilesPerTask, tiles); each >= 1; --each) {
-        const bool by_piece = way == 1;
-        const int64_t per_head = (tiles + each - 1) / each, parts = heads_ * per_head;
-        const int64_t bytes = pieces_ * State::bytes(each * kTogether, padded);
-        const int64_t tasks = by_piece ? parts * pieces_ : parts;
-        const int64_t cost =
-            (tasks + threads - 1) / threads * (by_piece ? 4 * each + 3 : pieces_ * (4 * each + 2));
-        if (cost >= least || (by_piece && parts * bytes > kMostShared)) continue;
-        least = cost;
+    for (int64_t each = smaller(kTilesPerTask, tiles); each >= 1; --each) {
+      const int64_t key = 4 * each + 2, per_head = (tiles + each - 1) / each, parts = heads_ * per_head;
+      const auto take = [&](bool by_piece, int64_t time) {
+        if (time >= least) return;
+        least = time;
         by_piece_ = by_piece;
         per_task_ = each * kTogether;
         per_head_ = per_head;
-        part_bytes_ = bytes;
-      }
+      };
+      take(false, rounds(parts) * (keys_ * key + kTask));
+      if (pieces_ == 1 || parts * bytes_of(each * kTogether) > kMostShared) continue;
+      const int64_t whole = rounds(parts * (keys_ / kPiece)) * kPiece, even = rounds(parts * keys_);
+      take(true, larger(whole, even) * key + rounds(parts * pieces_) * kTask);
+    }
+    part_bytes_ = bytes_of(per_task_);
   }
 
   int64_t queries_ = 0, heads_ = 0, per_task_ = 1, per_head_ = 1;
-  int64_t first_ = 0, pieces_ = 1, part_bytes_ = 0;
+  int64_t first_ = 0, pieces_ = 1, keys_ = 0, part_bytes_ = 0;
   bool by_piece_ = false;
   int64_t* left_ = nullptr;
   char* states_ = nullptr;
