@@ -12,7 +12,7 @@ from ...ops.step import NativeStep
 from ...target.step_row import chain_ancestors
 from .lower import lower
 from .program import Product, encode
-from .step import table_positions
+from .step import joined, table_positions
 from .trace import NotFused, Trace, Tracing, uninterrupted
 
 _MOST_ROWS = 64  # of a run: so many have ancestors of one word
@@ -41,25 +41,30 @@ class ContextProgram:
         if needed > self._positions:
             self._make(texts[0].cache, needed)
         last: list[Tensor] = [text.states[-1:] for text in texts]
-        for begin in range(0, max(len(text.tokens) for text in texts), _MOST_ROWS):
-            left = [number for number, text in enumerate(texts) if len(text.tokens) > begin]
+        begin, left = 0, list(range(len(texts)))
+        while left:
             parts = [texts[number].part(begin) for number in left]
-            firsts = [
-                part.cache.length + (begin + 1 - len(texts[number].tokens))
-                for number, part in zip(left, parts, strict=True)
-            ]
-            sizes = [len(part.tokens) for part in parts]
-            positions = [first + torch.arange(size) for first, size in zip(firsts, sizes, strict=True)]
-            states = torch.cat([part.states for part in parts])
-            planes = [part.cache.tensor[-2:] for part in parts if part.cache.tensor is not None]
-            rows = torch.empty_like(states)
-            self._native.run(
-                torch.cat([part.tokens for part in parts]), torch.cat(positions), firsts,
-                [chain_ancestors(size) for size in sizes], planes, states, rows,
-            )  # fmt: skip
-            for number, found in zip(left, rows.split(sizes), strict=True):
+            for number, found in zip(left, self._run(parts), strict=True):
                 last[number] = found[-1:]
+            begin += _MOST_ROWS
+            left = [number for number in left if len(texts[number].tokens) > begin]
         return last
+
+    def _run(self, parts: Sequence[Pairs]) -> Sequence[Tensor]:
+        """At most _MOST_ROWS of each text -> what all are read as. Few calls of torch: each finds its code cold."""
+        sizes = [len(part.tokens) for part in parts]
+        firsts = [part.cache.length + (1 - part.left) if part.left > 1 else part.cache.length for part in parts]
+        positions = [
+            first + torch.arange(size) if size > 1 else first for first, size in zip(firsts, sizes, strict=True)
+        ]
+        states = joined([part.states for part in parts])
+        planes = [part.cache.tensor[-2:] for part in parts if part.cache.tensor is not None]
+        rows = torch.empty_like(states)
+        self._native.run(
+            joined([part.tokens for part in parts]), joined(positions), firsts,
+            [chain_ancestors(size) for size in sizes], planes, states, rows,
+        )  # fmt: skip
+        return rows.split(sizes) if len(sizes) > 1 else [rows]
 
     def _make(self, cache: TreeCache, positions: int) -> None:
         assert cache.tensor is not None
@@ -72,16 +77,19 @@ class ContextProgram:
 
 
 class Pairs(NamedTuple):
-    """Of one text, the pending token's the last: states (A, D) led to tokens (A,)."""
+    """Of one text: states (A, D) led to tokens (A,). left: so many, from the first on, the pending token's the last."""
 
     cache: TreeCache
     states: Tensor
     tokens: Tensor
+    left: int
 
     def part(self, begin: int) -> Pairs:
         """Those of one run."""
+        if self.left <= _MOST_ROWS:
+            return self
         here = slice(begin, begin + _MOST_ROWS)
-        return Pairs(self.cache, self.states[here], self.tokens[here])
+        return Pairs(self.cache, self.states[here], self.tokens[here], self.left - begin)
 
 
 class FusedContext:
@@ -118,13 +126,12 @@ class FusedContext:
         return self.read_together([(self, cache, before, pending)])
 
     def read_together(self, texts: Sequence[tuple[FusedContext, TreeCache, Tensor, Tensor]]) -> Tensor:
-        return torch.cat(
-            self._program.run([text._take(cache, before, pending) for text, cache, before, pending in texts])
-        )
+        return joined(self._program.run([text._take(cache, before, pending) for text, cache, before, pending in texts]))
 
     def _take(self, cache: TreeCache, before: Tensor, pending: Tensor) -> Pairs:
         """The pairs that wait, and the pending token's."""
-        pairs = Pairs(cache, torch.cat([*self._states, before]), torch.cat([*self._tokens, pending]))
+        tokens = joined([*self._tokens, pending])
+        pairs = Pairs(cache, joined([*self._states, before]), tokens, len(tokens))
         self._begin()
         self._knows_pending, self.known = True, cache.committed + 1
         return pairs

@@ -94,7 +94,7 @@ class FusedStep:
         needed = max(self._positions(row.cache, len(row.tokens)) for row in rows)
         if min(needed, self._most_positions) > self.program.positions:
             self._make([row.cache for row in rows], needed)
-        tokens, positions = _joined([row.tokens for row in rows]), _joined([row.positions for row in rows])
+        tokens, positions = joined([row.tokens for row in rows]), joined([row.positions for row in rows])
         wanted = len(tokens) if logits_of is None else logits_of
         hidden, logits = self._memory(len(tokens), wanted)
         lengths, ancestors = [row.cache.length for row in rows], [row.ancestors for row in rows]
@@ -141,8 +141,9 @@ def records_fused(device: torch.device) -> bool:
     return device.type in NATIVE and NATIVE[device.type].recordable
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """One behind the other, contiguous; a single one, where it is, itself."""
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat([*parts])
 
 
 def table_positions(cache: TreeCache, nodes: int) -> int:
