@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from cerberus_ext import decode
 from cerberus_ext.cli import app
-from cerberus_ext.serving.answerer import Answerer, in_order
+from cerberus_ext.serving.answerer import Answerer, in_order, one_by_one
 
 QUESTIONS = [{"prompt": f"w{3 + i % 50} w{5 + i % 7}", "id": f"q{i}"} for i in range(64)]
 
@@ -167,6 +168,11 @@ def test_in_order_and_no_more_than_each_worker_may_have() -> None:
     assert asyncio.run(collect(30)) == list(range(30))
     with pytest.raises(MemoryError):
         asyncio.run(collect(40))
+
+    running[:] = 0, 0
+    first = one_by_one(in_order(({"id": i} for i in itertools.count()), [worker(0)], 3))
+    assert [next(first)["id"] for _ in range(8)] == list(range(8))
+    first.close()
 
 
 @pytest.mark.slow
