@@ -1,6 +1,6 @@
 """Whether a server's memory stays flat: minutes of requests of all kinds, and what it has resident at the end of each.
 
-    python bench/soak.py --minutes 30 -- --model FOLDER --heads none
+    python bench/soak.py --minutes 30 --out soak.json -- --model FOLDER --heads none
 
 What follows -- are arguments of `cerberus serve`. So many clients at a time ask for whole answers and for streams,
 sampled, with stop strings and log-probabilities; they leave in the middle, and send what is refused. Prompts are
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import random
 import sys
 import time
@@ -21,6 +22,7 @@ from typing import Any
 import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "shared"))
+import machine  # noqa: E402
 from servers import Server, ours, resident  # noqa: E402
 
 MOST_GROWTH = 1.02
@@ -53,9 +55,9 @@ async def ask(client: httpx.AsyncClient, model: str, draw: random.Random) -> Non
         assert response.status_code == (400 if refused else 200), response.text
 
 
-async def soak(server: Server, minutes: int, clients: int) -> list[int]:
-    """Resident bytes at the end of each minute."""
-    begin, found, asked = time.monotonic(), list[int](), 0
+async def soak(server: Server, minutes: int, clients: int) -> list[dict[str, Any]]:
+    """Of the end of each minute."""
+    begin, found, asked = time.monotonic(), list[dict[str, Any]](), 0
 
     async def go_on(number: int) -> None:
         nonlocal asked
@@ -67,8 +69,8 @@ async def soak(server: Server, minutes: int, clients: int) -> list[int]:
     async def watch() -> None:
         for minute in range(1, minutes + 1):
             await asyncio.sleep(begin + 60 * minute - time.monotonic())
-            found.append(resident(server.pid))
-            print(f"minute {minute}: {found[-1] / 1e6:.1f} MB after {asked} requests", flush=True)
+            found.append({"minute": minute, "requests": asked, "resident": resident(server.pid) / 1e6})
+            print("minute {minute}: {resident:.1f} MB after {requests} requests".format(**found[-1]), flush=True)
 
     async with httpx.AsyncClient(base_url=server.url, timeout=None, trust_env=False) as session:
         await asyncio.gather(watch(), *(go_on(number) for number in range(clients)))
@@ -79,11 +81,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=int, default=30)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--out", type=Path, help="JSON; MB of resident memory")
     parser.add_argument("serve", nargs="*", help="arguments of cerberus serve")
     arguments = parser.parse_args()
     with ours(*arguments.serve) as server:
         found = asyncio.run(soak(server, arguments.minutes, arguments.clients))
-    return int(found[-1] > MOST_GROWTH * max(found[: (len(found) + 1) // 2]))
+    if arguments.out:
+        result = {"machine": machine.describe(), "serve": arguments.serve, "clients": arguments.clients, "rows": found}
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    first = found[: (len(found) + 1) // 2]
+    return int(found[-1]["resident"] > MOST_GROWTH * max(row["resident"] for row in first))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import typer
 
 from .drafts import show_drafts
 from .failures import fail
-from .many import File, Output, Raw, Ray, Replicas, Slots, answer_file
+from .many import File, Output, Raw, Slots, answer_file
+from .on_ray import Ray, Replicas
 from .shared import Device, DTypeName, HeadsOrNone, Model, Threads, load_any
 
 if TYPE_CHECKING:

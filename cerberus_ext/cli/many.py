@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .failures import fail, option, sentence
+from .failures import fail, option
+from .on_ray import on_cluster
 from .shared import load_any
 
 Raw = Annotated[bool, typer.Option(help="Give the prompt as it is, without the chat template.")]
@@ -21,11 +22,6 @@ File = Annotated[
 Output = Annotated[
     Path | None, typer.Option(help="JSON lines with the answers to --file, in its order. What is there is kept.")
 ]
-Ray = Annotated[
-    str | None,
-    typer.Option(help="Answer --file on this Ray cluster: 'auto', an address, or 'local': a new one."),
-]
-Replicas = Annotated[int, typer.Option(min=1, help="Copies of the model on the Ray cluster, of --threads CPUs each.")]
 Slots = Annotated[int, typer.Option(min=1, help="Answers to --file that are decoded at once, by each copy.")]
 
 
@@ -73,16 +69,9 @@ def _here(**options: Any) -> Iterator[list[Any]]:
 
 @contextmanager
 def _on_ray(address: str, count: int, loading: tuple[Any, ...], **options: Any) -> Iterator[list[Any]]:
-    try:
-        from ray.exceptions import RayError
-
+    with on_cluster(address, *loading[-2:]) as takes:
+        from ..serving.answerer import AHEAD, Answerer
         from ..serving.on_ray import replicas
-    except ModuleNotFoundError as error:
-        fail(f'--ray: {str(error.name).partition(".")[0]} is missing: pip install "cerberus_ext[ray]"', cause=error)
-    *_, device, threads = loading
-    takes_gpu = None if device is None else device.startswith("cuda")
-    try:
-        with replicas(address, count, threads or 1, takes_gpu, **options) as workers:
-            yield workers
-    except (RayError, ConnectionError) as error:
-        fail(f"--ray: {sentence(error)}", cause=error)
+
+        actors = replicas(Answerer, takes, count, AHEAD * options["slots"], **options)
+        yield [actor.answer.remote for actor in actors]

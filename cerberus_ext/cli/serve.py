@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import Annotated, Any
+import time
+from functools import partial
+from typing import Annotated
 
 import typer
 
 from .failures import fail
+from .on_ray import Ray, Replicas, on_cluster
 from .shared import PACKAGED_HEADS, Device, DTypeName, HeadsOrNone, Model, Threads, load_any
 
 KEY = "CERBERUS_API_KEY"
@@ -29,6 +32,8 @@ def serve(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take, in all.")] = 600.0,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 1 << 20,
     drafts: Annotated[bool, typer.Option(help="--no-drafts: a token at every step, to compare with.")] = True,
+    ray: Ray = None,
+    replicas: Replicas = 1,
     dtype: DTypeName = None,
     device: Device = None,
     threads: Threads = None,
@@ -36,50 +41,35 @@ def serve(
     """Serves /v1/chat/completions, /v1/completions and /v1/models, with /health and /metrics.
 
     The environment variable CERBERUS_API_KEY, where it is set, is the key that clients have to send.
+    With --ray the head of the cluster listens, and --slots and --waiting are those of each replica.
     """
     try:
-        import uvicorn
-
-        from ..serving.app import Settings, create_app
-        from ..serving.engine import Engine
-        from ..serving.prompts import positions_of
+        from ..serving.listen import listen
+        from ..serving.service import service
     except ModuleNotFoundError as error:
         fail(f'{error.name} is missing: pip install "cerberus_ext[serve]"', cause=error)
-    from ..drafting.gate import AlwaysClosed
-    from ..engine.checks import eos_token_ids
-    from ..engine.decoder import Decoder
+    shown = name or model or PACKAGED_HEADS
+    make = partial(
+        service, partial(load_any, model, heads, dtype, device, threads), slots, waiting, drafts, model=shown,
+        max_new_tokens=max_new_tokens, key=os.environ.get(KEY, ""), timeout=timeout, max_body=max_body,
+    )  # fmt: skip
 
-    target, tokenizer, trained = load_any(model, heads, dtype, device, threads)
-    settings = Settings(
-        model=name or model or PACKAGED_HEADS,
-        positions=positions_of(target),
-        max_new_tokens=max_new_tokens,
-        ends=eos_token_ids(None, target.generation_config),
-        key=os.environ.get(KEY, ""),
-        timeout=timeout,
-        max_body=max_body,
-    )
-    with Decoder(target, trained, gate=None if drafts else AlwaysClosed()) as decoder:
-        decoder.warm_up()
-        with Engine(decoder, waiting, slots) as engine:
-            application = create_app(engine, tokenizer, settings)
-            server = uvicorn.Server(uvicorn.Config(application, host, port, log_level="warning", access_log=False))
-            _announce(server, settings.model)
+    def say(at: str, port: int) -> None:
+        typer.echo(f"[serving {shown} at http://{at}:{port}/v1]", err=True)
+
+    if ray is None:
+        with make() as application:
             # uvicorn lets running answers end, then raises the signal again: what is open here is then to be closed.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-            server.run()
-            if not server.started:
-                sys.exit(2)  # uvicorn has said why
+            if not listen(application, host, port, say):
+                sys.exit(2)
+        return
+    with on_cluster(ray, device, threads) as takes:
+        from ..serving.ray_serve import deployed, is_there
 
-
-def _announce(server: Any, model: str) -> None:
-    """Says where it listens, once it does."""
-    startup = server.startup
-
-    async def announced(*arguments: Any, **keywords: Any) -> None:
-        await startup(*arguments, **keywords)
-        for listening in server.servers:
-            for socket in listening.sockets:
-                typer.echo("[serving {} at http://{}:{}/v1]".format(model, *socket.getsockname()[:2]), err=True)
-
-    server.startup = announced
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        # More requests than a replica can take: it says itself that it has enough.
+        with deployed(make, takes, replicas, 2 * (slots + waiting), timeout, host, port):
+            say(host, port)
+            while is_there():
+                time.sleep(1)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
+from collections.abc import Generator
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..training.options import TrainOptions
 from .failures import fail, option
+from .on_ray import Ray, Replicas, check_installed, on_cluster
 from .shared import Device, Model, Threads, device_of, load_target, options_of
+
+if TYPE_CHECKING:
+    from ..training.answer_writer import AnswerWriter
+    from ..training.answers import Answer
+    from ..training.self_distill import Elsewhere
 
 
 @options_of(TrainOptions)
@@ -22,12 +31,15 @@ def train(
     ] = None,
     device: Device = None,
     threads: Threads = None,
+    ray: Ray = None,
+    replicas: Replicas = 1,
     **options: Any,
 ) -> None:
     """Trains heads for a model on its own answers, which it writes first.
 
     With several processes: accelerate launch --multi_gpu --num_processes N -m cerberus_ext.cli train ...
     (that flag starts them on a CPU, too)
+    With --ray the replicas write the answers, and this process trains.
     """
     import torch
 
@@ -35,7 +47,11 @@ def train(
     from ..training.output import check_output
     from ..training.train import train as train_heads
 
-    device, name = device_of(device), model or HUB_ID
+    if ray is not None:
+        if options["data"] is not None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            fail("--ray: cannot be had with --data, whose answers are there, or with several processes")
+        check_installed()
+    given_device, device, name = device, device_of(device), model or HUB_ID
     if model and Path(model).exists():  # without the folders of this machine
         name = Path(model).resolve().name
     asked = TrainOptions(base_model=name, **options)
@@ -49,9 +65,11 @@ def train(
     on_cpu = torch.device(device).type == "cpu"
     if not on_cpu:
         torch.cuda.set_device(device)
-    target, tokenizer = load_target(model, dtype or ("float32" if on_cpu else "bfloat16"), device, threads)
+    dtype = dtype or ("float32" if on_cpu else "bfloat16")
+    target, tokenizer = load_target(model, dtype, device, threads)
+    elsewhere = None if ray is None else _on_ray(ray, replicas, (model, dtype, given_device, threads))
     try:
-        record = train_heads(target, asked, tokenizer)
+        record = train_heads(target, asked, tokenizer, elsewhere)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from here", 130)
     if record is not None:  # the main process
@@ -59,3 +77,19 @@ def train(
         command = ["cerberus", "generate", *named, "--heads", str(asked.output), "--compare", "Why is the sky blue?"]
         typer.echo(f"the heads of step {record['kept_step']} are in {asked.output}; to try them:")
         typer.echo(f"  {shlex.join(command)}")
+
+
+def _on_ray(address: str, count: int, loading: tuple[Any, ...]) -> Elsewhere:
+    """loading: arguments of load_target."""
+    from ..training.self_distill import Elsewhere, ShardWriter
+
+    def shards(writer: AnswerWriter, first: int) -> Generator[list[Answer], None, None]:
+        with on_cluster(address, *loading[-2:]) as takes:
+            from ..serving.answerer import in_order, one_by_one
+            from ..serving.on_ray import replicas
+
+            actors = replicas(ShardWriter, takes, count, 1, load=partial(load_target, *loading), writer=writer)
+            numbers = itertools.count(first) if writer.shards is None else range(first, writer.shards)
+            yield from one_by_one(in_order(numbers, [actor.write.remote for actor in actors], 1))
+
+    return Elsewhere(count, shards)

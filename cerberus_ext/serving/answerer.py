@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Sequence
+from typing import Any, TypeVar
 
 from ..engine.checks import eos_token_ids
 from ..engine.decoder import Decoder
@@ -17,8 +17,8 @@ from .logprobs import Spellings
 from .prompts import Prompts, positions_of
 
 AHEAD = 2  # prompts per slot that an answerer has: one is decoded, the next one waits for its place
-Question: TypeAlias = dict[str, Any]  # "id", and "prompt": a text, or messages of a chat
-Ask: TypeAlias = Callable[[Question], Awaitable[dict[str, Any]]]
+Q = TypeVar("Q")
+A = TypeVar("A")
 
 
 class Answerer:
@@ -41,9 +41,12 @@ class Answerer:
         self._engine = Engine(self._decoder, AHEAD * slots, slots)
         self._engine.__enter__()
 
-    async def answer(self, question: Question) -> dict[str, Any]:
-        """-> {"id", "answer", "finish_reason", "prompt_tokens", "completion_tokens"}, or {"id", "error"} for a prompt
-        that cannot be answered."""
+    async def answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        """question: {"id", "prompt": a text, or messages of a chat}.
+
+        -> {"id", "answer", "finish_reason", "prompt_tokens", "completion_tokens"}, or {"id", "error"} for a prompt that
+        cannot be answered.
+        """
         prompt = question["prompt"]
         if isinstance(prompt, str) and not self._raw:
             prompt = [{"role": "user", "content": prompt}]
@@ -72,19 +75,21 @@ class Answerer:
         self._decoder.close()
 
 
-async def in_order(questions: Iterable[Question], workers: Sequence[Ask], each: int) -> AsyncIterator[dict[str, Any]]:
+async def in_order(
+    questions: Iterable[Q], workers: Sequence[Callable[[Q], Awaitable[A]]], each: int
+) -> AsyncGenerator[A, None]:
     """The answers, in the order of the questions. Each worker has up to `each` of them at a time."""
-    free: asyncio.Queue[Ask] = asyncio.Queue()
+    free: asyncio.Queue[Callable[[Q], Awaitable[A]]] = asyncio.Queue()
     for worker in [*workers] * each:
         free.put_nowait(worker)
 
-    async def asked(worker: Ask, question: Question) -> dict[str, Any]:
+    async def asked(worker: Callable[[Q], Awaitable[A]], question: Q) -> A:
         try:
             return await worker(question)
         finally:
             free.put_nowait(worker)
 
-    tasks: deque[asyncio.Task[dict[str, Any]]] = deque()
+    tasks: deque[asyncio.Task[A]] = deque()
     try:
         for question in questions:
             tasks.append(asyncio.create_task(asked(await free.get(), question)))
@@ -95,3 +100,18 @@ async def in_order(questions: Iterable[Question], workers: Sequence[Ask], each: 
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def one_by_one(answers: AsyncGenerator[A, None]) -> Generator[A, None, None]:
+    """The same for a caller without an event loop."""
+    loop = asyncio.new_event_loop()
+    try:
+        while True:
+            try:
+                yield loop.run_until_complete(anext(answers))
+            except StopAsyncIteration:
+                return
+    finally:
+        loop.run_until_complete(answers.aclose())
+        loop.close()

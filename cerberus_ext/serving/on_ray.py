@@ -9,24 +9,27 @@ from typing import Any
 
 import ray
 
-from .answerer import AHEAD, Answerer, Ask
-
 
 @contextmanager
-def replicas(address: str, count: int, cpus: int, gpus: bool | None, slots: int, **options: Any) -> Iterator[list[Ask]]:
-    """So many answerers on the cluster at `address`, with the slots and the other options of Answerer.
+def cluster(address: str, cpus: int, gpus: bool | None) -> Iterator[dict[str, Any]]:
+    """The one at `address`, joined; what each replica of a model takes of it, as options of Ray's actors.
 
-    cpus: that each of them takes. gpus: whether each takes one; None: where the cluster has any. Ray starts one that
-    dies again, on another node where its own is gone, and asks it again what it had not answered.
+    cpus: of each. gpus: whether each takes one; None: where the cluster has any.
     """
     ray.init(address, logging_level=logging.WARNING)
     try:
         takes_gpu = "GPU" in ray.cluster_resources() if gpus is None else gpus
-        kind = ray.remote(Answerer).options(
-            num_cpus=cpus, num_gpus=int(takes_gpu), max_restarts=-1, max_task_retries=-1, max_concurrency=AHEAD * slots,
-            scheduling_strategy="SPREAD",
-        )  # fmt: skip
-        actors: list[Any] = [kind.remote(slots=slots, **options) for _ in range(count)]
-        yield [actor.answer.remote for actor in actors]
+        yield {"num_cpus": cpus, "num_gpus": int(takes_gpu)}
     finally:
         ray.shutdown()
+
+
+def replicas(kind: type, takes: dict[str, Any], count: int, at_once: int, **options: Any) -> list[Any]:
+    """So many actors of the class, made with `options`, for use inside `cluster`, whose `takes` it is.
+
+    at_once: calls that each has at a time. Ray starts one that dies again, on another node where its own is gone, and
+    asks it again what it had not answered.
+    """
+    restarts = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": "SPREAD"}
+    actor = ray.remote(kind).options(**takes, **restarts, max_concurrency=at_once)
+    return [actor.remote(**options) for _ in range(count)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,6 +57,12 @@ class AnswerWriter:
             begin = tokenizer.bos_token_id
             begin = begin if begin is not None else tokenizer.eos_token_id
             self.own = prompt_writer(tokenizer, self.stop, begin, self.context // 2)
+
+    def with_model(self, model: Any) -> AnswerWriter:
+        """The same for a copy of the model; None: to be sent to where one is."""
+        other = copy.copy(self)
+        other.model = model
+        return other
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for shards to belong together."""
@@ -125,8 +132,8 @@ class AnswerWriter:
         ]
         return {row: text.new for row, text in texts.items()}
 
-    def state_estimate(self, target: int | None, done: int, processes: Processes) -> None:
-        """Prints, in the main process, the memory and the time that the stage will take."""
+    def state_estimate(self, target: int | None, done: int, processes: Processes, writers: int) -> None:
+        """Prints, in the main process, the memory and the time that the stage will take with so many writers."""
         if not processes.main:
             return
         rows, longest, questions = self.options.rows, self.options.max_new_tokens, self.questions or []
@@ -134,7 +141,7 @@ class AnswerWriter:
         texts = [Text(prompt, TEMPERATURES[-1], TOP_P, torch.full((PROBE_STEPS,), 0.5)) for _ in range(rows)]
         write_texts(self.model, texts, frozenset(), rows, lambda count: steps.append(time.perf_counter()))
         seconds = sorted(numpy.diff(steps))[len(steps) // 2 - 1]  # the prompt is before the first
-        rate = rows * processes.count / seconds
+        rate = rows * writers / seconds
         lm_head, config = output_matrix(self.model), self.model.config.get_text_config()
         _, kv_heads, size = attention_sizes(self.model)
         cached = 2 * config.num_hidden_layers * kv_heads * size * lm_head.element_size()  # of a token

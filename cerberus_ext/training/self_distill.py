@@ -2,11 +2,14 @@
 
 Shard i follows from the seed and i alone, but for prompts that an earlier shard has, too: those are left out when
 shards are written, one after the other. So a resumed run ends with the same files as an uninterrupted one, and so do
-several processes, which write different shards' answers at the same time.
+several processes, which write different shards' answers at the same time, and copies of the model elsewhere.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +31,39 @@ OWN_TOKENS = 1_000_000  # answer tokens, where neither a number nor questions ar
 BARREN = 8  # shards in a row without an answer of use, after which there is no hope
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """Copies of the model, so many, that write the answers instead of this process.
+
+    shards: called, once answers are missing, with the writer, without its model, and the number of the first shard;
+    gives this and all that follow, in order, until it is closed.
+    """
+
+    count: int
+    shards: Callable[[AnswerWriter, int], Generator[list[Answer], None, None]]
+
+
+class ShardWriter:
+    """One of these copies. load: makes it, with its tokenizer, where it is. writer: without a model."""
+
+    def __init__(self, load: Callable[[], tuple[Any, Any]], writer: AnswerWriter) -> None:
+        self._writer = writer.with_model(load()[0])
+
+    def write(self, number: int) -> list[Answer]:
+        return self._writer.write(number, lambda count: None)
+
+
 def load_data(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, options: TrainOptions, processes: Processes
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: TrainOptions,
+    processes: Processes,
+    elsewhere: Elsewhere | None = None,
 ) -> tuple[Answers, dict[str, Any]]:
     """The answers to train on, and how they came about. Writes those that are missing, unless options.data has them.
 
-    Collective. Raises ValueError on data that cannot be read, on a folder of other data, and where the model writes
-    nothing of use.
+    Collective. elsewhere: for a single process. Raises ValueError on data that cannot be read, on a folder of other
+    data, and where the model writes nothing of use.
     """
     vocab_size = output_matrix(model).shape[0]
     if options.data is not None:
@@ -51,7 +80,7 @@ def load_data(
         return answers, {}
     if tokenizer is None:
         raise ValueError("train: tokenizer must be given unless data is")
-    stage = SelfDistillation(model, AnswerWriter(model, tokenizer, options), options, processes)
+    stage = SelfDistillation(model, AnswerWriter(model, tokenizer, options), options, processes, elsewhere)
     stage.run()
     made = {"source": stage.writer.source, **stage.writer.identity(), "shards": stage.next}
     files = [stage.file(number) for number in range(stage.next)]
@@ -61,8 +90,15 @@ def load_data(
 class SelfDistillation:
     """The stage's progress. tokens, answers: in the shards so far; next: the first shard that is not there."""
 
-    def __init__(self, model: nn.Module, writer: AnswerWriter, options: TrainOptions, processes: Processes) -> None:
-        self.model, self.writer, self.processes = model, writer, processes
+    def __init__(
+        self,
+        model: nn.Module,
+        writer: AnswerWriter,
+        options: TrainOptions,
+        processes: Processes,
+        elsewhere: Elsewhere | None,
+    ) -> None:
+        self.model, self.writer, self.processes, self.elsewhere = model, writer, processes, elsewhere
         self.folder = options.output / DATA_FOLDER
         self.target = OWN_TOKENS if options.tokens is None and writer.questions is None else options.tokens
         self.seen: set[tuple[int, ...]] = set()  # prompts
@@ -78,22 +114,33 @@ class SelfDistillation:
         if not processes.from_main(self._enough):
             if self.next:
                 processes.say(f"data: going on after {self.answers} answers, {self.tokens} tokens")
-            self.writer.state_estimate(self.target, self.tokens, processes)
+            writers = self.elsewhere.count if self.elsewhere else processes.count
+            self.writer.state_estimate(self.target, self.tokens, processes, writers)
         with tqdm(
             total=self.target, initial=self.tokens, desc="answers", unit="tok", unit_scale=True, smoothing=0.05,
             disable=not processes.main or self._enough(),
-        ) as bar:  # fmt: skip
-            while not processes.from_main(self._enough):
-                number = processes.from_main(lambda: self.next) + processes.index
-                mine = self.writer.write(number, lambda count: bar.update(count * processes.count))
-                for answers in processes.gather(mine):
-                    if not self._enough():
-                        self._keep(answers)
+        ) as bar, closing(self._written(bar)) as shards:  # fmt: skip
+            for answers in shards:
+                if not self._enough():
+                    self._keep(answers)
                 bar.n = self.tokens
                 if not self.target and self.writer.shards and self.next:  # as many as in the shards so far
                     bar.total = self.tokens * self.writer.shards // self.next
                 bar.refresh()
         self.next = processes.from_main(lambda: self.next)
+
+    def _written(self, bar: Any) -> Generator[list[Answer], None, None]:
+        """The next shards, in order, in the main process, until there is enough."""
+        processes = self.processes
+        if self.elsewhere and not self._enough():
+            with closing(self.elsewhere.shards(self.writer.with_model(None), self.next)) as shards:
+                for answers in shards:
+                    yield answers
+                    if self._enough():
+                        return
+        while not processes.from_main(self._enough):
+            number = processes.from_main(lambda: self.next) + processes.index
+            yield from processes.gather(self.writer.write(number, lambda count: bar.update(count * processes.count)))
 
     def _count_shards(self) -> None:
         """Those that an earlier run left."""

@@ -25,20 +25,24 @@ from .options import TrainOptions
 from .output import CURVES_FILE, begin_output
 from .processes import Processes
 from .record import write_record
-from .self_distill import load_data
+from .self_distill import Elsewhere, load_data
 from .start import heads_config, trained_heads
 from .trainer import Trainer
 
-__all__ = ["TrainOptions", "train"]
+__all__ = ["Elsewhere", "TrainOptions", "train"]
 
 
 def train(
-    model: nn.Module, options: TrainOptions, tokenizer: PreTrainedTokenizerBase | None = None
+    model: nn.Module,
+    options: TrainOptions,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> dict[str, Any] | None:
     """Trains heads for `model`, a transformers causal LM, and writes the best of them to options.output.
 
     The model is only read, and decides the device and the dtype of the products. tokenizer: its own; needed unless
-    options.data is given. Returns the record, as written to training.json; None in all but the main process of several.
+    options.data is given. elsewhere: writes the answers instead of this process, where there is only one. Returns the
+    record, as written to training.json; None in all but the main process of several.
     Raises ValueError on a model in training mode or float16, on options, data, a cache or a checkpoint that do not
     fit, and on an output folder with files of these names that no such run has made; FloatingPointError when the loss
     is no number; OSError where a file cannot be read or written, the last good ones staying as they were.
@@ -47,7 +51,7 @@ def train(
     config = check(model, options)
     with Processes() as processes:
         processes.from_main(lambda: begin_output(options, model, config))
-        answers, made = load_data(model, tokenizer, options, processes)
+        answers, made = load_data(model, tokenizer, options, processes, elsewhere)
         trainer = Trainer(model, answers, options, processes, made)
         trainer.run()
         if not processes.main:

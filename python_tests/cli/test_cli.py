@@ -190,7 +190,8 @@ def test_generate_heads_of_another_model(folders: tuple[str, str], tmp_path: Pat
 def test_train_has_an_option_for_every_number_of_a_run() -> None:
     command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
     options = {option.name: option for option in command.params}
-    assert set(options) - {field.name for field in fields(TrainOptions)} == {"model", "dtype", "device", "threads"}
+    others = {"model", "dtype", "device", "threads", "ray", "replicas"}
+    assert set(options) - {field.name for field in fields(TrainOptions)} == others
     for field in fields(TrainOptions):
         if field.name in ("base_model", "clip", "head_decay"):
             assert field.name not in options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray_clusters import two_nodes
 from serving_runs import tiny
 from typer.testing import CliRunner
 
 from cerberus_ext import decode
 from cerberus_ext.cli import app
-from cerberus_ext.serving.answerer import Answerer, in_order
+from cerberus_ext.serving.answerer import Answerer, in_order, one_by_one
 
 QUESTIONS = [{"prompt": f"w{3 + i % 50} w{5 + i % 7}", "id": f"q{i}"} for i in range(64)]
 
@@ -167,15 +169,17 @@ def test_in_order_and_no_more_than_each_worker_may_have() -> None:
     with pytest.raises(MemoryError):
         asyncio.run(collect(40))
 
+    running[:] = 0, 0
+    first = one_by_one(in_order(({"id": i} for i in itertools.count()), [worker(0)], 3))
+    assert [next(first)["id"] for _ in range(8)] == list(range(8))
+    first.close()
+
 
 @pytest.mark.slow
 def test_on_two_nodes_one_of_which_loses_its_replica(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    from cerberus_ext.serving import on_ray
+    from cerberus_ext.serving import answerer
 
     died = tmp_path / "died"
 
@@ -186,19 +190,11 @@ def test_on_two_nodes_one_of_which_loses_its_replica(
                 os.kill(os.getpid(), signal.SIGKILL)
             return {**await super().answer(question), "pid": os.getpid()}
 
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")  # also where this machine has other work
-    monkeypatch.setenv("RAY_agent_register_timeout_ms", "120000")
-    monkeypatch.setenv("RAY_health_check_timeout_ms", "120000")
-    monkeypatch.setattr(on_ray, "Answerer", Mortal)
-    monkeypatch.chdir(tmp_path)  # a worker begins there, too, and imports from there first: not from the sources
     assert run(folder, QUESTIONS, "--output", str(tmp_path / "here.jsonl")).exit_code == 0
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        cluster.add_node(num_cpus=1)
-        arguments = ["--ray", cluster.address, "--replicas", "2", "--slots", "2"]
+    monkeypatch.setattr(answerer, "Answerer", Mortal)
+    with two_nodes(monkeypatch, tmp_path) as address:
+        arguments = ["--ray", address, "--replicas", "2", "--slots", "2"]
         result = run(folder, QUESTIONS, "--output", str(tmp_path / "there.jsonl"), *arguments)
-    finally:
-        cluster.shutdown()
     assert result.exit_code == 0, result.output
     there = answers(tmp_path / "there.jsonl")
     left = {answer.pop("pid") for answer in there} - {int(died.read_text())}
