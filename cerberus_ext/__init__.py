@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .engine.custom_generate import generate
     from .io.default_model import load_default_model
     from .io.gguf_model import load_gguf
+    from .target.quantize import quantize
 
 try:
     __version__ = version("cerberus_ext")
@@ -53,6 +54,7 @@ __all__ = [
     "generate",
     "load_default_model",
     "load_gguf",
+    "quantize",
 ]
 
 _LATER = {
@@ -61,6 +63,7 @@ _LATER = {
     "generate": "engine.custom_generate",
     "load_default_model": "io.default_model",
     "load_gguf": "io.gguf_model",
+    "quantize": "target.quantize",
 }
 
 

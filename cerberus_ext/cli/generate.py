@@ -15,7 +15,7 @@ from .drafts import show_drafts
 from .failures import fail
 from .many import File, Output, Raw, Slots, answer_file
 from .on_ray import Ray, Replicas
-from .shared import Device, DTypeName, HeadsOrNone, Model, Threads, load_any
+from .shared import Device, DTypeName, HeadsOrNone, Model, Quantize, Threads, load_any
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +56,7 @@ def generate(
     ray: Ray = None,
     replicas: Replicas = 1,
     slots: Slots = 8,
+    quantize: Quantize = None,
     dtype: DTypeName = None,
     device: Device = None,
     threads: Threads = None,
@@ -67,8 +68,8 @@ def generate(
     options: dict[str, Any] = {"tree": tree_size, "proposers": None if suffix else []}
     loading = (model, heads, dtype, device, threads)
     if file is not None:
-        if prompt or compare or show:
-            fail("--file: cannot be had with PROMPT, --compare or --show-drafts")
+        if prompt or compare or show or quantize:
+            fail("--file: cannot be had with PROMPT, --compare, --show-drafts or --quantize")
         options |= {"max_new_tokens": max_new_tokens, "raw": raw}
         return answer_file(file, output, ray, replicas, slots, loading, **options)
     text = _read_prompt(prompt)
@@ -78,7 +79,7 @@ def generate(
     from ..engine.decoder import Decoder
     from ..io.prompts import encode_chat
 
-    target, tokenizer, trained = load_any(*loading)
+    target, tokenizer, trained = load_any(*loading, quantize)
     ids = (tokenizer(text, return_tensors="pt").input_ids if raw else encode_chat(tokenizer, [text])).to(target.device)
     if show:
         stats = show_drafts(Decoder(target, trained, **options), tokenizer, ids, max_new_tokens)

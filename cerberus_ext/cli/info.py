@@ -13,12 +13,13 @@ import typer
 
 from ..io.machine import cpu_features, cpu_name, package_version
 from ..ops import libraries
-from .shared import Device, DTypeName, Threads, load_target
+from .shared import Device, DTypeName, Quantize, Threads, load_target, quantized
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Section = dict[str, str]  # label -> value
+QUESTIONS, ANSWER = 8, 64  # by which a model in fewer bits is judged, and tokens of an answer
 PACKAGES = ("numpy", "transformers", "accelerate", "gguf", "safetensors", "huggingface_hub")
 
 
@@ -27,14 +28,21 @@ def info(
         str | None,
         typer.Option(help="Local folder or Hub id: whether its text is exact, and decoded with drafts, here."),
     ] = None,
+    quantize: Quantize = None,
     dtype: DTypeName = None,
     device: Device = None,
     threads: Threads = None,
 ) -> None:
-    """Versions, libraries loaded, CPU features, CUDA; and, with --model, what can be done with it."""
+    """Versions, libraries loaded, CPU features, CUDA; with --model, what can be done with it.
+
+    With --quantize, what fewer bits would cost it, or the default model.
+    """
     sections = collect()
-    if model is not None:
-        sections["Model"] = model_section(load_target(model, dtype, device, threads)[0])
+    if model is not None or quantize is not None:
+        target, tokenizer = load_target(model, dtype, device, threads)
+        sections["Model"] = model_section(target)
+        if quantize is not None:
+            sections["Quantized"] = quantized_section(target, tokenizer, quantize)
     width = max(len(label) for section in sections.values() for label in section)
     for title, section in sections.items():
         typer.echo(title)
@@ -64,6 +72,24 @@ def model_section(model: PreTrainedModel) -> Section:
         "class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         **{label: "yes" if because is None else f"no: {because}" for label, because in reasons.items()},
+    }
+
+
+def quantized_section(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bits: str) -> Section:
+    """What rounding the model's weights, which is done here, costs: how it takes the answers that it gave before."""
+    from ..calibration.questions import OWN_QUESTIONS
+    from ..evaluation.quality import own_answers, quality
+    from ..io.prompts import encode_chat
+
+    prompts = [encode_chat(tokenizer, question.turns[:1]).to(model.device) for question in OWN_QUESTIONS[:QUESTIONS]]
+    answers = own_answers(model, prompts, ANSWER)
+    before, done, after = quality(model, answers), quantized(model, bits), quality(model, answers)
+    return {
+        "weights": ", ".join(f"{list(done.bits.values()).count(size)} in {size} bits" for size in (4, 8)),
+        "left": ", ".join(f"{name} ({because})" for name, because in done.left.items()) or "none",
+        "answers": f"{len(answers)} of the model before, of up to {ANSWER} tokens",
+        "perplexity": f"{before.perplexity:.3f} before, {after.perplexity:.3f} after",
+        "same tokens": f"{before.agreement:.1%} before, {after.agreement:.1%} after",
     }
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..drafting.heads import CerberusHeads
+    from ..target.quantize import Quantized
 
 PACKAGED_HEADS = "smollm2-135m-instruct"
 NO_HEADS = "none"
@@ -35,6 +36,9 @@ HeadsOrNone = Annotated[
 ]
 DTypeName = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 where it is fast.")
+]
+Quantize = Annotated[
+    str | None, typer.Option(help="q4 or q8: round the weights to so many bits first. Another model, then.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: CUDA where there is one.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")]
@@ -116,12 +120,18 @@ def load(
 
 
 def load_any(
-    model: str | None, heads: str | None, dtype: str | None, device: str | None, threads: int | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, CerberusHeads | None]:
-    """The same, with heads or without."""
+    model: str | None, heads: str | None, dtype: str | None, device: str | None, threads: int | None,
+    bits: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, CerberusHeads | None]:  # fmt: skip
+    """The same, with heads or without, and the model in fewer bits where `bits` are said."""
+    trained: CerberusHeads | None = None
     if heads == NO_HEADS:
-        return *load_target(model, dtype, device, threads), None
-    return load(model, heads, dtype, device, threads)
+        target, tokenizer = load_target(model, dtype, device, threads)
+    else:
+        target, tokenizer, trained = load(model, heads, dtype, device, threads)
+    if bits is not None:
+        quantized(target, bits, trained)
+    return target, tokenizer, trained
 
 
 def load_target(
@@ -134,6 +144,17 @@ def load_target(
     torch_dtype, device = dtype_of(dtype), device_of(device)
     with option("--model"):
         return load_default_model(torch_dtype, device) if model is None else load_model(model, torch_dtype, device)
+
+
+def quantized(model: PreTrainedModel, bits: str, heads: CerberusHeads | None = None) -> Quantized:
+    """The model in fewer bits; the heads may draft for it."""
+    from ..target.quantize import quantize
+
+    with option("--quantize"):
+        done = quantize(model, bits)
+    if heads is not None:
+        heads.config.lm_head_fingerprint = None
+    return done
 
 
 def load_heads(name: str | None, target: PreTrainedModel, option_name: str = "--heads") -> CerberusHeads:

@@ -8,7 +8,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .gguf_header import check_lengths, check_sizes
+from .gguf_header import check_sizes, read_header
 from .model_files import first_line
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def check_gguf(path: Path) -> None:
         if file.read(len(_MAGIC)) != _MAGIC:
             raise OSError(f"{path} is no GGUF file")
     try:
-        check_lengths(path)
+        read_header(path)
         reader = GGUFReader(path)
         for tensor in reader.tensors:
             name, rows = tensor.name, tensor.data.reshape(-1, tensor.data.shape[-1])

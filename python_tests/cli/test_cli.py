@@ -125,6 +125,17 @@ def test_generate_compare_makes_texts_of_one_length(folders: tuple[str, str], mo
     assert counts[0] > 1
 
 
+def test_generate_in_fewer_bits(folders: tuple[str, str]) -> None:
+    """Heads of the model as it was draft for it."""
+    model = folders[0]
+    for bits in ("q4", "q8"):
+        result = generate(folders, "--quantize", bits, "--compare", "--dtype", "float32", "w3 w4 w5")
+        assert result.exit_code == 0 and "DIFFERS" not in result.stdout, result.output
+    refused = runner.invoke(app, ["generate", "--model", model, "--heads", "none", "--quantize", "q3", "w3"])
+    assert refused.exit_code == 2
+    assert refused.stderr == "cerberus: --quantize: bits must be one of q4, q8, got 'q3'\n"
+
+
 def test_generate_reads_standard_input(folders: tuple[str, str]) -> None:
     piped, given = generate(folders, stdin="w3 w4 w5"), generate(folders, "w3 w4 w5")
     assert piped.exit_code == 0, piped.output

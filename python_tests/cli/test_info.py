@@ -121,3 +121,15 @@ class TestModel:
     def test_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
         result = runner.invoke(app, ["info", "--model", str(tmp_path / "missing")])
         assert result.exit_code == 2 and "--model" in result.stderr and result.stdout == ""
+
+
+def test_what_fewer_bits_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "QUESTIONS", 2)
+    monkeypatch.setattr(info, "ANSWER", 8)
+    save_model(tmp_path / "model")
+    shown = runner.invoke(app, ["info", "--model", str(tmp_path / "model"), "--quantize", "q4", "--device", "cpu"])
+    lines = [line.split(None, 1) for line in shown.stdout[shown.stdout.index("Quantized") :].splitlines()[1:]]
+    section = dict(lines)
+    assert list(section) == ["weights", "left", "answers", "perplexity", "same"]
+    assert section["answers"] == "2 of the model before, of up to 8 tokens"
+    assert " in 4 bits, 1 in 8 bits" in section["weights"] and section["same"].startswith("tokens")

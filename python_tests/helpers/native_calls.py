@@ -81,6 +81,10 @@ def _pack_blocks(dtype: torch.dtype) -> dict[str, Any]:
     return {"weights": weights, "packed": torch.zeros(native.block_bytes(weights[0], 12, 4), dtype=torch.int8)}
 
 
+def _dequantize_blocks(dtype: torch.dtype) -> dict[str, Any]:
+    return {"blocks": torch.zeros(3, 40, dtype=torch.uint8), "kind": 3, "weights": torch.zeros(3, 64)}
+
+
 def _make_step(dtype: torch.dtype) -> dict[str, Any]:
     tensors, code = experts_step(dtype, False)
     return {"tensors": tensors, "code": torch.tensor(code)}
@@ -130,6 +134,7 @@ NATIVE_EXAMPLES: dict[str, Callable[[torch.dtype], dict[str, Any]]] = {
     "pack_weights": _pack_weights,
     "block_bytes": _block_bytes,
     "pack_blocks": _pack_blocks,
+    "dequantize_blocks": _dequantize_blocks,
     "make_step": _make_step,
     "run_step": _run_step,
     "step_times": _step_times,

@@ -9,6 +9,11 @@ from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import quantize
 from tokenizers.pre_tokenizers import ByteLevel
 
+# Of the weights with these names, four bits, but the embeddings in eight.
+MIXED = {name: GGMLQuantizationType.Q4_1 for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_down")}
+MIXED |= {name: GGMLQuantizationType.Q4_0 for name in ("ffn_gate", "ffn_up")}
+MIXED |= {"token_embd": GGMLQuantizationType.Q8_0}
+
 
 def tiny_gguf(path: Path, width: int = 8, kinds: dict[str, GGMLQuantizationType] | None = None) -> None:
     """A llama of one layer with a tokenizer like the default model's: bytes, some merges, control tokens.

@@ -9,22 +9,23 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGUFReader, GGUFWriter
 from gguf.quants import dequantize
-from tiny_gguf import tiny_gguf
+from tiny_gguf import MIXED, tiny_gguf
 
 import cerberus_ext
 from cerberus_ext.ops.step import block_bytes
 
-KINDS = {name: GGMLQuantizationType.Q4_1 for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_down")}
-KINDS |= {"ffn_gate": GGMLQuantizationType.Q4_0, "ffn_up": GGMLQuantizationType.Q4_0}
-KINDS |= {"token_embd": GGMLQuantizationType.Q8_0}
+
+@pytest.fixture(autouse=True)
+def _own_cache(own_cache: Path) -> None:
+    """What was found out about a file is kept."""
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    tiny_gguf(path, 64, KINDS)
+    tiny_gguf(path, 64, MIXED)
     return path
 
 

@@ -159,34 +159,27 @@ def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
 
 def _weights_of(products: list[Product | Grouped], packs: bool) -> list[Tensor]:
     """For each product its weights, one behind the other: packed, or as the model has them."""
-    blocks = [_in_blocks(product) if packs else None for product in products]
-    sizes = [
-        found.nbytes if found is not None else _packed_bytes(product) if packs else 0
-        for product, found in zip(products, blocks, strict=True)
-    ]
-    rounded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-    memory = large_memory(sum(rounded)) if any(sizes) else torch.empty(0, dtype=torch.uint8)
-    weights = []
-    for product, found, size, room in zip(products, blocks, sizes, memory.split(rounded), strict=True):
-        part = room[:size]
-        if found is not None:
-            weights.append(part.view(found.dtype).copy_(found))
-        else:
-            weights.append(_pack(product, part) if size else _own(product))
+    if not packs:
+        return [_own(product) for product in products]
+    most = [max(_packed_bytes(product), *_block_bytes(product).values()) for product in products]
+    memory = large_memory(sum(map(_rounded, most)))  # of which the system gives what is written to
+    weights, begin = [], 0
+    for product, size in zip(products, most, strict=True):
+        found = _pack(product, memory[begin : begin + size])
+        weights.append(_own(product) if found is None else found)
+        begin += 0 if found is None else _rounded(found.nbytes)
     return weights
 
 
-def _in_blocks(product: Product | Grouped) -> Tensor | None:
-    """Where its weights came out of a file of fewer bits, and this processor makes them of those, to the bit."""
+def _rounded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _block_bytes(product: Product | Grouped) -> dict[torch.dtype, int]:
+    """Of its weights in blocks, by the dtype that names their bits; 0: this processor has none such."""
     if isinstance(product, Grouped):
-        return None
-    parts = [weight.contiguous() for weight in product.weights]
-    for bits, dtype in BLOCKS.items():
-        size = block_bytes(parts[0], product.output.width, bits)
-        packed = torch.empty(size // dtype.itemsize, dtype=dtype)
-        if size and pack_blocks(parts, packed):
-            return packed
-    return None
+        return dict.fromkeys(BLOCKS.values(), 0)
+    return {dtype: block_bytes(product.weights[0], product.output.width, bits) for bits, dtype in BLOCKS.items()}
 
 
 def _packed_bytes(product: Product | Grouped) -> int:
@@ -197,14 +190,25 @@ def _packed_bytes(product: Product | Grouped) -> int:
     return 0 if product.transposed else groups * packed_bytes(product.weight[0], out_size)
 
 
-def _pack(product: Product | Grouped, memory: Tensor) -> Tensor:
-    """In `memory`, which it returns."""
+def _pack(product: Product | Grouped, memory: Tensor) -> Tensor | None:
+    """At the beginning of `memory`; None: it is multiplied as the model has it.
+
+    In blocks where the weights came out of a file of fewer bits, and this processor makes them of those, to the bit.
+    """
     if isinstance(product, Product):
-        pack_weights([weight.contiguous() for weight in product.weights], memory)
+        parts = [weight.contiguous() for weight in product.weights]
+        for dtype, size in _block_bytes(product).items():
+            if size and pack_blocks(parts, blocks := memory[:size].view(dtype)):
+                return blocks
+    packed = memory[: _packed_bytes(product)]
+    if not len(packed):
+        return None
+    if isinstance(product, Product):
+        pack_weights(parts, packed)
     else:
-        for weight, part in zip(product.weight, memory.chunk(len(product.weight)), strict=True):
+        for weight, part in zip(product.weight, packed.chunk(len(product.weight)), strict=True):
             pack_weights([weight.contiguous()], part)
-    return memory
+    return packed
 
 
 def _own(product: Product | Grouped) -> Tensor:

@@ -1,0 +1,145 @@
+"""A GGUF file that was read before: the same model, without transformers' half minute."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf.quants import dequantize
+from tiny_gguf import MIXED, tiny_gguf
+from torch import Tensor
+
+import cerberus_ext
+from cerberus_ext.io import default_model
+from cerberus_ext.io.gguf_header import read_header
+
+
+@pytest.fixture
+def file(own_cache: Path, tmp_path: Path) -> Path:
+    tiny_gguf(tmp_path / "tiny.gguf", 64, MIXED)
+    return tmp_path / "tiny.gguf"
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """An entry for every time that transformers reads a file."""
+    times: list[Path] = []
+    read = default_model.read_gguf
+
+    def counted(path: Path, dtype: torch.dtype) -> object:
+        times.append(path)
+        return read(path, dtype)
+
+    monkeypatch.setattr(default_model, "read_gguf", counted)
+    return times
+
+
+def state(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {**model.state_dict(), **dict(model.named_buffers())}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_second_load_is_the_first(file: Path, reads: list[Path], dtype: torch.dtype) -> None:
+    first, words = cerberus_ext.load_gguf(file, dtype=dtype, device="cpu")
+    again, same_words = cerberus_ext.load_gguf(file, dtype=dtype, device="cpu")
+    assert reads == [file] and not again.training and again.dtype == dtype
+    assert type(again) is type(first) and again.name_or_path == first.name_or_path
+    assert state(again).keys() == state(first).keys()
+    assert all(tensor.equal(state(first)[name]) for name, tensor in state(again).items())
+    assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
+    config = again.config.to_dict()
+    assert {name: value for name, value in first.config.to_dict().items() if config[name] != value} == {}
+    assert again.generation_config.to_dict() == first.generation_config.to_dict()
+    assert same_words("hello world").input_ids == words("hello world").input_ids
+
+
+def test_queries_have_another_order_of_rows(file: Path) -> None:
+    """As llama.cpp keeps them: it is the rows that are found again, whatever that order is."""
+    cerberus_ext.load_gguf(file, dtype=torch.bfloat16, device="cpu")
+    model, _ = cerberus_ext.load_gguf(file, dtype=torch.bfloat16, device="cpu")
+    stored = next(tensor for tensor in GGUFReader(file).tensors if tensor.name == "blk.0.attn_q.weight")
+    weight = model.get_submodule("model.layers.0.self_attn.q_proj").weight
+    values = torch.from_numpy(dequantize(stored.data, stored.tensor_type)).bfloat16()
+    assert not weight.equal(values) and weight.sort(0).values.equal(values.sort(0).values)
+
+
+def test_a_file_that_was_changed_is_read_again(file: Path, reads: list[Path]) -> None:
+    """Its time of change, its size, or its header."""
+    cerberus_ext.load_gguf(file, dtype=torch.bfloat16, device="cpu")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(0, 7))
+    changed, _ = cerberus_ext.load_gguf(file, dtype=torch.bfloat16, device="cpu")
+    again, _ = cerberus_ext.load_gguf(file, dtype=torch.bfloat16, device="cpu")
+    assert len(reads) == 2
+    assert all(tensor.equal(state(changed)[name]) for name, tensor in state(again).items())
+
+
+def test_what_was_kept_and_is_damaged_is_made_again(file: Path, own_cache: Path, reads: list[Path]) -> None:
+    cerberus_ext.load_gguf(file, dtype=torch.bfloat16, device="cpu")
+    (folder,) = (own_cache / "gguf").iterdir()
+    (folder / "tensors.json").write_text("{}")
+    for _ in range(2):
+        cerberus_ext.load_gguf(file, dtype=torch.bfloat16, device="cpu")
+    assert len(reads) == 2
+
+
+def test_a_cache_that_cannot_be_written_to(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[Path]
+) -> None:
+    (tmp_path / "taken").touch()
+    monkeypatch.setenv("CERBERUS_CACHE", str(tmp_path / "taken"))
+    for _ in range(2):
+        cerberus_ext.load_gguf(file, dtype=torch.bfloat16, device="cpu")
+    assert len(reads) == 2
+
+
+def test_other_types_are_dequantized_by_gguf(own_cache: Path, tmp_path: Path, reads: list[Path]) -> None:
+    """Those that the library does not know, and plain numbers."""
+    kinds = {"attn_q": "IQ4_NL", "ffn_up": "F16", "ffn_down": "BF16", "ffn_gate": "Q5_1", "token_embd": "Q5_0"}
+    random = tmp_path / "other.gguf"
+    tiny_gguf(random, 64, {name: GGMLQuantizationType[kind] for name, kind in kinds.items() if kind != "IQ4_NL"})
+    with_codes(random, "blk.0.attn_q.weight", GGMLQuantizationType.IQ4_NL)
+    first, _ = cerberus_ext.load_gguf(random, dtype=torch.bfloat16, device="cpu")
+    again, _ = cerberus_ext.load_gguf(random, dtype=torch.bfloat16, device="cpu")
+    assert len(reads) == 1
+    assert all(tensor.equal(state(first)[name]) for name, tensor in state(again).items())
+
+
+def with_codes(file: Path, changed: str, kind: GGMLQuantizationType) -> None:
+    """Writes the file again, one tensor of 64 by 64 as blocks of another kind, of which gguf makes none."""
+    reader = GGUFReader(file)
+    writer = GGUFWriter(file.with_suffix(".new"), "llama")
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        if field.types[0].name == "ARRAY":
+            writer.add_array(name, field.contents())
+        else:
+            writer.add_key_value(name, field.contents(), field.types[0])
+    blocks = np.random.default_rng(0).integers(0, 60, (64, 2 * 18), dtype=np.uint8)  # scales are finite
+    for tensor in reader.tensors:
+        if tensor.name == changed:
+            writer.add_tensor(tensor.name, blocks, raw_dtype=kind)
+        else:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file.with_suffix(".new").replace(file)
+
+
+def test_tensors_are_where_gguf_finds_them(file: Path) -> None:
+    reader, content = GGUFReader(file), file.read_bytes()
+    tensors = read_header(file).tensors
+    assert tensors.keys() == {tensor.name for tensor in reader.tensors}
+    for tensor in reader.tensors:
+        found = tensors[tensor.name]
+        assert found.shape == tuple(reversed(tensor.shape.tolist())) and found.kind == tensor.tensor_type
+        assert content[found.begin : found.begin + found.size] == tensor.data.tobytes()
