@@ -26,6 +26,7 @@ from ..io.heads_file import (
     read_tensors,
     write_heads,
 )
+from .conditional import ConditionalDrafts
 from .context_layer import ContextLayer, attention_sizes
 from .heads_config import CerberusConfig
 from .heads_drafter import HeadsDrafter
@@ -47,6 +48,7 @@ class CerberusHeads(
     anchor_scale  ()    what the pending token's embedding is multiplied by; only with anchor="root" and chained
     draft_vocab   (Vd,) int64, ascending token ids; only when config.draft_vocab is set
     context       ContextLayer; only when config.context_layer is set
+    conditional   ConditionalDrafts; only when config.conditional_rank is set
 
     folder: where they were loaded from, None where that is no folder.
     """
@@ -54,6 +56,7 @@ class CerberusHeads(
     anchor_scale: nn.Parameter | None
     draft_vocab: Tensor | None
     context: ContextLayer | None
+    conditional: ConditionalDrafts | None
     folder: Path | None = None
 
     def __init__(self, config: CerberusConfig) -> None:
@@ -68,6 +71,8 @@ class CerberusHeads(
         self.register_buffer("draft_vocab", ids)
         query_heads, kv_heads, head_size = config.context_heads or (0, 0, 0)
         self.context = ContextLayer(size, (query_heads, kv_heads, head_size)) if config.context_layer else None
+        rank = config.conditional_rank
+        self.conditional = None if rank is None else ConditionalDrafts(size, heads, rank)
 
     def forward(self, hidden: Tensor, anchor: Tensor) -> Tensor:
         """hidden, anchor (B, D) of the heads' dtype -> states (B, K, D), without a gradient.
@@ -94,10 +99,11 @@ class CerberusHeads(
                     f"CerberusHeads.bind: the heads are for {name} {expected} ({config.base_model}),"
                     f" the model has {got}"
                 )
-        if embeddings.shape[1] != config.hidden_size and self.anchor_scale is not None:
+        reads_embeddings = self.anchor_scale is not None or self.conditional is not None
+        if embeddings.shape[1] != config.hidden_size and reads_embeddings:
             raise ValueError(
-                f'CerberusHeads.bind: anchor="root" needs embeddings of size {config.hidden_size},'
-                f" the model has {embeddings.shape[1]}"
+                'CerberusHeads.bind: anchor="root" and conditional drafts need embeddings of size'
+                f" {config.hidden_size}, the model has {embeddings.shape[1]}"
             )
         if self.context is not None and attention_sizes(model) != self.context.sizes:
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 from .context_layer import check_has_anchor
 
 FORMAT_VERSION = 1
+MOST_RANK = 1024  # of conditional drafts: far beyond what is useful
 ANCHORS = ("root", "hidden")
 
 
@@ -23,6 +24,7 @@ class CerberusConfig:
     context_layer: whether a context layer (context_layer.py) stands in front of the heads; it reads the root's
     embedding, too, so it needs chained heads with anchor="root". context_heads: its query heads, key heads and head
     size, which are those of the target model's attention, whose cache it shares.
+    conditional_rank: r of the conditional drafts (conditional.py), or None: heads 2 to K do not know the token before.
     lm_head_fingerprint: of the LM head the heads were trained on, see `fingerprint`; None is never checked.
     accuracy: (K, P), measured by the trainer: entry [k][r] is the probability that draft r of head k + 1 is
     the token that the target model chooses, given that the drafts on the path before it are right.
@@ -40,6 +42,7 @@ class CerberusConfig:
     draft_vocab: int | None = None
     context_layer: bool = False
     context_heads: list[int] | None = None
+    conditional_rank: int | None = None
     lm_head_fingerprint: str | None = None
     accuracy: list[list[float]] | None = None
     paths: list[list[int]] | None = None
@@ -59,6 +62,11 @@ class CerberusConfig:
                 f" got {self.draft_vocab}"
             )
         self._check_context()
+        if self.conditional_rank is not None and (self.num_heads < 2 or not 1 <= self.conditional_rank <= MOST_RANK):
+            raise ValueError(
+                f"CerberusConfig: conditional_rank must be None or in 1..{MOST_RANK} with num_heads >= 2,"
+                f" got {self.conditional_rank} with {self.num_heads}"
+            )
         if self.accuracy is not None and len(self.accuracy) != self.num_heads:
             raise ValueError(
                 f"CerberusConfig: accuracy must have one row per head ({self.num_heads}), got {len(self.accuracy)}"
@@ -71,10 +79,11 @@ class CerberusConfig:
             ("chained", bool, "true or false"),
             ("context_layer", bool, "true or false"),
             ("draft_vocab", int | None, "None or an integer"),
+            ("conditional_rank", int | None, "None or an integer"),
             ("lm_head_fingerprint", str | None, "None or a text"),
         ):
             value = getattr(self, name)
-            if not isinstance(value, kind) or name == "draft_vocab" and isinstance(value, bool):
+            if not isinstance(value, kind) or kind == int | None and isinstance(value, bool):
                 raise ValueError(f"CerberusConfig: {name} must be {what}, got {value!r}")
         for name, what, fits in (
             ("context_heads", "integers", lambda value: type(value) is int),

@@ -41,8 +41,11 @@ def check_folder(folder: Path) -> None:
 
 
 def write_heads(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Each file whole or not at all. The configuration first: it tells that the folder is one of heads."""
-    write_json(folder / CONFIG_FILE, config)
+    """Each file whole or not at all. The configuration first: it tells that the folder is one of heads.
+
+    Without what is None: earlier versions read heads that have nothing that came later.
+    """
+    write_json(folder / CONFIG_FILE, {name: value for name, value in config.items() if value is not None})
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     if DRAFT_VOCAB in tensors:
         tensors[DRAFT_VOCAB] = tensors[DRAFT_VOCAB].to(torch.int32)

@@ -60,6 +60,10 @@ def random_heads(**changes: object) -> CerberusHeads:
         ({"context_layer": True}, "context_heads must be query heads, .* got None"),
         ({"context_layer": True, "context_heads": [4, 3, 8]}, r"context_heads must be .* got \[4, 3, 8\]"),
         ({"context_layer": True, "context_heads": [4, 2, 7]}, r"context_heads must be .* an even head size, got"),
+        ({"conditional_rank": 0}, r"conditional_rank must be None or in 1..1024 .*, got 0 with 3"),
+        ({"conditional_rank": 2000}, r"conditional_rank must be None or in 1..1024 .*, got 2000 with 3"),
+        ({"conditional_rank": 8, "num_heads": 1}, r"conditional_rank must be .* num_heads >= 2, got 8 with 1"),
+        ({"conditional_rank": True}, "conditional_rank must be None or an integer, got True"),
         ({"accuracy": [[0.5], [0.4]]}, r"accuracy must have one row per head \(3\), got 2"),
     ],
 )
@@ -102,6 +106,8 @@ def test_parameters(changes: dict, weight: tuple, scaled: bool) -> None:
         {"draft_vocab": 40, "paths": [[0], [0, 1]]},
         {"chained": False},
         {"context_layer": True, "context_heads": [4, 2, 8]},
+        {"conditional_rank": 5, "draft_vocab": 40},
+        {"conditional_rank": 5, "chained": False},
     ],
 )
 def test_saved_heads_come_back(tmp_path: Path, dtype: torch.dtype, changes: dict) -> None:
