@@ -6,6 +6,26 @@ from numpy.typing import ArrayLike, NDArray
 def best_tree(accuracy: ArrayLike, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
 def ancestors(parents: ArrayLike) -> NDArray[np.int64]: ...
 def depths(parents: ArrayLike) -> NDArray[np.int64]: ...
+
+class ConditionalTables:
+    def __init__(
+        self,
+        parents: NDArray[np.int16],
+        children: NDArray[np.int16],
+        places: NDArray[np.int64],
+        slopes: NDArray[np.float32],
+        rest: NDArray[np.float32],
+    ) -> None: ...
+
+HeadDrafts = tuple[
+    ConditionalTables,
+    NDArray[np.int64],
+    NDArray[np.float32],
+    NDArray[np.float32],
+    NDArray[np.float64] | None,
+    int,
+]
+
 def best_drafts(
     tokens: ArrayLike,
     probabilities: ArrayLike,
@@ -14,6 +34,7 @@ def best_drafts(
     vocabulary: int,
     size: int,
     max_depth: int,
+    heads: HeadDrafts | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]: ...
 
 class SuffixIndex:

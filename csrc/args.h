@@ -70,6 +70,25 @@ struct DraftArgs {
   const int64_t* vocabulary;  // (Vd,): the tokens that the projection's rows are of; null: their numbers
 };
 
+// The drafts c of each head but the first, weighed anew after each draft t of the head before it, by a
+// softmax over them and the rest, which is all that the head does not draft:
+//     l(c)    = slope log P(c) + parents[t] . children[c]
+//     l(rest) = slope log(1 - sum P) + rest, of no less than kLeastRest
+// A draft whose id is none of 0 .. Vd - 1, or whose logprob or l is not finite, is none: -inf. After a parent
+// of another id the drafts stay as they are.
+constexpr float kLeastRest = 1e-4f;
+struct RerankArgs {
+  DType dtype;
+  int64_t rows, heads, drafts, vocab, rank;  // B, K >= 1, 1 <= P <= 32, Vd, r >= 1
+  const int64_t* ids;                        // (B, K, P): rows of the tables
+  const float* logprobs;                     // (B, K, P)
+  const void* parents;                       // (K - 1, Vd, r)
+  const void* children;                      // (Vd, r)
+  const float* slopes;                       // (K - 1,)
+  const float* rest;                         // (K - 1,)
+  float* conditional;                        // (B, K - 1, P, P): of parent and child
+};
+
 // temperature 0: argmax. Else Gumbel-max over the tokens that top_k and top_p keep, with Philox noise keyed
 // by (seed, position), so that the choice depends on nothing but the logits, the seed and the absolute
 // position.

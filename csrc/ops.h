@@ -12,6 +12,9 @@
   OP(hidden_entropy, HiddenEntropy, "(Tensor hidden) -> Tensor")                                         \
   OP(head_stack, HeadStack, "(Tensor hidden, Tensor anchor, Tensor weight, Tensor bias) -> Tensor")      \
   OP(draft_topk, DraftTopk, "(Tensor states, Tensor projection, int drafts) -> (Tensor, Tensor)")        \
+  OP(rerank, Rerank,                                                                                     \
+     "(Tensor ids, Tensor logprobs, Tensor parents, Tensor children, Tensor slopes, Tensor rest) -> "    \
+     "Tensor")                                                                                           \
   OP(choose_tokens, ChooseTokens,                                                                        \
      "(Tensor logits, Tensor positions, int seed, float temperature, int top_k, float top_p, Tensor? "   \
      "numbers=None) -> Tensor")                                                                          \

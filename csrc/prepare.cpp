@@ -153,6 +153,44 @@ DraftTopkCall prepare_draft_topk(const Splits& splits, const Tensor& states, con
   return call;
 }
 
+RerankCall prepare_rerank(const Tensor& ids, const Tensor& logprobs, const Tensor& parents,
+                          const Tensor& children, const Tensor& slopes, const Tensor& rest) {
+  Check check("rerank");
+  check.integer(ids, "ids", 3, "(B, K, P)", ScalarType::Long);
+  check.not_empty(ids, "ids", "(B, K, P)", 1, "K");
+  const int64_t rows = ids.size(0), heads = ids.size(1), drafts = ids.size(2);
+  check.that(drafts >= 1 && drafts <= kMaxDrafts, "ids",
+             "(B, K, P) with P from 1 to " + std::to_string(kMaxDrafts), drafts);
+  check.integer(logprobs, "logprobs", 3, "(B, K, P)", ScalarType::Float);
+  check.sizes(logprobs, "logprobs", "(B, K, P)", {rows, heads, drafts});
+  check.floating(parents, "parents", 3, "(K - 1, Vd, r)");
+  check.not_empty(parents, "parents", "(K - 1, Vd, r)", 2, "r");
+  const int64_t vocab = parents.size(1), rank = parents.size(2);
+  check.sizes(parents, "parents", "(K - 1, Vd, r)", {heads - 1, vocab, rank});
+  check.floating(children, "children", 2, "(Vd, r)");
+  check.sizes(children, "children", "(Vd, r)", {vocab, rank});
+  check.integer(slopes, "slopes", 1, "(K - 1,)", ScalarType::Float);
+  check.sizes(slopes, "slopes", "(K - 1,)", {heads - 1});
+  check.integer(rest, "rest", 1, "(K - 1,)", ScalarType::Float);
+  check.sizes(rest, "rest", "(K - 1,)", {heads - 1});
+
+  RerankCall call{{}, empty(check, ids, {rows, heads - 1, drafts, drafts}, ScalarType::Float)};
+  call.args = {check.dtype(),
+               rows,
+               heads,
+               drafts,
+               vocab,
+               rank,
+               data<int64_t>(ids),
+               data<float>(logprobs),
+               parents.const_data_ptr(),
+               children.const_data_ptr(),
+               data<float>(slopes),
+               data<float>(rest),
+               mutable_data<float>(call.conditional)};
+  return call;
+}
+
 ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& positions, int64_t seed,
                                        double temperature, int64_t top_k, double top_p,
                                        const std::optional<Tensor>& numbers) {

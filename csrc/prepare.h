@@ -41,6 +41,11 @@ struct DraftTopkCall {
   Tensor ids, logprobs;
   std::tuple<Tensor, Tensor> result() const { return {ids, logprobs}; }
 };
+struct RerankCall {
+  RerankArgs args;
+  Tensor conditional;
+  Tensor result() const { return conditional; }
+};
 struct ChooseTokensCall {
   ChooseTokensArgs args;
   Tensor tokens;
@@ -86,6 +91,8 @@ HeadStackCall prepare_head_stack(const Tensor& hidden, const Tensor& anchor, con
                                  const Tensor& bias);
 DraftTopkCall prepare_draft_topk(const Splits& splits, const Tensor& states, const Tensor& projection,
                                  int64_t drafts);
+RerankCall prepare_rerank(const Tensor& ids, const Tensor& logprobs, const Tensor& parents,
+                          const Tensor& children, const Tensor& slopes, const Tensor& rest);
 ChooseTokensCall prepare_choose_tokens(const Tensor& logits, const Tensor& positions, int64_t seed,
                                        double temperature, int64_t top_k, double top_p,
                                        const std::optional<Tensor>& numbers);

@@ -22,7 +22,7 @@ import torch
 from cerberus_ext import ops
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python_tests" / "helpers"))
-from op_cases import CUDA_OPS, attention_inputs, example, integers, normal, random_parents, tree  # noqa: E402
+from op_cases import CUDA_OPS, attention_inputs, example, integers, normal, random_parents, rerank_inputs, tree  # noqa: E402
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Call = Callable[[], Any]
@@ -85,6 +85,8 @@ def others(dtype: torch.dtype, device: str) -> Iterator[Call]:
     given: dict[str, Any] = {"dtype": dtype, "device": device}
     for size in (1, 33, 576, 4096):
         yield partial(ops.hidden_entropy, normal(3, size, **given))
+    for rows, heads, drafts, rank in ((1, 4, 32, 64), (3, 2, 7, 33), (8, 5, 32, 40)):
+        yield partial(ops.rerank, **rerank_inputs(rows, heads, drafts, rank, **given))
     for nodes in (1, 64, 130):
         parents, ancestors, depth = tree(random_parents(nodes), device)
         draft, target = (integers(0, 2, 2, nodes, seed=seed, device=device) for seed in (1, 2))

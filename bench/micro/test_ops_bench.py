@@ -30,6 +30,8 @@ CALLS = {
     "head_stack": op_calls.head_stack,
     "draft_topk": op_calls.draft_topk,
     "draft_topk, 32 drafts": partial(op_calls.draft_topk, drafts=32),
+    "rerank": op_calls.rerank,
+    "rerank, 8 rows": partial(op_calls.rerank, rows=8),
     "choose_tokens greedy, 8": partial(op_calls.choose_tokens, nodes=8),
     "choose_tokens greedy": op_calls.choose_tokens,
     "choose_tokens sampled": partial(op_calls.choose_tokens, temperature=0.8, top_k=50, top_p=0.95),
@@ -56,6 +58,7 @@ CASES = [
     if not (op.startswith(("linear", "activation")) and device == "cuda")  # they are for CPUs
     if not (op == "verify_tree" and (model, dtype) != ("135M", torch.float32))  # neither plays a part in it
     if not (op.endswith("to V") and model != "135M")
+    if not (op.startswith("rerank") and model != "135M")  # nothing of it grows with the model
 ]
 SECONDS = 1.5  # for the rounds of one case
 FEWEST, MOST = 3, 15

@@ -138,6 +138,28 @@ def draft_topk(
     )
 
 
+def rerank(shapes: Shapes, dtype: torch.dtype, device: str, rows: int = 1, vocab: int = 15000, rank: int = 64) -> Calls:
+    """vocab: of the drafts, of which every head has 32."""
+    heads, drafts = shapes.num_heads, 32
+    ids = torch.randint(0, vocab, (rows, heads, drafts), device=device)
+    logprobs = torch.randn(rows, heads, vocab, device=device).log_softmax(-1)[..., :drafts].contiguous()
+    parents = normal(heads - 1, vocab, rank, scale=0.3, dtype=dtype, device=device)
+    children = normal(vocab, rank, scale=0.3, dtype=dtype, device=device)
+    slopes, rest = torch.ones(heads - 1, device=device), torch.zeros(heads - 1, device=device)
+    which = torch.arange(heads - 1, device=device)[:, None]
+
+    def eager() -> Tensor:
+        scores = parents[which, ids[:, :-1]] @ children[ids[:, 1:]].transpose(-1, -2)
+        plain = logprobs[:, 1:, None]
+        left = (1 - plain.exp().sum(-1, keepdim=True)).clamp(min=1e-4).log()
+        first = slopes[:, None, None] * plain + scores.float()
+        last = (slopes[:, None, None] * left + rest[:, None, None]).expand(*first.shape[:-1], 1)
+        return torch.cat([first, last], -1).log_softmax(-1)[..., :-1]
+
+    moved = size_of(ids, logprobs) + rows * (heads - 1) * drafts * (2 * rank * dtype.itemsize + 4 * drafts)
+    return Calls(lambda: ops.rerank(ids, logprobs, parents, children, slopes, rest), eager, moved, difference=relative)
+
+
 def choose_tokens(
     shapes: Shapes,
     dtype: torch.dtype,

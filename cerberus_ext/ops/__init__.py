@@ -12,7 +12,7 @@ S cache capacity, Hq / Hkv attention heads, E head size, W = ceil(N / 64) words,
 """
 
 from .attention import commit_cache, tree_attention, write_cache
-from .heads import draft_topk, head_stack, hidden_entropy
+from .heads import draft_topk, head_stack, hidden_entropy, rerank
 from .layers import activation, grouped_linear, linear
 from .verify import choose_tokens, verify_tree
 
@@ -25,6 +25,7 @@ __all__ = [
     "head_stack",
     "hidden_entropy",
     "linear",
+    "rerank",
     "tree_attention",
     "verify_tree",
     "write_cache",

@@ -67,3 +67,32 @@ def _(states: Tensor, projection: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
         raise RuntimeError(f"draft_topk: drafts must be 1 to 32, got {drafts}")
     shape = (states.shape[0], states.shape[1], drafts)
     return states.new_empty(shape, dtype=torch.int64), states.new_empty(shape, dtype=torch.float32)
+
+
+def rerank(ids: Tensor, logprobs: Tensor, parents: Tensor, children: Tensor, slopes: Tensor, rest: Tensor) -> Tensor:
+    """Every head's drafts but the first's, weighed anew after each draft t of the head before it.
+
+        l(c)    = slope log P(c) + parents[t] . children[c]
+        l(rest) = slope log(max(1 - sum P, 1e-4)) + rest       all that the head does not draft
+
+    and of these P + 1 the log-softmax. Sums are float32.
+
+    ids: (B, K, P) int64, contiguous, K >= 1, P from 1 to 32: rows of the tables. Another one is no draft, and after
+        it as a parent the drafts keep their log-probabilities.
+    logprobs: (B, K, P) float32: log P. What is not finite is no draft.
+    parents: (K - 1, Vd, r) float32 | bfloat16 | float16, r >= 1: of heads 2 to K.
+    children: (Vd, r).
+    slopes, rest: (K - 1,) float32.
+    Returns (B, K - 1, P, P) float32: [b, k, p, c] of draft c of head k + 2 after draft p of head k + 1; -inf: c is no
+        draft there, as where l is not finite.
+    Raises RuntimeError on other shapes, dtypes, devices, on a non-contiguous tensor.
+    """
+    return native.rerank(ids, logprobs, parents, children, slopes, rest)
+
+
+@fake(rerank, "ids BKP, logprobs BKP, parents JVR, children VR, slopes J, rest J")
+def _(ids: Tensor, *_: Tensor) -> Tensor:
+    rows, heads, drafts = ids.shape
+    if heads < 1:
+        raise RuntimeError(f"rerank: ids must be (B, K, P) with K >= 1, got {tuple(ids.shape)}")
+    return ids.new_empty((rows, heads - 1, drafts, drafts), dtype=torch.float32)

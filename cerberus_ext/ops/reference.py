@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .reference_drafts import draft_topk as draft_topk
+from .reference_drafts import rerank as rerank
+
 # ---------------------------------------------------------------- heads
 
 
@@ -49,17 +52,6 @@ def head_stack(hidden: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor) -> 
             update = F.silu(F.linear(x, weight[layer, head].double(), bias[layer, head].double()))
             states.append((below[head].double() + update).to(hidden.dtype))
     return torch.stack(states, 1)
-
-
-def draft_topk(states: Tensor, projection: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
-    """states (B, K, D), projection (Vd, D) -> ids (B, K, P) int64, log-probabilities (B, K, P) float32.
-
-    The P best tokens, best first, equal ones in order of id.
-    """
-    logits = states.double() @ projection.double().T
-    # A stable descending sort keeps equal logits in order of id.
-    ids = logits.sort(dim=-1, descending=True, stable=True).indices[..., :drafts]
-    return ids, logits.log_softmax(-1).gather(-1, ids).float()
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:

@@ -1,5 +1,7 @@
 #include <pybind11/stl.h>
 
+#include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -28,10 +30,98 @@ struct Drafted {
   }
 };
 
+// `value` where it is an array of this dtype and shape (-1: any size), without a copy: it stays the caller's.
+template <typename T>
+py::array_t<T, py::array::c_style> exact_array(const char* caller, const char* name, const py::object& value,
+                                               const std::vector<py::ssize_t>& shape) {
+  using Array = py::array_t<T, py::array::c_style>;
+  bool fits = py::isinstance<Array>(value);
+  if (fits) {
+    const auto array = py::reinterpret_borrow<py::array>(value);
+    fits = array.ndim() == static_cast<py::ssize_t>(shape.size());
+    for (size_t axis = 0; fits && axis < shape.size(); ++axis)
+      fits = shape[axis] < 0 || array.shape(static_cast<py::ssize_t>(axis)) == shape[axis];
+  }
+  if (fits) return py::reinterpret_borrow<Array>(value);
+  std::string sizes;
+  for (const py::ssize_t axis : shape)
+    sizes += (sizes.empty() ? "" : ", ") + (axis < 0 ? "any" : std::to_string(axis));
+  throw std::invalid_argument(std::string(caller) + ": " + name + " must be a contiguous array of dtype " +
+                              std::string(py::str(py::dtype::of<T>())) + " and shape (" + sizes + ")");
+}
+
+// ConditionalTables, and the arrays that they read.
+class TableArrays {
+ public:
+  TableArrays(const py::object& parents, const py::object& children, const py::object& places,
+              const py::object& slopes, const py::object& rest)
+      : parents_(exact_array<int16_t>(kName, "parents", parents, {-1, -1, -1})),
+        children_(exact_array<int16_t>(kName, "children", children, {parents_.shape(1), parents_.shape(2)})),
+        places_(exact_array<int64_t>(kName, "places", places, {-1})),
+        slopes_(exact_array<float>(kName, "slopes", slopes, {parents_.shape(0)})),
+        rest_(exact_array<float>(kName, "rest", rest, {parents_.shape(0)})) {}
+
+  ConditionalTables view() const {
+    ConditionalTables tables;
+    tables.parents = reinterpret_cast<const uint16_t*>(parents_.data());
+    tables.children = reinterpret_cast<const uint16_t*>(children_.data());
+    tables.places = places_.data();
+    tables.slopes = slopes_.data();
+    tables.rest = rest_.data();
+    tables.heads = static_cast<size_t>(parents_.shape(0)) + 1;
+    tables.vocab = static_cast<size_t>(parents_.shape(1));
+    tables.rank = static_cast<size_t>(parents_.shape(2));
+    tables.tokens = static_cast<size_t>(places_.shape(0));
+    return tables;
+  }
+
+ private:
+  static constexpr const char* kName = "ConditionalTables";
+  py::array_t<int16_t, py::array::c_style> parents_, children_;
+  py::array_t<int64_t, py::array::c_style> places_;
+  py::array_t<float, py::array::c_style> slopes_, rest_;
+};
+
+// The arrays of HeadDrafts.
+class Conditional {
+ public:
+  Conditional(const TableArrays& tables, const py::object& tokens, const py::object& logprobs,
+              const py::object& conditional, const py::object& platt, int64_t proposer)
+      : tables_(tables.view()), proposer_(proposer) {
+    const auto heads = static_cast<py::ssize_t>(tables_.heads);
+    tokens_ = exact_array<int64_t>(kName, "heads: tokens", tokens, {heads, -1});
+    const py::ssize_t drafts = tokens_.shape(1);
+    logprobs_ = exact_array<float>(kName, "heads: logprobs", logprobs, {heads, drafts});
+    conditional_ = exact_array<float>(kName, "heads: conditional", conditional, {heads - 1, drafts, drafts});
+    if (!platt.is_none()) platt_ = exact_array<double>(kName, "heads: platt", platt, {heads, 2});
+  }
+
+  HeadDrafts view() const {
+    return {&tables_,
+            tokens_.data(),
+            logprobs_.data(),
+            conditional_.data(),
+            platt_ ? platt_->data() : nullptr,
+            static_cast<size_t>(tokens_.shape(1)),
+            proposer_};
+  }
+
+ private:
+  static constexpr const char* kName = "best_drafts";
+  ConditionalTables tables_;
+  py::array_t<int64_t, py::array::c_style> tokens_;
+  py::array_t<float, py::array::c_style> logprobs_, conditional_;
+  std::optional<py::array_t<double, py::array::c_style>> platt_;
+  int64_t proposer_;
+};
+
+using GivenHeads = std::tuple<const TableArrays*, py::object, py::object, py::object, py::object, int64_t>;
+
 py::tuple best_drafts_numpy(const py::object& tokens, const py::object& probabilities,
                             const py::object& proposers,
                             const std::vector<std::tuple<py::object, py::object, int64_t>>& paths,
-                            int64_t vocabulary, int64_t size, int64_t max_depth) {
+                            int64_t vocabulary, int64_t size, int64_t max_depth,
+                            const std::optional<GivenHeads>& heads) {
   const Drafted by_depth(tokens, probabilities, 2);
   const Int64s depth_proposers(checked_array("best_drafts", "proposers", proposers, 2, "iu"));
   for (int axis = 0; axis < 2; ++axis) {
@@ -51,7 +141,16 @@ py::tuple best_drafts_numpy(const py::object& tokens, const py::object& probabil
   const DepthDrafts depth_drafts{by_depth.tokens.data(), by_depth.probabilities.data(),
                                  depth_proposers.data(), static_cast<size_t>(by_depth.tokens.shape(0)),
                                  static_cast<size_t>(by_depth.tokens.shape(1))};
-  BestDrafts drafts = best_drafts(depth_drafts, path_drafts, vocabulary, size, max_depth);
+  std::optional<Conditional> conditional;
+  HeadDrafts head_drafts;
+  if (heads) {
+    const auto& [tables, head_tokens, logprobs, after, platt, proposer] = *heads;
+    if (!tables)
+      throw std::invalid_argument("best_drafts: heads: tables must be ConditionalTables, got None");
+    head_drafts = conditional.emplace(*tables, head_tokens, logprobs, after, platt, proposer).view();
+  }
+  BestDrafts drafts = best_drafts(depth_drafts, path_drafts, vocabulary, size, max_depth,
+                                  conditional ? &head_drafts : nullptr);
   const auto nodes = static_cast<py::ssize_t>(drafts.parents.size());
   py::array_t<double> accepted(nodes, drafts.probabilities.data());
   return py::make_tuple(to_numpy(std::move(drafts.parents), {nodes}),
@@ -62,8 +161,18 @@ py::tuple best_drafts_numpy(const py::object& tokens, const py::object& probabil
 }  // namespace
 
 void bind_draft_search(py::module_& m) {
+  py::class_<TableArrays>(m, "ConditionalTables",
+                          R"(The tables of conditional heads, see drafting/conditional.py.
+
+parents (K - 1, Vd, r), children (Vd, r): the bits of bfloat16 as int16; places (V,) int64: a token's row of the tables,
+another number where it has none; slopes, rest (K - 1,) float32. Contiguous; they are not copied, and may change.
+Raises ValueError on anything else.)")
+      .def(py::init<const py::object&, const py::object&, const py::object&, const py::object&,
+                    const py::object&>(),
+           py::arg("parents"), py::arg("children"), py::arg("places"), py::arg("slopes"), py::arg("rest"));
   m.def("best_drafts", &best_drafts_numpy, py::arg("tokens"), py::arg("probabilities"), py::arg("proposers"),
         py::arg("paths"), py::arg("vocabulary"), py::arg("size"), py::arg("max_depth"),
+        py::arg("heads") = py::none(),
         R"(The nodes most likely to be accepted, of all that several proposers draft.
 
 tokens, probabilities, proposers: (K, P), the drafts for depths 1 .. K, best first; probabilities in 0 .. 1;
@@ -73,6 +182,11 @@ token where the ones before it are right. vocabulary: tokens are in 0 .. vocabul
 size: nodes, the root included, >= 1; fewer come back where there are no more drafts, of which one of probability 0 is
 none.
 max_depth: of any node, >= 0.
+heads: None, or (tables, tokens, logprobs, conditional, platt, proposer) of heads with conditional drafts: tokens (H, D)
+int64 and logprobs (H, D) float32 of what they draft, D of each of H heads; conditional (H - 1, D, D) float32: what
+`ops.rerank` makes of these; platt (H, 2) float64: (slope, shift) of each head, or None; proposer: which of the drafts in
+`tokens` above are theirs. After every node but the root these have the probability that they have after its token: by
+`conditional` where it is one of the heads' drafts for its depth, else by the tables; as they are without a row there.
 Returns (parents, tokens, proposers, probabilities), (N,) each, best first, int64 but for the last, float64: parents[0]
 = -1, parents[i] < i; proposers: who drafted the node, 0 for the root; probabilities: that it is accepted, 1 for the
 root. The first n nodes are the best tree of n nodes.

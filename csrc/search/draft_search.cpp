@@ -53,6 +53,7 @@ struct Expanded {
   size_t depth;
   size_t trie;   // its node in the trie, or kNone
   double share;  // what the probabilities of the next depth's drafts are multiplied with
+  DraftRow row;  // these drafts
 };
 
 struct Candidate {
@@ -62,7 +63,7 @@ struct Candidate {
   int64_t token;
   int64_t proposer;
   size_t trie;
-  size_t rank;  // among the drafts of its depth; kNone: it comes from the trie
+  size_t rank;  // among the drafts after its parent; kNone: it comes from the trie
 };
 
 bool operator<(const Candidate& a, const Candidate& b) {
@@ -71,8 +72,9 @@ bool operator<(const Candidate& a, const Candidate& b) {
 
 class Search {
  public:
-  Search(const DepthDrafts& drafts, const std::vector<PathDraft>& paths, size_t max_depth)
-      : drafts_(drafts), trie_(paths), max_depth_(max_depth) {}
+  Search(const DepthDrafts& drafts, const std::vector<PathDraft>& paths, size_t max_depth,
+         const HeadDrafts* heads)
+      : rows_(drafts, heads), trie_(paths), max_depth_(max_depth) {}
 
   BestDrafts run(size_t size) {
     add({1.0, 0, kNone, 0, 0, 0, kNone}, -1);
@@ -91,20 +93,24 @@ class Search {
     tree_.tokens.push_back(node.token);
     tree_.proposers.push_back(node.proposer);
     tree_.probabilities.push_back(node.probability);
-    expanded_.push_back({parent < 0 ? 0 : expanded_[parent].depth + 1, node.trie, 1.0});
-    if (expanded_.back().depth < max_depth_) offer_children(expanded_.size() - 1);
+    expanded_.push_back({parent < 0 ? 0 : expanded_[parent].depth + 1, node.trie, 1.0, {}});
+    Expanded& added = expanded_.back();
+    if (added.depth >= max_depth_) return;
+    added.row = rows_.after(added.depth, node.token);
+    offer_children(expanded_.size() - 1);
   }
 
   void offer_children(size_t node) {
+    const DraftRow row = expanded_[node].row;
     if (expanded_[node].trie != kNone) {
       double by_path = 0, by_depth = 0;  // what the two kinds give the tokens of the paths
       for (const size_t child : trie_[expanded_[node].trie].children) {
         const Trie::Node& path = trie_[child];
-        const size_t rank = rank_of(expanded_[node].depth, path.token);
-        const double drafted = rank == kNone ? 0.0 : probability(expanded_[node].depth, rank);
+        const size_t rank = rank_of(row, path.token);
+        const double drafted = rank == kNone ? 0.0 : row.probabilities[rank];
         const bool path_likelier = path.probability >= drafted;
         offer(node, path_likelier ? path.probability : drafted, path.token,
-              path_likelier ? path.proposer : proposer(expanded_[node].depth, rank), child, kNone);
+              path_likelier ? path.proposer : row.proposers[rank], child, kNone);
         by_path += std::max(path.probability, drafted);
         by_depth += drafted;
       }
@@ -113,15 +119,14 @@ class Search {
     offer_draft(node, 0);
   }
 
-  // Offers the draft of this rank of the depth after `node`, or the next that is no child from the trie and
+  // Offers the draft of this rank after `node`, or the next that is no child from the trie and
   // no repetition.
   void offer_draft(size_t node, size_t rank) {
-    const auto [depth, trie, share] = expanded_[node];
-    if (depth >= drafts_.depths) return;
-    for (; rank < drafts_.drafts; ++rank) {
-      const int64_t token = drafts_.tokens[depth * drafts_.drafts + rank];
-      if (rank_of(depth, token) != rank || follows(trie, token)) continue;
-      offer(node, probability(depth, rank) * share, token, proposer(depth, rank), kNone, rank);
+    const auto [depth, trie, share, row] = expanded_[node];
+    for (; rank < row.size; ++rank) {
+      const int64_t token = row.tokens[rank];
+      if (rank_of(row, token) != rank || follows(trie, token)) continue;
+      offer(node, row.probabilities[rank] * share, token, row.proposers[rank], kNone, rank);
       return;
     }
   }
@@ -137,23 +142,13 @@ class Search {
     return std::any_of(children.begin(), children.end(), [&](size_t c) { return trie_[c].token == token; });
   }
 
-  // The first rank at which the token is drafted for depth `depth` + 1, or kNone.
-  size_t rank_of(size_t depth, int64_t token) const {
-    if (depth >= drafts_.depths) return kNone;
-    const int64_t* row = drafts_.tokens + depth * drafts_.drafts;
-    const int64_t* at = std::find(row, row + drafts_.drafts, token);
-    return at == row + drafts_.drafts ? kNone : static_cast<size_t>(at - row);
+  // The first rank at which the token is drafted, or kNone.
+  static size_t rank_of(const DraftRow& row, int64_t token) {
+    const int64_t* at = std::find(row.tokens, row.tokens + row.size, token);
+    return at == row.tokens + row.size ? kNone : static_cast<size_t>(at - row.tokens);
   }
 
-  double probability(size_t depth, size_t rank) const {
-    return drafts_.probabilities[depth * drafts_.drafts + rank];
-  }
-
-  int64_t proposer(size_t depth, size_t rank) const {
-    return drafts_.proposers[depth * drafts_.drafts + rank];
-  }
-
-  const DepthDrafts& drafts_;
+  DraftRows rows_;
   const Trie trie_;
   const size_t max_depth_;
   BestDrafts tree_;
@@ -182,7 +177,7 @@ void check(const int64_t* tokens, const double* probabilities, size_t count, int
 // than its parent, and taking the best candidate again and again gives the best nodes of all. The drafts of a
 // depth are best first after every node, so only the best one not yet taken has to be a candidate.
 BestDrafts best_drafts(const DepthDrafts& drafts, const std::vector<PathDraft>& paths, int64_t vocabulary,
-                       int64_t size, int64_t max_depth) {
+                       int64_t size, int64_t max_depth, const HeadDrafts* heads) {
   if (size < 1) throw std::invalid_argument("best_drafts: size must be >= 1, got " + std::to_string(size));
   if (max_depth < 0) {
     throw std::invalid_argument("best_drafts: max_depth must be >= 0, got " + std::to_string(max_depth));
@@ -194,7 +189,7 @@ BestDrafts best_drafts(const DepthDrafts& drafts, const std::vector<PathDraft>& 
     }
   }
   for (const PathDraft& path : paths) check(path.tokens, path.probabilities, path.length, vocabulary);
-  return Search(drafts, paths, static_cast<size_t>(max_depth)).run(static_cast<size_t>(size));
+  return Search(drafts, paths, static_cast<size_t>(max_depth), heads).run(static_cast<size_t>(size));
 }
 
 }  // namespace cerberus::search

@@ -5,17 +5,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace cerberus::search {
+#include "conditional_rows.h"
 
-// Drafts for each depth, whatever the path there is: the heads', and others of this kind. Row-major (depths,
-// drafts), row d for nodes of depth d + 1, best first; proposers: who makes each of them.
-struct DepthDrafts {
-  const int64_t* tokens = nullptr;
-  const double* probabilities = nullptr;
-  const int64_t* proposers = nullptr;
-  size_t depths = 0;
-  size_t drafts = 0;
-};
+namespace cerberus::search {
 
 // One draft of how the text goes on. probabilities[i]: that tokens[i] is right where those before it are.
 struct PathDraft {
@@ -37,10 +29,14 @@ struct BestDrafts {
 // fewer where there are no more drafts; one of probability 0 is none.
 //
 // A token that both kinds of drafts offer after a node is one node, as likely as the likelier of the two
-// says. After a node of a path, the other drafts share the probability that the path leaves. Throws
-// std::invalid_argument where size < 1 or max_depth < 0, where a token is not in 0 .. vocabulary - 1, or a
-// probability not in 0 .. 1.
+// says. After a node of a path, the other drafts share the probability that the path leaves.
+//
+// heads: null, or the heads' own drafts where they are conditional: those of `drafts` that are theirs, by
+// proposer and token, are then weighed anew after every node deeper than the root.
+//
+// Throws std::invalid_argument where size < 1 or max_depth < 0, where a token is not in 0 .. vocabulary - 1,
+// or a probability not in 0 .. 1.
 BestDrafts best_drafts(const DepthDrafts& drafts, const std::vector<PathDraft>& paths, int64_t vocabulary,
-                       int64_t size, int64_t max_depth);
+                       int64_t size, int64_t max_depth, const HeadDrafts* heads = nullptr);
 
 }  // namespace cerberus::search

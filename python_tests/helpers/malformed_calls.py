@@ -40,6 +40,7 @@ AXES = {
     "hidden_entropy": "hidden BD",
     "head_stack": "hidden BD, anchor BD, weight LKDD, bias LKD",
     "draft_topk": "states BKD, projection VD",
+    "rerank": "ids BKP, logprobs BKP, parents JVR, children VR, slopes J, rest J",
     "choose_tokens": "logits MV, positions M, numbers 3",
     "tree_attention": "q BNHE, keys BGSE, values BGSE, length B, ancestors NW, sinks H",
     "write_cache": "keys BHSE, values BHSE, new_keys BNHE, new_values BNHE, length B",

@@ -21,6 +21,7 @@ _FLOAT32 = (2e-5, 2e-5)
 TOLERANCE: dict[str, dict[torch.dtype, tuple[float, float]]] = {
     "hidden_entropy": dict.fromkeys(DTYPES, _FLOAT32),  # float32 whatever the input is
     "draft_topk": dict.fromkeys(DTYPES, _FLOAT32),
+    "rerank": dict.fromkeys(DTYPES, _FLOAT32),
     "activation": {torch.float32: (2.5e-7, 1e-44), torch.bfloat16: (2**-7, 1e-40), torch.float16: (2**-10, 1e-7)},
     "linear": {torch.float32: _FLOAT32, torch.bfloat16: (2**-7, 1e-5), torch.float16: (2**-10, 1e-5)},
     "grouped_linear": {torch.float32: _FLOAT32, torch.bfloat16: (2**-7, 1e-5), torch.float16: (2**-10, 1e-5)},
@@ -129,6 +130,23 @@ def attention_inputs(
     }
 
 
+def rerank_inputs(
+    rows: int, heads: int, drafts: int, rank: int, *, vocab: int = 50, dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of rerank: of each head's drafts no two are alike, and at least a twentieth is left to the rest."""
+    orders = normal(rows, heads, vocab, seed=1).argsort(-1)[..., :drafts]
+    table = {"dtype": dtype, "device": device, "scale": rank**-0.25}
+    return {
+        "ids": orders.contiguous().to(device),
+        "logprobs": (normal(rows, heads, drafts + 1, seed=2).log_softmax(-1)[..., 1:] - 0.06).contiguous().to(device),
+        "parents": normal(heads - 1, vocab, rank, seed=3, **table),
+        "children": normal(vocab, rank, seed=4, **table),
+        "slopes": normal(heads - 1, seed=5).exp().to(device),
+        "rest": normal(heads - 1, seed=6).to(device),
+    }
+
+
 # 0 -> 1 -> 3 -> 4
 #   -> 2
 SMALL_TREE = [-1, 0, 0, 1, 3]
@@ -154,6 +172,10 @@ def _draft_topk(dtype: torch.dtype, device: str) -> dict[str, Any]:
         "projection": integers(-2, 3, 129, 33, seed=2, device=device).to(dtype),
         "drafts": 5,
     }
+
+
+def _rerank(dtype: torch.dtype, device: str) -> dict[str, Any]:
+    return rerank_inputs(2, 3, 5, 33, dtype=dtype, device=device)
 
 
 def _choose_tokens(dtype: torch.dtype, device: str) -> dict[str, Any]:
@@ -231,6 +253,7 @@ EXAMPLES: dict[str, Callable[[torch.dtype, str], dict[str, Any]]] = {
     "hidden_entropy": _hidden_entropy,
     "head_stack": _head_stack,
     "draft_topk": _draft_topk,
+    "rerank": _rerank,
     "choose_tokens": _choose_tokens,
     "tree_attention": _tree_attention,
     "write_cache": _write_cache,

@@ -21,6 +21,7 @@ from op_cases import (
     integers,
     normal,
     random_parents,
+    rerank_inputs,
 )
 
 from cerberus_ext import ops
@@ -67,6 +68,12 @@ def check_products(dtype: torch.dtype) -> None:
     assert_close("head_stack", ops.head_stack(*arguments), reference.head_stack(*arguments), dtype)
     states, projection = integers(-2, 3, 5, 2, 129, seed=5).to(dtype), integers(-2, 3, 1537, 129, seed=6).to(dtype)
     assert torch.equal(ops.draft_topk(states, projection, 9)[0], reference.draft_topk(states, projection, 9)[0])
+
+
+def check_rerank(dtype: torch.dtype) -> None:
+    for drafts, rank in ((1, 3), (7, 33), (32, 64)):
+        a = rerank_inputs(2, 3, drafts, rank, dtype=dtype)
+        assert_close("rerank", ops.rerank(**a), reference.rerank(**a), dtype)
 
 
 def check_attention(dtype: torch.dtype) -> None:
@@ -124,6 +131,7 @@ def check_every_op() -> None:
     for dtype in DTYPES:
         check_examples(dtype)
         check_products(dtype)
+        check_rerank(dtype)
         check_attention(dtype)
         check_activations(dtype)
         check_choice(dtype)

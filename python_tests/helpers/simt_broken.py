@@ -27,6 +27,7 @@ from op_cases import (
     integers,
     normal,
     random_parents,
+    rerank_inputs,
     tree,
 )
 from simt_library import Emulation
@@ -58,6 +59,9 @@ def cases(op: str) -> Iterator[list[Any]]:
                 states, projection = integers(-2, 3, 1, heads, 40, seed=1), integers(-2, 3, 203, 40, seed=2)
                 yield [states.to(dtype), projection.to(dtype), 6]
             yield [torch.zeros(1, 1, 40, dtype=dtype), projection.to(dtype), 6]  # every token counts alike
+        elif op == "rerank":
+            for rank in (33, 64):
+                yield list(rerank_inputs(2, 3, 32, rank, dtype=dtype).values())
         elif op == "choose_tokens":
             yield [integers(-3, 3, 2, 600).to(dtype), torch.arange(2), 7, 1.5, 60, 0.7]
         elif op == "tree_attention":

@@ -26,6 +26,14 @@ SHAPES: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
         "bias": ("(L, K, D)", (0, 1, 2)),
     },
     "draft_topk": {"states": ("(B, K, D)", ()), "projection": ("(Vd, D)", (1,))},
+    "rerank": {
+        "ids": ("(B, K, P)", ()),
+        "logprobs": ("(B, K, P)", (0, 1, 2)),
+        "parents": ("(K - 1, Vd, r)", (0,)),
+        "children": ("(Vd, r)", (0, 1)),
+        "slopes": ("(K - 1,)", (0,)),
+        "rest": ("(K - 1,)", (0,)),
+    },
     "choose_tokens": {"logits": ("(M, V)", ()), "positions": ("(M,)", (0,)), "numbers": ("(3,)", (0,))},
     "tree_attention": {
         "q": ("(B, N, Hq, E)", ()),
@@ -63,6 +71,8 @@ SHAPES: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
         "chosen": ("(M, J)", (0, 1)),
     },
 }
+ALWAYS_FLOAT32 = [("rerank", "logprobs"), ("rerank", "slopes"), ("rerank", "rest")]
+FIRST_FLOATING = {"rerank": "parents"}  # where it is not the first argument
 TENSORS = [(op, name) for op, arguments in SHAPES.items() for name in arguments]
 WITH_RANK = [(op, name) for op, name in TENSORS if SHAPES[op][name][0] != "any"]
 GROWN = [(op, name, axis) for op, arguments in SHAPES.items() for name in arguments for axis in arguments[name][1]]
@@ -74,6 +84,8 @@ NOT_EMPTY = [
     ("head_stack", "weight", 0, "L"),
     ("head_stack", "weight", 1, "K"),
     ("draft_topk", "states", 2, "D"),
+    ("rerank", "ids", 1, "K"),
+    ("rerank", "parents", 2, "r"),
     ("choose_tokens", "logits", 1, "V"),
     ("tree_attention", "q", 3, "E"),
     ("tree_attention", "keys", 1, "Hkv"),
@@ -137,15 +149,18 @@ def test_rank(op, name, device):
 def test_dtype(op, name, device):
     arguments = example(op, device=device)
     right = arguments[name]
+    first = FIRST_FLOATING.get(op, next(iter(arguments)))
     if right.dtype is torch.int64:
         rejects(op, device, name, right.int(), "torch.int64", "torch.int32")
     elif right.dtype is torch.int32:
         rejects(op, device, name, right.long(), "torch.int32", "torch.int64")
-    elif name == next(iter(arguments)):
+    elif (op, name) in ALWAYS_FLOAT32:
+        for dtype in (torch.bfloat16, torch.float64, torch.int32):
+            rejects(op, device, name, right.to(dtype), "torch.float32", str(dtype))
+    elif name == first:
         for dtype in (torch.float64, torch.int64, torch.bool, torch.uint8):
             rejects(op, device, name, right.to(dtype), "torch.float32, torch.bfloat16 or torch.float16", str(dtype))
     else:
-        first = next(iter(arguments))
         for dtype in (torch.bfloat16, torch.float64, torch.int32):
             rejects(op, device, name, right.to(dtype), f"torch.float32 like {first}", str(dtype))
 
@@ -192,6 +207,12 @@ def test_more_drafts_than_tokens(device):
     arguments["projection"] = arguments["projection"][:4].contiguous()
     with pytest.raises(RuntimeError, match="draft_topk: drafts must be at most Vd = 4, got 5"):
         ops.draft_topk(**arguments)
+
+
+@pytest.mark.parametrize("drafts", [0, 33])
+def test_rerank_takes_so_many_drafts(drafts, device):
+    wrong = torch.zeros(2, 3, drafts, dtype=torch.int64, device=device)
+    rejects("rerank", device, "ids", wrong, "(B, K, P) with P from 1 to 32", str(drafts))
 
 
 def test_query_heads_are_a_multiple(device):

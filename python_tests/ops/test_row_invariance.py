@@ -10,7 +10,17 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from op_cases import DTYPES, assert_close, assert_same_bits, attention_inputs, integers, normal, random_parents, tree
+from op_cases import (
+    DTYPES,
+    assert_close,
+    assert_same_bits,
+    attention_inputs,
+    integers,
+    normal,
+    random_parents,
+    rerank_inputs,
+    tree,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -69,6 +79,15 @@ def test_draft_topk(size, vocab, dtype):
     states = normal(ROWS, 2, size, seed=1, dtype=dtype)
     projection = normal(vocab, size, seed=2, scale=size**-0.5, dtype=dtype)
     assert_row_invariant(lambda index: ops.draft_topk(states[index], projection, 4), ROWS)
+
+
+@dtypes
+@pytest.mark.parametrize("drafts", [5, 32])
+def test_rerank(drafts, dtype):
+    a = rerank_inputs(ROWS, 3, drafts, 33, dtype=dtype)
+    assert_row_invariant(
+        lambda index: (ops.rerank(**a | {name: a[name][index] for name in ("ids", "logprobs")}),), ROWS
+    )
 
 
 @dtypes

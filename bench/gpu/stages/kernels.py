@@ -56,6 +56,7 @@ def cases(model: str, dtype: torch.dtype) -> Iterator[Case]:
     for length in LENGTHS[1:]:
         yield case("tree_attention", nodes=1, length=length)
     yield case("hidden_entropy")
+    yield case("rerank")
     yield case("choose_tokens")
     yield case("choose_tokens", **SAMPLED)
     yield case("verify_tree")
