@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-SUMMARIES, CHARACTERS = 40, 4000
+SUMMARIES, CHARACTERS = 40, 2000
 
 
 def humaneval() -> list[tuple[str, str]]:
