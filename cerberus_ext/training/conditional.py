@@ -85,8 +85,7 @@ class ConditionalTrainer(Trainer):
         self.save_heads()
 
     def _load_places(self, window: list[Chunk]) -> Places:
-        """Chunk by chunk: only one's hidden states are in memory."""
-        parts = []
-        for chunk in window:
-            parts.append(self.places(self.source.together([chunk])))
-        return joined(parts)
+        """A few chunks at a time, one for each process to compute: only their hidden states are in memory."""
+        count = self.processes.count
+        groups = [window[first : first + count] for first in range(0, len(window), count)]
+        return joined([self.places(self.source.together(group)) for group in groups])
