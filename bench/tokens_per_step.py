@@ -5,9 +5,9 @@
 
 No machine and no time matters. The answers are greedy, of the default model; they are written once, in bfloat16, to
 --answers, {"question": number, "p": [prompt ids], "r": [answer ids]}, and read from there the next time. What the heads
-draft at every place of them is computed in --dtype. A line of the results is one set of heads, one tree size, and the
-heads alone or with the text's past; `gain` is over the first heads. In brackets: 95 % bootstrap intervals over the
-questions.
+draft at every place of them is computed in --dtype. Heads with conditional drafts are walked with and without them.
+A line of the results is one set of heads, one tree size, and the heads alone or with the text's past; `gain` is over
+the first heads. Intervals: 95 %, by bootstrap over the questions.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ from cerberus_ext.io.prompts import Question, read_questions
 
 NEW_TOKENS = 256
 NO_COSTS = StepCosts((1, 1024), (0,), (0.0,), ((0.0,), (0.0,)))  # nobody asks for the time
-WAYS: dict[str, tuple[Any, ...] | None] = {"heads": (), "heads and suffix index": None}
+WAYS: dict[str, tuple[Any, ...] | None] = {"heads": (), "heads and suffix index": None}  # proposers
+NO_HEADS = "none"  # the suffix index alone
 
 
 def answers_of(file: Path, questions: list[Question], heads: Any) -> list[Answer]:
@@ -73,6 +75,8 @@ def rows_of(
         for size in sizes:
             first: np.ndarray | None = None
             for name, of_heads in texts.items():
+                if name == NO_HEADS and proposers == ():
+                    continue
                 totals = counted(of_heads, len(questions), size, proposers)[asked]
                 tokens, steps, zero, nodes = totals.sum(0)
                 row: dict[str, Any] = {"heads": name, "way": way, "nodes": size, "questions": len(asked)}
@@ -113,9 +117,16 @@ def main() -> None:
     model, _ = cerberus_ext.load_default_model(getattr(torch, arguments.dtype))
     heads = {Path(name).name: load_heads(name, model) for name in arguments.heads}
     answers = answers_of(arguments.answers, questions, next(iter(heads.values())))
-    texts = {}
+    texts: dict[str, list[TracedText]] = {}
     for name, own in heads.items():
-        texts[name] = [trace(model, own, answer) for answer in tqdm(answers, desc=name, unit="text")]
+        traced = [trace(model, own, answer) for answer in tqdm(answers, desc=name, unit="text")]
+        if own.conditional is not None:
+            texts[f"{name}, without conditional drafts"] = [replace(text, conditional=None) for text in traced]
+        texts[name] = traced
+    texts[NO_HEADS] = [
+        replace(text, ids=text.ids[..., :0], logprobs=text.logprobs[..., :0], conditional=None)
+        for text in next(iter(texts.values()))
+    ]
     facts = {"source": arguments.questions.name, "dtype": arguments.dtype, "date": date.today().isoformat()}
     with arguments.out.open("w") as file:
         for row in rows_of(texts, questions, arguments.sizes):

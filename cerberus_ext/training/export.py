@@ -1,5 +1,5 @@
-"""The answers for other trainers of drafters: JSON lines of `input_ids` and `loss_mask`, which vLLM's speculators and
-SpecForge read.
+"""The answers for other trainers of drafters, vLLM's speculators and SpecForge: JSON lines of `input_ids` and
+`loss_mask`.
 
 A file that is there already is never written over. One that holds the same rows is left as it is, so that the same
 command can be given again.
