@@ -40,7 +40,7 @@ def measure_batches(model: PreTrainedModel, context: int, rounds: int) -> Costs:
     steps += [(PAIR, [star(nodes // 2, vocabulary), star(nodes - nodes // 2, vocabulary)]) for nodes in NODES]
     seconds: list[list[float]] = [[] for _ in steps]
     running = Running(graphs=False, slots=max(TEXTS))
-    made = session(runtime_of(model), Drafts(NoHeads(), 0, False, (1,)), running)
+    made = session(runtime_of(model), Drafts(NoHeads(), 0, False, False, (1,)), running)
     with torch.inference_mode(), made as found, tqdm(total=_ROUNDS * rounds + 1, desc="batches", unit="round") as bar:
         texts = [found.open(Sampling(), DecodeStats(), context + 1 + max(NODES)) for _ in range(max(TEXTS))]
         for text in texts:

@@ -23,6 +23,7 @@ from ..drafting.heads import CerberusHeads, input_matrix
 from ..drafting.suffix import SuffixProposer
 from ..drafting.tree import Trees
 from ..engine.loop import propose
+from ..engine.plan import asked_drafts
 from ..evaluation.timing import timed
 from ..runtime.runtime import runtime_of
 from ..runtime.sampling import Sampling
@@ -109,14 +110,14 @@ def measure_costs(
     # With a text that was said before, so that there are always as many drafts as a tree may have.
     text = [token % vocabulary for token in range(policy.size)] * 2
     trees = policy.begin([SuffixProposer()(text)], vocabulary)
-    drafts = min(policy.useful_drafts, heads.config.draft_vocab or heads.config.vocab_size)
+    drafts = asked_drafts(heads, policy, vocabulary)
     plain: dict[int, list[float]] = {context: [] for context in contexts}
     looked: dict[tuple[int, int], list[float]] = {(size, context): [] for size in sizes for context in contexts}
     entropy: list[float] = []
     with tqdm(total=2 * PASSES * (rounds + 1), desc="step costs", unit="round") as bar:
         for number in range(2 * PASSES):
             looks, stats = bool(number % 2), DecodeStats()
-            how = Drafts(heads, drafts, looks, tuple(sizes) if looks else (1,))
+            how = Drafts(heads, *drafts, looks, tuple(sizes) if looks else (1,))
             cells = [(times, size, context) for (size, context), times in looked.items()] if looks else [
                 (times, 1, context) for context, times in plain.items()
             ]  # fmt: skip

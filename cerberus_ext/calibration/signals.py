@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from ..drafting.platt import PlattScaling, reading
 from .trace import TracedText
@@ -53,13 +54,28 @@ def reliability(probability: ArrayLike, hit: ArrayLike) -> tuple[list[float], li
 
 
 def at_every_place(texts: Sequence[TracedText]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """logprobs (n, K, P); ranks (n, K) of the right token; and (n, K): whether the heads before have the right token
-    among their drafts. There a head's draft is right or wrong given a right path, which the length of a path is made
-    of."""
-    logprobs = torch.cat([text.logprobs for text in texts]).double().numpy()
+    """logprobs (n, K, P) of the drafts, best first; ranks (n, K) of the right token; and (n, K): whether the heads
+    before have the right token among their drafts. There a head's draft is right or wrong given a right path, which the
+    length of a path is made of. Drafts that are weighed by the token before are so by the right one."""
+    logprobs = torch.cat([_given_the_right_token(text) for text in texts]).double().numpy()
     ranks = np.array([row for text in texts for row in text.ranks])
     known = np.logical_and.accumulate(ranks < logprobs.shape[2], axis=1)
+    if any(text.conditional is not None for text in texts):  # another draft may be the best one by then
+        order = np.argsort(-logprobs, axis=2, kind="stable")
+        places = np.minimum(ranks, logprobs.shape[2] - 1)[:, :, None]
+        ranks = np.where(ranks < logprobs.shape[2], np.argmax(order == places, axis=2), ranks)
+        logprobs = np.take_along_axis(logprobs, order, 2)
     return logprobs, ranks, np.hstack([np.ones_like(known[:, :1]), known[:, :-1]])
+
+
+def _given_the_right_token(text: TracedText) -> Tensor:
+    """Log-probabilities (n, K, P) of the drafts after the right token, where the head before has drafted it."""
+    if text.conditional is None:
+        return text.logprobs
+    after = text.conditional.rerank(text.ids, text.logprobs)  # (n, K - 1, P, P)
+    right = torch.tensor(text.ranks)[:, :-1].clamp(max=after.shape[2] - 1)  # of another place nothing is taken
+    chosen = after.gather(2, right[:, :, None, None].expand(-1, -1, 1, after.shape[3]))[:, :, 0]
+    return torch.cat([text.logprobs[:, :1], chosen], 1)
 
 
 def fit_platt(texts: Sequence[TracedText]) -> list[tuple[float, float]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import ops
+from ..drafting.conditional import BoundConditional
 from ..drafting.dynamic_policy import MAX_DRAFTS
 from ..drafting.heads import CerberusHeads, input_matrix
 from ..drafting.heads_drafter import HeadsDrafter
@@ -61,6 +62,7 @@ class TracedText:
     hidden       (n, D); entropy (n,): in nats, of softmax(hidden)
     next_entropy (n,): in nats, of the target model's distribution from which the pending token was chosen
     ids          (n, K, P) int64: of the drafts; logprobs (n, K, P) float32
+    conditional  what weighs them by the token before, on the CPU; None: nothing does
     tokens       (prompt + n + 1,): of prompt and answer
     vocabulary   of the model, in tokens
     agreeing     share of the places whose pending token the pass over the text would have chosen, too
@@ -75,6 +77,7 @@ class TracedText:
     next_entropy: list[float]
     ids: Tensor
     logprobs: Tensor
+    conditional: BoundConditional | None
     tokens: list[int]
     vocabulary: int
     agreeing: float
@@ -132,6 +135,7 @@ def trace(model: PreTrainedModel, heads: CerberusHeads, answer: Answer) -> Trace
         next_entropy=next_entropy.tolist(),
         ids=ids.cpu(),
         logprobs=logprobs.cpu(),
+        conditional=None if drafter.conditional is None else drafter.conditional.host,
         tokens=answer.ids[0].tolist(),
         vocabulary=input_matrix(model).shape[0],
         agreeing=(chosen == tokens[:-1]).double().mean().item(),

@@ -7,12 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..drafting.gate import Gate
-from ..drafting.proposers import ProposerFactory, make_proposer
+from ..drafting.proposers import HeadsDrafts, ProposerFactory, make_proposer
 from ..drafting.simulate import steps_through
 from ..drafting.tree import Tree, TreePolicy, Trees
 from ..engine.loop import propose
@@ -60,9 +58,10 @@ class Place:
     looked: at the drafts. asked_entropy: for the entropy.
     """
 
-    def __init__(self, text: TracedText, index: int, drafts: int) -> None:
-        """drafts: of each head that any tree uses."""
-        self._text, self._index, self._drafts = text, index, drafts
+    def __init__(self, text: TracedText, index: int, policy: TreePolicy) -> None:
+        conditional = text.conditional is not None and policy.looks
+        self._text, self._index = text, index
+        self._drafts = policy.conditional_drafts if conditional else policy.useful_drafts
         self.looked = self.asked_entropy = False
 
     @property
@@ -73,10 +72,12 @@ class Place:
         self.asked_entropy = True
         return self._text.entropy[self._index]
 
-    def drafts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def drafts(self) -> HeadsDrafts:
         self.looked = True
-        ids, logprobs = (table[self._index, :, : self._drafts] for table in (self._text.ids, self._text.logprobs))
-        return ids.numpy(), logprobs.numpy()
+        tables, weighs = (self._text.ids, self._text.logprobs), self._text.conditional
+        ids, logprobs = (table[self._index, :, : self._drafts].contiguous() for table in tables)
+        after = None if weighs is None else weighs.on_host(weighs.rerank(ids[None], logprobs[None])[0])
+        return HeadsDrafts(ids.numpy(), logprobs.numpy(), after)
 
 
 def walk(
@@ -107,7 +108,7 @@ def _step(
     index: int,
 ) -> int:  # fmt: skip
     """Adds the step at a place; returns how many drafts it accepts."""
-    place, context, max_depth = Place(text, index, policy.useful_drafts), text.prompt + index, text.deepest[index]
+    place, context, max_depth = Place(text, index, policy), text.prompt + index, text.deepest[index]
     tree = propose(place, policy, gate, trees, max_depth)
     accepted = accepted_by(tree, text.tokens[context + 1 : context + 1 + max_depth])
     tally.seconds += costs.seconds(tree.size, context, place.looked, place.asked_entropy)
@@ -126,7 +127,7 @@ def accepted_lengths(text: TracedText, policy: TreePolicy) -> list[int]:
     trees, found = policy.begin((), text.vocabulary), []
     for index, deepest in enumerate(text.deepest):
         context = text.prompt + index
-        place = Place(text, index, policy.useful_drafts)
+        place = Place(text, index, policy)
         ahead = text.tokens[context + 1 : context + 1 + deepest]
         found.append(accepted_by(trees.grow(place, deepest, False), ahead) if deepest else 0)
     return found

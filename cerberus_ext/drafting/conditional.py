@@ -15,11 +15,19 @@ Letters: K heads, P drafts per head, D hidden size, V vocabulary, Vd draft vocab
 
 from __future__ import annotations
 
+import copy
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .. import _host, ops
+
 LEAST_REST = 1e-4  # of the probability that a head does not draft: its logarithm stays finite
+_ROWS = 4096  # of a model's matrix that are made float32 at once
 
 
 class ConditionalDrafts(nn.Module):
@@ -44,20 +52,20 @@ class ConditionalDrafts(nn.Module):
         parameters have one.
         """
         parents = embeddings if draft_vocab is None else embeddings[draft_vocab]
-        return self.parent_rows(parents, rms(embeddings)), self.draft_table(draft_rows)
+        return self.parent_rows(parents, rms(embeddings)), self.draft_table(draft_rows, rms(draft_rows))
 
     def parent_rows(self, parents: Tensor, scale: Tensor) -> Tensor:
         """parents (M, D): tokens' embeddings; scale: `rms` of all of them -> (K - 1, M, r) float32: rows of T."""
         return (parents.float() / scale) @ self.queries.float().transpose(1, 2)
 
-    def draft_table(self, draft_rows: Tensor) -> Tensor:
-        """draft_rows (Vd, D) -> G (Vd, r) float32."""
-        return F.linear(draft_rows.float(), self.keys.float() / rms(draft_rows))
+    def draft_table(self, draft_rows: Tensor, scale: Tensor) -> Tensor:
+        """draft_rows (M, D) of the LM head; scale: `rms` of all of the draft vocabulary's -> (M, r) float32: of G."""
+        return F.linear(draft_rows.float(), self.keys.float() / scale)
 
 
 def rms(rows: Tensor) -> Tensor:
     """() float32: the root mean square of all numbers."""
-    return rows.detach().float().pow(2).mean().sqrt()
+    return torch.linalg.vector_norm(rows.detach(), dtype=torch.float32) / rows.numel() ** 0.5
 
 
 def conditional_logprobs(parents: Tensor, drafts: Tensor, logprobs: Tensor, slope: Tensor, rest: Tensor) -> Tensor:
@@ -67,3 +75,60 @@ def conditional_logprobs(parents: Tensor, drafts: Tensor, logprobs: Tensor, slop
     scores = parents @ drafts.transpose(-1, -2) + (slope[..., None] * logprobs)[..., None, :]
     last = (slope[..., None] * left + rest[..., None])[..., None, :].expand(*scores.shape[:-1], 1)
     return torch.cat([scores, last], -1).log_softmax(-1)
+
+
+class ConditionalLogprobs(NamedTuple):
+    """What the tree search weighs drafts by: logprobs (K - 1, P, P) of `ops.rerank`, the tables for other tokens."""
+
+    tables: _host.ConditionalTables
+    logprobs: NDArray[np.float32]
+
+
+class BoundConditional:
+    """Conditional drafts bound to a model: what `ops.rerank` reads, on the model's device and on the host.
+
+    tensors: parents (K - 1, Vd, r), children (Vd, r) bfloat16, slopes, rest (K - 1,) float32, and places (V,) int64: a
+    token's row of the tables, -1 where it has none.
+    host: the same on the CPU. tables: the same for the tree search, in the same memory.
+    """
+
+    def __init__(self, tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:
+        self.tensors = tensors
+        on_host = tensors[0].device.type == "cpu"
+        self.host: BoundConditional = self if on_host else BoundConditional(tuple(part.cpu() for part in tensors))  # type: ignore[arg-type]
+        if on_host:
+            parents, children, slopes, rest, places = tensors
+            bits = (table.view(torch.int16).numpy() for table in (parents, children))
+            self.tables = _host.ConditionalTables(*bits, *(part.numpy() for part in (places, slopes, rest)))
+        else:
+            self.tables = self.host.tables
+
+    @property
+    def read_tensors(self) -> list[Tensor]:
+        """All that it reads."""
+        return [*self.tensors] if self.host is self else [*self.tensors, *self.host.tensors]
+
+    def rerank(self, ids: Tensor, logprobs: Tensor) -> Tensor:
+        """ids, logprobs (B, K, P): what the heads draft, -1: nothing -> (B, K - 1, P, P), see `ops.rerank`."""
+        parents, children, slopes, rest, places = self.tensors
+        return ops.rerank(places.take(ids), logprobs, parents, children, slopes, rest)
+
+    def on_host(self, logprobs: Tensor) -> ConditionalLogprobs:
+        """logprobs (K - 1, P, P)"""
+        return ConditionalLogprobs(self.tables, logprobs.numpy(force=True))
+
+
+@torch.no_grad()
+def bind_conditional(
+    drafts: ConditionalDrafts, embeddings: Tensor, draft_rows: Tensor, draft_vocab: Tensor | None
+) -> BoundConditional:
+    """embeddings (V, D), draft_rows (Vd, D) of the LM head, draft_vocab (Vd,) as in `tables`; on one device."""
+    device, tokens = embeddings.device, len(embeddings)
+    ids = torch.arange(tokens, device=device) if draft_vocab is None else draft_vocab
+    drafts = copy.deepcopy(drafts).to(device, torch.float32)
+    scale, draft_scale = rms(embeddings), rms(draft_rows)
+    parents = [drafts.parent_rows(embeddings[part], scale).to(torch.bfloat16) for part in ids.split(_ROWS)]
+    children = [drafts.draft_table(rows, draft_scale).to(torch.bfloat16) for rows in draft_rows.split(_ROWS)]
+    places = torch.full((tokens,), -1, device=device).index_copy_(0, ids, torch.arange(len(ids), device=device))
+    tables = torch.cat(parents, 1), torch.cat(children)
+    return BoundConditional((*tables, drafts.slopes.detach(), drafts.rest.detach(), places))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from ..target.attention import Topology
     from ..target.cache import TreeCache
+    from .conditional import BoundConditional
 
 
 class Drafter:
@@ -20,11 +21,13 @@ class Drafter:
 
     recordable   `draft` computes on the device only, from its arguments and from tensors that stay where they are, so
                  that a recorded step may contain it. Otherwise it is called before every replay
+    conditional  what weighs its drafts by the token before; None: nothing does
     has_context  it has keys and values of its own for every token: the cache has a layer for them, and it is told of
                  all tokens and of the hidden states that they led to
     """
 
     recordable: bool = False
+    conditional: BoundConditional | None = None
     has_context: bool = False
 
     def draft(self, hidden: Tensor, pending: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +93,8 @@ class DraftRow(NamedTuple):
 
 
 class HeadsLike(Protocol):
-    """What `decode` needs of heads; CerberusHeads is one. config.num_heads is K."""
+    """What `decode` needs of heads; CerberusHeads is one. config.num_heads is K; config.conditional_rank, where there
+    is one: what they are bound to may weigh its drafts by the token before."""
 
     config: Any
 

@@ -66,6 +66,11 @@ class DynamicPolicy(TreePolicy):
         return min(self.drafts, self.size - 1)
 
     @property
+    def conditional_drafts(self) -> int:
+        """Late drafts may win where the token before speaks for them. A tree of one draft has no such token."""
+        return self.drafts if self.size > 2 else self.useful_drafts
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         powers = (1 << bits for bits in range(_MIN_FILLED.bit_length() - 1, self.size.bit_length()))
         return 1, *(power for power in powers if power < self.size), self.size
@@ -102,8 +107,11 @@ class DynamicTrees:
         depth = min(max_depth, self._policy.size - 1)
         others = [ask_proposer(proposer, depth) for proposer in self._proposers]
         drafts = list(enumerate(others, start=HEADS + 1))
+        conditional = None
         if heads is not None and not any(_fills(part.probabilities, self._policy.size - 1) for part in others):
-            drafts.insert(0, (HEADS, HeadsProposer(heads, self._vocabulary, self._policy.platt).propose(depth)))
+            own = HeadsProposer(heads, self._vocabulary, self._policy.platt)
+            drafts.insert(0, (HEADS, own.propose(depth)))
+            conditional = own.conditional(HEADS)
         # The likeliest of depth 1 comes first, and nothing deeper is likelier than what it stands below.
         best = max((part.probabilities.item(0) for _, part in drafts if part.tokens.size), default=0.0)
         if 0.0 <= best < least:
@@ -111,7 +119,8 @@ class DynamicTrees:
         table = join_tables([(part, number) for number, part in drafts if part.tokens.ndim == 2])
         paths = [(*part, number) for number, part in drafts if part.tokens.ndim == 1 and part.tokens.size]
         try:
-            return Tree(*_host.best_drafts(*table, paths, self._vocabulary, self._policy.size, depth))
+            size = self._policy.size
+            return Tree(*_host.best_drafts(*table, paths, self._vocabulary, size, depth, conditional))
         except ValueError:
             for proposer, part in zip(self._proposers, others, strict=True):
                 check_values(proposer, part, self._vocabulary)  # says whose they are

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.draft import draft, in_eight_bits
+from .conditional import bind_conditional
 from .context_layer import BoundContext, ContextForward, weights_of
 from .drafter import Drafter, DraftRow
 from .dynamic_policy import MAX_DRAFTS
@@ -57,6 +58,8 @@ class HeadsDrafter(Drafter):
         rows = lm_head.detach() if self.draft_vocab is None else lm_head.detach()[self.draft_vocab]
         self._known = len(rows)
         self.projection = self._kept(rows)
+        if heads.conditional is not None:
+            self.conditional = bind_conditional(heads.conditional, self.embeddings, rows, self.draft_vocab)
         self._shared = {
             tensor.data_ptr() for tensor in (*heads.parameters(), *heads.buffers(), lm_head, embeddings)
         }  # the memory of others: never written
@@ -86,9 +89,9 @@ class HeadsDrafter(Drafter):
 
     def _tensors(self) -> list[Tensor | None]:
         """All that drafting reads."""
-        context = self.context
-        layer = [] if context is None else context.read_tensors
-        return [self.weight, self.bias, self.embeddings, self.anchor_scale, self.draft_vocab, self.projection, *layer]
+        own = [self.weight, self.bias, self.embeddings, self.anchor_scale, self.draft_vocab, self.projection]
+        parts = [part.read_tensors for part in (self.context, self.conditional) if part is not None]
+        return [*own, *(tensor for part in parts for tensor in part)]
 
     def draft(self, hidden: Tensor, pending: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
         """The `drafts` best tokens of every head: ids of the model's vocabulary, and their log-probabilities within the

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .. import _host
 from ..io.checks import call
+from .conditional import ConditionalLogprobs
 from .platt import PlattScaling, reading
 
 
@@ -43,11 +45,19 @@ class Drafts(NamedTuple):
 _NONE = Drafts(np.empty((0, 0), np.int64), np.empty((0, 0), np.float64))
 
 
+class HeadsDrafts(NamedTuple):
+    """What the heads draft at one step: ids, logprobs (K, P), on the host. conditional: None where a head's drafts do
+    not depend on the token before."""
+
+    ids: NDArray[np.int64]
+    logprobs: NDArray[np.float32]
+    conditional: ConditionalLogprobs | None = None
+
+
 class HeadsSignals(Protocol):
     """Who has the heads' drafts; a Stepper is one."""
 
-    def drafts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """ids, logprobs (K, P), on the host."""
+    def drafts(self) -> HeadsDrafts: ...
 
 
 class HeadsProposer:
@@ -62,12 +72,13 @@ class HeadsProposer:
         self._step = step
         self._vocabulary = vocabulary
         self._platt = platt
+        self._drafted: HeadsDrafts | None = None
 
     def extend(self, tokens: list[int]) -> None:
         pass
 
     def propose(self, max_depth: int) -> Drafts:
-        ids, logprobs = self._step.drafts()
+        ids, logprobs, _ = self._drafted = self._step.drafts()
         if not ids.size:  # no tree has any of theirs
             return _NONE
         probabilities = reading(self._platt)(np.minimum(logprobs, 0.0, dtype=np.float64))
@@ -78,6 +89,14 @@ class HeadsProposer:
             probabilities = np.take_along_axis(np.where(known, probabilities, 0.0), last, 1)
         # A correction that turns the order round would say that a head knows nothing: then all its drafts are alike.
         return Drafts(ids[:max_depth], np.minimum.accumulate(probabilities, axis=1)[:max_depth])
+
+    def conditional(self, number: int) -> _host.HeadDrafts | None:
+        """After `propose`: what `_host.best_drafts` weighs these drafts by, where their proposer has this number."""
+        if self._drafted is None or self._drafted.conditional is None:
+            return None
+        tables, logprobs = self._drafted.conditional
+        platt = None if self._platt is None else np.reshape(np.array(self._platt, np.float64), (-1, 2))
+        return tables, self._drafted.ids, self._drafted.logprobs, logprobs, platt, number
 
 
 class DraftTable(NamedTuple):

@@ -134,7 +134,7 @@ class StaticPolicy(TreePolicy):
     def _weigh(tree: Tree, heads: HeadsSignals) -> Tree:
         """With the product of the heads' probabilities along every node's path."""
         assert tree.ranks is not None
-        _, logprobs = heads.drafts()  # (K, P)
+        logprobs = heads.drafts().logprobs  # (K, P)
         probabilities = _READ(logprobs.astype(np.float64))[tree.depths - 1, tree.ranks]
         probabilities[0] = 1.0
         for node, parent in enumerate(tree.parents[1:].tolist(), start=1):

@@ -102,6 +102,7 @@ class TreePolicy(ABC):
 
     size           nodes of the largest tree
     useful_drafts  P: how many drafts of each head any tree looks at
+    conditional_drafts  the same of heads whose drafts are weighed by the token before
     looks          whether the host has to see the heads' drafts before there is a tree
     sizes          numbers of nodes that steps are recorded for; others are filled up to the next of them
     """
@@ -112,6 +113,10 @@ class TreePolicy(ABC):
     @property
     @abstractmethod
     def useful_drafts(self) -> int: ...
+
+    @property
+    def conditional_drafts(self) -> int:
+        return self.useful_drafts
 
     @property
     @abstractmethod

@@ -47,11 +47,8 @@ class Plan:
 
     @property
     def drafts(self) -> Drafts:
-        config, drafts = self.heads.config, self.policy.useful_drafts
-        if self.policy.looks:  # it takes what there is; the others name their drafts, which have to be there
-            known = getattr(config, "draft_vocab", None) or self.vocabulary
-            drafts = min(drafts, known) if config.num_heads else 0
-        return Drafts(self.heads, drafts, self.looks, self.policy.sizes)
+        asked = asked_drafts(self.heads, self.policy, self.vocabulary)
+        return Drafts(self.heads, *asked, self.looks, self.policy.sizes)
 
     @property
     def looks(self) -> bool:
@@ -66,6 +63,17 @@ class Plan:
         """text: the prompt and the first token behind it -> what makes the trees of this text."""
         proposers = [make_proposer(maker, number, list(text)) for number, maker in enumerate(self.makers)]
         return self.policy.begin(proposers, self.vocabulary)
+
+
+def asked_drafts(heads: HeadsLike, policy: TreePolicy, vocabulary: int) -> tuple[int, bool]:
+    """How many drafts of each head there are to be, and whether they are weighed by the token before."""
+    config = heads.config
+    if not policy.looks:  # it names its drafts, which have to be there
+        return policy.useful_drafts, False
+    conditional = getattr(config, "conditional_rank", None) is not None and policy.size > 2
+    known = getattr(config, "draft_vocab", None) or vocabulary
+    drafts = min(policy.conditional_drafts if conditional else policy.useful_drafts, known)
+    return drafts if config.num_heads else 0, conditional
 
 
 def default_policy(device: torch.device) -> DynamicPolicy:

@@ -21,7 +21,8 @@ from ..target.model import TargetModel, lasting_capacity
 from ..target.step_row import StepForward
 from .recorder import RECORDERS, Unrecordable
 from .replayable import memory_of
-from .static_step import StaticResult, StepKind, StepMemory, run_step
+from .static_result import StaticResult
+from .static_step import StepKind, StepMemory, run_step
 from .stats import DecodeStats
 
 # Libraries choose algorithms and take workspaces when they first see a shape, which a recording must not contain.

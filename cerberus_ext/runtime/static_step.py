@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _host, ops
@@ -28,6 +27,7 @@ from ..ops.step import settle
 from ..target.cache import TreeCache
 from ..target.model import TargetModel
 from .sampling import Chooser, RecordedChoosers
+from .static_result import StaticResult
 
 
 class StaticState(NamedTuple):
@@ -103,50 +103,6 @@ def pack_tree(tree: Tree, nodes: int, batch: int, drafts: int) -> np.ndarray:
     return np.concatenate([parents, depths, sources, ancestors.reshape(-1), *[given] * batch])
 
 
-class Read(NamedTuple):
-    """What the host has read of a step, of row 0."""
-
-    target: list[int]  # what the target model chose after each node
-    path: list[int]  # the accepted nodes, node 0 included
-    entropy: float | None  # None: it was not asked for
-    drafts: tuple[NDArray[np.int64], NDArray[np.float32]] | None  # ids, logprobs (K, P) for the next step
-
-
-class StaticResult:
-    """What the host gets of a step: one buffer, and its twin on the host.
-
-    target (B, N), path (B, N) int64: the accepted nodes, then -1.
-    entropy (B,) float32: of softmax(hidden), for the next step's gate.
-    ids, logprobs (B, K, P) int64, float32: the drafts for the next step; None where they are not drafted yet.
-    """
-
-    def __init__(self, batch: int, nodes: int, drafts: StaticDrafts | None, device: torch.device) -> None:
-        shape = None if drafts is None else drafts.logprobs.shape
-        drafted = 0 if shape is None else shape[1] * shape[2]
-        columns = 2 * nodes + drafted + -(-(1 + drafted) // 2)  # two float32 in the place of an int64
-        self.buffer = torch.zeros((batch, columns), dtype=torch.int64, device=device)
-        self.host = torch.zeros((batch, columns), dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._nodes, self._shape = nodes, shape
-        self.target, self.path, self.entropy, self.ids, self.logprobs = self._parts(self.buffer)
-        self._on_host = self._parts(self.host)
-        self.path[:, 1:] = -1
-
-    def read(self) -> Read:
-        """After the buffer was copied to `host`."""
-        target, path, entropy, ids, logprobs = self._on_host
-        drafts = None if ids is None or logprobs is None else (ids[0].numpy().copy(), logprobs[0].numpy().copy())
-        accepted = [node for node in path[0].tolist() if node >= 0]
-        return Read(target[0].tolist(), accepted, entropy[0].item(), drafts)
-
-    def _parts(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        target, path, rest = buffer.tensor_split([self._nodes, 2 * self._nodes], 1)
-        if self._shape is None:
-            return target, path, rest.view(torch.float32)[:, 0], None, None
-        drafted = self._shape[1] * self._shape[2]
-        ids, floats = rest[:, :drafted].unflatten(1, self._shape[1:]), rest[:, drafted:].view(torch.float32)
-        return target, path, floats[:, 0], ids, floats[:, 1 : 1 + drafted].unflatten(1, self._shape[1:])
-
-
 class Drafting(Enum):
     """When a step calls the heads by itself."""
 
@@ -161,6 +117,7 @@ class StepKind:
 
     drafter: of the heads that it calls, or that are told of its tokens.
     shape: (K, P) of the drafts that nodes may name, or that it makes; None: it has nothing to do with any.
+    conditional: whether those that it makes are weighed by the token before, too.
     """
 
     nodes: int
@@ -168,6 +125,7 @@ class StepKind:
     drafter: Drafter = NO_DRAFTER
     shape: tuple[int, int] | None = None
     drafting: Drafting = Drafting.NEVER
+    conditional: bool = False
 
 
 class StepMemory:
@@ -206,8 +164,8 @@ class StepMemory:
 
     def result(self, kind: StepKind) -> StaticResult:
         """A new one."""
-        after = kind.shape is not None and kind.drafting is Drafting.AFTER
-        return StaticResult(self.batch, kind.nodes, self.drafts(kind.shape) if after else None, self.device)  # type: ignore[arg-type]
+        shape = kind.shape if kind.drafting is Drafting.AFTER else None
+        return StaticResult(self.batch, kind.nodes, shape, kind.conditional, self.device)
 
     def changed_by(self, kind: StepKind) -> list[Tensor]:
         """What a step changes, and the next one reads. Of the cache, slots from length on hold nothing that counts."""
@@ -262,6 +220,9 @@ def end_step(
         drafts.put(*kind.drafter.propose(cache, state.hidden, state.pending, drafts.ids.shape[2]))
         result.ids.copy_(drafts.ids)
         result.logprobs.copy_(drafts.logprobs)
+        if result.after is not None:
+            assert kind.drafter.conditional is not None
+            result.after.copy_(kind.drafter.conditional.rerank(drafts.ids, drafts.logprobs))
 
 
 def _settle(

@@ -12,17 +12,19 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import ops
+from ..drafting.conditional import BoundConditional, ConditionalLogprobs
 from ..drafting.drafter import NO_DRAFTER, Drafter, DraftRow, HeadsLike
+from ..drafting.proposers import HeadsDrafts
 from ..drafting.tree import ALONE, Tree, filled_size, tree_of_ranks
 from ..target.model import TargetModel
 from .recorder import Unrecordable
 from .recordings import Recorded, Recordings
 from .sampling import Chooser
-from .static_step import Drafting, Read, StaticResult, StepKind, StepMemory, run_step
+from .static_result import Read, StaticResult
+from .static_step import Drafting, StepKind, StepMemory, run_step
 from .stats import DecodeStats, shared_phase
 from .together import TextStep, run_together
 
@@ -31,13 +33,15 @@ from .together import TextStep, run_together
 class Drafts:
     """How the heads take part in a decode.
 
-    drafts  P: how many of each head any tree looks at; 0: the heads are not asked
-    looks   whether the host wants to see the drafts before it has a tree
-    sizes   numbers of nodes that steps are recorded for
+    drafts       P: how many of each head any tree looks at; 0: the heads are not asked
+    conditional  whether they are weighed by the token before, where the heads know how to
+    looks        whether the host wants to see the drafts before it has a tree
+    sizes        numbers of nodes that steps are recorded for
     """
 
     heads: HeadsLike
     drafts: int
+    conditional: bool
     looks: bool
     sizes: tuple[int, ...]
 
@@ -105,8 +109,9 @@ class Stepper:
         self._shape = (drafts.heads.config.num_heads, drafts.drafts) if drafts.drafts else None
         self._results: dict[int, StaticResult] = {}
         self._drafted: tuple[Tensor, Tensor] | None = None  # of this step, on the device: ids, logprobs (B, K, P)
-        # The same of row 0, on the host, as the last step has brought them.
-        self._fetched: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
+        # The same of row 0, on the host: as the last step has brought them, or as they were asked for.
+        self._fetched: HeadsDrafts | None = None
+        self._seen: HeadsDrafts | None = None
         self._entropy: float | None = None
 
     @property
@@ -140,14 +145,22 @@ class Stepper:
         """In nats, of softmax(hidden)."""
         return ops.hidden_entropy(self.hidden)[0].item() if self._entropy is None else self._entropy
 
-    def drafts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """ids, logprobs (K, P) of the heads' drafts for row 0, on the host; (0, 0) where no tree has any."""
+    def drafts(self) -> HeadsDrafts:
+        """The heads' drafts for row 0; of shape (0, 0) where no tree has any."""
         if self._shape is None:
-            return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
+            return HeadsDrafts(np.empty((0, 0), np.int64), np.empty((0, 0), np.float32))
         if self._fetched is not None:
             return self._fetched
-        ids, logprobs = self._draft()
-        return ids[0].numpy(force=True), logprobs[0].numpy(force=True)
+        if self._seen is None:
+            ids, logprobs = self._draft()
+            weighs = self._weighs()
+            after = None if weighs is None else weighs.on_host(weighs.rerank(ids, logprobs)[0])
+            self._seen = HeadsDrafts(ids[0].numpy(force=True), logprobs[0].numpy(force=True), after)
+        return self._seen
+
+    def _weighs(self) -> BoundConditional | None:
+        """What weighs the drafts by the token before; None: nothing does."""
+        return self._drafter.conditional if self._drafts.conditional else None
 
     def step(self, tree: Tree) -> Chunk:
         """One forward over `tree` -> the tokens that it adds to the text, at least one."""
@@ -182,7 +195,13 @@ class Stepper:
     def finish(self, tree: Tree, read: Read) -> Chunk:
         """After the step with `tree` has run -> the tokens that it adds to the text."""
         target, path, entropy, fetched = read
-        self._drafted, self._fetched, self._entropy = None, fetched, entropy
+        self._drafted, self._seen, self._entropy = None, None, entropy
+        self._fetched = None
+        if fetched is not None:
+            ids, logprobs, after = fetched
+            weighs = self._weighs() if after is not None else None
+            given = None if weighs is None or after is None else ConditionalLogprobs(weighs.tables, after)
+            self._fetched = HeadsDrafts(ids, logprobs, given)
         self.target.cache.committed += len(path)
         tokens = [target[node] for node in path]
         self._chooser.extend(tokens)
@@ -216,16 +235,16 @@ class Stepper:
         """names_drafts: whether the tokens of some nodes are on the device."""
         if self._recordings is None:
             return StepKind(nodes, self._chooser, self._drafter, self._shape if names_drafts else None)
-        drafting = Drafting.NEVER
+        drafting, conditional = Drafting.NEVER, False
         if self._drafter.recordable and self._drafts.looks:
-            drafting = Drafting.AFTER
+            drafting, conditional = Drafting.AFTER, self._weighs() is not None
         elif self._drafter.recordable and names_drafts:
             drafting = Drafting.BEFORE
         involved = drafting is not Drafting.NEVER or self._drafter.has_context
         shape = self._shape if names_drafts or drafting is Drafting.AFTER else None
         size = filled_size(nodes, self._drafts.sizes)
         chooser = self._memory.choosers.of(self._chooser)
-        return StepKind(size, chooser, self._drafter if involved else NO_DRAFTER, shape, drafting)
+        return StepKind(size, chooser, self._drafter if involved else NO_DRAFTER, shape, drafting, conditional)
 
     def _prepare(self, tree: Tree) -> BegunStep:
         """With a tree whose drafts are where they have to be."""

@@ -12,7 +12,8 @@ from ..ops.step import settle
 from ..target.model import TargetModel
 from ..target.step_row import StepForward
 from .sampling import Chooser, Sampling
-from .static_step import Read, StaticNodes, StepKind, StepMemory, begin_step
+from .static_result import Read
+from .static_step import StaticNodes, StepKind, StepMemory, begin_step
 
 
 class TextStep(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cerberus_ext.drafting.proposers import Drafts, HeadsProposer, ask_proposer, join_tables
+from cerberus_ext.drafting.proposers import Drafts, HeadsDrafts, HeadsProposer, ask_proposer, join_tables
 from cerberus_ext.drafting.suffix import DocumentProposer, SuffixProposer, probabilities_by_match
 
 LIST = [7, 1, 2, 3, 9, 7, 1, 2, 4, 9, 7, 1]  # after 7 1: twice 2
@@ -178,9 +178,9 @@ class Step:
     """A stepper's part that a HeadsProposer sees."""
 
     def __init__(self, ids: Any, probabilities: Any) -> None:
-        self.found = np.array(ids, np.int64), np.log(np.array(probabilities, np.float32))
+        self.found = HeadsDrafts(np.array(ids, np.int64), np.log(np.array(probabilities, np.float32)))
 
-    def drafts(self) -> tuple[np.ndarray, np.ndarray]:
+    def drafts(self) -> HeadsDrafts:
         return self.found
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cerberus_ext.drafting.proposers import HeadsDrafts
 from cerberus_ext.drafting.static_policy import StaticPolicy, default_tree
 from cerberus_ext.drafting.tree import ALONE, filled_size
 
@@ -70,9 +71,9 @@ def test_weighed() -> None:
     table = np.array([[0.5, 0.25, 0, 0.125], [0.5, 0, 0.25, 0], [0, 1.0, 0, 0]])
 
     class Heads:
-        def drafts(self) -> tuple[np.ndarray, np.ndarray]:
+        def drafts(self) -> HeadsDrafts:
             with np.errstate(divide="ignore"):
-                return np.zeros((3, 4), np.int64), np.log(table).astype(np.float32)
+                return HeadsDrafts(np.zeros((3, 4), np.int64), np.log(table).astype(np.float32))
 
     weighed = DRAWN.grow(Heads(), 9, True)
     assert weighed.probabilities.tolist() == pytest.approx([1, 0.5, 0.25, 0.125, 0.25, 0.125, 0.0625, 0.0625])

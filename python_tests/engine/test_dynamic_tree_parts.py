@@ -16,6 +16,7 @@ from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.drafting import dynamic_policy
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import ConfidenceGate
+from cerberus_ext.drafting.proposers import HeadsDrafts
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.drafting.suffix import DocumentProposer, SuffixProposer
 from cerberus_ext.drafting.tree import Tree
@@ -61,9 +62,9 @@ class CountedHeads:
         self._ids, every = order.astype(np.int64), np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
         self._logprobs = np.log(np.take_along_axis(every, order, 1)).astype(np.float32)
 
-    def drafts(self) -> tuple[np.ndarray, np.ndarray]:
+    def drafts(self) -> HeadsDrafts:
         self.asked += 1
-        return self._ids, self._logprobs
+        return HeadsDrafts(self._ids, self._logprobs)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 6])

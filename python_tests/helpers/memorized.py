@@ -60,6 +60,7 @@ def hand_made(ranks: list[list[int]], *, prompt: int = 10, question: int = 0, **
         "next_entropy": [0.0] * places,
         "ids": ids,
         "logprobs": torch.full((places, heads, drafts), 0.25).log(),
+        "conditional": None,
         "tokens": tokens,
         "vocabulary": len(tokens) + drafts,
         "deepest": [places] * places,

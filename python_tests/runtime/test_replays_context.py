@@ -24,12 +24,16 @@ GATES = {
 }
 
 
+@pytest.mark.pairwise
+@pytest.mark.parametrize("rank", [None, 8])
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("name", ["llama", "qwen2-window"])
-def test_replayed_steps_are_the_same(name: str, tree: str, gate: str, recorders: list[TapeRecorder]) -> None:
+def test_replayed_steps_are_the_same(
+    name: str, tree: str, gate: str, rank: int | None, recorders: list[TapeRecorder]
+) -> None:
     model, text = tiny_model(name), generated(name, "cpu", NEW)
-    heads, counts = heads_for(model), []
+    heads, counts = heads_for(model, conditional_rank=rank, draft_vocab=60), []
     for replay in (True, False, True):
         proposers = accepting(text) if tree == "dynamic" else None
         out = decode(

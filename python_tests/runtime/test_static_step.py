@@ -20,7 +20,6 @@ from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.runtime.sampling import Sampling
 from cerberus_ext.runtime.static_step import (
     Drafting,
-    StaticDrafts,
     StaticNodes,
     StaticResult,
     StepKind,
@@ -104,23 +103,27 @@ def test_a_tree_is_copied_once() -> None:
 
 
 def test_result_on_the_host() -> None:
-    drafts = StaticDrafts(1, 2, 3, CPU)
-    result = StaticResult(1, 4, drafts, CPU)
+    result = StaticResult(1, 4, (2, 3), True, CPU)
     result.target.copy_(torch.tensor([[5, 6, 7, 2**40]]))
     result.entropy.fill_(1.5)
-    assert result.ids is not None and result.logprobs is not None
+    assert result.ids is not None and result.logprobs is not None and result.after is not None
     result.ids.copy_(2**40 + torch.arange(6).view(1, 2, 3))
     result.logprobs.copy_(-torch.arange(6.0).view(1, 2, 3))
+    result.after.copy_(torch.arange(9.0).view(1, 1, 3, 3))
     result.host.copy_(result.buffer)
     target, path, entropy, found = result.read()
     assert (target, path, entropy) == ([5, 6, 7, 2**40], [0], 1.5)
     assert found is not None
-    ids, logprobs = found
+    ids, logprobs, after = found
+    assert after is not None and after.tolist() == [[[0, 1, 2], [3, 4, 5], [6, 7, 8]]]
     assert (ids - 2**40).tolist() == [[0, 1, 2], [3, 4, 5]] and ids.dtype == np.int64
     assert logprobs.tolist() == [[0, -1, -2], [-3, -4, -5]] and logprobs.dtype == np.float32
     result.host.fill_(0)
     assert ids[1, 2] == 2**40 + 5 and logprobs[1, 2] == -5, "they do not change with the next step"
-    assert StaticResult(1, 1, None, CPU).read().drafts is None
+    assert StaticResult(1, 1, None, False, CPU).read().drafts is None
+    assert StaticResult(1, 1, None, True, CPU).read().drafts is None, "where nothing is drafted, nothing is weighed"
+    _, _, nothing = StaticResult(1, 4, (2, 3), False, CPU).read().drafts or (None, None, 1)
+    assert nothing is None
 
 
 def test_tokens_from_another_source() -> None:

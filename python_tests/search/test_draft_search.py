@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
+from draft_nodes import Draft, Node, Path, best_of, children, every_node, nodes_of
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -14,51 +15,14 @@ from cerberus_ext import _host
 
 VOCAB = 6
 
-Table = list[list[tuple[int, float, int]]]  # of every place: (token, probability, proposer), best first
-Path = tuple[list[int], list[float], int]  # tokens, probabilities, proposer
+Table = list[list[Draft]]  # of every place, best first
 
 
-class Node(NamedTuple):
-    tokens: tuple[int, ...]  # along the path from the root
-    probability: float
-    proposer: int
+def every_node_of(table: Table, paths: list[Path], max_depth: int) -> list[Node]:
+    def children_of(before: tuple[int, ...]) -> list[Draft]:
+        return children(table[len(before)] if len(before) < len(table) else [], paths, before)
 
-
-def children(table: Table, paths: list[Path], before: tuple[int, ...]) -> list[tuple[int, float, int]]:
-    """(token, probability, proposer) of what may follow `before`, a node's tokens."""
-    depth = len(before)
-    places: dict[int, tuple[float, int]] = {}
-    for token, probability, proposer in table[depth] if depth < len(table) else []:
-        places.setdefault(token, (probability, proposer))  # a repetition says nothing new
-    along: dict[int, tuple[float, int]] = {}
-    for tokens, probabilities, proposer in paths:
-        if len(tokens) > depth and tuple(tokens[:depth]) == before:
-            known = along.setdefault(tokens[depth], (probabilities[depth], proposer))
-            if probabilities[depth] > known[0]:
-                along[tokens[depth]] = probabilities[depth], proposer
-    # A token of both is as likely as the likelier of the two says; the other places share what is left.
-    likelier = {token: max(one, places.get(token, (0.0, 0)), key=lambda each: each[0]) for token, one in along.items()}
-    taken, of_places = sum(c for c, _ in likelier.values()), sum(places.get(token, (0.0, 0))[0] for token in along)
-    others = 1.0
-    if taken > 0:
-        others = (1 - taken) / (1 - of_places) if taken < 1 else 0.0
-    rest = [
-        (token, probability * others, proposer)
-        for token, (probability, proposer) in places.items()
-        if token not in along
-    ]
-    return [(token, *one) for token, one in likelier.items()] + rest
-
-
-def every_node(table: Table, paths: list[Path], max_depth: int) -> list[Node]:
-    """All that may be accepted, the root first."""
-    found = [Node((), 1.0, 0)]
-    for node in found:  # which grows
-        if len(node.tokens) < max_depth:
-            for token, probability, proposer in children(table, paths, node.tokens):
-                if node.probability * probability > 0:
-                    found.append(Node((*node.tokens, token), node.probability * probability, proposer))
-    return found
+    return every_node(children_of, max_depth)
 
 
 def search(table: Table, paths: list[Path], size: int, max_depth: int = 9, vocabulary: int = VOCAB) -> list[np.ndarray]:
@@ -69,16 +33,6 @@ def search(table: Table, paths: list[Path], size: int, max_depth: int = 9, vocab
     )
     given = [(np.array(t, np.int64), np.array(c, np.float64), proposer) for t, c, proposer in paths]
     return list(_host.best_drafts(tokens, probabilities, proposers, given, vocabulary, size, max_depth))
-
-
-def nodes_of(found: list[np.ndarray]) -> list[Node]:
-    parents, tokens, proposers, probabilities = (part.tolist() for part in found)
-    assert parents[0] == -1 and (tokens[0], proposers[0], probabilities[0]) == (0, 0, 1.0)
-    nodes = [Node((), 1.0, 0)]
-    for i in range(1, len(parents)):
-        assert 0 <= parents[i] < i
-        nodes.append(Node((*nodes[parents[i]].tokens, tokens[i]), probabilities[i], proposers[i]))
-    return nodes
 
 
 TOKENS = st.integers(0, VOCAB - 1)
@@ -110,7 +64,7 @@ def path_lists(draw: st.DrawFn) -> list[Path]:
 @example(table=[[(1, 0.5, 0), (1, 0.5, 1), (2, 0.5, 0)]], paths=[([1, 1], [0.5, 1.0], 2)], size=60, max_depth=4)
 @example(table=[[(0, 1.0, 0)]] * 3, paths=[([0], [1.0], 1), ([0] * 4, [0.0, 1.0, 1.0, 1.0], 2)], size=9, max_depth=4)
 def test_the_likeliest_nodes_of_all(table: Table, paths: list[Path], size: int, max_depth: int) -> None:
-    every = every_node(table, paths, max_depth)
+    every = every_node_of(table, paths, max_depth)
     found = search(table, paths, size, max_depth)
     assert [part.dtype for part in found] == [np.int64, np.int64, np.int64, np.float64]
     nodes = nodes_of(found)
@@ -120,8 +74,7 @@ def test_the_likeliest_nodes_of_all(table: Table, paths: list[Path], size: int, 
     for node in nodes:
         expected = known[node.tokens]
         assert node.probability == pytest.approx(expected.probability, rel=1e-12) and node.proposer == expected.proposer
-    best = sorted((node.probability for node in every), reverse=True)[:size]
-    assert [node.probability for node in nodes] == pytest.approx(best, rel=1e-12), "best first"
+    assert [node.probability for node in nodes] == pytest.approx(best_of(every, size), rel=1e-12), "best first"
 
 
 @given(table=tables(), paths=path_lists(), size=st.integers(1, 40))
