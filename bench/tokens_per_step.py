@@ -78,7 +78,7 @@ def rows_of(
                 if name == NO_HEADS and proposers == ():
                     continue
                 totals = counted(of_heads, len(questions), size, proposers)[asked]
-                tokens, steps, zero, nodes = totals.sum(0)
+                tokens, steps, zero, nodes = totals.sum(0).tolist()
                 row: dict[str, Any] = {"heads": name, "way": way, "nodes": size, "questions": len(asked)}
                 row |= {"texts": len(of_heads), "tokens_per_step": round(tokens / steps, 4)}
                 row["interval"] = rounded(bootstrap_interval(per_step, totals))
@@ -90,7 +90,7 @@ def rows_of(
                     row["gain"] = round(float(ratio_of_totals(pairs)), 4)
                     row["gain_interval"] = rounded(bootstrap_interval(ratio_of_totals, pairs))
                 parts = {category: totals[categories[asked] == category].sum(0) for category in np.unique(categories)}
-                row["by_category"] = {name: round(part[0] / part[1], 4) for name, part in parts.items() if part[1]}
+                row["by_category"] = {str(part): round(float(of[0] / of[1]), 4) for part, of in parts.items() if of[1]}
                 yield row
 
 
