@@ -21,7 +21,7 @@ HeadDrafts = tuple[
     ConditionalTables,
     NDArray[np.int64],
     NDArray[np.float32],
-    NDArray[np.float32],
+    NDArray[np.float32] | None,
     NDArray[np.float64] | None,
     int,
 ]

@@ -76,7 +76,7 @@ class Place:
         self.looked = True
         tables, weighs = (self._text.ids, self._text.logprobs), self._text.conditional
         ids, logprobs = (table[self._index, :, : self._drafts].contiguous() for table in tables)
-        after = None if weighs is None else weighs.on_host(weighs.rerank(ids[None], logprobs[None])[0])
+        after = None if weighs is None else weighs.for_search(ids[None], logprobs[None])
         return HeadsDrafts(ids.numpy(), logprobs.numpy(), after)
 
 

@@ -78,10 +78,11 @@ def conditional_logprobs(parents: Tensor, drafts: Tensor, logprobs: Tensor, slop
 
 
 class ConditionalLogprobs(NamedTuple):
-    """What the tree search weighs drafts by: logprobs (K - 1, P, P) of `ops.rerank`, the tables for other tokens."""
+    """What the tree search weighs drafts by: the tables, and logprobs (K - 1, P, P) of `ops.rerank`, None where the
+    tables alone are to be read."""
 
     tables: _host.ConditionalTables
-    logprobs: NDArray[np.float32]
+    logprobs: NDArray[np.float32] | None
 
 
 class BoundConditional:
@@ -113,9 +114,11 @@ class BoundConditional:
         parents, children, slopes, rest, places = self.tensors
         return ops.rerank(places.take(ids), logprobs, parents, children, slopes, rest)
 
-    def on_host(self, logprobs: Tensor) -> ConditionalLogprobs:
-        """logprobs (K - 1, P, P)"""
-        return ConditionalLogprobs(self.tables, logprobs.numpy(force=True))
+    def for_search(self, ids: Tensor, logprobs: Tensor) -> ConditionalLogprobs:
+        """ids, logprobs (1, K, P): what the heads draft. On a CPU a search reads the tables itself: it needs but few of
+        all pairs, and every row comes from far."""
+        after = None if self.host is self else self.rerank(ids, logprobs)[0].numpy(force=True)
+        return ConditionalLogprobs(self.tables, after)
 
 
 @torch.no_grad()

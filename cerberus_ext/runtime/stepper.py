@@ -154,7 +154,7 @@ class Stepper:
         if self._seen is None:
             ids, logprobs = self._draft()
             weighs = self._weighs()
-            after = None if weighs is None else weighs.on_host(weighs.rerank(ids, logprobs)[0])
+            after = None if weighs is None else weighs.for_search(ids, logprobs)
             self._seen = HeadsDrafts(ids[0].numpy(force=True), logprobs[0].numpy(force=True), after)
         return self._seen
 

@@ -86,13 +86,14 @@ class TableArrays {
 class Conditional {
  public:
   Conditional(const TableArrays& tables, const py::object& tokens, const py::object& logprobs,
-              const py::object& conditional, const py::object& platt, int64_t proposer)
+              const py::object& after, const py::object& platt, int64_t proposer)
       : tables_(tables.view()), proposer_(proposer) {
     const auto heads = static_cast<py::ssize_t>(tables_.heads);
     tokens_ = exact_array<int64_t>(kName, "heads: tokens", tokens, {heads, -1});
     const py::ssize_t drafts = tokens_.shape(1);
     logprobs_ = exact_array<float>(kName, "heads: logprobs", logprobs, {heads, drafts});
-    conditional_ = exact_array<float>(kName, "heads: conditional", conditional, {heads - 1, drafts, drafts});
+    if (!after.is_none())
+      after_ = exact_array<float>(kName, "heads: after", after, {heads - 1, drafts, drafts});
     if (!platt.is_none()) platt_ = exact_array<double>(kName, "heads: platt", platt, {heads, 2});
   }
 
@@ -100,7 +101,7 @@ class Conditional {
     return {&tables_,
             tokens_.data(),
             logprobs_.data(),
-            conditional_.data(),
+            after_ ? after_->data() : nullptr,
             platt_ ? platt_->data() : nullptr,
             static_cast<size_t>(tokens_.shape(1)),
             proposer_};
@@ -110,7 +111,8 @@ class Conditional {
   static constexpr const char* kName = "best_drafts";
   ConditionalTables tables_;
   py::array_t<int64_t, py::array::c_style> tokens_;
-  py::array_t<float, py::array::c_style> logprobs_, conditional_;
+  py::array_t<float, py::array::c_style> logprobs_;
+  std::optional<py::array_t<float, py::array::c_style>> after_;
   std::optional<py::array_t<double, py::array::c_style>> platt_;
   int64_t proposer_;
 };
@@ -182,11 +184,11 @@ token where the ones before it are right. vocabulary: tokens are in 0 .. vocabul
 size: nodes, the root included, >= 1; fewer come back where there are no more drafts, of which one of probability 0 is
 none.
 max_depth: of any node, >= 0.
-heads: None, or (tables, tokens, logprobs, conditional, platt, proposer) of heads with conditional drafts: tokens (H, D)
-int64 and logprobs (H, D) float32 of what they draft, D of each of H heads; conditional (H - 1, D, D) float32: what
-`ops.rerank` makes of these; platt (H, 2) float64: (slope, shift) of each head, or None; proposer: which of the drafts in
-`tokens` above are theirs. After every node but the root these have the probability that they have after its token: by
-`conditional` where it is one of the heads' drafts for its depth, else by the tables; as they are without a row there.
+heads: None, or (tables, tokens, logprobs, after, platt, proposer) of heads with conditional drafts: tokens (H, D) int64
+and logprobs (H, D) float32 of what they draft, D of each of H heads; after (H - 1, D, D) float32: what `ops.rerank`
+makes of these, or None; platt (H, 2) float64: (slope, shift) of each head, or None; proposer: which of the drafts above
+are theirs. After every node but the root these have the probability that they have after its token: by `after` where it
+is one of the heads' drafts for its depth, else by the tables; as they are where it has no row there.
 Returns (parents, tokens, proposers, probabilities), (N,) each, best first, int64 but for the last, float64: parents[0]
 = -1, parents[i] < i; proposers: who drafted the node, 0 for the root; probabilities: that it is accepted, 1 for the
 root. The first n nodes are the best tree of n nodes.

@@ -20,14 +20,20 @@ float to_float(uint16_t bfloat16) {
 }
 
 // Eight sums at a time: compilers may not reorder one.
-float dot(const uint16_t* a, const uint16_t* b, size_t count) {
+float dot(const float* a, const float* b, size_t count) {
   constexpr size_t kSums = 8;
   float sums[kSums] = {};
   size_t i = 0;
   for (; i + kSums <= count; i += kSums)
-    for (size_t j = 0; j < kSums; ++j) sums[j] += to_float(a[i + j]) * to_float(b[i + j]);
-  for (; i < count; ++i) sums[0] += to_float(a[i]) * to_float(b[i]);
+    for (size_t j = 0; j < kSums; ++j) sums[j] += a[i + j] * b[i + j];
+  for (; i < count; ++i) sums[0] += a[i] * b[i];
   return std::accumulate(sums, sums + kSums, 0.0f);
+}
+
+// Asks for a row of a table, which no cache has: all of them at once are there in the time of a few.
+void prefetch(const uint16_t* row, size_t count) {
+  constexpr size_t kLine = 32;
+  for (size_t i = 0; i < count; i += kLine) __builtin_prefetch(row + i);
 }
 
 // `reading` of drafting/platt.py.
@@ -54,34 +60,6 @@ size_t rank_of(const int64_t* tokens, size_t drafts, int64_t token) {
   return static_cast<size_t>(std::find(tokens, tokens + drafts, token) - tokens);
 }
 
-// What `ops.rerank` gives for one parent: of head `head`, counted from 0, after the token in row `parent` of
-// its table.
-void rerank(const HeadDrafts& heads, size_t head, int64_t parent, std::vector<float>& logprobs) {
-  const ConditionalTables& tables = *heads.tables;
-  const uint16_t* row =
-      tables.parents + ((head - 1) * tables.vocab + static_cast<size_t>(parent)) * tables.rank;
-  const float slope = tables.slopes[head - 1];
-  float mass = 0, top = kNone;
-  for (size_t c = 0; c < heads.drafts; ++c) {
-    const float prior = heads.logprobs[head * heads.drafts + c];
-    const int64_t place = place_of(tables, heads.tokens[head * heads.drafts + c]);
-    logprobs[c] = kNone;
-    if (place < 0 || !std::isfinite(prior)) continue;
-    mass += std::exp(prior);
-    const float score =
-        slope * prior + dot(row, tables.children + static_cast<size_t>(place) * tables.rank, tables.rank);
-    if (std::isfinite(score)) logprobs[c] = score;
-    top = std::max(top, logprobs[c]);
-  }
-  float rest = slope * std::log(std::max(1 - mass, kLeastRest)) + tables.rest[head - 1];
-  if (!std::isfinite(rest)) rest = kNone;
-  top = std::max(top, rest);
-  if (top == kNone) return;
-  float sum = std::exp(rest - top);
-  for (const float score : logprobs) sum += std::exp(score - top);
-  for (float& score : logprobs) score -= top + std::log(sum);
-}
-
 }  // namespace
 
 DraftRow DraftRows::after(size_t depth, int64_t token) {
@@ -103,17 +81,69 @@ DraftRow DraftRows::after(size_t depth, int64_t token) {
   return {drafts_.tokens + first, drafts_.probabilities + first, drafts_.proposers + first, drafts_.drafts};
 }
 
+const DraftRows::Children& DraftRows::children_of(size_t head) {
+  const auto [found, is_new] = children_.try_emplace(head);
+  Children& children = found->second;
+  if (!is_new) return children;
+  const ConditionalTables& tables = *heads_->tables;
+  const size_t drafts = heads_->drafts, rank = tables.rank, first = head * drafts;
+  std::vector<const uint16_t*> rows(drafts);
+  for (size_t c = 0; c < drafts; ++c) {
+    const int64_t place = place_of(tables, heads_->tokens[first + c]);
+    if (place < 0 || !std::isfinite(heads_->logprobs[first + c])) continue;
+    rows[c] = tables.children + static_cast<size_t>(place) * rank;
+    prefetch(rows[c], rank);
+  }
+  const float slope = tables.slopes[head - 1];
+  float mass = 0;
+  children.rows.resize(drafts * rank);
+  children.prior.assign(drafts, kNone);
+  for (size_t c = 0; c < drafts; ++c) {
+    if (!rows[c]) continue;
+    mass += std::exp(heads_->logprobs[first + c]);
+    const float prior = slope * heads_->logprobs[first + c];
+    if (std::isfinite(prior)) children.prior[c] = prior;
+    for (size_t i = 0; i < rank; ++i) children.rows[c * rank + i] = to_float(rows[c][i]);
+  }
+  const float rest = slope * std::log(std::max(1 - mass, kLeastRest)) + tables.rest[head - 1];
+  children.rest = std::isfinite(rest) ? rest : kNone;
+  return children;
+}
+
+// What `ops.rerank` gives for one parent: of head `head`, counted from 0, after the token in row `parent` of
+// its table.
+void DraftRows::rerank(size_t head, int64_t parent, std::vector<float>& logprobs) {
+  const ConditionalTables& tables = *heads_->tables;
+  const size_t rank = tables.rank;
+  const uint16_t* from = tables.parents + ((head - 1) * tables.vocab + static_cast<size_t>(parent)) * rank;
+  prefetch(from, rank);
+  const Children& children = children_of(head);
+  std::vector<float> row(rank);
+  for (size_t i = 0; i < rank; ++i) row[i] = to_float(from[i]);
+  float top = children.rest;
+  for (size_t c = 0; c < logprobs.size(); ++c) {
+    const float score = children.prior[c] + dot(row.data(), &children.rows[c * rank], rank);
+    logprobs[c] = std::isfinite(score) ? score : kNone;
+    top = std::max(top, logprobs[c]);
+  }
+  if (top == kNone) return;
+  float sum = std::exp(children.rest - top);
+  for (const float score : logprobs) sum += std::exp(score - top);
+  const float whole = top + std::log(sum);
+  for (float& score : logprobs) score -= whole;
+}
+
 // The log-probabilities of head depth + 1's drafts after `token`, which stands at this depth; false: they
 // stay as they are, since the draft vocabulary has no such token.
-bool DraftRows::logprobs_after(size_t depth, int64_t token, std::vector<float>& logprobs) const {
+bool DraftRows::logprobs_after(size_t depth, int64_t token, std::vector<float>& logprobs) {
   const size_t drafts = heads_->drafts;
   const int64_t parent = place_of(*heads_->tables, token);
   if (parent < 0) return false;
-  const size_t rank = rank_of(heads_->tokens + (depth - 1) * drafts, drafts, token);
+  const size_t rank = heads_->after ? rank_of(heads_->tokens + (depth - 1) * drafts, drafts, token) : drafts;
   if (rank < drafts) {
-    std::copy_n(heads_->conditional + ((depth - 1) * drafts + rank) * drafts, drafts, logprobs.begin());
+    std::copy_n(heads_->after + ((depth - 1) * drafts + rank) * drafts, drafts, logprobs.begin());
   } else {
-    rerank(*heads_, depth, parent, logprobs);
+    rerank(depth, parent, logprobs);
   }
   return true;
 }

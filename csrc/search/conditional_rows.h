@@ -20,7 +20,7 @@ struct DepthDrafts {
   size_t drafts = 0;
 };
 
-// The tables of conditional drafts in bfloat16: for the tokens that the heads have not drafted themselves.
+// The tables of conditional drafts in bfloat16: what `ops.rerank` reads, for any token.
 // Letters: K heads, P drafts of each, V vocabulary, Vd draft vocabulary, r rank.
 struct ConditionalTables {
   const uint16_t* parents = nullptr;                  // (K - 1, Vd, r)
@@ -34,9 +34,9 @@ struct ConditionalTables {
 // What conditional heads have drafted at one step.
 struct HeadDrafts {
   const ConditionalTables* tables = nullptr;
-  const int64_t* tokens = nullptr;     // (K, P); another number than a token: no draft
-  const float* logprobs = nullptr;     // (K, P)
-  const float* conditional = nullptr;  // (K - 1, P, P): of `ops.rerank`
+  const int64_t* tokens = nullptr;  // (K, P); another number than a token: no draft
+  const float* logprobs = nullptr;  // (K, P)
+  const float* after = nullptr;     // (K - 1, P, P): of `ops.rerank`, or null: by the tables alone
   const double* platt = nullptr;  // (K, 2): slope and shift of each head, or null: probabilities as they are
   size_t drafts = 0;              // P
   int64_t proposer = 0;           // whose drafts they are
@@ -64,12 +64,22 @@ class DraftRows {
     std::vector<double> probabilities;
   };
 
-  bool logprobs_after(size_t depth, int64_t token, std::vector<float>& logprobs) const;
+  // One head's drafts as children of any parent.
+  struct Children {
+    std::vector<float> rows;   // (P, r): of the table
+    std::vector<float> prior;  // (P,): slope times logprob; -inf: no draft
+    float rest = 0;
+  };
+
+  bool logprobs_after(size_t depth, int64_t token, std::vector<float>& logprobs);
+  const Children& children_of(size_t head);
+  void rerank(size_t head, int64_t parent, std::vector<float>& logprobs);
   Weighed weigh(size_t depth, const std::vector<float>& logprobs) const;
 
   const DepthDrafts& drafts_;
   const HeadDrafts* heads_;
   std::map<std::pair<size_t, int64_t>, Weighed> weighed_;  // by depth and token
+  std::map<size_t, Children> children_;                    // by head
 };
 
 }  // namespace cerberus::search

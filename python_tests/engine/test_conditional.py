@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from batches import NEW, alone, equal, prompts, texts_of
@@ -104,7 +103,7 @@ def test_where_they_change_nothing_trees_are_the_same(size: int) -> None:
         found.append(trees.grow(Fixed(drafted), 3, True))
     assert found[0].parents.tolist() == found[1].parents.tolist()
     assert found[0].tokens.tolist() == found[1].tokens.tolist()
-    assert found[0].probabilities == pytest.approx(found[1].probabilities, rel=1e-5)
+    assert found[0].probabilities == pytest.approx(found[1].probabilities, rel=1e-3)  # the rest is never 0
 
 
 class Fixed:
@@ -127,21 +126,22 @@ def test_what_a_step_shows_is_the_formula() -> None:
     """Every head offers 32 drafts, whatever the size of the tree; each after each of the head before it."""
     heads, model = conditional_heads(), tiny_model("llama")
     ids, logprobs, given = seen(heads, 32)
-    assert given is not None and ids.shape == (3, 32) and given.logprobs.shape == (2, 32, 32)
+    bound = heads.bind(model).conditional
+    assert ids.shape == (3, 32) and bound is not None
+    assert given is not None and given.logprobs is None, "on a CPU the search reads the tables"
     assert heads.conditional is not None and heads.draft_vocab is not None
     embeddings, lm_head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     tables = heads.conditional.tables(embeddings, lm_head[heads.draft_vocab], heads.draft_vocab)
-    places = torch.searchsorted(heads.draft_vocab, torch.from_numpy(ids))[None]
-    expected = reference.rerank(
-        places, torch.from_numpy(logprobs)[None], *tables, heads.conditional.slopes, heads.conditional.rest
-    )
-    np.testing.assert_allclose(given.logprobs, expected[0].numpy(), rtol=0.05, atol=0.05)  # tables of bfloat16
+    drafted = torch.from_numpy(ids)[None], torch.from_numpy(logprobs)[None]
+    places = torch.searchsorted(heads.draft_vocab, drafted[0])
+    expected = reference.rerank(places, drafted[1], *tables, heads.conditional.slopes, heads.conditional.rest)
+    torch.testing.assert_close(bound.rerank(*drafted), expected.detach(), rtol=0.05, atol=0.05)  # tables of bfloat16
 
 
 def test_static_trees_have_nothing_to_do_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "rerank", None)
     text = generated("llama", "cpu", NEW)
-    for gate in (AlwaysOpen(), AlwaysClosed(), ConfidenceGate({1: 1.0, 8: 1.1})):
+    for gate in (AlwaysOpen(), AlwaysClosed(), ConfidenceGate({1: 1.0, 16: 1.1})):
         out = decode(
             tiny_model("llama"), conditional_heads(), prompt(), max_new_tokens=NEW, gate=gate,
             tree=StaticPolicy.from_widths([3, 2, 1]),

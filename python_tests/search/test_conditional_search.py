@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -40,11 +41,12 @@ class Given:
         places = torch.where(tokens >= 0, self.places[tokens], -1)[None]
         return op(places, self.logprobs[None], self.parents, self.children, self.slopes, self.rest)
 
-    def host(self) -> Any:
+    def host(self, pairs: bool = True) -> Any:
+        """pairs: with what rerank gives, or by the tables alone."""
         bits = (table.view(torch.int16).numpy() for table in (self.parents, self.children))
         tables = _host.ConditionalTables(*bits, *(part.numpy() for part in (self.places, self.slopes, self.rest)))
         platt = None if self.platt is None else np.array(self.platt)
-        return tables, self.tokens.numpy(), self.logprobs.numpy(), self.after.numpy(), platt, 0
+        return tables, self.tokens.numpy(), self.logprobs.numpy(), self.after.numpy() if pairs else None, platt, 0
 
     def row(self, before: tuple[int, ...]) -> list[Draft]:
         """Of the heads, after these tokens."""
@@ -100,9 +102,9 @@ def test_against_all_nodes(seed: int, platt: Any) -> None:
         return sorted([*heads.row(before), *of_others], key=lambda draft: -draft[1])
 
     every = every_node(lambda before: children(rows(before), paths, before), 3)
-    for size in (1, 2, 9, 40):
+    for size, pairs in itertools.product((1, 2, 9, 40), (True, False)):
         given = [(np.array(t), np.array(p), proposer) for t, p, proposer in paths]
-        found = _host.best_drafts(*heads.table(more), given, VOCAB, size, 3, heads.host())
+        found = _host.best_drafts(*heads.table(more), given, VOCAB, size, 3, heads.host(pairs))
         nodes = nodes_of(found)
         assert [node.probability for node in nodes] == pytest.approx(best_of(every, size), rel=1e-4)
         by_tokens = {node.tokens: node for node in every}
@@ -145,7 +147,7 @@ def test_numbers_that_are_none_become_no_drafts() -> None:
         ),
         (lambda h: (h[0], h[1].astype(np.int32), *h[2:]), "heads: tokens must be"),
         (lambda h: (*h[:2], h[2].astype(np.float64), *h[3:]), r"heads: logprobs must be .* float32 and shape \(4, 6\)"),
-        (lambda h: (*h[:3], h[3][:, :, ::2], *h[4:]), r"heads: conditional must be a contiguous array"),
+        (lambda h: (*h[:3], h[3][:, :, ::2], *h[4:]), r"heads: after must be a contiguous array"),
         (lambda h: (*h[:4], np.zeros((3, 2)), h[5]), r"heads: platt must be .* float64 and shape \(4, 2\)"),
     ],
 )
@@ -176,5 +178,6 @@ def test_wild_tables_are_never_read_outside() -> None:
     heads.tokens[1, :3] = torch.tensor([-1, 2**62, -(2**63)])
     table = Given(3).table([[] for _ in range(HEADS)])
     path = [(np.arange(4), np.full(4, 0.5), 1)]
-    _, _, _, probabilities = _host.best_drafts(*table, path, VOCAB, 60, 4, heads.host())
-    assert ((probabilities >= 0) & (probabilities <= 1)).all()
+    for pairs in (True, False):
+        _, _, _, probabilities = _host.best_drafts(*table, path, VOCAB, 60, 4, heads.host(pairs))
+        assert ((probabilities >= 0) & (probabilities <= 1)).all()
