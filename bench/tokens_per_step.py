@@ -110,13 +110,18 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", default=["smollm2-135m-instruct"], help="packaged names or folders")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--limit", type=int, help="the first questions alone")
+    parser.add_argument("--category", help="the questions of this category alone")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines")
     arguments = parser.parse_args()
     questions = read_questions(arguments.questions, arguments.limit)
     model, _ = cerberus_ext.load_default_model(getattr(torch, arguments.dtype))
     heads = {Path(name).name: load_heads(name, model) for name in arguments.heads}
-    answers = answers_of(arguments.answers, questions, next(iter(heads.values())))
+    answers = [
+        answer
+        for answer in answers_of(arguments.answers, questions, next(iter(heads.values())))
+        if arguments.category in (None, questions[answer.question].category)
+    ]
     texts: dict[str, list[TracedText]] = {}
     for name, own in heads.items():
         traced = [trace(model, own, answer) for answer in tqdm(answers, desc=name, unit="text")]
