@@ -53,9 +53,9 @@ def reach_of(data: Positions, rows: Tensor, device: torch.device) -> Reach:
 class Batch:
     """Segments of consecutive answer tokens, all on the device.
 
-    hidden (S, SEGMENT + K, D) bfloat16: also of the K positions after, where the teachers of the last ones are;
-    tokens, left (S, SEGMENT) int64, see `Positions`. Rows beyond the end of the data, or of another answer, are there
-    but are left out by `left`. reach: what a context layer reads; None: there is none.
+    hidden (S, SEGMENT + K, D) bfloat16, tokens (S, SEGMENT + K) int64: also of the K positions after, where the
+    teachers of the last ones are; left (S, SEGMENT) int64, see `Positions`. Rows beyond the end of the data, or of
+    another answer, are there but are left out by `left`. reach: what a context layer reads; None: there is none.
     """
 
     hidden: Tensor
@@ -70,5 +70,5 @@ def cut(data: Positions, starts: Tensor, heads: int, device: torch.device, conte
     ahead = starts[:, None] + torch.arange(SEGMENT + heads)
     ahead = data.answers[ahead.clamp(max=len(data.answers) - 1)]
     rows = ahead[:, :SEGMENT]
-    hidden, tokens, left = (part.to(device) for part in (data.hidden[ahead], data.tokens[rows], data.left[rows]))
+    hidden, tokens, left = (part.to(device) for part in (data.hidden[ahead], data.tokens[ahead], data.left[rows]))
     return Batch(hidden, tokens, left, reach_of(data, rows, device) if context else None)

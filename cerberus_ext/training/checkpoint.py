@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq", "step")
 def save_checkpoint(
     folder: Path, heads: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any], progress: dict[str, Any]
 ) -> None:
-    """A kill leaves the old checkpoint or the new one."""
+    """A kill leaves the old checkpoint or the new one. What is not trained is not in it."""
     tensors: dict[str, Tensor] = {}
-    for name, parameter in heads.named_parameters():
+    for name, parameter in _trained(heads):
         tensors[name] = parameter.detach()
-        tensors.update({f"{name}.{key}": optimizer.state[parameter][key] for key in OPTIMIZER_STATE})
+        if parameter in optimizer.state:  # after a step
+            tensors.update({f"{name}.{key}": optimizer.state[parameter][key] for key in OPTIMIZER_STATE})
     metadata = {"identity": json.dumps(identity), "progress": json.dumps(progress)}
     write_tensors(folder / CHECKPOINT_FILE, tensors, metadata)
 
@@ -48,8 +50,14 @@ def load_checkpoint(
         ) from error
     remedy = "remove the file or choose another output folder"
     check_same(recorded, identity, f"continue {CHECKPOINT_FILE} of the output", remedy)
-    for name, parameter in heads.named_parameters():
+    for name, parameter in _trained(heads):
         parameter.data.copy_(tensors[name])
+        if f"{name}.step" not in tensors:
+            continue
         state = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in OPTIMIZER_STATE[:2]}
         optimizer.state[parameter] = {**state, "step": tensors[f"{name}.step"]}  # AdamW counts on the host
     return progress
+
+
+def _trained(heads: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in heads.named_parameters() if parameter.requires_grad)

@@ -9,6 +9,16 @@ from torch import Tensor
 from ..drafting.context_layer import ContextLayer, rotate
 from .batch import Reach
 
+Offer = tuple[
+    Tensor, Tensor
+]  # (N, P) each: a head's best drafts, as rows of the projection, and their log-probabilities
+
+
+def offer_of(logits: Tensor, log_sum: Tensor, drafts: int) -> Offer:
+    """logits (N, Vd), log_sum (N,): of their exponentials."""
+    best = logits.topk(min(drafts, logits.shape[-1]))
+    return best.indices, best.values - log_sum[:, None]
+
 
 def head_states(hidden: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """`ops.head_stack` with a gradient, and heads first: hidden, anchor (N, D) -> (K, N, D), all float32.
@@ -58,8 +68,9 @@ def context_states(layer: ContextLayer, reach: Reach, anchor: Tensor, dtype: tor
 
 @torch.no_grad()
 def distillation(
-    states: Tensor, projection: Tensor, teacher: Tensor, left: Tensor, counts: Tensor, decay: float
-) -> tuple[Tensor, Tensor]:
+    states: Tensor, projection: Tensor, teacher: Tensor, left: Tensor, counts: Tensor, decay: float,
+    drafts: int = 0, offers: list[Offer] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss and its gradient for the states, written out: the projection is frozen, so autograd would only
     store more.
 
@@ -69,6 +80,7 @@ def distillation(
     this may be a share, have left >= k.
     Loss: sum over k = 1..K of decay ** (k - 1) / counts[k - 1] times the sum, over the positions where left >= k, of
     KL(softmax(teacher) || softmax(states @ projection.T)).
+    offers: is given what every head offers, so many drafts.
     Returns the loss () and its gradient (K, S * G, D).
     """
     segments, width = left.shape
@@ -84,6 +96,8 @@ def distillation(
         target = probs[:, rows]
         logits = (states[k].to(projection.dtype) @ projection.T).to(states.dtype).view(segments, width, -1)
         log_sum = logits.logsumexp(-1)
+        if offers is not None:
+            offers.append(offer_of(logits.flatten(0, 1), log_sum.flatten(), drafts))
         divergence = negentropy[:, rows] + log_sum - (target * logits).sum(-1)
         loss += (divergence.flatten() * share).sum()
         wrong = logits.sub_(log_sum[..., None]).exp_().sub_(target).view(segments * width, -1)

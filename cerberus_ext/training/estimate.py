@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import time
-from itertools import islice
 
-import torch
 from torch import nn
 
-from .distill import counted
-from .options import SEGMENT
 from .run import Run
 
 WARM_STEPS, TIMED_STEPS = 1, 2
@@ -41,6 +37,9 @@ def state_estimate(run: Run) -> None:
         rate = source.computed / source.seconds * run.processes.count if source.seconds else None
         needed = duration(missing / rate) if rate else "an unknown time"
         line += f", and {needed} for the hidden states of {missing} tokens"
+    extra = run.more_seconds()
+    if extra is not None:
+        line += f", and {duration(extra)} for what the heads offer"
     say(line)
 
 
@@ -53,14 +52,13 @@ def coverage(run: Run) -> dict[str, float]:
 
 def memory(run: Run, window: int) -> dict[str, int]:
     """Bytes in this process, by what they hold. window: rows of hidden states at a time."""
-    options, rows = run.options, run.options.batch // run.processes.count
     held = sum(part.nbytes for part in vars(run.held).values())
-    teacher_rows = rows // SEGMENT * (SEGMENT + options.heads - 1)
     return {
         "model": model_bytes(run.model),
         "hidden states": window * run.windows.row_bytes + held,
-        "heads and optimizer": 4 * model_bytes(run.heads),  # with gradient and two moments
-        "logits": 4 * len(run.projection) * (3 * teacher_rows + 3 * rows),
+        # With gradient and two moments.
+        "heads and optimizer": model_bytes(run.heads) + 3 * sum(parameter.nbytes for parameter in run.trained),
+        **run.step_memory(),
     }
 
 
@@ -70,14 +68,10 @@ def model_bytes(model: nn.Module) -> int:
 
 def step_seconds(run: Run) -> float:
     """Of one step of this process, the gradients' exchange left out. Changes nothing that the training depends on."""
-    segments = run.options.batch // SEGMENT // run.processes.count
-    starts = torch.arange(segments) * SEGMENT % max(1, len(run.held.answers) - SEGMENT)
-    batch = run.cut(run.held, starts)
-    counts = counted(batch.left, run.options.heads)
     for step in range(WARM_STEPS + TIMED_STEPS):
         if step == WARM_STEPS:
             started = time.perf_counter()
-        run.backward(batch, counts).item()
+        run.probe()
     run.optimizer.zero_grad()
     return (time.perf_counter() - started) / TIMED_STEPS
 
@@ -85,9 +79,7 @@ def step_seconds(run: Run) -> float:
 def missing_states(run: Run) -> int:
     """Rows of hidden states that have to be computed until the last step."""
     source, kept, rows = run.source, set[int](), 0
-    drawn = islice(run.windows.drawn(run.step), run.options.steps - run.step)
-    windows = {(0 if run.windows.whole else step.epoch, step.number): step.window for step in drawn}
-    for window in windows.values():
+    for window in run.windows.loads(run.step, run.options.steps):
         new = [chunk for chunk in window if chunk.number not in kept]
         rows += source.missing(new)
         kept.update(chunk.number for chunk in new if chunk.number < source.allowed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +96,30 @@ class HeldOut:
         parts = {int(line): ranks[self.lines == line].tolist() for line in self.lines.unique()}
         greedy = [rows for line, rows in parts.items() if self.greedy[line]]
         return greedy if len(greedy) > 1 else list(parts.values())
+
+
+def merit(point: dict[str, Any]) -> float:
+    """What decides which heads a run keeps, by a point of its curve; more is better."""
+    per_step = point.get("tokens_per_step")
+    return -point["conditional_loss"] if per_step is None else per_step[BEST_SIZE]
+
+
+def described(point: dict[str, Any]) -> str:
+    """A point of the curve as a line for the user."""
+    parts = [f"step {point['step']}"]
+    if point["loss"] is not None:
+        parts[0] += f": loss {point['loss']:.3f}"
+    if "top1" in point:
+        top1, per_step = (" ".join(f"{share:.3f}" for share in point["top1"]), point["tokens_per_step"])
+        values = " ".join(f"{n:.2f}" for n in per_step.values())
+        parts.append(f"held out: top-1 of heads 1 to {len(point['top1'])}: {top1}")
+        parts.append(f"tokens per step with trees of {', '.join(per_step)} nodes: {values}")
+    if "conditional_top1" in point:
+        top1 = " ".join(f"{share:.3f}" for share in point["conditional_top1"])
+        last = len(point["conditional_top1"]) + 1
+        parts.append(f"held out, after the right token: top-1 of heads 2 to {last}: {top1}")
+        parts.append(f"conditional loss {point['conditional_loss']:.4f}")
+    return "; ".join(parts)
 
 
 def share(hits: Tensor) -> float:

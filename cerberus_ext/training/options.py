@@ -12,8 +12,11 @@ from ..io.checks import check_integer
 
 SEGMENT = 8  # consecutive positions drawn together: they share teacher rows, 8 + K - 1 instead of 8 * K
 DRAFT_VOCAB = 8192
-PLACES = ("output", "data", "prompts", "cache", "cache_size", "init")  # where, not what
+PLACES = ("output", "data", "prompts", "export_dataset", "cache", "cache_size", "init")  # where, not what
 DATA_STAGE = ("tokens", "max_new_tokens", "rows")  # what the data is made with
+CONDITIONAL = "conditional"  # what `only` may be
+# Of all, and of conditional drafts alone.
+USUAL = {"steps": (4000, 1600), "batch": (256, 768), "lr": (5e-4, 2e-3), "warmup": (100, 50)}
 
 
 def option(default: Any, text: str, minimum: int | None = None) -> Any:
@@ -40,6 +43,9 @@ class TrainOptions:
         None, 'JSONL of token ids, {"p": prompt, "r": the model\'s answer}, to train on instead.'
     )
     tokens: int | None = option(None, "Answer tokens to write. Default: 1000000, or an answer to every question.", 1)
+    export_dataset: Path | None = option(
+        None, "JSONL to write the answers to, as rows of input_ids and loss_mask, before the training; a new file."
+    )
     max_new_tokens: int = option(256, "Longest answer.", 1)
     rows: int = option(32, "Answers written at once; several hundred on a GPU.", 1)
 
@@ -51,12 +57,18 @@ class TrainOptions:
     draft_vocab: int | None = option(
         None, f"Most frequent tokens that heads can draft; 0: all. Default: {DRAFT_VOCAB}, or all.", 0
     )
+    conditional_rank: int | None = option(
+        None, "Conditional drafts of this rank: heads 2 to K learn to know the token before. Usual: 64.", 1
+    )
     init: str | None = option(None, "Trained heads to start from: a folder, a packaged name or a Hub id.")
+    only: str | None = option(None, "conditional: trains the conditional drafts alone, for the heads of --init.")
 
-    steps: int = option(4000, "Steps of AdamW.", 1)
-    batch: int = option(256, f"Positions per step, of all processes together; a multiple of {SEGMENT}.", 1)
-    lr: float = option(5e-4, "Highest learning rate; then a cosine.")
-    warmup: int = option(100, "Steps until the highest learning rate is reached.", 0)
+    steps: int = option(None, "Steps of AdamW. Default: 4000; with --only 1600.", 1)
+    batch: int = option(
+        None, f"Positions per step, of all processes; a multiple of {SEGMENT}. Default: 256; with --only 768.", 1
+    )
+    lr: float = option(None, "Highest learning rate; then a cosine. Default: 5e-4; with --only 2e-3.")
+    warmup: int = option(None, "Steps until the highest learning rate is reached. Default: 100; with --only 50.", 0)
     head_decay: float = 0.8
     clip: float = 1.0
     held_out: float = option(0.02, "Share of the answers, the last ones, that only measure.")
@@ -69,6 +81,10 @@ class TrainOptions:
     base_model: str = "unknown"
 
     def __post_init__(self) -> None:
+        self._check_only()
+        for name, values in USUAL.items():
+            if getattr(self, name) is None:
+                setattr(self, name, values[self.only is not None])
         for each in fields(self):
             value, minimum = getattr(self, each.name), each.metadata.get("minimum")
             if minimum is not None and value is not None:
@@ -88,6 +104,15 @@ class TrainOptions:
         for name in ("prompts", "tokens"):
             if self.data is not None and getattr(self, name) is not None:
                 raise ValueError(f"train: {name} must not be given together with data, whose answers are there")
+
+    def _check_only(self) -> None:
+        if self.only is None:
+            return
+        if self.only != CONDITIONAL:
+            raise ValueError(f"train: only must be {CONDITIONAL} or None, got {self.only!r}")
+        for name in ("init", "conditional_rank"):
+            if getattr(self, name) is None:
+                raise ValueError(f"train: only needs {name}")
 
     def numbers(self) -> dict[str, Any]:
         """The options that decide what comes out, for the record."""

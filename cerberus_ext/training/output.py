@@ -15,6 +15,7 @@ from torch import nn
 from ..drafting.heads import CerberusConfig, CerberusHeads
 from ..io.files import check_output_folder, check_writable, read_object, remove_partial, write_json
 from ..io.heads_file import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from .export import check_export
 from .options import TrainOptions
 
 RECORD_FILE, CURVES_FILE, CHECKPOINT_FILE = "training.json", "curves.png", "checkpoint.safetensors"
@@ -33,6 +34,9 @@ def check_output(options: TrainOptions, model: str | None) -> None:
     for name, given in (("model", model), ("init", options.init), ("data", options.data), ("prompts", options.prompts)):
         if given is not None and Path(given).exists():
             _check_input(folder, name, Path(given), options)
+    if options.export_dataset is not None:
+        _check_input(folder, "export-dataset", options.export_dataset, options)
+        check_export(options.export_dataset)
     if options.cache is not None and options.cache.resolve() == folder / DATA_FOLDER:
         raise ValueError(f"train: cache: {options.cache} is where the run writes its answers; choose another folder")
     ours = (read_object(folder / RECORD_FILE) or {}).get("made_by") == MADE_BY
@@ -60,7 +64,8 @@ def check_same(recorded: dict[str, Any], identity: dict[str, Any], use: str, rem
 
 
 def _check_input(folder: Path, name: str, given: Path, options: TrainOptions) -> None:
-    """What is read may lie in the output folder, but not be it, nor be among what is written there."""
+    """What is read, or written besides, may lie in the output folder, but not be it, nor be among what is written
+    there."""
     path = given.resolve()
     if name in ("model", "init") and path == folder:
         raise ValueError(

@@ -13,7 +13,7 @@ from ..io.files import read_object, sha256, write_json, write_text
 from ..io.heads_file import CARD_FILE, HUB_ID
 from ..io.machine import describe_versions, device_name
 from .estimate import coverage
-from .held_out import BEST_SIZE
+from .held_out import BEST_SIZE, merit
 from .output import MADE_BY, RECORD_FILE
 from .run import Run
 
@@ -35,7 +35,8 @@ def write_record(run: Run) -> dict[str, Any]:
 
 def record(run: Run) -> dict[str, Any]:
     """How the heads were made so far; names no folder of the machine."""
-    kept = max(run.curve, key=lambda point: point["tokens_per_step"][BEST_SIZE], default=None)
+    kept = max(run.curve, key=merit, default=None)
+    name = "best_tokens_per_step" if run.options.only is None else "lowest_conditional_loss"
     device = run.device
     threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
     return {
@@ -52,11 +53,12 @@ def record(run: Run) -> dict[str, Any]:
         "dtype": str(run.dtype).removeprefix("torch."),
         "processes": run.processes.count,
         "parameters": sum(parameter.numel() for parameter in run.heads.parameters()),
+        "trained_parameters": sum(parameter.numel() for parameter in run.trained),
         "steps": run.step,
         "positions_trained": run.step * run.options.batch,
         "seconds": round(run.seconds),
         "kept_step": kept["step"] if kept else None,  # the heads that were saved are those of this step
-        "best_tokens_per_step": run.best,
+        name: None if kept is None else abs(merit(kept)),
         "curve": run.curve,
         "machine": device_name(device) + threads,
         "versions": describe_versions(),
@@ -74,4 +76,5 @@ def model_card(record: dict[str, Any], config: CerberusConfig) -> str:
     )
     kept = next((point for point in record["curve"] if point["step"] == record["kept_step"]), None)
     values = {"record": record, "data": record["data"], "config": config, "kept": kept, "best_size": BEST_SIZE}
+    values["first"] = next((point for point in record["curve"] if point["step"] == 0), None)
     return str(ModelCard.from_template(data, template_str=TEMPLATE.read_text(encoding="utf-8"), **values)) + "\n"

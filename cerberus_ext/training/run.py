@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Any
 
@@ -9,19 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from ..drafting.conditional import rms
+from ..drafting.dynamic_policy import MAX_DRAFTS
 from ..drafting.heads import fingerprint, input_matrix, output_matrix
 from .answers import Answers
 from .batch import Batch, Reach, cut, reach_of
-from .distill import context_states, counted, distillation, head_states
+from .distill import Offer, context_states, counted, distillation, head_states, offer_of
 from .held_out import MAX_LINES, HeldOut
 from .options import SEGMENT, TrainOptions
+from .places import Places, conditional_loss, conditional_quality, joined, places_of, weighed
 from .positions import Corpus, Positions
 from .processes import Processes
-from .start import start_heads
+from .start import parameter_groups, start_heads
 from .states import STORED_BYTES, StateSource
-from .windows import Drawn, Windows
+from .windows import Drawn, Loaded, Windows
 
 INDEX_BYTES = 5 * 8  # of a row, for its token, its line, its place in it, how many follow, and that it is an answer's
+PIECE = 32  # segments whose logits, or drafts, are in memory at a time
 
 
 class Run:
@@ -46,8 +51,7 @@ class Run:
         lines = len(answers.lines)
         held = min(max(1, round(lines * options.held_out)), MAX_LINES)
         self.corpus = corpus = Corpus(answers, held, options.context_layer)
-        row_bytes = size * STORED_BYTES + INDEX_BYTES
-        self.windows = Windows(corpus.training, options.memory * 1e9, row_bytes, per_step, options.seed)
+        self.windows = Windows(corpus.training, options.memory * 1e9, self.row_bytes(size), per_step, options.seed)
         limit = None if options.cache_size is None else options.cache_size * 1e9
         self.source = StateSource(model, corpus, processes, options.cache, limit)
         self.held = self.source.together(corpus.held)
@@ -62,11 +66,21 @@ class Run:
         self.projection = lm_head if self.heads.draft_vocab is None else lm_head[ids]
         self.draft_index = torch.full((vocab_size,), -1)
         self.draft_index[ids.cpu()] = torch.arange(len(ids))
-        groups = [{"params": list(self.heads.parameters()), "initial_lr": options.lr}]
+        self.drafts = min(MAX_DRAFTS, len(ids))
+        self.embedding_scale = rms(self.embeddings)
+        groups = parameter_groups(self.heads, options.lr, options.only)
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=0.0)
-        self.window: tuple[tuple[int, int], Positions] | None = None  # the epoch's and its number; what is in memory
-        self.step, self.seconds, self.best = 0, 0.0, -1.0
+        self.loaded = Loaded(self.windows, self.source.together)
+        self.step, self.seconds, self.best = 0, 0.0, -math.inf
         self.curve: list[dict[str, Any]] = []
+
+    def row_bytes(self, size: int) -> int:
+        """Of a row of a window, in memory. size: D."""
+        return size * STORED_BYTES + INDEX_BYTES
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     @cached_property
     def held_out(self) -> HeldOut:
@@ -77,16 +91,13 @@ class Run:
 
     def train_step(self, drawn: Drawn) -> float:
         """One step of AdamW; returns the loss before it."""
-        options, count = self.options, self.processes.count
-        data = self.positions(drawn)
-        # Every process knows the whole batch's positions, so that its share is weighed as in the whole.
-        rows = data.answers[drawn.starts[:, None] + torch.arange(SEGMENT)]
-        counts = counted(data.left[rows], options.heads)
-        loss = self.backward(self.cut(data, drawn.starts[self.processes.index :: count]), counts)
-        if count > 1:
+        options = self.options
+        loss = self.gradient(drawn)
+        if self.processes.count > 1:
             self._sum_over_processes(loss)
-        norm = nn.utils.clip_grad_norm_(self.heads.parameters(), options.clip)
-        for what, value in (("loss", loss), ("the gradient's norm", norm)):
+        # Each group by itself: heads learn the same with conditional drafts and without.
+        norms = [nn.utils.clip_grad_norm_(group["params"], options.clip) for group in self.optimizer.param_groups]
+        for what, value in (("loss", loss), *(("the gradient's norm", norm) for norm in norms)):
             if not value.isfinite():
                 raise FloatingPointError(
                     f"train: {what} must be finite, got {value.item()} at step {self.step};"
@@ -96,17 +107,82 @@ class Run:
         self.step += 1
         return loss.item()
 
+    def gradient(self, drawn: Drawn) -> Tensor:
+        """Sets the gradient of this process's share of the step, and returns its loss ()."""
+        data = self.positions(drawn)
+        # Every process knows the whole batch's positions, so that its share is weighed as in the whole.
+        rows = data.answers[drawn.starts[:, None] + torch.arange(SEGMENT)]
+        counts = counted(data.left[rows], self.options.heads)
+        return self.backward(self.cut(data, drawn.starts[self.processes.index :: self.processes.count]), counts)
+
     def backward(self, batch: Batch, counts: Tensor) -> Tensor:
-        """Sets the gradient of the heads' parameters, and returns the loss (). counts: see `distillation`."""
+        """Sets the gradient of the heads' parameters, and returns the loss (). counts: see `distillation`.
+
+        Conditional drafts learn from what the heads offer at this step; the heads do not learn from them.
+        """
         hidden = batch.hidden[:, :SEGMENT].flatten(0, 1).float() if batch.reach is None else self.read(batch.reach)
-        states = self.states(hidden, batch.tokens.flatten())
-        teacher = (batch.hidden[:, 1:].to(self.dtype) @ self.projection.T).float()
+        states = self.states(hidden, batch.tokens[:, :SEGMENT].flatten())
+        teacher, counts, offers = self.teacher(batch), counts.to(self.device), list[Offer]()
         loss, gradient = distillation(
-            states.detach(), self.projection, teacher, batch.left, counts.to(self.device), self.options.head_decay
-        )
+            states.detach(), self.projection, teacher, batch.left, counts, self.options.head_decay,
+            self.drafts, None if self.heads.conditional is None else offers,
+        )  # fmt: skip
         self.optimizer.zero_grad()
         states.backward(gradient)
+        if self.heads.conditional is not None:
+            places = places_of(offers[1:], teacher, batch.tokens, batch.left, self.draft_index)
+            conditional = conditional_loss(self.weighed(places), places, counts[1:])
+            conditional.backward()
+            loss = loss + conditional.detach()
         return loss
+
+    def teacher(self, batch: Batch) -> Tensor:
+        """(S, SEGMENT + K - 1, Vd) float32: see `distillation`."""
+        return (batch.hidden[:, 1:].to(self.dtype) @ self.projection.T).float()
+
+    def weighed(self, places: Places) -> Tensor:
+        """See `places.weighed`."""
+        assert self.heads.conditional is not None
+        return weighed(self.heads.conditional, places, self.projection, self.embeddings, self.embedding_scale)
+
+    @torch.no_grad()
+    def conditional_quality(self, places: Places) -> dict[str, Any]:
+        """For the curve. places: of held-out answers."""
+        pieces = (places.rows(rows) for rows in torch.arange(len(places.usable)).split(PIECE * SEGMENT))
+        logprobs = [self.weighed(Places(*(part.to(self.device) for part in piece))).cpu() for piece in pieces]
+        loss, top1 = conditional_quality(torch.cat(logprobs), places)
+        return {"conditional_loss": loss, "conditional_top1": top1}
+
+    def probe(self) -> None:
+        """The work of a step, but for the optimizer's, with held-out answers; for an estimate of its time."""
+        segments = self.options.batch // SEGMENT // self.processes.count
+        starts = torch.arange(segments) * SEGMENT % max(1, len(self.held.answers) - SEGMENT)
+        batch = self.cut(self.held, starts)
+        self.backward(batch, counted(batch.left, self.options.heads))
+
+    def step_memory(self) -> dict[str, int]:
+        """Bytes that a step needs for a moment, by what they hold."""
+        rows = self.options.batch // self.processes.count
+        teacher_rows = rows // SEGMENT * (SEGMENT + self.options.heads - 1)
+        return {"logits": 4 * len(self.projection) * (3 * teacher_rows + 3 * rows)}
+
+    def more_seconds(self) -> float | None:
+        """What the run needs beside its steps and hidden states; None: nothing."""
+        return None
+
+    @torch.no_grad()
+    def places(self, data: Positions) -> Places:
+        """Of all answer tokens of the data, on the CPU."""
+        count, found = len(data.answers), list[Places]()
+        read = self.read_all(data)
+        for starts in torch.arange(0, count, SEGMENT).split(PIECE):
+            batch = cut(data, starts, self.options.heads, self.device)
+            rows = (starts[:, None] + torch.arange(SEGMENT)).flatten().clamp(max=count - 1)
+            logits = self.states(read[rows], batch.tokens[:, :SEGMENT].flatten())[1:].to(self.dtype) @ self.projection.T
+            offers = [offer_of(of_head, of_head.logsumexp(-1), self.drafts) for of_head in logits.float()]
+            made = places_of(offers, self.teacher(batch), batch.tokens, batch.left, self.draft_index)
+            found.append(Places(*(part.cpu() for part in made)))
+        return joined(found).rows(torch.arange(count))
 
     def states(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Final states (K, N, D) float32 where the states `hidden` (N, D) produced `tokens` (N,).
@@ -141,15 +217,11 @@ class Run:
 
     def positions(self, drawn: Drawn) -> Positions:
         """The window that a step draws from; collective where it is not yet in memory."""
-        key = (0 if self.windows.whole else drawn.epoch, drawn.number)
-        if self.window is None or self.window[0] != key:
-            self.window = None  # frees the memory for the next one
-            self.window = (key, self.source.together(drawn.window))
-        return self.window[1]
+        return self.loaded.of(drawn)
 
     def _sum_over_processes(self, loss: Tensor) -> None:
         """In place: loss and gradients of the whole batch, from those of the shares; one message."""
-        parts = [loss, *(parameter.grad for parameter in self.heads.parameters() if parameter.grad is not None)]
+        parts = [loss, *(parameter.grad for parameter in self.trained if parameter.grad is not None)]
         flat = parameters_to_vector(parts)
         self.processes.sum(flat)
         vector_to_parameters(flat, parts)

@@ -2,6 +2,7 @@
 
     stage 1  data      the model answers questions, or writes both        training/self_distill.py
     stage 2  training  AdamW on KL(target model at position i + k || head k at position i)    training/trainer.py
+             or only   conditional drafts for heads that stay as they are                     training/conditional.py
     stage 3  record    training.json, curves.png and the model card       training/record.py
     output   a folder for `CerberusHeads.from_pretrained`
 
@@ -20,13 +21,15 @@ from transformers import PreTrainedTokenizerBase
 
 from ..drafting.heads import CerberusConfig, output_matrix
 from ..engine.forked import threads_after_fork
+from .conditional import ConditionalTrainer
 from .curves import draw_curves
+from .export import export_dataset
 from .options import TrainOptions
 from .output import CURVES_FILE, begin_output
 from .processes import Processes
 from .record import write_record
 from .self_distill import Elsewhere, load_data
-from .start import heads_config, trained_heads
+from .start import heads_config, of_init, trained_heads
 from .trainer import Trainer
 
 __all__ = ["Elsewhere", "TrainOptions", "train"]
@@ -48,11 +51,16 @@ def train(
     is no number; OSError where a file cannot be read or written, the last good ones staying as they were.
     """
     threads_after_fork()
+    options = of_init(options)
     config = check(model, options)
     with Processes() as processes:
         processes.from_main(lambda: begin_output(options, model, config))
         answers, made = load_data(model, tokenizer, options, processes, elsewhere)
-        trainer = Trainer(model, answers, options, processes, made)
+        if options.export_dataset is not None:
+            file = options.export_dataset
+            processes.from_main(lambda: export_dataset(answers, file))
+            processes.say(f"data: {len(answers.lines)} rows in {file}")
+        trainer = (ConditionalTrainer if options.only else Trainer)(model, answers, options, processes, made)
         trainer.run()
         if not processes.main:
             return None

@@ -15,13 +15,16 @@ from ..drafting.heads import CerberusHeads
 from ..io.heads_file import write_heads
 from .checkpoint import load_checkpoint, save_checkpoint
 from .estimate import state_estimate
-from .held_out import BEST_SIZE
+from .held_out import Measurement, described, merit
 from .record import write_record
 from .run import Run
 
 
 class Trainer(Run):
     """A run from its first step, or from its last checkpoint, to its end."""
+
+    stored_dtype = torch.bfloat16
+    result: Measurement  # the last one
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -77,42 +80,43 @@ class Trainer(Run):
                         )
                         break
 
-    def measure(self, loss: float) -> None:
-        """Adds a point to the curve, saves the heads if they are the best so far, writes checkpoint and record."""
-        result = self.held_out.measure(self.read_all(self.held), self.states, self.options.heads)
-        point = {
-            "step": self.step,
-            "loss": round(loss, 4),
-            "seconds": round(self.seconds),
-            "top1": result.top1,
-            "top3": result.top3,
-            "tokens_per_step": result.tokens_per_step,
-        }
+    def measure(self, loss: float | None) -> None:
+        """Adds a point to the curve, saves the heads if they are the best so far, writes checkpoint and record.
+
+        loss: since the measurement before; None where there was no step.
+        """
+        trained = None if loss is None else round(loss, 4)
+        point = {"step": self.step, "loss": trained, "seconds": round(self.seconds), **self.evaluate()}
         self.curve.append(point)
-        top1 = " ".join(f"{share:.3f}" for share in result.top1)
-        sizes, values = ", ".join(result.tokens_per_step), " ".join(f"{n:.2f}" for n in result.tokens_per_step.values())
-        tqdm.write(
-            f"step {self.step}: loss {loss:.3f}; held out: top-1 of heads 1 to {len(result.top1)}: {top1};"
-            f" tokens per step with trees of {sizes} nodes: {values}"
-        )
-        if result.tokens_per_step[BEST_SIZE] > self.best:
-            self.best = result.tokens_per_step[BEST_SIZE]
-            self.heads.config.paths = [list(path) for path in result.paths]
-            self.heads.config.accuracy = result.accuracy
-            self.save_heads()
+        tqdm.write(described(point))
+        if merit(point) > self.best:
+            self.best = merit(point)
+            self.keep()
         progress = {"step": self.step, "seconds": self.seconds, "best": self.best, "curve": self.curve}
         save_checkpoint(self.options.output, self.heads, self.optimizer, self.identity, progress)
         write_record(self)
 
+    def evaluate(self) -> dict[str, Any]:
+        """What the heads are worth on held-out answers, for the curve."""
+        self.result = self.held_out.measure(self.read_all(self.held), self.states, self.options.heads)
+        found = {name: getattr(self.result, name) for name in ("top1", "top3", "tokens_per_step")}
+        return found if self.heads.conditional is None else found | self.conditional_quality(self.places(self.held))
+
+    def keep(self) -> None:
+        """Of the last measurement."""
+        self.heads.config.paths = [list(path) for path in self.result.paths]
+        self.heads.config.accuracy = self.result.accuracy
+        self.save_heads()
+
     def save_heads(self) -> None:
-        """In bfloat16, into the output folder."""
+        """Into the output folder."""
         kept = CerberusHeads(self.heads.config)
         kept.load_state_dict(self.heads.state_dict())
-        write_heads(self.options.output, kept.to(torch.bfloat16).state_dict(), asdict(self.heads.config))
+        write_heads(self.options.output, kept.to(self.stored_dtype).state_dict(), asdict(self.heads.config))
 
     def stale(self) -> bool:
         """Whether the last `patience` measurements brought nothing better."""
-        values = [point["tokens_per_step"][BEST_SIZE] for point in self.curve]
+        values = [merit(point) for point in self.curve]
         return 0 < self.options.patience <= len(values) - 1 - (values.index(max(values)) if values else 0)
 
     def _load(self) -> dict[str, Any] | None:

@@ -8,9 +8,9 @@ draws what an uninterrupted one would have, and so does every process of several
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import count
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from itertools import count, islice
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .options import SEGMENT
 from .positions import Chunk
+
+T = TypeVar("T")
 
 
 class Drawn(NamedTuple):
@@ -83,7 +85,27 @@ class Windows:
                         yield Drawn(epoch, number, window, order[index * self.per_step :][: self.per_step])
                 first = max(0, first - self.steps(window))
 
+    def loads(self, first: int, end: int) -> list[list[Chunk]]:
+        """The windows that the steps first..end - 1 bring into memory, one after the other."""
+        drawn = islice(self.drawn(first), end - first)
+        return list({(0 if self.whole else step.epoch, step.number): step.window for step in drawn}.values())
+
 
 def segments(window: list[Chunk]) -> int:
     """Segments of a window: one less than fit, which leaves room for the offset."""
     return max(0, sum(chunk.tokens for chunk in window) // SEGMENT - 1)
+
+
+class Loaded(Generic[T]):
+    """What `load` makes of the window that steps draw from; the one before is freed first."""
+
+    def __init__(self, windows: Windows, load: Callable[[list[Chunk]], T]) -> None:
+        self.windows, self.load = windows, load
+        self.kept: tuple[tuple[int, int], T] | None = None
+
+    def of(self, drawn: Drawn) -> T:
+        key = (0 if self.windows.whole else drawn.epoch, drawn.number)
+        if self.kept is None or self.kept[0] != key:
+            self.kept = None
+            self.kept = (key, self.load(drawn.window))
+        return self.kept[1]

@@ -24,6 +24,7 @@ from cerberus_ext.training import positions
 
 ARGUMENTS = [
     "--tokens", "1500", "--max-new-tokens", "24", "--rows", "16", "--heads", "3", "--draft-vocab", "48",
+    "--conditional-rank", "4",
     "--steps", "60", "--batch", "64", "--warmup", "5", "--lr", "3e-3", "--held-out", "0.1", "--eval-every", "10",
     "--device", "cpu", "--threads", "1",
 ]  # fmt: skip
@@ -54,6 +55,12 @@ def with_a_launchers_environment(arguments: Sequence[str | Path], port: int) -> 
     printed = [process.communicate(timeout=TIMEOUT)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], printed
     return "".join(printed)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def in_this_process(folder: Path, output: Path, *more: str) -> str:
@@ -89,6 +96,16 @@ def test_one_command_trains_heads(uninterrupted: Path) -> None:
     assert CerberusHeads.from_pretrained(uninterrupted).config.base_model == "model"
     assert (uninterrupted / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert not [file for file in uninterrupted.rglob("*.partial")]
+
+
+def test_conditional_drafts_alone_are_trained_for_the_heads_of_a_run(folder: Path, uninterrupted: Path) -> None:
+    output = folder.parent / "only"
+    printed = in_this_process(folder, output, "--init", str(uninterrupted), "--only", "conditional")
+    assert "after the right token: top-1 of heads 2 to 3" in printed and "for what the heads offer" in printed
+    before, after = (load_file(made / "model.safetensors") for made in (uninterrupted, output))
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert after.keys() == before.keys() and "conditional.keys" in changed
+    assert all(name.startswith("conditional.") for name in changed)
 
 
 @pytest.mark.parametrize("seed", [0])
@@ -135,11 +152,8 @@ def test_two_processes_train_as_one(
     more = ["--memory", "5e-5", "--cache-size", "4e-5"]
     one, two = (tmp_path / name for name in ("one", "two"))
     in_this_process(folder, one, *more, "--cache", str(one / "states"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     options = ["--model", folder, "--output", two, *ARGUMENTS, *more, "--cache", two / "states"]
-    printed = start_two(["train", *options], port)
+    printed = start_two(["train", *options], free_port())
     assert printed.count("training: 60 steps") == 1  # one of them tells
 
     assert data(one) == data(two) == data(uninterrupted)
@@ -161,6 +175,19 @@ def test_two_processes_train_as_one(
     assert weights[0].abs().max() > 1e-3 and not [file for file in two.rglob("*.partial")]
 
 
+def test_two_processes_train_conditional_drafts_as_one(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    more = ["--init", str(uninterrupted), "--only", "conditional"]
+    in_this_process(folder, tmp_path / "one", *more)
+    with_a_launchers_environment(
+        ["train", "--model", folder, "--output", tmp_path / "two", *ARGUMENTS, *more], free_port()
+    )
+    curves = [json.loads((tmp_path / name / "training.json").read_text())["curve"] for name in ("one", "two")]
+    assert len(curves[0]) == len(curves[1]) == 7
+    for expected, point in zip(*curves, strict=True):
+        assert point["conditional_loss"] == pytest.approx(expected["conditional_loss"], abs=1e-3)
+    assert curves[0][-1]["loss"] == pytest.approx(curves[1][-1]["loss"], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -172,6 +199,7 @@ def test_two_processes_train_as_one(
         (["--dtype", "float16"], "--model must be float32 or bfloat16, got float16"),
         (["--anchor", "sea"], 'anchor must be "root" or "hidden", got \'sea\''),
         (["--cache-size", "1"], "--cache-size needs cache"),
+        (["--only", "conditional"], "--only needs init"),
     ],
 )
 def test_bad_options_are_one_line(
