@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..drafting.conditional import ConditionalDrafts, conditional_logprobs
+from ..drafting.conditional import ConditionalDrafts, conditional_logprobs, rms
 from .distill import Offer
 
 
@@ -79,7 +79,7 @@ def weighed(drafts: ConditionalDrafts, places: Places, draft_rows: Tensor, embed
     tokens, of_token = places.parents.unique(return_inverse=True)
     heads = torch.arange(of_token.shape[1], device=of_token.device)
     parents = drafts.parent_rows(embeddings[tokens], scale)[heads, of_token]  # (N, K - 1, r)
-    rows = F.embedding(places.ids, drafts.draft_table(draft_rows))  # (N, K - 1, P, r)
+    rows = F.embedding(places.ids, drafts.draft_table(draft_rows, rms(draft_rows)))  # (N, K - 1, P, r)
     found = conditional_logprobs(parents[:, :, None], rows, places.logprobs, drafts.slopes, drafts.rest)
     return found[:, :, 0]
 
