@@ -99,8 +99,10 @@ def block_bytes(weight: Tensor, rows: int, bits: int) -> int:
 def pack_blocks(weights: Sequence[Tensor], packed: Tensor) -> bool:
     """As `pack_weights`, in fewer bits, where every 32 weights of a row came out of a file's block of them, rounded.
 
-    weights: bfloat16, I a multiple of 32. In 4 bits: d q + m with q from 0 to 15; d or both d and m are float16
-        numbers, as in ggml's Q4_1 and Q4_0. In 8 bits: d q with q from -127 to 127, one of them reached, as in Q8_0.
+    weights: bfloat16, I a multiple of 32. In 4 bits: d q + m with q from 0 to 15, as in ggml's Q4_1, Q4_0 and Q4_K,
+        where d and m are float32 numbers that can be told from the weights: not always where these lie far from 0
+        beside their steps. In 8 bits: d q with q from -127 to 127, one of them reached, and d a float16 number, as in
+        Q8_0.
     packed: of the dtype in BLOCKS that names the bits, at least block_bytes(weights[0], sum of O_i, bits) bytes.
     Returns whether all weights can be given so to the bit; if not, `packed` is of no use.
     Raises RuntimeError on other shapes or dtypes, or where block_bytes is 0.

@@ -1,5 +1,5 @@
 // Weights of bfloat16 in four bits each, where every 32 of a row along k are d (q - 8) + m, rounded, for some
-// d and m and q from 0 to 15: those that came out of a 4-bit file.
+// d and m and q from 0 to 15: those that came out of a 4-bit file (Q4_0, Q4_1, Q4_K).
 //
 //   packed (tiles): the codes of all blocks of 32 k, then d and m (float32) of each step's weight rows, then
 //   for each row which of the 16 values are rounded, a bit each, see below

@@ -14,6 +14,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from cerberus_ext import ops
+from cerberus_ext.ops.blocks import dequantize_blocks
 from cerberus_ext.ops.step import BLOCKS, block_bytes, pack_blocks
 
 BITS = [bits for bits in BLOCKS if block_bytes(torch.empty(1, 32, dtype=torch.bfloat16), 1, bits)]
@@ -95,6 +96,54 @@ def test_blocks_of_a_file(kind: GGMLQuantizationType) -> None:
             scale = block[:2].view(np.float16)[0]
             assert not 1e-3 < scale < 1e3 or len(block) == 20, scale
     assert count > 300 or (kind == GGMLQuantizationType.Q8_0 and 8 not in BITS)
+
+
+def super_blocks(rows: int, blocks: int, seed: int = 0) -> np.ndarray:
+    """Q4_K as ggml makes it: in every 32 weights the least is not above 0, and few have all 16 values."""
+    random = np.random.default_rng(seed)
+    raw = random.integers(0, 256, (rows * blocks, 144), dtype=np.uint8)
+    d = (random.uniform(0.5, 2, rows * blocks) * 10.0 ** random.integers(-6, 0, rows * blocks)).astype(np.float16)
+    raw[:, :2] = d[:, None].view(np.uint8)
+    raw[:, 2:4] = (d * np.float16(random.integers(1, 9)))[:, None].view(np.uint8)
+    factors, least = random.integers(0, 64, (2, rows * blocks, 8), dtype=np.uint8)
+    least = np.minimum(least, factors)  # m of no more than 8 d
+    raw[:, 4:8] = factors[:, :4] | (factors[:, 4:] >> 4) << 6
+    raw[:, 8:12] = least[:, :4] | (least[:, 4:] >> 4) << 6
+    raw[:, 12:16] = factors[:, 4:] & 15 | (least[:, 4:] & 15) << 4
+    return raw.reshape(rows, -1)
+
+
+@pytest.mark.skipif(4 not in BITS, reason="this processor has no such blocks")
+def test_super_blocks_are_found() -> None:
+    """Factors times float16 numbers, with all weights 0, too. Tensors of other numbers are left."""
+    for seed in range(4):
+        raw = super_blocks(40, 3, seed)
+        weight = dequantize_blocks(torch.from_numpy(raw), 12, torch.bfloat16)
+        x = torch.randn(5, weight.shape[1]).bfloat16()
+        memory = packed_in(4, weight)
+        assert memory is not None
+        assert multiply(memory, weight.shape, x).equal(ops.linear(x, weight, None))
+        weight[7, 96:128] = torch.randn(32)
+        assert packed_in(4, weight) is None
+
+
+@pytest.mark.skipif(4 not in BITS, reason="this processor has no such blocks")
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+def test_super_blocks_of_any_bytes() -> None:
+    """What is packed has the bits of gguf's own numbers; little is left, of blocks far from 0 beside their steps."""
+    raw = np.random.default_rng(5).integers(0, 256, (120, 144), dtype=np.uint8)
+    raw[:5, :2] = np.array([0, 0x8000, 0x7C00, 1, 0x7E00], dtype="<u2")[:, None].view(np.uint8)
+    weight = torch.from_numpy(dequantize(raw, GGMLQuantizationType.Q4_K)).bfloat16().view(-1, 32)
+    x, count, finite = torch.randn(3, 32).bfloat16(), 0, 0
+    for row in weight[:, None]:
+        memory = packed_in(4, row)
+        finite += bool(row.isfinite().all())
+        if memory is not None:
+            sums = multiply(memory, row.shape, x)
+            assert row.isfinite().all()
+            assert sums.view(torch.int16).equal(ops.linear(x, row, None).view(torch.int16))
+            count += 1
+    assert count > 0.9 * finite > 300
 
 
 def test_weights_that_are_all_the_same() -> None:
