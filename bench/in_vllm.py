@@ -5,9 +5,9 @@
     done
     python bench/in_vllm.py --summary vllm.jsonl
 
-Runs where vLLM is installed, one engine in this process per run. `none` is vLLM without speculation, `ngram` its own
-method as by default. The file is added to, so that the ways can take turns on shares of the questions (--first,
---count). Greedy. OMP_NUM_THREADS: the threads of a step.
+Runs where vLLM is installed, one engine in this process per run. `none` is vLLM without speculation, `ngram` and
+`suffix` its own methods as by default; `suffix` needs the package arctic-inference. The file is added to, so that the
+ways can take turns on shares of the questions (--first, --count). Greedy. OMP_NUM_THREADS: the threads of a step.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 WAYS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "ngram": {"method": "ngram"},
+    "suffix": {"method": "suffix"},
     "cerberus": {"method": "custom_class", "model": "cerberus_ext.vllm.SuffixProposer"},
 }
 SETTING = ("questions", "dtype", "concurrency", "drafts", "tokens", "compile")

@@ -40,15 +40,17 @@ def answer_file(
         questions = read_questions(file)
     with option("--output"):
         there, errors = answered(output, questions, file)
-        to = output.open("ab")
+        to = output.open("ab", buffering=0)  # closing has nothing left to write that could fail
     options |= {"load": partial(load_any, *loading), "slots": slots}
 
     async def write(workers: Any) -> int:
         refused = errors
         async for answer in in_order(questions[there:], workers, AHEAD * slots):
             refused += "error" in answer
-            to.write(line_of(answer))
-            to.flush()
+            line = line_of(answer)
+            with option("--output"):  # a full disk takes a part of a line
+                while line:
+                    line = line[to.write(line) :]
         return refused
 
     with to, _here(**options) if ray is None else _on_ray(ray, replicas, loading, **options) as workers:

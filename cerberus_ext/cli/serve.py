@@ -16,6 +16,7 @@ from .on_ray import Ray, Replicas, on_cluster
 from .shared import PACKAGED_HEADS, Device, DTypeName, HeadsOrNone, Model, Threads, load_any
 
 KEY = "CERBERUS_API_KEY"
+MOST_SECONDS = 1_000_000
 
 
 def serve(
@@ -29,7 +30,7 @@ def serve(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer where a client does not say.")] = 1024,
     slots: Annotated[int, typer.Option(min=1, help="Answers that are decoded at once.")] = 8,
     waiting: Annotated[int, typer.Option(min=1, help="Answers that may wait; more are told to come back.")] = 64,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take, in all.")] = 600.0,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take, in all.")] = 600.0,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 1 << 20,
     drafts: Annotated[bool, typer.Option(help="--no-drafts: a token at every step, to compare with.")] = True,
     ray: Ray = None,
@@ -43,6 +44,8 @@ def serve(
     The environment variable CERBERUS_API_KEY, where it is set, is the key that clients have to send.
     With --ray the head of the cluster listens, and --slots and --waiting are those of each replica.
     """
+    if not 1 <= timeout <= MOST_SECONDS:  # nan is not
+        fail(f"--timeout: must be in 1..{MOST_SECONDS}, got {timeout:g}")
     try:
         from ..serving.listen import listen
         from ..serving.service import service
@@ -61,7 +64,7 @@ def serve(
         with make() as application:
             # uvicorn lets running answers end, then raises the signal again: what is open here is then to be closed.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-            if not listen(application, host, port, say):
+            if not listen(application, host, port, timeout, say):
                 sys.exit(2)
         return
     with on_cluster(ray, device, threads) as takes:

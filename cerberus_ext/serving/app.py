@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
@@ -38,8 +39,8 @@ class Settings:
     """Of a server.
 
     model: as clients name it. positions: tokens that a prompt and its answer may have together. max_new_tokens: where a
-    client does not say. ends: the tokens that end a text. key: that clients have to send; "": none. timeout: seconds
-    that a request may take, waiting included. max_body: bytes.
+    client does not say. ends: the tokens that end a text. key: that clients have to send, as the environment has it;
+    "": none. timeout: seconds that a request may take, waiting included. max_body: bytes.
     """
 
     model: str
@@ -76,6 +77,8 @@ class Server:
         """prompts: messages of a chat, a text, or tokens, each of which gets n answers."""
         if asked.model != self.settings.model:
             raise Refusal(404, f"model: there is only {self.settings.model!r}", "model", "model_not_found")
+        if (count := asked.n * len(prompts)) > (most := self._engine.most_waiting):
+            raise Refusal(400, f"n: {count} answers are more than the {most} that may wait", "n")
         begin = time.perf_counter()
         choices: list[Choice] = []
         try:
@@ -146,13 +149,13 @@ def create_app(engine: Engine, tokenizer: PreTrainedTokenizerBase, settings: Set
     """The application, for any ASGI server. `engine`: is to run while requests come."""
     server = Server(engine, tokenizer, settings)
     app = FastAPI(title="cerberus", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(BodyLimit, most=settings.max_body)
+    app.add_middleware(BodyLimit, most=settings.max_body, timeout=settings.timeout)
     app.exception_handler(AnyHTTPException)(_error)  # starlette's own, too
     app.exception_handler(RequestValidationError)(_invalid)
 
     def authorized(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if settings.key and not hmac.compare_digest(given.encode(), settings.key.encode()):
+        if settings.key and not hmac.compare_digest(given.encode("latin-1"), os.fsencode(settings.key)):
             raise Refusal(401, "the API key is missing or wrong", code="invalid_api_key")
 
     own = [Depends(authorized)]

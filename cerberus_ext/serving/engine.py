@@ -95,6 +95,10 @@ class Engine:
         return self._jobs.qsize()
 
     @property
+    def most_waiting(self) -> int:
+        return self._jobs.maxsize
+
+    @property
     def running(self) -> int:
         return len(self._running)
 

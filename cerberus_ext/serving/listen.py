@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +22,17 @@ class _Server(uvicorn.Server):
                 self.say(*socket.getsockname()[:2])
 
 
-def listen(application: FastAPI, host: str, port: int, say: Callable[[str, int], object]) -> bool:
+def listen(application: FastAPI, host: str, port: int, timeout: float, say: Callable[[str, int], object]) -> bool:
     """Until a signal ends it, with running answers answered first; False: it could not begin, and uvicorn has said why.
 
-    say: called with each address, once it listens there.
+    timeout: seconds that these have, and clients that stop in mid-request or do not read. say: called with each
+    address, once it listens there.
     """
-    server = _Server(uvicorn.Config(application, host, port, log_level="warning", access_log=False))
+    config = uvicorn.Config(
+        application, host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=math.ceil(timeout),
+        http="h11",  # bounds what a client may send as headers; httptools, where it is installed, does not
+    )  # fmt: skip
+    server = _Server(config)
     server.say = say
     server.run()
     return bool(server.started)

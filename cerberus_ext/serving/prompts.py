@@ -50,7 +50,7 @@ class Prompts:
         if isinstance(prompt, str):
             return self._tokenizer(prompt, return_tensors="pt").input_ids.to(torch.int64)
         if self._tokenizer.chat_template is None:
-            raise Refused("messages: the model has no chat template: ask /v1/completions")
+            raise Refused("messages: the model has no chat template: give the prompt as a text")
         try:
             return encode_messages(self._tokenizer, prompt)
         except Exception as error:  # a template may raise what it likes: "roles must alternate"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Container
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
@@ -17,8 +18,10 @@ from pydantic import (
 
 from ..engine.request import seed_of_row
 
-MAX_CHOICES, MAX_STOPS = 16, 16
-Ids: TypeAlias = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1)]
+MAX_CHOICES, MAX_STOPS, MAX_PROMPTS = 16, 16, 64
+MAX_NAME = 64  # characters of an unknown field's, to be told
+# fail_fast: a megabyte of wrong elements would be seconds of errors, of which one is told.
+Ids: TypeAlias = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1, fail_fast=True)]
 # Of OpenAI's, with the only values that they may have here: with another one an answer would be another.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
@@ -37,16 +40,28 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 _WITHOUT_EFFECT = ("metadata", "parallel_tool_calls", "prediction", "service_tier", "store", "user")
 
 
+def _unknown(given: dict[str, Any], fields: Container[str]) -> str | None:
+    """The first name that is not among the fields, if any, to be told."""
+    name = next((name for name in given if name not in fields), None)
+    return None if name is None else name[:MAX_NAME].encode(errors="replace").decode()
+
+
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
     include_obfuscation: bool = False  # of no use here: there is none
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_these(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (name := _unknown(given, cls.model_fields)) is not None:
+            raise ValueError(f"stream_options: {name} is not known")
+        return given
 
 
 class Request(BaseModel):
     """What both kinds have. temperature: as OpenAI has it, 1 where none is given; 0: greedy."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)
     model: str
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
@@ -54,7 +69,7 @@ class Request(BaseModel):
     top_k: Annotated[int, Field(ge=0, lt=2**63)] = 0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = Field(default_factory=lambda: secrets.randbits(62))
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    stop: list[str] = []
+    stop: Annotated[list[str], Field(fail_fast=True)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
@@ -68,6 +83,8 @@ class Request(BaseModel):
         for name, allowed in _REFUSED.items():
             if name in given and given.pop(name) not in allowed:
                 raise ValueError(f"{name}: is not supported")
+        if (unknown := _unknown(given, cls.model_fields)) is not None:
+            raise ValueError(f"{unknown}: is not known")
         return given
 
     @field_validator("stop", mode="before")
@@ -102,7 +119,7 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     model_config = ConfigDict(extra="ignore")  # name, refusal: no template knows them
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     def plain(self) -> dict[str, str]:
         """As chat templates have it."""
@@ -113,7 +130,7 @@ class Message(BaseModel):
 class ChatRequest(Request):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
 
@@ -139,7 +156,12 @@ class ChatRequest(Request):
 class CompletionRequest(Request):
     """POST /v1/completions: one or several prompts, as text or as tokens."""
 
-    prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=64)]
+    prompt: (
+        str
+        | Ids
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    )
     logprobs: Annotated[int | None, Field(ge=0, le=5)] = None
 
     @field_validator("prompt", mode="wrap")
@@ -149,7 +171,8 @@ class CompletionRequest(Request):
         try:
             return check(prompt)
         except ValidationError:
-            raise ValueError("must be a text, tokens from 0 to 2**63 - 1, at least one, or 1 to 64 of either") from None
+            kinds = f"a text, tokens from 0 to 2**63 - 1, at least one, or 1 to {MAX_PROMPTS} of either"
+            raise ValueError(f"must be {kinds}") from None
 
     @property
     def top(self) -> int | None:

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -125,6 +126,22 @@ def test_goes_on_behind_an_error_and_an_id_that_is_null(folder: Path, tmp_path: 
         result = run(folder, questions, "--output", str(out))
         assert result.exit_code == 1 and ", 1 refused]" in result.output
         assert out.read_text() == "".join(lines)
+
+
+def test_a_full_disk_is_gone_on_from(folder: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    assert run(folder, QUESTIONS[:8], "--output", str(whole)).exit_code == 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (300, 500):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            result = run(folder, QUESTIONS[:8], "--output", str(out))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert result.exit_code == 2 and "cerberus: --output: File too large" in result.output
+        assert out.read_bytes() == whole.read_bytes()[:size]
+    assert run(folder, QUESTIONS[:8], "--output", str(out)).exit_code == 0
+    assert out.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("raw", [[], ["--raw"]])

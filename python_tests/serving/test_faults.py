@@ -82,18 +82,18 @@ def test_what_is_refused_disturbs_no_other(tokenizer: Any) -> None:
 def test_as_many_wait_as_may(tokenizer: Any) -> None:
     decoder = Scripted(pause=0.02)
     body = chat(max_tokens=100000, stream=True)
-    with served(decoder, tokenizer, waiting=1, positions=1 << 20) as client:
+    with served(decoder, tokenizer, waiting=2, positions=1 << 20) as client:
         with client.stream("POST", CHAT, json=body) as response:
             lines = response.iter_lines()  # kept: the connection ends with it
             next(lines)
             waits = threading.Thread(target=said, args=[client])
             waits.start()
             until(lambda: "cerberus_waiting_requests 1.0" in client.get("/metrics").text)
-            refused = client.post(CHAT, json=chat())
+            refused = client.post(CHAT, json=chat(n=2))  # not answered in part either
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
             assert refused.json()["error"]["type"] == "rate_limit_error"
-            several = client.post(CHAT, json=chat(n=3))  # not answered in part either
-            assert several.status_code == 429
+            never = client.post(CHAT, json=chat(n=3))
+            assert never.status_code == 400 and never.json()["error"]["param"] == "n"
         waits.join()
         assert said(client) == "w0 w1 w2 w3"
 
