@@ -167,7 +167,7 @@ def near_ties(row: Row) -> str:
 
 def exactness(record: Record) -> str:
     columns: dict[str, Cell] = {
-        "float32": text("way"), "texts": text("texts"),
+        "float32, or as it says": text("way"), "texts": text("texts"),
         "that differ": lambda row: row.get("error") or str(row["texts_differ"]),
         "near ties taken otherwise": near_ties, "target": target("exactness"),
     }  # fmt: skip

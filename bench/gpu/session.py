@@ -50,7 +50,7 @@ SHARES = {  # in seconds, where all run
     "sanitizer": 95,
     "kernels": 65,
     "steps": 85,
-    "exactness": 25,
+    "exactness": 40,
     "end_to_end": 65,
     "compiled": 45,
 }

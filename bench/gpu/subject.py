@@ -44,13 +44,14 @@ def load(run: stage.Stage, dtype: torch.dtype, prompts: int) -> Subject:
     """Raises stage.Skipped where there is no model: nothing is fetched here."""
     arguments = run.arguments
     if run.on_cpu and arguments.model is None:
-        return tiny(prompts)
+        return tiny(prompts, dtype)
     folder = Path(arguments.model or cache_dir() / FOLDER)
     if not folder.exists():
         raise stage.Skipped(f"there is no model in {folder.name}: give its folder as --model")
     model, tokenizer = load_model(folder, dtype, arguments.device)
     file = arguments.questions
-    questions = OWN_QUESTIONS[::3][:prompts] if file is None else read_questions(file, prompts)
+    ours = OWN_QUESTIONS[::3] if prompts <= len(OWN_QUESTIONS) // 3 else OWN_QUESTIONS  # of each kind, or all
+    questions = ours[:prompts] if file is None else read_questions(file, prompts)
     return Subject(
         folder.name,
         not run.on_cpu and model.config.get_text_config().hidden_size == SHAPES["135M"].hidden,
@@ -61,13 +62,13 @@ def load(run: stage.Stage, dtype: torch.dtype, prompts: int) -> Subject:
     )
 
 
-def tiny(prompts: int) -> Subject:
+def tiny(prompts: int, dtype: torch.dtype = torch.float32) -> Subject:
     """Random weights that only show that everything works."""
-    model = make_llama()
+    model = make_llama().to(dtype)
     vocab, size = model.config.vocab_size, model.config.hidden_size
     numbers = torch.Generator().manual_seed(0)
     ids = [torch.randint(vocab, (1, 8 + i), generator=numbers) for i in range(prompts)]
-    return Subject("tiny, random weights", False, model, random_heads(vocab, size), None, ids)
+    return Subject("tiny, random weights", False, model, random_heads(vocab, size).to(dtype), None, ids)
 
 
 def random_heads(vocab: int, size: int, draft_vocab: int | None = None, **options: Any) -> CerberusHeads:

@@ -1,7 +1,7 @@
 // tree_attention: softmax(score) v, where node i sees the committed slots and the slots of its ancestors.
 // score: scale q k, or softcap tanh(scale q k / softcap); a sink is one more logit, without a value.
 //
-// Split-KV flash attention. One launch owns tiles of query rows times pieces of the slots
+// Split-KV flash attention. One launch owns tiles of query rows times pieces of the positions
 // (tree_attention.cuh): on tensor cores for bf16 and fp16 (tree_attention_mma.cuh), else with fused
 // multiply-adds (tree_attention_fma.cuh). Where there is more than one piece, a second launch puts them
 // together (tree_attention_combine.cuh), and begins while the first is ending.
@@ -60,7 +60,7 @@ cudaError_t with_kernel(const TreeAttentionArgs& a, F&& f) {
 
 int64_t tree_attention_splits(int64_t capacity) {
   int splits = 1;
-  while (splits < kMaxSplits && first_slot_of_piece(splits) < capacity) ++splits;
+  while (splits < kMaxSplits && first_of_piece(splits) < capacity) ++splits;
   return splits;
 }
 

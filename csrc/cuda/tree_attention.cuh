@@ -1,13 +1,22 @@
-// What the kernels of tree_attention share: the part of the work that a block owns, the slots that a node
-// sees, and how partial results are left for the combining kernel.
+// What the kernels of tree_attention share: the part of the work that a block owns, and how partial results
+// are left for the combining kernel.
 //
 // The query rows of a key/value head are the N nodes times the group of query heads that share it: row r is
-// node r / group, head r % group of the group. A block owns a tile of these rows and one piece of the slots.
+// node r / group, head r % group of the group. A block owns a tile of these rows and one piece of the
+// positions.
 //
-// Pieces begin at fixed slots (first_slot_of_piece), and are walked in tiles counted from slot 0 whose size
-// depends on the element type and the head size alone. So a node's result, to the last bit, depends on its
-// own query and on the slots that it sees: not on N, on the other nodes, be they not a number, on the length,
-// on the size of the cache, on the device. What a row does not see adds nothing to it, exactly.
+// A key's place in every sum is that of its position in the text, whether it is committed or of a node's
+// path: pieces begin at fixed positions (first_of_piece), and are walked in tiles counted from position 0
+// whose size depends on the element type and the head size alone. So a node's result, to the last bit,
+// depends on its own query and on the keys and values that it sees: it is what the node's token gets when it
+// is decoded alone, later or instead. It does not depend on N, on the other nodes, be they not a number, on
+// how many tokens are committed, on the size of the cache, on the device. What a row does not see adds
+// nothing to it, exactly.
+//
+// Where a position's key lies in one slot for all rows of a block, in the slot of its position, the tile's
+// slots are taken for all rows at once (`straight` tiles): all of them where the nodes are a chain, as in
+// prompts and in decoding without drafts, and else those of committed tokens. In the others, the last one or
+// two, every node's keys are gathered along its path (tree_attention_path.cuh).
 #pragma once
 
 #include <cfloat>
@@ -17,21 +26,22 @@
 #include "copy.cuh"
 #include "launch.cuh"
 #include "reduce.cuh"
+#include "tree_attention_path.cuh"
 
 namespace cerberus {
 
 // Of a piece, a row leaves E numbers of float32, which are written and read once. With 64 nodes and 4 heads
-// that share their keys and values, pieces of 256 slots make that twice the bytes of 16-bit keys and values,
-// through the L2 cache. Smaller pieces would make it most of the work; with larger ones, a node alone in a
-// short cache would leave most of the device idle. Further on there is work for all blocks anyway: the size
-// doubles every 16 pieces, so that 2^20 slots have no more pieces than kMaxSplits.
-constexpr int kFirstPieceSlots = 256, kPiecesOfOneSize = 16, kMaxSplits = 128;
+// that share their keys and values, pieces of 256 positions make that twice the bytes of 16-bit keys and
+// values, through the L2 cache. Smaller pieces would make it most of the work; with larger ones, a node alone
+// in a short cache would leave most of the device idle. Further on there is work for all blocks anyway: the
+// size doubles every 16 pieces, so that 2^20 positions have no more pieces than kMaxSplits.
+constexpr int kFirstPiece = 256, kPiecesOfOneSize = 16, kMaxSplits = 128;
 
-__host__ __device__ constexpr int64_t first_slot_of_piece(int piece) {
+__host__ __device__ constexpr int64_t first_of_piece(int piece) {
   const int doubled = piece / kPiecesOfOneSize;
   const int64_t before = int64_t{kPiecesOfOneSize} * ((1 << doubled) - 1);  // in first pieces
   return piece >= kMaxSplits ? INT32_MAX
-                             : kFirstPieceSlots * (before + (int64_t{piece % kPiecesOfOneSize} << doubled));
+                             : kFirstPiece * (before + (int64_t{piece % kPiecesOfOneSize} << doubled));
 }
 
 // What one block does.
@@ -40,9 +50,11 @@ struct Piece {
   int group;           // query heads that share a key/value head
   int first_row;       // of the tile of query rows
   int rows;            // in the tile, at most the tile's size
-  int64_t length;      // committed slots
-  int begin, end;      // every slot that any node sees lies in [begin, end)
+  int length;          // committed tokens
+  const Span* spans;   // what each row of the tile sees; behind the last row nothing
+  int begin, end;      // every position that any row sees lies in [begin, end)
   int tile, end_tile;  // of this piece
+  int straight_tiles;  // the first one that is not straight, at most end_tile
 
   // Which of the (B, N, Hq) query rows row m of the tile is.
   __device__ int64_t query_row(const TreeAttentionArgs& a, int m) const {
@@ -50,23 +62,45 @@ struct Piece {
     return (batch * a.nodes + row / group) * a.query_heads + head * group + row % group;
   }
   __device__ int node(int m) const { return (first_row + m) / group; }
-  // Where the slots of this key/value head begin, in elements.
-  __device__ int64_t first_element(const TreeAttentionArgs& a) const {
-    return (batch * a.kv_heads + head) * a.capacity * a.head_size;
+  __device__ bool is_of(int node, int m) const {
+    return static_cast<unsigned>(first_row + m - node * group) < static_cast<unsigned>(group);
   }
-  // Every node sees all `count` slots from `start` on.
+  // A row of the tile that is of this node.
+  __device__ int row_of(int node) const { return max(node * group - first_row, 0); }
+  // Where a slot of this key/value head begins, in elements.
+  __device__ int64_t element(const TreeAttentionArgs& a, int64_t slot) const {
+    return ((batch * a.kv_heads + head) * a.capacity + slot) * a.head_size;
+  }
+  // Every node sees all `count` positions from `start` on.
   __device__ bool all_visible(const TreeAttentionArgs& a, int start, int count) const {
     return start + count <= end && start + count <= length &&
            (a.window == 0 || start > length + a.nodes - 1 - a.window);
   }
+  // Bit j: row m sees position start + j.
+  __device__ uint64_t visible(int m, int start) const {
+    return low_bits(spans[m].high - start) & ~low_bits(spans[m].low - start);
+  }
 };
 
-// The block's piece, of tiles of kRows query rows and kKeys slots.
-template <int kRows, int kKeys>
-__device__ inline Piece piece_of_block(const TreeAttentionArgs& a) {
+// Of all rows of a block: the union of their spans, and the smallest of their views' `straight`.
+struct Reach {
+  int low, high, straight;
+};
+struct Union {
+  __device__ Reach operator()(const Reach& a, const Reach& b) const {
+    return {min(a.low, b.low), max(a.high, b.high), min(a.straight, b.straight)};
+  }
+};
+
+// The block's piece, of tiles of kRows query rows and kKeys positions. All threads call it, with shared
+// memory for the rows' spans.
+template <int kThreads, int kKeys, int kRows>
+__device__ inline Piece piece_of_block(const TreeAttentionArgs& a, Span (&spans)[kRows]) {
+  static_assert(kRows <= kThreads, "a thread finds out what a row sees");
+  static_assert(kFirstPiece % kKeys == 0, "pieces begin with a tile");
   Piece piece;
   const int splits = static_cast<int>(a.splits), kv_heads = static_cast<int>(a.kv_heads);
-  piece.group = static_cast<int>(a.query_heads / a.kv_heads);
+  piece.group = static_cast<int>(a.query_heads) / kv_heads;
   const int query_rows = static_cast<int>(a.nodes) * piece.group;
   const int row_tiles = (query_rows + kRows - 1) / kRows;
   // Blocks that share their slots are neighbours, so that one reads from the L2 cache what the other fetched.
@@ -78,57 +112,27 @@ __device__ inline Piece piece_of_block(const TreeAttentionArgs& a) {
   index /= splits;
   piece.head = index % kv_heads;
   piece.batch = index / kv_heads;
+  piece.length = clamped(a.length[piece.batch]);
 
-  const int64_t length = a.length[piece.batch];
-  piece.length = length < 0 ? 0 : length < INT32_MAX ? length : INT32_MAX;
-  const int64_t end = piece.length + a.nodes < a.capacity ? piece.length + a.nodes : a.capacity;
-  // The root sees furthest back.
-  const int64_t begin = a.window > 0 && piece.length >= a.window ? piece.length - a.window + 1 : 0;
-  piece.end = static_cast<int>(end);
-  piece.begin = static_cast<int>(begin < end ? begin : end);
-  static_assert(kFirstPieceSlots % kKeys == 0, "pieces begin with a tile");
-  const int first = max(piece.begin, static_cast<int>(first_slot_of_piece(piece.split)));
-  const int last = min(piece.end, static_cast<int>(first_slot_of_piece(piece.split + 1)));
+  const int m = static_cast<int>(threadIdx.x);
+  Reach reach = {INT32_MAX, 0, INT32_MAX};
+  if (m < piece.rows) {
+    const NodeView view = view_of(a, piece.length, piece.node(m));
+    spans[m] = view.span;
+    reach = {view.span.low, view.span.high, view.straight};
+  } else if (m < kRows) {
+    spans[m] = {0, 0};
+  }
+  reach = block_reduce<kThreads>(reach, Union{});  // and now all know all spans
+  piece.spans = spans;
+  piece.begin = min(reach.low, reach.high);
+  piece.end = reach.high;
+  const auto border = [](int split) { return static_cast<int>(first_of_piece(split)); };
+  const int first = max(piece.begin, border(piece.split)), last = min(piece.end, border(piece.split + 1));
   piece.tile = first / kKeys;
   piece.end_tile = first < last ? (last + kKeys - 1) / kKeys : piece.tile;
+  piece.straight_tiles = max(piece.tile, min(piece.end_tile, reach.straight / kKeys));
   return piece;
-}
-
-// The lowest `count` bits.
-__device__ inline uint64_t low_bits(int64_t count) {
-  return count <= 0 ? 0 : count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
-}
-
-// Bit j: `node` sees slot start + j. Only tiles that not all nodes see wholly come here, so it may cost a few
-// loads.
-__device__ inline uint64_t visible_slots(const TreeAttentionArgs& a, const Piece& piece, int node,
-                                         int start) {
-  const int64_t* path = a.ancestors + node * a.words;
-  const auto word = [&](int64_t w) {
-    return w >= 0 && w < a.words ? static_cast<uint64_t>(path[w]) : uint64_t{0};
-  };
-  // The node in slot `start`; negative: that many committed slots come before the root's.
-  const int64_t first = start - piece.length;
-  uint64_t committed = low_bits(-first), nodes = 0;
-  const int64_t first_word = first < 0 ? -1 : first / 64;
-  if (first > -64) {
-    const int shift = static_cast<int>(first - first_word * 64);
-    nodes = word(first_word) >> shift;
-    if (shift > 0) nodes |= word(first_word + 1) << (64 - shift);
-  }
-  if (a.window > 0) {
-    int64_t depth = -1, before = 0;  // nodes on the path; those of them before slot `start`
-#pragma unroll 1
-    for (int64_t w = 0; w < a.words; ++w) {
-      depth += count_bits(word(w));
-      before += count_bits(word(w) & low_bits(first - w * 64));
-    }
-    committed &= ~low_bits(piece.length + depth - a.window + 1 - start);
-    // The nodes nearest to the root are the first to leave the window.
-#pragma unroll 1
-    for (int64_t leave = depth + 1 - a.window - before; leave > 0 && nodes != 0; --leave) nodes &= nodes - 1;
-  }
-  return (committed | nodes) & low_bits(piece.end - start);
 }
 
 // The queries take over the sign of the scale, and are 0 where it is 0, so that the largest product q k is

@@ -1,10 +1,11 @@
 // tree_attention without tensor cores: of float32, and of what tensor cores cannot read, odd head sizes and
 // tensors at odd addresses.
 //
-// A block walks its slots kKeys at a time, keys and values passing through shared memory once for all its
-// rows (flash attention: running maximum, running sum, rescaled accumulator). In the first half of a step
-// lane l owns key l and computes its scores; in the second half it owns the columns l, l + 32, ... of the
-// output. A warp owns kRows query rows.
+// A block walks its positions kKeys at a time, keys and values passing through shared memory once for all its
+// rows, where they lie in the same slots for all, or else once for each of its nodes (flash attention:
+// running maximum, running sum, rescaled accumulator). In the first half of a step lane l owns position l of
+// the tile and computes its scores; in the second half it owns the columns l, l + 32, ... of the output. A
+// warp owns kRows query rows.
 #pragma once
 
 #include "copy.cuh"
@@ -32,15 +33,16 @@ struct FmaTile {
   float slot[kFmaKeys][kSize + 1];
 };
 
-// `count` slots, which lie one after the other, into shared memory.
-template <int kVector, typename T, int kStride>
-__device__ inline void load_slots(const T* slots, int count, int head_size, float (&to)[kFmaKeys][kStride]) {
+// Keys or values of `count` positions into shared memory. slot(j): where position j lies.
+template <int kVector, typename T, int kStride, typename Slot>
+__device__ inline void load_slots(const T* head, int count, int head_size, const Slot& slot,
+                                  float (&to)[kFmaKeys][kStride]) {
   for (int i = threadIdx.x * kVector; i < count * head_size; i += kFmaThreads * kVector) {
+    const int j = i / head_size, column = i % head_size;  // a pack never spans two slots
     float x[kVector];
-    load<kVector>(slots + i).unpack(x);
-    const int slot = i / head_size, column = i % head_size;  // a pack never spans two slots
+    load<kVector>(head + static_cast<int64_t>(slot(j)) * head_size + column).unpack(x);
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) to[slot][column + j] = x[j];
+    for (int k = 0; k < kVector; ++k) to[j][column + k] = x[k];
   }
 }
 
@@ -50,10 +52,11 @@ __global__ void __launch_bounds__(kFmaThreads, kFmaBlocks)
   using Shape = FmaTile<kColumns>;
   constexpr int kRows = Shape::kRows;
   __shared__ Shape tile;
+  __shared__ Span spans[Shape::kTile];
   wait_for_previous_launch();
   allow_next_launch();
 
-  const Piece piece = piece_of_block<Shape::kTile, kFmaKeys>(a);
+  const Piece piece = piece_of_block<kFmaThreads, kFmaKeys>(a, spans);
   const int head_size = static_cast<int>(a.head_size), lane = lane_index();
   const int first_of_warp = warp_index() * kRows;
 
@@ -76,15 +79,24 @@ __global__ void __launch_bounds__(kFmaThreads, kFmaBlocks)
     for (int c = 0; c < kColumns; ++c) output[r][c] = 0.0f;
   }
 
+  const int64_t first_element = piece.element(a, 0);
+  const T* const keys = static_cast<const T*>(a.keys) + first_element;
+  const T* const values = static_cast<const T*>(a.values) + first_element;
+  // What a step takes: a tile, for all rows where it is straight, else for the rows of one node.
+  const int first_node = piece.node(0), last_node = piece.node(piece.rows - 1);
+  int step = piece.tile, node = first_node;
 #pragma unroll 1
-  for (int step = piece.tile; step < piece.end_tile; ++step) {
-    // From the tile's first slot on, also where the window begins inside of it: which lane owns a slot
-    // decides the order of the sums.
-    const int start = step * kFmaKeys, count = min(kFmaKeys, piece.end - start);
-    const bool masked = count < kFmaKeys || !piece.all_visible(a, start, count);
-    const int64_t from = piece.first_element(a) + static_cast<int64_t>(start) * head_size;
+  while (step < piece.end_tile) {
+    // From the tile's first position on, also where the window begins inside of it: which lane owns a
+    // position decides the order of the sums.
+    const int start = step * kFmaKeys;
+    const bool straight = step < piece.straight_tiles;
+    const int end = straight ? piece.end : spans[piece.row_of(node)].high;
+    const int count = end > start ? min(kFmaKeys, end - start) : 0;
+    const bool masked = !straight || count < kFmaKeys || !piece.all_visible(a, start, count);
+    const auto slot = [&](int j) { return straight ? start + j : slot_of(a, piece.length, node, start + j); };
     __syncthreads();  // all have read the values before these
-    load_slots<kVector>(static_cast<const T*>(a.keys) + from, count, head_size, tile.slot);
+    load_slots<kVector>(keys, count, head_size, slot, tile.slot);
     __syncthreads();
 
     float weight[kRows] = {};  // first the product
@@ -104,10 +116,9 @@ __global__ void __launch_bounds__(kFmaThreads, kFmaBlocks)
       seen = 0;
 #pragma unroll 1
       for (int r = 0; r < kRows; ++r) {
-        // Rows past the end see nothing.
         const int m = first_of_warp + r;
-        const uint64_t visible = m < piece.rows ? visible_slots(a, piece, piece.node(m), start) : 0;
-        seen |= static_cast<uint32_t>(lane < count && visible >> lane & 1) << r;
+        const uint64_t visible = straight || piece.is_of(node, m) ? piece.visible(m, start) : 0;
+        seen |= static_cast<uint32_t>(visible >> lane & 1) << r;
       }
     }
 #pragma unroll
@@ -125,7 +136,7 @@ __global__ void __launch_bounds__(kFmaThreads, kFmaBlocks)
     }
     __syncthreads();  // all have read the keys
 
-    load_slots<kVector>(static_cast<const T*>(a.values) + from, count, head_size, tile.slot);
+    load_slots<kVector>(values, count, head_size, slot, tile.slot);
     __syncthreads();
     for (int key = 0; key < count; ++key) {
       float of_key[kRows];
@@ -143,6 +154,9 @@ __global__ void __launch_bounds__(kFmaThreads, kFmaBlocks)
         }
       }
     }
+    const bool is_last = straight || node == last_node;
+    step += is_last;
+    node = is_last ? first_node : node + 1;
   }
 
 #pragma unroll

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attention_paths import alone, cancelling_inputs
 from device_steps import EmulatedStep, run
 from op_cases import (
     DTYPES,
     TOLERANCE,
     assert_close,
+    assert_same_bits,
     attention_inputs,
     chain,
     example,
@@ -106,6 +108,19 @@ def check_products(simt: Emulation) -> None:
             torch.testing.assert_close(got, want, atol=0.5 if dtype == torch.bfloat16 else 0.05, rtol=0.02)
 
 
+def check_paths(simt: Emulation) -> None:
+    """Nodes of trees against their paths decoded alone: one over the end of a tile in the second piece, and one of so
+    many rows and nodes that keys and values take turns in shared memory."""
+    bush = [-1, 0, 0, 1, 1, 4, 3, 3, 6, 6, 8, 5]
+    for parents, length, head_size in ((bush, 284, 16), (random_parents(64, seed=4), 60, 128)):
+        sizes = {"query_heads": 3, "kv_heads": 1, "head_size": head_size, "dtype": torch.bfloat16}
+        arguments = cancelling_inputs(parents, length, **sizes)
+        got = simt("tree_attention", *arguments.values())
+        for node in (5, 10, len(parents) - 1):
+            wanted = simt("tree_attention", *alone(arguments, parents, node, spare=300).values())
+            assert_same_bits(got[:, node : node + 1], wanted)
+
+
 def check(op: str, library: str) -> None:
     torch.set_num_threads(1)
     simt = Emulation(Path(library))
@@ -125,6 +140,8 @@ def check(op: str, library: str) -> None:
                     assert_close(op, got, right, arguments[0].dtype, cuda=True)
                 else:
                     assert torch.equal(got, right), "another result"
+        if op == "tree_attention":
+            check_paths(simt)
 
 
 def main(op: str, library: str) -> str:
