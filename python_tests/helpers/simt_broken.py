@@ -93,6 +93,12 @@ def results(returned: Any, arguments: list[Any]) -> list[torch.Tensor]:
     return list(returned) if isinstance(returned, tuple) else [returned]
 
 
+def dtype_of(arguments: list[Any]) -> torch.dtype:
+    """Of the first that is floating point."""
+    tensors = (value for value in arguments if isinstance(value, torch.Tensor))
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+
+
 def check_products(simt: Emulation) -> None:
     """A step that embeds its tokens and multiplies what comes out."""
     tokens = torch.arange(20) % 7
@@ -134,10 +140,10 @@ def check(op: str, library: str) -> None:
         simt.seed(seed)
         simt.device(ptx_version=90 if seed % 2 else 80)
         for arguments, expected in wanted:
-            mine = copies(arguments)
+            mine, dtype = copies(arguments), dtype_of(arguments)
             for got, right in zip(results(simt(op, *mine), mine), expected, strict=True):
                 if op in TOLERANCE and right.is_floating_point():
-                    assert_close(op, got, right, arguments[0].dtype, cuda=True)
+                    assert_close(op, got, right, dtype, cuda=True)
                 else:
                     assert torch.equal(got, right), "another result"
         if op == "tree_attention":
