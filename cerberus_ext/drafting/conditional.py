@@ -52,15 +52,16 @@ class ConditionalDrafts(nn.Module):
         parameters have one.
         """
         parents = embeddings if draft_vocab is None else embeddings[draft_vocab]
-        return self.parent_rows(parents, rms(embeddings)), self.draft_table(draft_rows, rms(draft_rows))
+        return self.parent_rows(parents, rms(embeddings)), self.draft_table(draft_rows)
 
     def parent_rows(self, parents: Tensor, scale: Tensor) -> Tensor:
         """parents (M, D): tokens' embeddings; scale: `rms` of all of them -> (K - 1, M, r) float32: rows of T."""
         return (parents.float() / scale) @ self.queries.float().transpose(1, 2)
 
-    def draft_table(self, draft_rows: Tensor, scale: Tensor) -> Tensor:
-        """draft_rows (M, D) of the LM head; scale: `rms` of all of the draft vocabulary's -> (M, r) float32: of G."""
-        return F.linear(draft_rows.float(), self.keys.float() / scale)
+    def draft_table(self, draft_rows: Tensor, scale: Tensor | None = None) -> Tensor:
+        """draft_rows (M, D) of the LM head -> (M, r) float32: rows of G. scale: `rms` of all of the draft vocabulary's
+        rows; None: of these."""
+        return F.linear(draft_rows.float(), self.keys.float() / (rms(draft_rows) if scale is None else scale))
 
 
 def rms(rows: Tensor) -> Tensor:

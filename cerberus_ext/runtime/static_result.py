@@ -41,9 +41,8 @@ class StaticResult:
         pairs = (heads - 1) * drafts * drafts if conditional else 0
         self._shapes = (heads, drafts), (heads - 1, drafts, drafts)
         self._drafted = heads * drafts
-        columns = (
-            2 * nodes + self._drafted + -(-(1 + self._drafted + pairs) // 2)
-        )  # two float32 in the place of an int64
+        floats = 1 + self._drafted + pairs  # two in the place of an int64
+        columns = 2 * nodes + self._drafted + -(-floats // 2)
         self._conditional = conditional and shape is not None
         self.buffer = torch.zeros((batch, columns), dtype=torch.int64, device=device)
         self.host = torch.zeros((batch, columns), dtype=torch.int64, pin_memory=device.type == "cuda")

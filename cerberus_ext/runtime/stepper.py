@@ -199,8 +199,8 @@ class Stepper:
         self._fetched = None
         if fetched is not None:
             ids, logprobs, after = fetched
-            weighs = self._weighs() if after is not None else None
-            given = None if weighs is None or after is None else ConditionalLogprobs(weighs.tables, after)
+            weighs = self._weighs()
+            given = None if weighs is None else ConditionalLogprobs(weighs.tables, after)
             self._fetched = HeadsDrafts(ids, logprobs, given)
         self.target.cache.committed += len(path)
         tokens = [target[node] for node in path]

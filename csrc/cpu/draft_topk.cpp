@@ -47,8 +47,8 @@ void softmax_sums(float* x, int64_t count, float& top, float& mass) {
   mass = sum(sums);
 }
 
-// Inserts what may belong to the list of all parts: vectors tell which few numbers are worth a look. `limit`
-// is the last of some part's full list: what is less cannot be among the best of all. x is followed by -inf,
+// Inserts what may belong to the list of all parts: vectors tell which few numbers are worth a look. What is
+// less than `limit` cannot be among the best of all. x is followed by -inf,
 // or whatever, up to a whole vector.
 void insert_all(const float* x, int64_t count, int64_t begin, float limit, int64_t drafts, float* best,
                 int32_t* ids) {
@@ -62,21 +62,43 @@ void insert_all(const float* x, int64_t count, int64_t begin, float limit, int64
   }
 }
 
-// The largest limit that a part has set so far. Which parts have is left to chance; what is found is not.
-float limit_of(const float* limit) {
-  float found;
-  __atomic_load(limit, &found, __ATOMIC_RELAXED);
-  return found;
-}
-void raise_limit(float* limit, float to) {
-  float found = limit_of(limit);
-  while (to > found &&
-         !__atomic_compare_exchange(limit, &found, &to, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+// The P best logits of every row that parts have found so far: what is less than the last of them is not
+// worth a look. Which parts those are is left to chance; what is found in the end is not.
+struct Seen {
+  int64_t drafts;
+  Scratch best, limits;     // (rows, P), (rows,)
+  Buffer<uint8_t> is_busy;  // (rows,)
+
+  Seen(int64_t rows, int64_t drafts) : drafts(drafts), best(rows * drafts), limits(rows), is_busy(rows) {
+    for (int64_t i = 0; i < rows * drafts; ++i) best.data[i] = -__builtin_inff();
+    for (int64_t row = 0; row < rows; ++row) {
+      limits.data[row] = -__builtin_inff();
+      is_busy.data[row] = 0;
+    }
   }
-}
+
+  float limit(int64_t row) const {
+    float found;
+    __atomic_load(limits.data + row, &found, __ATOMIC_RELAXED);
+    return found;
+  }
+
+  // found: a part's list. Nothing is noted while another part does it: that only costs a few looks more.
+  void note(int64_t row, const float* found) {
+    if (__atomic_test_and_set(is_busy.data + row, __ATOMIC_ACQUIRE)) return;
+    float* list = best.data + row * drafts;
+    for (int64_t i = 0; i < drafts && found[i] > list[drafts - 1]; ++i) {
+      int64_t place = drafts - 1;
+      for (; place > 0 && found[i] > list[place - 1]; --place) list[place] = list[place - 1];
+      list[place] = found[i];
+    }
+    __atomic_store(limits.data + row, list + drafts - 1, __ATOMIC_RELAXED);
+    __atomic_clear(is_busy.data + row, __ATOMIC_RELEASE);
+  }
+};
 
 template <typename T, typename Blocks>
-void part(const DraftTopkArgs& a, const Blocks& blocks, float* limits, int64_t index) {
+void part(const DraftTopkArgs& a, const Blocks& blocks, Seen& seen, int64_t index) {
   const int64_t begin = index * kDraftTopkPart, count = smaller(kDraftTopkPart, a.vocab - begin);
   constexpr int64_t stride = kDraftTopkPart + kLanes;
   float logits[kRowsAtOnce * stride];
@@ -89,8 +111,8 @@ void part(const DraftTopkArgs& a, const Blocks& blocks, float* limits, int64_t i
       int32_t* ids = a.part_ids + slot * a.drafts;
       clear(a.drafts, best, ids);
       softmax_sums(logits + m * stride, count, a.part_max[slot], a.part_sum[slot]);
-      insert_all(logits + m * stride, count, begin, limit_of(limits + row + m), a.drafts, best, ids);
-      if (ids[a.drafts - 1] >= 0) raise_limit(limits + row + m, best[a.drafts - 1]);
+      insert_all(logits + m * stride, count, begin, seen.limit(row + m), a.drafts, best, ids);
+      seen.note(row + m, best);
     }
   }
 }
@@ -124,9 +146,8 @@ template <typename T, typename Blocks>
 void all_parts(const DraftTopkArgs& a, const Parallel& parallel) {
   Blocks blocks(a.projection, a.vocab, a.size, a.rows);
   for (int64_t row = 0; row < a.rows; ++row) blocks.lay(row, static_cast<const T*>(a.states) + row * a.size);
-  Scratch limits(a.rows);
-  for (int64_t row = 0; row < a.rows; ++row) limits.data[row] = -__builtin_inff();
-  parallel_tasks(parallel, a.parts, [&](int64_t index) { part<T>(a, blocks, limits.data, index); });
+  Seen seen(a.rows, a.drafts);
+  parallel_tasks(parallel, a.parts, [&](int64_t index) { part<T>(a, blocks, seen, index); });
 }
 
 }  // namespace

@@ -65,15 +65,14 @@ size_t rank_of(const int64_t* tokens, size_t drafts, int64_t token) {
 DraftRow DraftRows::after(size_t depth, int64_t token) {
   if (depth >= drafts_.depths) return {};
   if (heads_ && depth > 0 && depth < heads_->tables->heads) {
-    const auto known = weighed_.find({depth, token});
-    if (known == weighed_.end()) {
+    auto found = weighed_.find({depth, token});
+    if (found == weighed_.end()) {
       std::vector<float> logprobs(heads_->drafts);
-      if (logprobs_after(depth, token, logprobs)) {
-        const Weighed& row = weighed_[{depth, token}] = weigh(depth, logprobs);
-        return {row.tokens.data(), row.probabilities.data(), row.proposers.data(), row.tokens.size()};
-      }
-    } else {
-      const Weighed& row = known->second;
+      if (logprobs_after(depth, token, logprobs))
+        found = weighed_.emplace(std::make_pair(depth, token), weigh(depth, logprobs)).first;
+    }
+    if (found != weighed_.end()) {
+      const Weighed& row = found->second;
       return {row.tokens.data(), row.probabilities.data(), row.proposers.data(), row.tokens.size()};
     }
   }
@@ -122,7 +121,7 @@ void DraftRows::rerank(size_t head, int64_t parent, std::vector<float>& logprobs
   for (size_t i = 0; i < rank; ++i) row[i] = to_float(from[i]);
   float top = children.rest;
   for (size_t c = 0; c < logprobs.size(); ++c) {
-    const float score = children.prior[c] + dot(row.data(), &children.rows[c * rank], rank);
+    const float score = children.prior[c] + dot(row.data(), children.rows.data() + c * rank, rank);
     logprobs[c] = std::isfinite(score) ? score : kNone;
     top = std::max(top, logprobs[c]);
   }
@@ -164,7 +163,8 @@ DraftRows::Weighed DraftRows::weigh(size_t depth, const std::vector<float>& logp
       others.push_back({i, 0, probability});
     } else if (probability > 0) {  // else it is no draft
       const size_t rank = rank_of(heads_->tokens + depth * heads_->drafts, heads_->drafts, tokens[i]);
-      if (rank < heads_->drafts) own.push_back({i, logprobs[rank], 0});
+      if (rank < heads_->drafts)
+        own.push_back({i, std::isfinite(logprobs[rank]) ? logprobs[rank] : kNone, 0});
     }
   }
   std::stable_sort(own.begin(), own.end(),

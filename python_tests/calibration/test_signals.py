@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memorized import hand_made
 
-from cerberus_ext.calibration.signals import auc, by_quantile, fit_platt, head_reliability, reliability
+from cerberus_ext.calibration.signals import at_every_place, auc, by_quantile, fit_platt, head_reliability, reliability
 from cerberus_ext.calibration.trace import TracedText
+from cerberus_ext.drafting.conditional import BoundConditional
 from cerberus_ext.drafting.platt import corrected
 from cerberus_ext.drafting.simulate import ABSENT
 
@@ -93,3 +94,25 @@ def test_always_right_stays_finite() -> None:
     logprobs = np.log(np.full((500, 1, 1), 0.999))
     ((slope, shift),) = fit_platt(texts(logprobs, [[0]] * 500))
     assert 0 < slope < 5 and abs(shift) < 5
+
+
+def test_conditional_drafts_count_as_they_are_after_the_right_token() -> None:
+    """Sorted anew: where the token before speaks for a late draft, it is the first one."""
+    torch.manual_seed(0)
+    tables = (torch.randn(1, 20, 3).bfloat16(), torch.randn(20, 3).bfloat16(), torch.ones(1), torch.zeros(1))
+    weighs = BoundConditional((*tables, torch.arange(20)))
+    ranks = [[2, 1], [0, 3], [ABSENT, 0], [1, ABSENT]]
+    ids, logprobs = torch.stack([torch.randperm(20)[:8].view(2, 4) for _ in ranks]), torch.randn(4, 2, 4) / 3 - 2
+    logprobs = logprobs.sort(-1, descending=True).values
+    text = hand_made(ranks, ids=ids, logprobs=logprobs, conditional=weighs)
+    found, new, counts = at_every_place([text])
+    assert counts.tolist() == [[True, True], [True, True], [True, False], [True, True]]
+    assert found[:, 0] == pytest.approx(logprobs[:, 0].numpy()) and [row[0] for row in new] == [2, 0, ABSENT, 1]
+    after = weighs.rerank(ids, logprobs)[:, 0].numpy()  # (places, parent, child)
+    for place, (first, second) in enumerate(ranks):
+        if first == ABSENT:
+            continue
+        row = after[place, first]
+        assert found[place, 1] == pytest.approx(np.sort(row)[::-1])
+        assert new[place][1] == (ABSENT if second == ABSENT else (row > row[second]).sum())
+    assert len(fit_platt([text])) == 2 and len(head_reliability([text], None)) == 2

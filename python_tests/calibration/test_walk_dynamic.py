@@ -93,6 +93,26 @@ def test_same_steps_as_decode(name: str, tree: str, kind: str) -> None:
     assert out.stats.tokens_per_step > 1.2, "else little is tested"
 
 
+@pytest.mark.parametrize("kind", ["usual", "none"])
+@pytest.mark.parametrize("tree", TREES)
+def test_same_steps_with_conditional_drafts(tree: str, kind: str) -> None:
+    plain, found, text = traced("llama")
+    heads = CerberusHeads(replace(plain.config, conditional_rank=4)).requires_grad_(False).eval()
+    heads.load_state_dict(plain.state_dict(), strict=False)
+    assert heads.conditional is not None
+    heads.conditional.keys.copy_(0.3 * torch.randn(heads.conditional.keys.shape, generator=torch.manual_seed(1)))
+    weighed, proposers = trace(tiny_model("llama"), heads, found), proposers_of(kind, found)
+    out = decode(
+        tiny_model("llama"), heads, found.ids[:, : found.prompt], max_new_tokens=NEW, tree=TREES[tree],
+        proposers=proposers,
+    )  # fmt: skip
+    assert out.sequences.equal(found.ids)
+    tally = walk([weighed], TREES[tree], AlwaysOpen(), FLAT, proposers)
+    same(tally, out.stats)
+    assert weighed.ids.equal(text.ids), "what is drafted stays, and is only weighed"
+    assert tally.expected != walk([text], TREES[tree], AlwaysOpen(), FLAT, proposers).expected
+
+
 @pytest.mark.parametrize("kind", gates(hand_made([[0]])))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_steps_with_gates(dtype: torch.dtype, kind: str) -> None:

@@ -176,6 +176,7 @@ def test_wild_tables_are_never_read_outside() -> None:
     heads = Given(3)
     heads.places[:5] = torch.tensor([2**62, -5, KNOWN, -(2**63), KNOWN + 100])
     heads.tokens[1, :3] = torch.tensor([-1, 2**62, -(2**63)])
+    heads.after.view(-1)[::3] = math.nan
     table = Given(3).table([[] for _ in range(HEADS)])
     path = [(np.arange(4), np.full(4, 0.5), 1)]
     for pairs in (True, False):

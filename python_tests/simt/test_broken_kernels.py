@@ -148,6 +148,13 @@ BROKEN = [
         "",
     ),
     Broken(
+        "parents are shared out to too few warps",
+        "rerank",
+        "rerank.cu",
+        "shuffle(parent, warp_index() + i * kWarps)",
+        "shuffle(parent, warp_index())",
+    ),
+    Broken(
         "a lane reads votes that are not written yet",
         "verify_tree",
         "verify_tree.cu",
