@@ -54,7 +54,7 @@ class ConditionalTrainer(Trainer):
         """Sets the gradient, and returns the loss (), of places, a share of a step's. counts: of all of these."""
         places = Places(*(part.to(self.device) for part in places))
         self.optimizer.zero_grad()
-        loss = conditional_loss(self.weighed(places), places, counts.to(self.device))
+        loss = conditional_loss(self.weighed(places)[0], places, counts.to(self.device))
         loss.backward()
         return loss.detach()
 

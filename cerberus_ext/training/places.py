@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..drafting.conditional import ConditionalDrafts, conditional_logprobs, rms
+from ..drafting.conditional import ConditionalDrafts, conditional_logprobs
 from .distill import Offer
 
 
@@ -71,17 +71,21 @@ def places_of(offers: Sequence[Offer], teacher: Tensor, tokens: Tensor, left: Te
     return Places(*(torch.stack(field, 1) for field in zip(*heads, strict=True)))
 
 
-def weighed(drafts: ConditionalDrafts, places: Places, draft_rows: Tensor, embeddings: Tensor, scale: Tensor) -> Tensor:
+def weighed(
+    drafts: ConditionalDrafts, places: Places, draft_rows: Tensor, embeddings: Tensor, scales: tuple[Tensor, Tensor],
+    shares: Sequence[float] = (1.0,),
+) -> list[Tensor]:  # fmt: skip
     """The classes' log-probabilities by the conditional drafts, (N, K - 1, P + 1), with a gradient for them.
 
-    draft_rows (Vd, D), embeddings (V, D), scale (): their root mean square.
+    draft_rows (Vd, D), embeddings (V, D); scales: the root mean squares, (), of both. shares: for each of these the
+    keys count that much, and there is a result.
     """
     tokens, of_token = places.parents.unique(return_inverse=True)
     heads = torch.arange(of_token.shape[1], device=of_token.device)
-    parents = drafts.parent_rows(embeddings[tokens], scale)[heads, of_token]  # (N, K - 1, r)
-    rows = F.embedding(places.ids, drafts.draft_table(draft_rows, rms(draft_rows)))  # (N, K - 1, P, r)
-    found = conditional_logprobs(parents[:, :, None], rows, places.logprobs, drafts.slopes, drafts.rest)
-    return found[:, :, 0]
+    parents = drafts.parent_rows(embeddings[tokens], scales[1])[heads, of_token][:, :, None]  # (N, K - 1, 1, r)
+    rows = F.embedding(places.ids, drafts.draft_table(draft_rows, scales[0]))  # (N, K - 1, P, r)
+    numbers = places.logprobs, drafts.slopes, drafts.rest
+    return [conditional_logprobs(parents * share, rows, *numbers)[:, :, 0] for share in shares]
 
 
 def conditional_loss(logprobs: Tensor, places: Places, counts: Tensor) -> Tensor:

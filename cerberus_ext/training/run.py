@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +27,7 @@ from .states import STORED_BYTES, StateSource
 from .windows import Drawn, Loaded, Windows
 
 INDEX_BYTES = 5 * 8  # of a row, for its token, its line, its place in it, how many follow, and that it is an answer's
+KEY_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 PIECE = 32  # segments whose logits, or drafts, are in memory at a time
 
 
@@ -67,7 +69,7 @@ class Run:
         self.draft_index = torch.full((vocab_size,), -1)
         self.draft_index[ids.cpu()] = torch.arange(len(ids))
         self.drafts = min(MAX_DRAFTS, len(ids))
-        self.embedding_scale = rms(self.embeddings)
+        self.scales = rms(self.projection), rms(self.embeddings)
         groups = parameter_groups(self.heads, options.lr, options.only)
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=0.0)
         self.loaded = Loaded(self.windows, self.source.together)
@@ -131,7 +133,7 @@ class Run:
         states.backward(gradient)
         if self.heads.conditional is not None:
             places = places_of(offers[1:], teacher, batch.tokens, batch.left, self.draft_index)
-            conditional = conditional_loss(self.weighed(places), places, counts[1:])
+            conditional = conditional_loss(self.weighed(places)[0], places, counts[1:])
             conditional.backward()
             loss = loss + conditional.detach()
         return loss
@@ -140,18 +142,22 @@ class Run:
         """(S, SEGMENT + K - 1, Vd) float32: see `distillation`."""
         return (batch.hidden[:, 1:].to(self.dtype) @ self.projection.T).float()
 
-    def weighed(self, places: Places) -> Tensor:
+    def weighed(self, places: Places, shares: Sequence[float] = (1.0,)) -> list[Tensor]:
         """See `places.weighed`."""
         assert self.heads.conditional is not None
-        return weighed(self.heads.conditional, places, self.projection, self.embeddings, self.embedding_scale)
+        return weighed(self.heads.conditional, places, self.projection, self.embeddings, self.scales, shares)
 
     @torch.no_grad()
     def conditional_quality(self, places: Places) -> dict[str, Any]:
-        """For the curve. places: of held-out answers."""
+        """For the curve. places: of held-out answers.
+
+        From few answers keys learn to be too certain: they count as much as is best for the held-out ones.
+        """
         pieces = (places.rows(rows) for rows in torch.arange(len(places.usable)).split(PIECE * SEGMENT))
-        logprobs = [self.weighed(Places(*(part.to(self.device) for part in piece))).cpu() for piece in pieces]
-        loss, top1 = conditional_quality(torch.cat(logprobs), places)
-        return {"conditional_loss": loss, "conditional_top1": top1}
+        found = [self.weighed(Places(*(part.to(self.device) for part in piece)), KEY_SHARES) for piece in pieces]
+        results = [conditional_quality(torch.cat(logprobs).cpu(), places) for logprobs in zip(*found, strict=True)]
+        (loss, top1), share = min(zip(results, KEY_SHARES, strict=True), key=lambda result: result[0][0])
+        return {"conditional_loss": loss, "conditional_top1": top1, "key_share": share}
 
     def probe(self) -> None:
         """The work of a step, but for the optimizer's, with held-out answers; for an estimate of its time."""

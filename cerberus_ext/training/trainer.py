@@ -109,9 +109,11 @@ class Trainer(Run):
         self.save_heads()
 
     def save_heads(self) -> None:
-        """Into the output folder."""
+        """Into the output folder, as they were measured last."""
         kept = CerberusHeads(self.heads.config)
         kept.load_state_dict(self.heads.state_dict())
+        if kept.conditional is not None:
+            kept.conditional.keys.data *= self.curve[-1]["key_share"]
         write_heads(self.options.output, kept.to(self.stored_dtype).state_dict(), asdict(self.heads.config))
 
     def stale(self) -> bool:

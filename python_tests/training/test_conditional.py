@@ -17,11 +17,14 @@ from transformers import LlamaForCausalLM
 from cerberus_ext.drafting.conditional import ConditionalDrafts, rms
 from cerberus_ext.drafting.heads import CerberusConfig, CerberusHeads
 from cerberus_ext.training import positions
+from cerberus_ext.training.answers import read_answers
 from cerberus_ext.training.conditional import ConditionalTrainer
 from cerberus_ext.training.distill import counted, offer_of
 from cerberus_ext.training.options import TrainOptions
 from cerberus_ext.training.places import Places, conditional_loss, conditional_quality, places_of, row_bytes, weighed
-from cerberus_ext.training.start import frequent_tokens
+from cerberus_ext.training.processes import Processes
+from cerberus_ext.training.run import KEY_SHARES
+from cerberus_ext.training.start import frequent_tokens, of_init
 from cerberus_ext.training.train import train
 from cerberus_ext.training.windows import Drawn
 
@@ -56,7 +59,7 @@ def test_the_loss_is_the_plain_formula() -> None:
     offers = [offer_of(one, one.logsumexp(-1), DRAFTS) for one in logits]
     places = places_of(offers, teacher, tokens, left, draft_index)
     found = conditional_loss(
-        weighed(drafts, places, rows, embeddings, rms(embeddings)), places, counted(left, HEADS)[1:]
+        weighed(drafts, places, rows, embeddings, (rms(rows), rms(embeddings)))[0], places, counted(left, HEADS)[1:]
     )
 
     expected, used = torch.zeros(()), 0
@@ -174,6 +177,9 @@ def test_what_the_token_before_decides_is_learned(
     assert after.keys() - new == before.keys() and len(new) == 4
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert {tensor.dtype for name, tensor in after.items() if name != "draft_vocab"} == {before["weight"].dtype}
+    learned = load_file(tmp_path / "out" / "checkpoint.safetensors")["conditional.keys"] * last["key_share"]
+    assert record["kept_step"] == last["step"] and last["key_share"] in KEY_SHARES
+    assert torch.equal(after["conditional.keys"], learned.to(before["weight"].dtype))
     configs = [asdict(CerberusHeads.from_pretrained(folder).config) for folder in (heads, tmp_path / "out")]
     differing = {name for name in configs[0] if configs[0][name] != configs[1][name]}
     assert differing == {"conditional_rank", "lm_head_fingerprint", "base_model"}
@@ -280,3 +286,20 @@ def test_places_are_rows_of_one_kind() -> None:
     places = places_of(offers, teacher, tokens, left, draft_index)
     some = places.rows(torch.tensor([4, 2]))
     assert isinstance(some, Places) and torch.equal(some.parents, places.parents[[4, 2]])
+
+
+def test_keys_count_as_much_as_is_best_for_held_out_answers(
+    chain: LlamaForCausalLM, texts: Path, tmp_path: Path
+) -> None:
+    """Twice as certain keys count half as much."""
+    data, heads = read_answers([texts], VOCAB), saved_heads(tmp_path / "heads", texts)
+    trainer = ConditionalTrainer(chain, data, of_init(stage(heads, texts, tmp_path / "out")), Processes(), {})
+    keys, held = trainer.heads.conditional.keys, trainer.held_places
+    keys.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    losses = [conditional_quality(logprobs, held)[0] for logprobs in trainer.weighed(held, KEY_SHARES)]
+    found = trainer.conditional_quality(held)
+    assert found["conditional_loss"] == min(losses) and found["key_share"] == KEY_SHARES[losses.index(min(losses))]
+    assert found["key_share"] < 1.0
+    half = trainer.weighed(held, (0.5,))[0]
+    keys.data *= 0.5
+    torch.testing.assert_close(trainer.weighed(held)[0], half)
