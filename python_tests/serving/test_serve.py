@@ -75,21 +75,14 @@ def test_pieces_make_the_whole(client: httpx.Client, path: str) -> None:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 def test_curl(loaded: Any, client: httpx.Client) -> None:
     """As users try a server first."""
-    command = [
-        "curl",
-        "-sN",
-        "--noproxy",
-        "*",
-        f"{client.base_url}{CHAT}",
-        "-H",
-        "Content-Type: application/json",
-        "-d",
-    ]
-    whole = subprocess.run([*command, json.dumps(chat())], capture_output=True, text=True, check=True).stdout
-    assert json.loads(whole)["choices"][0]["message"]["content"] == told(loaded, "w3 w4")[0]
-    lines = subprocess.run([*command, json.dumps(chat(stream=True))], capture_output=True, text=True).stdout.split(
-        "\n\n"
-    )
+
+    def said(body: dict[str, Any]) -> str:
+        url = f"{client.base_url}{CHAT}"
+        command = ["curl", "-sN", "--noproxy", "*", url, "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert json.loads(said(chat()))["choices"][0]["message"]["content"] == told(loaded, "w3 w4")[0]
+    lines = said(chat(stream=True)).split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
     parts = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"] for line in lines[:-2]]
     assert "".join(part.get("content", "") for part in parts) == told(loaded, "w3 w4")[0]
