@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -68,6 +70,22 @@ def test_pieces_make_the_whole(client: httpx.Client, path: str) -> None:
     if path == CHAT:
         assert choices[0]["delta"] == {"role": "assistant", "content": content[0]} and choices[-1]["delta"] == {}
         assert all("role" not in choice["delta"] for choice in choices[1:])
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_curl(loaded: Any, client: httpx.Client) -> None:
+    """As users try a server first."""
+
+    def said(body: dict[str, Any]) -> str:
+        url = f"{client.base_url}{CHAT}"
+        command = ["curl", "-sN", "--noproxy", "*", url, "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert json.loads(said(chat()))["choices"][0]["message"]["content"] == told(loaded, "w3 w4")[0]
+    lines = said(chat(stream=True)).split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    parts = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"] for line in lines[:-2]]
+    assert "".join(part.get("content", "") for part in parts) == told(loaded, "w3 w4")[0]
 
 
 def test_stop_strings_end_the_answer_before_them(loaded: Any, client: httpx.Client) -> None:
