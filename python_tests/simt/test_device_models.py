@@ -18,7 +18,7 @@ from tiny_families import tiny_family
 from tiny_models import VOCAB, generated, prompt, tiny_model
 from torch import Tensor
 
-from cerberus_ext import Decoder
+from cerberus_ext import CerberusConfig, CerberusHeads, Decoder
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.drafting.tree import ALONE, Tree, tree_of_ranks
 from cerberus_ext.engine.decode import decode
@@ -172,6 +172,22 @@ def test_decodes(graphs: bool, device: None, recorders: list[TapeRecorder]) -> N
             ops = {call[0].name() for tape in recorders[0].tapes for call in tape.operations}
             assert "cerberus_simt::run_device_step" in ops and "cerberus_simt::plan_device_step" not in ops
             assert not any(op.startswith("aten::linear") or op.startswith("aten::mm") for op in ops)
+
+
+def test_launches_of_heads(device: None, recorders: list[TapeRecorder]) -> None:
+    """A recorded step has at most 30 more than its model: heads, choice, verification, move of the cache.
+
+    Two ops of a CPU stand for several of a GPU: `draft` for head_stack and draft_topk, which is two launches, and
+    `settle` for verify_tree and commit_cache.
+    """
+    heads = CerberusHeads(CerberusConfig("tiny", 32, VOCAB, num_heads=3))
+    options: dict[str, Any] = {"max_new_tokens": 12, "tree": StaticPolicy.chain(3), "proposers": [], "graphs": True}
+    assert decode(tiny_model("llama"), heads, prompt(), **options).stats.graphed_steps > 0
+    ours = {"cerberus_simt::run_device_step": 0, "cerberus_ext::draft": 3, "cerberus_ext::settle": 2}
+    for tape in recorders[0].tapes:
+        ops = [call[0].name().split(".")[0] for call in tape.operations]
+        assert "cerberus_simt::run_device_step" in ops and "cerberus_ext::draft" in ops
+        assert sum(ours.get(op, 0 if op == "aten::empty" else 1) for op in ops) <= 30
 
 
 @pytest.mark.parametrize("graphs", [None, False])
