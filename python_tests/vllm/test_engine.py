@@ -17,7 +17,6 @@ import cerberus_ext
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = os.environ.get("CERBERUS_VLLM", sys.executable)
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(cerberus_ext.__file__).parents[1])}
 
 
 def has_vllm() -> bool:
@@ -30,6 +29,10 @@ def has_vllm() -> bool:
 @pytest.mark.parametrize("context", [256, 64], ids=["room", "texts that reach the longest length"])
 def test_vllm_gives_the_same_texts(tmp_path: Path, context: int) -> None:
     """Greedily, in float32, several at once."""
+    package = tmp_path / "package"  # without what is installed beside it
+    package.mkdir()
+    (package / "cerberus_ext").symlink_to(Path(cerberus_ext.__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": str(package)}
     save_model(tmp_path / "model")
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -45,7 +48,7 @@ def test_vllm_gives_the_same_texts(tmp_path: Path, context: int) -> None:
         command = [PYTHON, ROOT / "bench" / "in_vllm.py", "--way", way, "--model", tmp_path / "model"]
         command += ["--questions", questions, "--out", out, "--dtype", "float32", "--concurrency", "4", "11"]
         command += ["--tokens", "200", "--context", str(context)]
-        done = subprocess.run([*map(str, command)], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     texts = {way: [row["texts"] for row in rows if row["way"] == way] for way in ("none", "cerberus")}
