@@ -1,4 +1,4 @@
-"""llama.cpp next to the other ways: the default model's weights, the same prompts and threads, in a process of its own.
+"""llama.cpp next to the other ways: the default model's weights, the same prompts and threads, in processes of its own.
 
 It is the Python package xllamacpp, a llama.cpp built for CPUs, of another Python: nothing of it is loaded here.
 """
@@ -11,7 +11,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -120,15 +120,20 @@ def llama_cpp_ways(python: str | None) -> Iterator[list[LlamaCppWay]]:
     if python is None:
         yield []
         return
-    with Child(python) as child:
-        version = child.ask({}, "version", str)
-        try:
-            files = default_gguf()
-        except (OSError, RuntimeError) as error:
-            raise RuntimeError(f"bench: llama_cpp: there are no GGUF files of the default model: {error}") from error
-        order = {"files": [str(files[kind]) for kind, _ in WAYS.values()], "threads": torch.get_num_threads()}
-        addresses = child.ask(order, "addresses", list)
-        yield [
-            LlamaCppWay(name, child, urlsplit(address).netloc, f"xllamacpp {version}, {what}")
-            for (name, (_, what)), address in zip(WAYS.items(), addresses, strict=True)
-        ]
+    with ExitStack() as children:
+        ways = []
+        for name, (kind, what) in WAYS.items():
+            # A process for each: OpenMP's threads of two servers in one, more than there are cores, do not spin at
+            # barriers, and each server has a third of its speed.
+            child = children.enter_context(Child(python))
+            version = child.ask({}, "version", str)
+            try:
+                file = default_gguf()[kind]
+            except (OSError, RuntimeError) as error:
+                raise RuntimeError(
+                    f"bench: llama_cpp: there are no GGUF files of the default model: {error}"
+                ) from error
+            order = {"files": [str(file)], "threads": torch.get_num_threads()}
+            address = str(child.ask(order, "addresses", list)[0])
+            ways.append(LlamaCppWay(name, child, urlsplit(address).netloc, f"xllamacpp {version}, {what}"))
+        yield ways
