@@ -14,7 +14,7 @@ from cerberus_ext.calibration.trace import TracedText
 from cerberus_ext.io.prompts import Question, read_questions
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-sys.path.insert(0, str(BENCH))
+sys.path.append(str(BENCH))  # last: bench/batches.py is no helper
 
 import questions as sources  # noqa: E402
 import tokens_per_step as bench  # noqa: E402
