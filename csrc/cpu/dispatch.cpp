@@ -127,7 +127,7 @@ int64_t packed_elements_amx(DType dtype, int64_t rows, int64_t size) {
    &isa::hidden_entropy,                                                                            \
    head_stack,                                                                                      \
    draft_topk,                                                                                      \
-   &isa::rerank,                                                                                     \
+   &isa::rerank,                                                                                    \
    &isa::choose_tokens,                                                                             \
    tree_attention,                                                                                  \
    &portable::write_cache,                                                                          \
