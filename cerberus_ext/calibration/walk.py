@@ -59,9 +59,9 @@ class Place:
     """
 
     def __init__(self, text: TracedText, index: int, policy: TreePolicy) -> None:
-        conditional = text.conditional is not None and policy.looks
         self._text, self._index = text, index
-        self._drafts = policy.conditional_drafts if conditional else policy.useful_drafts
+        self._drafts, weighed = policy.asked_drafts(text.conditional is not None)
+        self._weighs = text.conditional if weighed else None
         self.looked = self.asked_entropy = False
 
     @property
@@ -74,9 +74,9 @@ class Place:
 
     def drafts(self) -> HeadsDrafts:
         self.looked = True
-        tables, weighs = (self._text.ids, self._text.logprobs), self._text.conditional
+        tables = self._text.ids, self._text.logprobs
         ids, logprobs = (table[self._index, :, : self._drafts].contiguous() for table in tables)
-        after = None if weighs is None else weighs.for_search(ids[None], logprobs[None])
+        after = None if self._weighs is None else self._weighs.for_search(ids[None], logprobs[None])
         return HeadsDrafts(ids.numpy(), logprobs.numpy(), after)
 
 

@@ -21,9 +21,8 @@ from typer.core import TyperGroup
 from ..io.model_files import first_line
 
 EXPECTED = (OSError, ValueError, RuntimeError, ArithmeticError, MemoryError, ImportError)  # others are our own mistakes
-OURS = re.compile(
-    r"(?:CerberusHeads\.\w+|load_default_model|quantize): "
-)  # names of functions, which tell a user nothing
+# Names of functions, which tell a user nothing.
+OURS = re.compile(r"(?:CerberusHeads\.\w+|load_default_model|quantize): ")
 ARGUMENT = re.compile(r"(?:train|calibrate|bench|decode): (\w+)(: | must | of | needs )")
 
 

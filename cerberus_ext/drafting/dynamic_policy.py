@@ -65,10 +65,10 @@ class DynamicPolicy(TreePolicy):
         """Of each head: as many as may compete, and as could win a place."""
         return min(self.drafts, self.size - 1)
 
-    @property
-    def conditional_drafts(self) -> int:
+    def asked_drafts(self, conditional: bool) -> tuple[int, bool]:
         """Late drafts may win where the token before speaks for them. A tree of one draft has no such token."""
-        return self.drafts if self.size > 2 else self.useful_drafts
+        weighed = conditional and self.size > 2
+        return self.drafts if weighed else self.useful_drafts, weighed
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -102,7 +102,6 @@ class TreePolicy(ABC):
 
     size           nodes of the largest tree
     useful_drafts  P: how many drafts of each head any tree looks at
-    conditional_drafts  the same of heads whose drafts are weighed by the token before
     looks          whether the host has to see the heads' drafts before there is a tree
     sizes          numbers of nodes that steps are recorded for; others are filled up to the next of them
     """
@@ -114,9 +113,12 @@ class TreePolicy(ABC):
     @abstractmethod
     def useful_drafts(self) -> int: ...
 
-    @property
-    def conditional_drafts(self) -> int:
-        return self.useful_drafts
+    def asked_drafts(self, conditional: bool) -> tuple[int, bool]:
+        """How many drafts of each head a tree looks at, and whether they are to be weighed by the token before.
+
+        conditional: whether the heads know how to.
+        """
+        return self.useful_drafts, False
 
     @property
     @abstractmethod

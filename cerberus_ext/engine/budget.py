@@ -48,6 +48,8 @@ _FLOAT32 = Costs({1: 1.0, 8: 1.7}, {1: 1.0, 8: 1.5, 32: 3.8})
 _SHORT = Costs(
     {1: 1.0, 2: 1.1, 8: 2.3}, {1: 1.0, 8: 1.9, 9: 2.2, 16: 3.4, 17: 3.75, 24: 5.0, 25: 5.45, 32: 6.6, 33: 7.1}
 )
+# Of one text, where it is not known whether the weights are read in 16 bits or in four: between what both cost.
+_SHORT_ALONE = {1: 1.0, 2: 1.08, 4: 1.25, 6: 1.5, 8: 1.75, 32: 5.0}
 _TILES = Costs({1: 1.0, 16: 1.4}, {1: 1.0, 16: 1.3, 32: 1.8})
 _GPU = Costs({1: 1.0, 32: 1.1}, {1: 1.0, 32: 1.1, 64: 1.3})
 
@@ -55,12 +57,7 @@ _GPU = Costs({1: 1.0, 32: 1.1}, {1: 1.0, 32: 1.1, 64: 1.3})
 def costs_of(gate: Gate | None, device: torch.device, dtype: torch.dtype) -> Costs:
     """Where no batches were calibrated: of the trees that a gate was calibrated with; beyond these, or without them, an
     assumption about the device."""
-    if device.type != "cpu":
-        assumed = _GPU
-    elif dtype == torch.float32:
-        assumed = _FLOAT32
-    else:
-        assumed = _TILES if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else _SHORT
+    assumed = _assumed(device, dtype)
     if not isinstance(gate, ConfidenceGate) or len(gate.costs) < 2:
         return assumed
     largest = max(gate.costs)
@@ -70,6 +67,20 @@ def costs_of(gate: Gate | None, device: torch.device, dtype: torch.dtype) -> Cos
     further = {size: gate.costs[largest] + unit * (time - last) for size, time in zip(sizes, beyond, strict=True)}
     nodes = gate.costs | further
     return Costs(nodes, nodes)
+
+
+def costs_of_one(device: torch.device, dtype: torch.dtype) -> Mapping[int, float]:
+    """Nodes -> time of a step of one text, where nothing was calibrated."""
+    assumed = _assumed(device, dtype)
+    return _SHORT_ALONE if assumed is _SHORT else assumed.nodes
+
+
+def _assumed(device: torch.device, dtype: torch.dtype) -> Costs:
+    if device.type != "cpu":
+        return _GPU
+    if dtype == torch.float32:
+        return _FLOAT32
+    return _TILES if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else _SHORT
 
 
 class Terms(NamedTuple):

@@ -19,7 +19,7 @@ from ..drafting.tree import TreePolicy, Trees
 from ..runtime.runtime import runtime_of
 from ..runtime.stepper import Drafts
 from . import checks
-from .budget import Costs, costs_of
+from .budget import Costs, costs_of, costs_of_one
 from .calibration_store import find
 
 _MIN_DYNAMIC = 6  # nodes; a CPU without AMX computes each of them, and was fastest with so many (calibrated, AVX2)
@@ -68,12 +68,11 @@ class Plan:
 def asked_drafts(heads: HeadsLike, policy: TreePolicy, vocabulary: int) -> tuple[int, bool]:
     """How many drafts of each head there are to be, and whether they are weighed by the token before."""
     config = heads.config
-    if not policy.looks:  # it names its drafts, which have to be there
-        return policy.useful_drafts, False
-    conditional = getattr(config, "conditional_rank", None) is not None and policy.size > 2
-    known = getattr(config, "draft_vocab", None) or vocabulary
-    drafts = min(policy.conditional_drafts if conditional else policy.useful_drafts, known)
-    return drafts if config.num_heads else 0, conditional
+    drafts, conditional = policy.asked_drafts(getattr(config, "conditional_rank", None) is not None)
+    if policy.looks:  # it takes what there is; the others name their drafts, which have to be there
+        known = getattr(config, "draft_vocab", None) or vocabulary
+        drafts = min(drafts, known) if config.num_heads else 0
+    return drafts, conditional
 
 
 def default_policy(device: torch.device) -> DynamicPolicy:
@@ -83,13 +82,8 @@ def default_policy(device: torch.device) -> DynamicPolicy:
 
 def default_gate(device: torch.device, dtype: torch.dtype) -> Gate:
     """Where nothing was calibrated: on a CPU another node costs something, so that as many are taken as their
-    probabilities are worth; between what steps of a model of 135M weights cost in four bits and in 16. On a GPU all."""
-    if device.type != "cpu":
-        return AlwaysOpen()
-    if dtype == torch.float32:
-        return ConfidenceGate({1: 1.0, 8: 1.5, 32: 3.8})
-    tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    return ConfidenceGate({1: 1.0, 16: 1.3, 32: 1.8} if tiles else {1: 1.0, 2: 1.08, 4: 1.25, 6: 1.5, 8: 1.75, 32: 5.0})
+    probabilities are worth. On a GPU all."""
+    return ConfidenceGate(costs_of_one(device, dtype)) if device.type == "cpu" else AlwaysOpen()
 
 
 def make_plan(

@@ -120,20 +120,18 @@ def llama_cpp_ways(python: str | None) -> Iterator[list[LlamaCppWay]]:
     if python is None:
         yield []
         return
-    with ExitStack() as children:
+    with ExitStack() as stack:
+        # A process for each: OpenMP's threads of two servers in one, more than there are cores, do not spin at
+        # barriers, and each server has a third of its speed.
+        children = [stack.enter_context(Child(python)) for _ in WAYS]
+        versions = [child.ask({}, "version", str) for child in children]
+        try:
+            files = default_gguf()
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(f"bench: llama_cpp: there are no GGUF files of the default model: {error}") from error
         ways = []
-        for name, (kind, what) in WAYS.items():
-            # A process for each: OpenMP's threads of two servers in one, more than there are cores, do not spin at
-            # barriers, and each server has a third of its speed.
-            child = children.enter_context(Child(python))
-            version = child.ask({}, "version", str)
-            try:
-                file = default_gguf()[kind]
-            except (OSError, RuntimeError) as error:
-                raise RuntimeError(
-                    f"bench: llama_cpp: there are no GGUF files of the default model: {error}"
-                ) from error
-            order = {"files": [str(file)], "threads": torch.get_num_threads()}
-            address = str(child.ask(order, "addresses", list)[0])
+        for (name, (kind, what)), child, version in zip(WAYS.items(), children, versions, strict=True):
+            order = {"files": [str(files[kind])], "threads": torch.get_num_threads()}
+            (address,) = child.ask(order, "addresses", list)
             ways.append(LlamaCppWay(name, child, urlsplit(address).netloc, f"xllamacpp {version}, {what}"))
         yield ways

@@ -97,7 +97,7 @@ def test_where_they_change_nothing_trees_are_the_same(size: int) -> None:
     plain.load_state_dict({k: v for k, v in heads.state_dict().items() if not k.startswith("conditional.")})
     policy, found = DynamicPolicy(size), []
     for one in (heads, plain):
-        drafted = seen(one, policy.conditional_drafts)
+        drafted = seen(one, policy.asked_drafts(True)[0])
         assert (drafted.conditional is None) == (one is plain)
         trees = policy.begin((), VOCAB)
         found.append(trees.grow(Fixed(drafted), 3, True))
