@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, ReaderTensor, TokenType
 from gguf.quants import quantize
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -56,6 +57,29 @@ def tiny_gguf(path: Path, width: int = 8, kinds: dict[str, GGMLQuantizationType]
         else:
             values = random.normal(0, 0.3, shape).astype(np.float32)
             writer.add_tensor(name, quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+Weights = tuple[np.ndarray, GGMLQuantizationType]
+
+
+def copy_gguf(source: Path, target: Path, weights: Callable[[ReaderTensor, Weights], Weights | None]) -> None:
+    """Writes the file again. weights: of a tensor and what it has, what it is to have; None: it is left out."""
+    reader = GGUFReader(source)
+    writer = GGUFWriter(target, "llama")
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        if field.types[0].name == "ARRAY":
+            writer.add_array(name, field.contents())
+        else:
+            writer.add_key_value(name, field.contents(), field.types[0])
+    for tensor in reader.tensors:
+        if (found := weights(tensor, (np.array(tensor.data), tensor.tensor_type))) is not None:
+            writer.add_tensor(tensor.name, found[0], raw_dtype=found[1])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub.constants
-import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFReader
 from gguf.quants import dequantize
-from tiny_gguf import MIXED, tiny_gguf
+from tiny_gguf import MIXED, copy_gguf, tiny_gguf
 
 import cerberus_ext
 from cerberus_ext.ops.step import block_bytes
@@ -87,22 +86,7 @@ def metadata(name: str, part: int, value: int, size: int) -> Callable[[Path, Pat
 
 
 def without_a_weight(source: Path, target: Path) -> None:
-    reader = GGUFReader(source)
-    writer = GGUFWriter(target, "llama")
-    for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture":
-            continue
-        if field.types[0].name == "ARRAY":
-            writer.add_array(name, field.contents())
-        else:
-            writer.add_key_value(name, field.contents(), field.types[0])
-    for tensor in reader.tensors:
-        if "ffn_up" not in tensor.name:
-            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    copy_gguf(source, target, lambda tensor, weights: None if "ffn_up" in tensor.name else weights)
 
 
 DAMAGE = {
