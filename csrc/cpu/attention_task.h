@@ -1,7 +1,7 @@
 // The attention of some queries of one row and one key/value head, see tree_attention.cpp.
 #pragma once
 
-#include "cpu/attention_keys.h"
+#include "cpu/attention_tiles.h"
 #include "cpu/kernels.h"
 #include "cpu/tanh.h"
 
@@ -9,51 +9,7 @@ namespace cerberus::CERBERUS_ISA {
 namespace {
 
 constexpr int64_t kPiece = 4 * kBlock;
-// Queries that are computed side by side, by kVectors vectors of keys or of a value's elements: their sums,
-// one number of each query and one vector fill the registers.
-constexpr int kTogether = kLanes == 16 ? 6 : 3;
-constexpr int kVectors = 4;
-constexpr int64_t kChain = 32;  // steps of a score's sum that are one chain: longer ones would round worse
 constexpr float kNothing = -__builtin_inff();  // the score of what is not seen
-
-// e^x of x <= 0 as 2^n 2^r, to 1e-7 of itself; 0 below e^-87, also of -inf; NaN stays. The polynomial is
-// fitted to 2^r, |r| <= 1/2, and 1 at 0.
-Vec exp_of_negative(Vec x) {
-  const Vec round = broadcast(12582912.0f), to_base_2 = broadcast(1.44269504f);  // as in vec.h
-  const Vec shifted = multiply_add(x, to_base_2, round);
-  const Vec n = shifted - round;
-  const Vec r = multiply_add(x, to_base_2, -n);
-  Vec y = broadcast(0.00015353362f);
-  y = multiply_add(y, r, broadcast(0.00133988739f));
-  y = multiply_add(y, r, broadcast(0.00961843692f));
-  y = multiply_add(y, r, broadcast(0.0555033237f));
-  y = multiply_add(y, r, broadcast(0.240226477f));
-  y = multiply_add(y, r, broadcast(0.693147182f));
-  y = multiply_add(y, r, broadcast(1.0f));
-  const Vec low = broadcast(-87.0f);
-#if defined(__AVX512F__)
-  const __mmask16 counts = _mm512_cmp_ps_mask(bit_cast<__m512>(x), bit_cast<__m512>(low), _CMP_NLT_UQ);
-  return bit_cast<Vec>(_mm512_maskz_scalef_ps(counts, bit_cast<__m512>(y), bit_cast<__m512>(n)));
-#else
-  const UIntVec power = (bit_cast<UIntVec>(shifted) - bit_cast<UIntVec>(round)) << 23;
-  const Vec result = bit_cast<Vec>(bit_cast<UIntVec>(y) + power);
-  return select(x < low, Vec{}, select(x == x, result, x));
-#endif
-}
-
-// Calls body(i, Count<n>) for n queries from i on, kTogether as long as there are so many.
-template <typename Body>
-void some_together(int64_t begin, int64_t end, const Body& body) {
-  int64_t i = begin;
-  for (; i + kTogether <= end; i += kTogether) body(i, Count<kTogether>{});
-  if constexpr (kTogether > 3)
-    if (end - i >= 3) {
-      body(i, Count<3>{});
-      i += 3;
-    }
-  if (end - i == 2) body(i, Count<2>{});
-  if (end - i == 1) body(i, Count<1>{});
-}
 
 // A piece of memory after the other, each on a cache line of its own.
 struct Pieces {
@@ -278,46 +234,17 @@ class Task {
     }
   }
 
-  // --- scores ---
-
-  // out[j][lane] = scale q[j] key[lane] of kCount vectors of keys in `column`.
-  template <int kQueries, int kCount>
-  void tile_of_scores(const Element* query, const float* column, float* out, int64_t stride) const {
-    for (int64_t step = 0; step < steps;) {
-      const bool is_first = step == 0;
-      const int64_t end = smaller(steps, step + kChain);
-      Vec dots[kQueries][kCount] = {};
-      for (; step < end; ++step, column += kBlock) {
-        Vec element[kQueries];
-#pragma GCC unroll 8
-        for (int j = 0; j < kQueries; ++j) element[j] = Products<T>::spread(query[j * steps + step]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kCount; ++v) {
-          const Vec key = load(column + v * kLanes);
-#pragma GCC unroll 8
-          for (int j = 0; j < kQueries; ++j) dots[j][v] = Products<T>::add(element[j], key, dots[j][v]);
-        }
-      }
-#pragma GCC unroll 8
-      for (int j = 0; j < kQueries; ++j)
-#pragma GCC unroll 4
-        for (int v = 0; v < kCount; ++v) {
-          float* to = out + j * stride + v * kLanes;
-          const Vec scale = broadcast(a.scale);
-          store(is_first ? dots[j][v] * scale : multiply_add(dots[j][v], scale, load(to)), to);
-        }
-    }
-  }
-
   // The scores of queries `begin` on with the `some` keys in `columns`.
   void score(int64_t begin, int64_t some, float* out, int64_t stride) const {
     some_together(begin, count, [&](int64_t i, auto together) {
       constexpr int kQueries = decltype(together)::value;
       int64_t key = 0;
       for (; key + (kVectors - 1) * kLanes < some; key += kVectors * kLanes)
-        tile_of_scores<kQueries, kVectors>(q + i * steps, columns + key, out + i * stride + key, stride);
+        tile_of_scores<T, kQueries, kVectors>(q + i * steps, steps, columns + key, a.scale,
+                                              out + i * stride + key, stride);
       for (; key < some; key += kLanes)
-        tile_of_scores<kQueries, 1>(q + i * steps, columns + key, out + i * stride + key, stride);
+        tile_of_scores<T, kQueries, 1>(q + i * steps, steps, columns + key, a.scale, out + i * stride + key,
+                                       stride);
     });
     if (a.softcap > 0)
       for (int64_t i = begin; i < count; ++i)
@@ -421,63 +348,22 @@ class Task {
       store(multiply_add(load(here.mass + i), load(decay + i), load(block + i)), here.mass + i);
   }
 
-  // --- values ---
-
-  // sum[e] = sum[e] * decay + weight v[e] of some keys, for kCount vectors from e on.
-  template <int kQueries, int kCount, typename ValueAt, typename Load>
-  void tile_of_values(int64_t i, int64_t first, int64_t end, int64_t e, const ValueAt& value_at,
-                      const Load& load_at) const {
-    Vec totals[kQueries][kCount];
-#pragma GCC unroll 8
-    for (int j = 0; j < kQueries; ++j)
-#pragma GCC unroll 4
-      for (int v = 0; v < kCount; ++v)
-        totals[j][v] = load(here.sums + (i + j) * padded + e + v * kLanes) * broadcast(decay[i + j]);
-    const float* weight = weights + i * kBlock;
-    for (int64_t key = first; key < end; ++key) {
-      const T* value = value_at(key) + e;
-      Vec spread[kQueries];
-#pragma GCC unroll 8
-      for (int j = 0; j < kQueries; ++j) spread[j] = broadcast(weight[j * kBlock + key]);
-      const auto add = [&](int v, Vec elements) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-        for (int j = 0; j < kQueries; ++j) totals[j][v] = multiply_add(elements, spread[j], totals[j][v]);
-      };
-      if constexpr (kEvenAndOdd<T> && kCount == kVectors) {
-#pragma GCC unroll 2
-        for (int v = 0; v < kCount; v += 2) {
-          Vec even, odd;
-          load_even_and_odd(value + v * kLanes, even, odd);
-          add(v, even);
-          add(v + 1, odd);
-        }
-      } else {
-#pragma GCC unroll 4
-        for (int v = 0; v < kCount; ++v) add(v, load_at(value + v * kLanes));
-      }
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < kQueries; ++j)
-#pragma GCC unroll 4
-      for (int v = 0; v < kCount; ++v) store(totals[j][v], here.sums + (i + j) * padded + e + v * kLanes);
-  }
-
   // Adds the values of keys `first` to `end` of the block for queries that all see them.
   template <typename ValueAt>
   void weigh(int64_t begin, int64_t stop, int64_t first, int64_t end, const ValueAt& value_at) {
     some_together(begin, stop, [&](int64_t i, auto together) {
       constexpr int kQueries = decltype(together)::value;
+      const auto some = [&](int64_t e, auto vectors, const auto& load_at) {
+        tile_of_values<T, kQueries, decltype(vectors)::value>(weights + i * kBlock, first, end, e, value_at,
+                                                              load_at, decay + i, here.sums + i * padded,
+                                                              padded);
+      };
       const auto load_all = [](const T* p) { return load(p); };
       int64_t e = 0;
-      for (; e + kVectors * kLanes <= size; e += kVectors * kLanes)
-        tile_of_values<kQueries, kVectors>(i, first, end, e, value_at, load_all);
-      for (; e + kLanes <= size; e += kLanes)
-        tile_of_values<kQueries, 1>(i, first, end, e, value_at, load_all);
-      if (e < size) {
-        const int64_t rest = size - e;
-        tile_of_values<kQueries, 1>(i, first, end, e, value_at,
-                                    [rest](const T* p) { return load_part(p, rest); });
-      }
+      for (; e + kVectors * kLanes <= size; e += kVectors * kLanes) some(e, Count<kVectors>{}, load_all);
+      for (; e + kLanes <= size; e += kLanes) some(e, Count<1>{}, load_all);
+      const int64_t rest = size - e;
+      if (rest > 0) some(e, Count<1>{}, [rest](const T* p) { return load_part(p, rest); });
     });
     for (int64_t i = begin; i < stop; ++i)
       decay[i] = 1.0f;  // what else there is of the block goes on from here
