@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..target.cache import TreeCache
@@ -35,21 +34,25 @@ class Past:
             self.cache.grow(capacity, common)
 
 
-def take_past(
-    pasts: list[Past], key: tuple[Any, ...], prompt: Tensor, capacity: int, device: torch.device, layers: int,
-    context: bool,
-) -> Past:  # fmt: skip
-    """Takes from `pasts` what has most in common with the text of a prompt (1, S), cut for it; a new one, where there
-    is none. Those of another key are freed.
+def take_past(pasts: list[Past], key: tuple[Any, ...], prompt: Tensor, empty: TreeCache, most: int) -> Past:
+    """What a text begins with, of `pasts`, the latest last: what has most in common with its prompt (1, S).
 
-    The prompt's last token is left out: what it leads to has to be computed.
+    A past that the text goes on from is taken; of one that would lose tokens the common ones are copied where it may
+    stay: no more than `most` do, this text's included. `empty`: its cache where there is none. Pasts of another key are
+    freed. The prompt's last token is left out: what it leads to has to be computed.
     """
     pasts[:] = [past for past in pasts if past.key == key]
     ids = prompt[0, :-1].tolist()
     if not pasts:
-        return Past(key, TreeCache(layers, capacity, 1, device, context))
+        return Past(key, empty)
     common = [past.common(ids) for past in pasts]
-    place = common.index(max(common))
-    best = pasts.pop(place)
-    best.cut(common[place], capacity)
+    kept = max(common)
+    place = common.index(kept)
+    best, is_full = pasts[place], len(pasts) >= most
+    if kept < len(best.tokens) and not (is_full and place == 0):
+        if is_full:
+            del pasts[0]
+        return Past(key, best.cache.copy(empty.capacity, kept), best.tokens[:kept])
+    del pasts[place]
+    best.cut(kept, empty.capacity)
     return best

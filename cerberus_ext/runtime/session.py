@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..drafting.drafter import Drafter
 from ..target.attention import layer_windows
+from ..target.cache import TreeCache
 from ..target.model import TargetModel, lasting_capacity
 from ..target.step_audit import MAX_PADDING
 from .fused.step import records_fused, versions
@@ -133,7 +134,8 @@ class Session:
         setting = (self._hooks, model.dtype, torch.get_num_threads(), windows, autocast, *switches)
         key = (*self._runtime.state, setting, drafter if drafter.has_context else None)
         room = lasting_capacity(model, capacity + MAX_PADDING)
-        return take_past(self._runtime.pasts, key, prompt, room, model.device, len(windows), drafter.has_context)
+        empty = TreeCache(len(windows), room, 1, model.device, drafter.has_context)
+        return take_past(self._runtime.pasts, key, prompt, empty, slots - len(self.texts))
 
     def _beginning(
         self, stats: DecodeStats, bound: Drafter, recordings: Recordings | None, past: Past | None

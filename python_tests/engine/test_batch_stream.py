@@ -134,6 +134,25 @@ def test_each_row_goes_on_from_what_has_most_in_common_with_it() -> None:
     assert not runtime_of(model).pasts
 
 
+def test_conversations_that_take_turns_all_go_on() -> None:
+    """One after the other, with two slots: for a third, what was used longest ago is forgotten."""
+    model, rows, goes_on = tiny_family("llama"), prompts([5, 9, 11]), []
+    asked: list[torch.Tensor] = []
+    found: list[torch.Tensor] = []
+    with Decoder(model) as decoder:
+        for number in (0, 1, 0, 2, 0, 1, 0, 1):
+            batch, row = decoder.batch(2), rows[number]
+            request = batch.add(row, max_new_tokens=NEW)
+            list(batch.chunks())
+            rows[number] = torch.cat([row, torch.tensor([request.text.tokens])], 1)
+            asked.append(row)
+            found.append(rows[number])
+            goes_on.append(request.stats.reused_tokens == row.shape[1] - 1)
+            assert len(runtime_of(model).pasts) <= 2
+    assert goes_on == [False, False, True, False, True, False, True, True]
+    equal(found, alone(model, asked))
+
+
 def test_generate_takes_several_rows() -> None:
     model, rows = tiny_family("llama"), prompts([4, 13, 9])
     ids = torch.cat([torch.cat([row.new_zeros(1, 13 - row.shape[1]), row], 1) for row in rows])
