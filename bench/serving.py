@@ -3,9 +3,10 @@
     python bench/serving.py --questions mt_bench.jsonl --concurrency 1 4 16 --llama-cpp PYTHON --out serving.json
 
 Starts `cerberus serve` with and without drafts and, with --llama-cpp, a Python that has xllamacpp, llama.cpp's server
-with the same weights in bfloat16; they take turns, a part of the requests at a time. So many clients ask at a time,
-each its next question when the last one is answered; answers are of mixed lengths, greedy, and streamed. --check: every
-answer of ours is compared with that of `decode` alone, in this process. --url, --model: a server that runs already.
+with the same file of weights in four bits (Q4_1); they take turns, a part of the requests at a time. So many clients
+ask at a time, each its next question when the last one is answered; answers are of mixed lengths, greedy, and streamed.
+--check: every answer of ours is compared with that of `decode` alone, in this process. --url, --model: a server that
+runs already.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from cerberus_ext.io.prompts import encode_chat  # noqa: E402
 LENGTHS = (16, 48, 96, 160)  # tokens of answers, in turns
 PARTS = 5  # of the requests, every fifth each, so that there are all lengths in them: a server's turns
 CONTEXT = 2048  # tokens of a slot of llama.cpp's
-LLAMA_CPP = "llama.cpp, bfloat16"
+LLAMA_CPP = "llama.cpp, Q4_1"
 
 
 @dataclass
@@ -85,7 +86,8 @@ async def load(url: str, model: str, requests: list[Asked], concurrency: int) ->
         for asked in rest:
             await ask(session, model, asked)
 
-    limits = httpx.Limits(max_connections=concurrency)
+    # llama.cpp's server may close a connection just as the next request is on its way: each request has its own.
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits, trust_env=False) as session:
         begin = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(concurrency)))

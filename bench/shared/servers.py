@@ -43,11 +43,11 @@ def ours(*arguments: str) -> Iterator[Server]:
 
 @contextmanager
 def llama_cpp(python: str, slots: int, context: int) -> Iterator[Server]:
-    """llama.cpp's server of xllamacpp, which `python` has: the default model's weights in bfloat16, so many slots of so
-    many tokens."""
+    """llama.cpp's server of xllamacpp, which `python` has: the file that the default model is read from, so many
+    slots of so many tokens."""
     with Child(python) as child:
         child.ask({}, "version", str)
-        order = {"files": [str(default_gguf()["bf16"])], "threads": torch.get_num_threads()}
+        order = {"files": [str(default_gguf()["q4_1"])], "threads": torch.get_num_threads()}
         (address,) = child.ask({**order, "slots": slots, "context": slots * context}, "addresses", list)
         yield Server(f"{address}/v1/", "default", child.process.pid)
 
