@@ -33,6 +33,11 @@ class Past:
         if self.cache.capacity < capacity:
             self.cache.grow(capacity, common)
 
+    def begin_as(self, other: Past, common: int) -> None:
+        """Copies so many tokens of the other's."""
+        self.cache.begin_as(other.cache, common)
+        self.tokens = other.tokens[:common]
+
 
 def take_past(pasts: list[Past], key: tuple[Any, ...], prompt: Tensor, empty: TreeCache, most: int) -> Past:
     """What a text begins with, of `pasts`, the latest last: what has most in common with its prompt (1, S).
@@ -49,10 +54,12 @@ def take_past(pasts: list[Past], key: tuple[Any, ...], prompt: Tensor, empty: Tr
     kept = max(common)
     place = common.index(kept)
     best, is_full = pasts[place], len(pasts) >= most
-    if kept < len(best.tokens) and not (is_full and place == 0):
-        if is_full:
-            del pasts[0]
-        return Past(key, best.cache.copy(empty.capacity, kept), best.tokens[:kept])
-    del pasts[place]
-    best.cut(kept, empty.capacity)
-    return best
+    if kept == len(best.tokens) or (is_full and place == 0):
+        del pasts[place]
+        best.cut(kept, empty.capacity)
+        return best
+    # Memory that is there already: a heap that takes and gives such pieces at every text grows and grows.
+    other = pasts.pop(0) if is_full else Past(key, empty)
+    other.cut(0, empty.capacity)
+    other.begin_as(best, kept)
+    return other

@@ -68,19 +68,19 @@ class TreeCache(Cache):
         assert self.tensor is not None and self.context
         return self.tensor[-2], self.tensor[-1]
 
-    def copy(self, capacity: int, kept: int) -> TreeCache:
-        """Another one, of so many tokens' room, with the `kept` first of these; `length` is 0."""
-        other = TreeCache(len(self.layers), capacity, len(self.length), self.length.device, self.context)
-        if self.tensor is not None:
-            other.allocate(self.tensor.shape[1:], self.tensor)[:, :, :, :kept] = self.tensor[:, :, :, :kept]
-        return other
-
     def grow(self, capacity: int, kept: int) -> None:
         """Makes room for so many tokens. Of those that are there, the `kept` first stay."""
-        larger = self.copy(capacity, kept)
-        self.tensor, self.capacity = larger.tensor, capacity
-        if self.tensor is not None:
+        old, self.capacity = self.tensor, capacity
+        if old is not None:
+            self.allocate(old.shape[1:], old)[:, :, :, :kept] = old[:, :, :, :kept]
             self.layers = [TreeCacheLayer(self, index) for index in range(len(self.layers))]  # whose keys lie elsewhere
+
+    def begin_as(self, other: TreeCache, kept: int) -> None:
+        """Copies the `kept` first tokens of another cache of the model, without touching `length`."""
+        if kept:
+            assert other.tensor is not None
+            tensor = self.allocate(other.tensor.shape[1:], other.tensor) if self.tensor is None else self.tensor
+            tensor[:, :, :, :kept] = other.tensor[:, :, :, :kept]
 
     def reset(self) -> None:
         """Forgets everything, so that another prompt can be put in."""
