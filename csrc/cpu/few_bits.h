@@ -11,6 +11,9 @@
 // takes. In five bits word i of a step has them for all weight rows of the tile, ten bits each.
 //
 // What is looked up has the bits of the weights: pack_in_few_bits compares all of them.
+//
+// Measured on Emerald Rapids with 49152 x 576 weights, beside bfloat16: 0.62 of the time of one row in four
+// bits, 0.7 in five; of four rows 0.74 and 0.83; of eight 1.0 and 1.1.
 #pragma once
 
 #include "cpu/pack_blocks.h"
@@ -57,6 +60,7 @@ struct FewBitTile {
   }
   // In the lowest bits of each lane q of an even element, above it that of the odd one; then of others.
   UIntVec codes(int64_t step, int n) const {
+    static_assert(kPackedWeights * 10 <= 32, "a word has two codes of every weight row");
     if (kBits == 5) return bit_cast<UIntVec>(_mm512_loadu_si512(codes_ + step * 64)) >> 10 * n;
     return bit_cast<UIntVec>(_mm512_loadu_si512(codes_ + four_bit_code_place(step, n)));
   }
