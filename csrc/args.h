@@ -172,10 +172,10 @@ struct CommitCacheArgs {
   const int32_t* accepted;                                          // (B,)
 };
 
-// How a product's weights lie: as the model has them; as pack_weights puts them; in blocks of four bits (see
-// cpu/four_bits.h) or a byte (cpu/byte_weights.h) each, to the bit; in eight bits, nearly the same
-// (cpu/eight_bits.h).
-enum class Packing : int64_t { kNone, kPacked, kFourBits, kEightBits, kBytes };
+// How a product's weights lie: as the model has them; as pack_weights puts them; in blocks of four or five
+// bits (see cpu/few_bits.h) or a byte (cpu/byte_weights.h) each, these with a scale for all 32 or for every
+// 16, to the bit; in eight bits, nearly the same (cpu/eight_bits.h).
+enum class Packing : int64_t { kNone, kPacked, kFourBits, kEightBits, kBytes, kBytesOf16, kFiveBits };
 
 // output = kind(input), element by element: an element's bits depend on nothing but its value. CPU only.
 enum class Activation : int32_t {
@@ -237,8 +237,8 @@ struct PackWeightsArgs {
   void* packed;
 };
 
-// The same in fewer bits a weight, of bfloat16 with I a multiple of 32: kFourBits or kBytes. *fits becomes 0
-// where a weight cannot be given so to the bit. CPU only.
+// The same in fewer bits a weight, of bfloat16 with I a multiple of 32: kFourBits, kFiveBits, kBytes or
+// kBytesOf16. *fits becomes 0 where a weight cannot be given so to the bit. CPU only.
 struct PackBlocksArgs {
   Packing packing;
   int64_t rows, size, first, all;

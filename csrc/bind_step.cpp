@@ -73,6 +73,10 @@ Packing packing_of(ScalarType type) {
       return Packing::kEightBits;
     case ScalarType::Int:
       return Packing::kBytes;
+    case ScalarType::Long:
+      return Packing::kBytesOf16;
+    case ScalarType::UInt16:
+      return Packing::kFiveBits;
     default:
       return Packing::kNone;
   }
@@ -198,8 +202,12 @@ int64_t packed_bytes(Tensor weight, int64_t rows) {
 
 // Blocks of so many bits a weight.
 int64_t block_bytes(Tensor weight, int64_t rows, int64_t bits) {
-  Check("block_bytes").that(bits == 4 || bits == 8, "bits", "4 or 8", bits);
-  return bytes_like("block_bytes", bits == 8 ? Packing::kBytes : Packing::kFourBits, weight, rows);
+  Check("block_bytes").that(bits >= 4 && bits <= 8 && bits != 7, "bits", "4, 5, 6 or 8", bits);
+  const Packing packing = bits == 4   ? Packing::kFourBits
+                          : bits == 5 ? Packing::kFiveBits
+                          : bits == 6 ? Packing::kBytesOf16
+                                      : Packing::kBytes;
+  return bytes_like("block_bytes", packing, weight, rows);
 }
 
 // What is to be packed: its dtype, how many rows in all, and of which size.
@@ -226,7 +234,8 @@ ToPack check_packing(const char* op, Packing packing, const std::vector<Tensor>&
   const int64_t have = packed.numel() * static_cast<int64_t>(packed.element_size());
   if (packing_of(dtype_of(packed)) != packing || have < bytes)
     check.fail("packed",
-               (packing == Packing::kPacked ? "torch.uint8" : "torch.int8 or torch.int32") +
+               (packing == Packing::kPacked ? "torch.uint8"
+                                            : "torch.int8, torch.uint16, torch.int32 or torch.int64") +
                    std::string(" with ") + std::to_string(bytes) + " bytes",
                dtype_text(dtype_of(packed)) + " with " + std::to_string(have));
   return {check.dtype(), rows, size};
@@ -246,7 +255,9 @@ void pack_weights(std::vector<Tensor> weights, Tensor packed) {
 
 // In blocks of the kind that the dtype of `packed` names.
 bool pack_blocks(std::vector<Tensor> weights, Tensor packed) {
-  const Packing packing = dtype_of(packed) == ScalarType::Int ? Packing::kBytes : Packing::kFourBits;
+  const Packing named = packing_of(dtype_of(packed));
+  const bool is_plain = named == Packing::kNone || named == Packing::kPacked || named == Packing::kEightBits;
+  const Packing packing = is_plain ? Packing::kFourBits : named;
   const ToPack all = check_packing("pack_blocks", packing, weights, packed);
   int32_t fits = all.rows > 0;
   int64_t first = 0;

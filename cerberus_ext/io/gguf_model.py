@@ -25,7 +25,8 @@ def load_gguf(
 
     name: the file; or a folder or a Hub id (user/name), in which it is `file`.
     dtype: of the weights, None: `default_dtype(device)`. In bfloat16 on a CPU, `decode` packs those that came out of
-        Q4_0, Q4_1, Q4_K or Q8_0 in as many bits again, and computes what the dequantized model does, to the bit.
+        Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K or Q8_0 in as many bits again, of Q6_K in eight, and computes what the
+        dequantized model does, to the bit.
     device: None takes CUDA where there is one, else the CPU.
     transformers reads the file once, which takes minutes for a large one; what it made of it, but the weights, is kept
     in the cache folder (`io/gguf_index.py`), as long as neither the file nor transformers changes.

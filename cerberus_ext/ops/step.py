@@ -11,7 +11,8 @@ from torch import Tensor
 from .native import native
 
 _PAGE = 2 << 20  # bytes of a large page
-BLOCKS = {4: torch.int8, 8: torch.int32}  # bits a weight: the dtype that names such memory
+# Bits of a weight's integer, the smallest form first: the dtype that names such memory.
+BLOCKS = {4: torch.int8, 5: torch.uint16, 8: torch.int32, 6: torch.int64}
 
 
 class NativeStep:
@@ -88,8 +89,8 @@ def pack_weights(weights: Sequence[Tensor], packed: Tensor) -> None:
 
 
 def block_bytes(weight: Tensor, rows: int, bits: int) -> int:
-    """Of so many rows like those of weight (O, I) in blocks of so many bits a weight, 4 or 8; 0: this processor, dtype
-    or size has no such form.
+    """Of so many rows like those of weight (O, I) in blocks of so many bits a weight, those of BLOCKS; 0: this
+    processor, dtype or size has no such form.
 
     Raises RuntimeError as `packed_bytes`, and on other bits.
     """
@@ -101,8 +102,9 @@ def pack_blocks(weights: Sequence[Tensor], packed: Tensor) -> bool:
 
     weights: bfloat16, I a multiple of 32. In 4 bits: d q + m with q from 0 to 15, as in ggml's Q4_1, Q4_0 and Q4_K,
         where d and m are float32 numbers that can be told from the weights: not always where these lie far from 0
-        beside their steps. In 8 bits: d q with q from -127 to 127, one of them reached, and d a float16 number, as in
-        Q8_0.
+        beside their steps. In 5 bits: the same with q from 0 to 31, as in Q5_1, Q5_0 and Q5_K. In 8 bits: d q with q
+        from -127 to 127, one of them reached, and d a float16 number, as in Q8_0. In 6 bits: d q with q from -32 to 32
+        and any d, one for every 16, as in Q6_K; a byte each.
     packed: of the dtype in BLOCKS that names the bits, at least block_bytes(weights[0], sum of O_i, bits) bytes.
     Returns whether all weights can be given so to the bit; if not, `packed` is of no use.
     Raises RuntimeError on other shapes or dtypes, or where block_bytes is 0.

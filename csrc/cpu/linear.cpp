@@ -239,14 +239,16 @@ void packed_linear(const LinearArgs& a, const Parallel& parallel) {
 
 #if defined(__AVX512F__) && !defined(CERBERUS_AMX)
 void block_linear(const LinearArgs& a, Packing packing, const Parallel& parallel) {
-  if (packing == Packing::kBytes && a.rows > kMostRowsOfBytes) {
+  if (is_bytes(packing) && a.rows > most_rows_of_bytes(packing)) {
     LinearArgs dense = a;
-    dense.weight = static_cast<const char*>(a.weight) + byte_tiles_bytes(a.out_size, a.in_size);
+    dense.weight = static_cast<const char*>(a.weight) + byte_tiles_bytes(packing, a.out_size, a.in_size);
     return packed_linear(dense, parallel);
   }
   if (a.rows == 0) return;
-  const auto product = packing == Packing::kBytes ? run<BFloat16, ByBlocks<Packing::kBytes>>
-                                                  : run<BFloat16, ByBlocks<Packing::kFourBits>>;
+  const auto product = packing == Packing::kFourBits   ? run<BFloat16, ByBlocks<Packing::kFourBits>>
+                       : packing == Packing::kFiveBits ? run<BFloat16, ByBlocks<Packing::kFiveBits>>
+                       : packing == Packing::kBytes    ? run<BFloat16, ByBlocks<Packing::kBytes>>
+                                                       : run<BFloat16, ByBlocks<Packing::kBytesOf16>>;
   product(a, parallel);
 }
 #endif

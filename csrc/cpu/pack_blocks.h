@@ -88,4 +88,37 @@ static inline bool any_near(float x, const Body& body) {
   return false;
 }
 
+#if defined(__AVX512F__)
+// Calls body(d) for numbers d of which all weights of these lanes, even and odd ones, are multiples, rounded,
+// the largest by `most` times or fewer, until it returns true; returns whether it did. Above 0.
+//
+// How many times the largest is d says which multiple every weight is, since `most` is no more than 32 and
+// rounding takes away less than half of d; and each weight says then between which numbers d lies.
+template <typename Body>
+static inline bool any_divisor(const Pairs& pairs, __mmask16 lanes, int most, const Body& body) {
+  const __m512 x[2] = {_mm512_abs_ps(bit_cast<__m512>(pairs.even())),
+                       _mm512_abs_ps(bit_cast<__m512>(pairs.odd()))};
+  const float largest = _mm512_mask_reduce_max_ps(lanes, _mm512_max_ps(x[0], x[1]));
+  for (int n = most; n > 0; --n) {
+    const __m512 share = _mm512_set1_ps(static_cast<float>(n) / largest);
+    float low = 0, high = 3e38f;
+    for (const __m512& magnitude : x) {
+      const __m512 q = _mm512_roundscale_ps(_mm512_mul_ps(magnitude, share),
+                                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      const __mmask16 counted = _mm512_mask_cmp_ps_mask(lanes, q, _mm512_setzero_ps(), _CMP_GT_OQ);
+      // What is rounded to a bfloat16 number lies up to halfway to the ones beside it.
+      const __m512i bits = bit_cast<__m512i>(magnitude), half = _mm512_set1_epi32(0x8000);
+      const __m512 below = bit_cast<__m512>(_mm512_sub_epi32(bits, half));
+      const __m512 above = bit_cast<__m512>(_mm512_add_epi32(bits, half));
+      const float least = _mm512_mask_reduce_max_ps(counted, _mm512_div_ps(below, q));
+      const float greatest = _mm512_mask_reduce_min_ps(counted, _mm512_div_ps(above, q));
+      if (least > low) low = least;
+      if (greatest < high) high = greatest;
+    }
+    if (low > 0 && low <= high && body(0.5f * (low + high))) return true;
+  }
+  return false;
+}
+#endif
+
 }  // namespace cerberus::CERBERUS_ISA

@@ -1,7 +1,7 @@
 #include "cpu/packed.h"
 
 #include "cpu/byte_weights.h"
-#include "cpu/four_bits.h"
+#include "cpu/few_bits.h"
 #include "cpu/kernels.h"
 
 namespace cerberus::CERBERUS_ISA {
@@ -268,12 +268,17 @@ void rows_times_blocks(Packing packing, const Row<BFloat16>* x, int64_t x_stride
                        const char* packed, int64_t begin, int64_t end, int64_t size,
                        const Output<BFloat16>& output) {
   using X = Row<BFloat16>;
-  if (packing == Packing::kFourBits)
-    return times_tiles<FourBitWeights<X>>(x, x_stride, rows, packed, four_bit_tile_bytes(size), begin, end,
-                                          size, output);
+  if (const int bits = few_bits(packing)) {
+    const auto product = bits == 4 ? times_tiles<FewBitWeights<X, 4>, X, BFloat16>
+                                   : times_tiles<FewBitWeights<X, 5>, X, BFloat16>;
+    return product(x, x_stride, rows, packed, few_bit_tile_bytes(bits, size), begin, end, size, output);
+  }
   with_row_tiles<kMostRowsOfBytes>(rows, kMostRowsOfBytes, [&](auto all, int64_t) {
-    few_rows<decltype(all)::value, ByteWeights<X>>(x, x_stride, packed, byte_tile_bytes(size), begin, end,
-                                                   size, output);
+    constexpr int kRows = decltype(all)::value;
+    const auto product = packing == Packing::kBytes
+                             ? few_rows<kRows, ByteWeights<X, Packing::kBytes>, X, BFloat16>
+                             : few_rows<kRows, ByteWeights<X, Packing::kBytesOf16>, X, BFloat16>;
+    product(x, x_stride, packed, byte_tile_bytes(packing, size), begin, end, size, output);
   });
 }
 #endif

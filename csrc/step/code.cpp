@@ -154,7 +154,7 @@ void Step::read_weight(Reader& code, Product& p) const {
   p.in_size = code.next("I", 0, kMostOutputs);
   p.out_size = code.next("O", 0, kMostOutputs);
   p.bias = code.next("a product's bias", -1, constants - 1);
-  p.packing = static_cast<Packing>(code.next("packing", 0, 4));
+  p.packing = static_cast<Packing>(code.next("packing", 0, 6));
   code.that(!buffers_[p.input].is_float32 && !buffers_[p.output].is_float32, "a product's buffers",
             "of the model's dtype", 1);
   code.that(p.input != p.output, "a product's output", "another buffer than its input", p.output);

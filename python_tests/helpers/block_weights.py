@@ -16,20 +16,49 @@ def _blocks(out_size: int, size: int, scale: float, seed: int) -> Tensor:
 
 def q4_1(out_size: int, size: int, scale: float = 0.05, seed: int = 0) -> Tensor:
     """As ggml makes them: the least of 32 weights is m, the largest 15 d + m, both d and m float16."""
-    blocks = _blocks(out_size, size, scale, seed)
+    return _from_least(_blocks(out_size, size, scale, seed), 15)
+
+
+def q5_1(out_size: int, size: int, scale: float = 0.05, seed: int = 0) -> Tensor:
+    """31 d + m."""
+    return _from_least(_blocks(out_size, size, scale, seed), 31)
+
+
+def _from_least(blocks: Tensor, most: int) -> Tensor:
     least, largest = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-    d = ((largest - least) / 15).half().float()
-    q = ((blocks - least) / d.clamp(min=1e-30)).round().clamp(0, 15)
-    return (q * d + least.half().float()).view(out_size, size).bfloat16()
+    d = ((largest - least) / most).half().float()
+    q = ((blocks - least) / d.clamp(min=1e-30)).round().clamp(0, most)
+    return (q * d + least.half().float()).flatten(1).bfloat16()
 
 
 def q4_0(out_size: int, size: int, scale: float = 0.05, seed: int = 0) -> Tensor:
     """The one of the largest magnitude is -8 d."""
-    blocks = _blocks(out_size, size, scale, seed)
-    furthest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-    d = (furthest / -8).half().float()
-    q = (blocks / d).round().clamp(-8, 7) + 0.0  # an integer: its zero has no sign
-    return (q * d).view(out_size, size).bfloat16()
+    return _from_middle(_blocks(out_size, size, scale, seed), 8)
+
+
+def q5_0(out_size: int, size: int, scale: float = 0.05, seed: int = 0) -> Tensor:
+    """-16 d."""
+    return _from_middle(_blocks(out_size, size, scale, seed), 16)
+
+
+def _from_middle(blocks: Tensor, most: int) -> Tensor:
+    d = (_furthest(blocks) / -most).half().float()
+    q = (blocks / d).round().clamp(-most, most - 1) + 0.0  # an integer: its zero has no sign
+    return (q * d).flatten(1).bfloat16()
+
+
+def _furthest(blocks: Tensor) -> Tensor:
+    return blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+
+
+def q6_k(out_size: int, size: int, scale: float = 0.05, seed: int = 0) -> Tensor:
+    """-32 d for every 16, where the d of a row are integers times one of its numbers."""
+    blocks = _blocks(out_size, size, scale, seed).view(out_size, -1, 16)
+    d = _furthest(blocks) / -32
+    unit = (d.abs().amax((1, 2), keepdim=True) / 127).half().float().clamp(min=2**-24)
+    d = (d / unit).round() * unit
+    q = (blocks / d).round().clamp(-32, 31) + 0.0  # where d is 0, either of them
+    return (q * d).flatten(1).bfloat16()
 
 
 def q8_0(out_size: int, size: int, scale: float = 0.05, seed: int = 0) -> Tensor:
@@ -51,7 +80,7 @@ def multiply(weights: Tensor, shape: torch.Size, x: Tensor, bias: Tensor | None 
     """x (N, I) @ the packed weights (O, I)^T, by a step whose embeddings are x."""
     nodes, (out_size, size) = len(x), shape
     tensors = [x, weights] if bias is None else [x, weights, bias]
-    packing = {torch.int8: 2, torch.int32: 4}.get(weights.dtype, 0)
+    packing = {torch.int8: 2, torch.int32: 4, torch.int64: 5, torch.uint16: 6}.get(weights.dtype, 0)
     code = [1, 1, 1, 1, 4, 2, 2, 0, 1, size, 0, out_size, 0]
     code += [1, 0, 1, 0, 0, 1, 1, size, 2, 0, 0, 0, 0, 1, 5, 0, 0, 0, 0, 1, *[0] * 6]
     code += [0, 0, 1, 1, size, out_size, -1 if bias is None else 2, packing]

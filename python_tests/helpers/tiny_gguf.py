@@ -14,6 +14,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 MIXED = {name: GGMLQuantizationType.Q4_1 for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_down")}
 MIXED |= {name: GGMLQuantizationType.Q4_0 for name in ("ffn_gate", "ffn_up")}
 MIXED |= {"token_embd": GGMLQuantizationType.Q8_0}
+# In five bits, but the values in eight: no product of one format with queries and keys.
+FIVES = {name: GGMLQuantizationType.Q5_0 for name in ("attn_q", "attn_k", "attn_output", "token_embd")}
+FIVES |= {name: GGMLQuantizationType.Q5_1 for name in ("ffn_gate", "ffn_up", "ffn_down")}
+FIVES |= {"attn_v": GGMLQuantizationType.Q8_0}
 
 
 def tiny_gguf(path: Path, width: int = 8, kinds: dict[str, GGMLQuantizationType] | None = None) -> None:

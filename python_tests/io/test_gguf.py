@@ -8,9 +8,9 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
-from tiny_gguf import MIXED, copy_gguf, tiny_gguf
+from tiny_gguf import FIVES, MIXED, copy_gguf, tiny_gguf
 
 import cerberus_ext
 from cerberus_ext.ops.step import block_bytes
@@ -39,17 +39,19 @@ def test_a_file_is_a_model_and_a_tokenizer(file: Path) -> None:
     assert again.dtype == torch.float32
 
 
-def test_it_is_computed_in_its_own_bits(file: Path) -> None:
+@pytest.mark.parametrize(
+    ("kinds", "packed"), [(MIXED, "4 packed in four bits, 1 packed"), (FIVES, "5 packed in five bits, 1 packed")]
+)
+def test_it_is_computed_in_its_own_bits(kinds: dict[str, GGMLQuantizationType], packed: str, tmp_path: Path) -> None:
     """Packed in as many as the file has, with the tokens of the model as it is."""
-    model, tokenizer = cerberus_ext.load_gguf(file, dtype=torch.bfloat16, device="cpu")
+    tiny_gguf(tmp_path / "tiny.gguf", 64, kinds)
+    model, tokenizer = cerberus_ext.load_gguf(tmp_path / "tiny.gguf", dtype=torch.bfloat16, device="cpu")
     ids = tokenizer("hello world", return_tensors="pt").input_ids
     fused = cerberus_ext.decode(model, None, ids, max_new_tokens=20, fuse=True, pack=True)
     by_op = cerberus_ext.decode(model, None, ids, max_new_tokens=20, fuse=False)
     assert fused.sequences.equal(by_op.sequences)
     program = cerberus_ext.Decoder(model, pack=True).explain()
-    assert ("4 packed in four bits, 1 packed in eight bits" in program) == bool(
-        block_bytes(model.get_input_embeddings().weight, 1, 4)
-    )
+    assert (f"{packed} in eight bits" in program) == bool(block_bytes(model.get_input_embeddings().weight, 1, 4))
 
 
 def changed(change: Callable[[bytearray], object]) -> Callable[[Path, Path], None]:

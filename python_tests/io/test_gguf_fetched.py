@@ -64,4 +64,5 @@ def test_texts(file: Path, own_cache: Path) -> None:
     assert drafted.sequences.equal(plain.sequences) and drafted.sequences.equal(by_op.sequences)
     program = cerberus_ext.Decoder(again, pack=True).explain()
     has_blocks = block_bytes(again.get_input_embeddings().weight, 1, 4)
-    assert ("27 packed in four bits, 1 packed in eight bits" in program) == bool(has_blocks)
+    for packed in ("27 packed in four bits", "36 packed in five bits", "19 packed in eight bits"):
+        assert (packed in program) == bool(has_blocks)

@@ -83,7 +83,7 @@ def test_texts_do_not_depend_on_drafts(family: str, bits: str) -> None:
 
 def test_every_family_is_packed() -> None:
     """All products of layers in four bits, and the LM head in eight, where this processor has such."""
-    if {4, 8} != PACKED:
+    if not PACKED:
         pytest.skip("this processor makes no weights of blocks")
     for family in ("llama", "gpt2", "gemma"):
         model = make_family(family, torch.bfloat16)

@@ -70,7 +70,7 @@ class ContextProgram:
         assert cache.tensor is not None
         _, _, heads, _, size = cache.tensor.shape
         self._positions = positions
-        program = lower(self._trace, cache.tensor.dtype, heads, size, False, positions)
+        program = lower(self._trace, cache.tensor.dtype, heads, size, None, positions)
         products = [stage for stage in program.stages if isinstance(stage, Product)]
         weights = [self._packed[product.weights[0].data_ptr()] for product in products]
         self._native = NativeStep(*encode(program, weights, [None] * len(weights)))

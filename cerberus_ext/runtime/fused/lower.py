@@ -7,7 +7,7 @@ grouped product, or an attention. What cannot be said so raises NotFused.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -24,6 +24,7 @@ _LINEAR, _WRITE, _ATTEND = _OURS.linear.default, _OURS.write_cache.default, _OUR
 _GROUPED = _OURS.grouped_linear.default
 _STAGES = (_LINEAR, _ATTEND, _GROUPED)
 _EMBEDDING = torch.ops.aten.embedding.default
+Kinds = Mapping[int, torch.dtype | None]
 
 
 def _run(lowering: Lowering, call: Call) -> None:
@@ -144,10 +145,11 @@ def _attention(lowering: Lowering, call: Call) -> None:
 
 
 def lower(
-    trace: Trace, dtype: torch.dtype, heads: int, head_size: int, joins: bool, positions: int
+    trace: Trace, dtype: torch.dtype, heads: int, head_size: int, kinds: Kinds | None, positions: int
 ) -> Program:  # fmt: skip
-    """heads, head_size: of keys and values. joins: whether linears of one input become one product. positions: that the
-    tables are to know. Raises NotFused."""
+    """heads, head_size: of keys and values. kinds: of weights by their numbers, others have none; linears of one input
+    whose weights are of one kind become one product; None: no linears do. positions: that the tables are to know.
+    Raises NotFused."""
     values = Values(trace)
     lowering = Lowering(trace, dtype, values)
     order = _Order(trace.calls, values)
@@ -160,7 +162,7 @@ def lower(
             _run(lowering, call)
             order.done(call)
         if order.stages:
-            _run_stage(lowering, order, joins)
+            _run_stage(lowering, order, kinds)
     if order.missing:
         raise NotFused(f"{trace.calls[min(order.missing)].op} waits for something that is never computed")
     hidden, logits = (lowering.whole(lowering.view(number)) for number in (trace.hidden, trace.logits))
@@ -213,7 +215,7 @@ class _Order:
                 self._sort(index)
 
 
-def _run_stage(lowering: Lowering, order: _Order, joins: bool) -> None:
+def _run_stage(lowering: Lowering, order: _Order, kinds: Kinds | None) -> None:
     first = order.take(order.stages)
     calls = [first]
     if first.op is _ATTEND:
@@ -222,9 +224,10 @@ def _run_stage(lowering: Lowering, order: _Order, joins: bool) -> None:
         _grouped(lowering, first)
     else:
         view = lowering.view(first.args[0].number)
-        for index in sorted(order.stages) if joins else ():
+        for index in sorted(order.stages):
             call = order.calls[index]
-            if call.op is _LINEAR and _same(lowering.view(call.args[0].number), view):
+            reads_it = call.op is _LINEAR and _same(lowering.view(call.args[0].number), view)
+            if reads_it and kinds is not None and kinds.get(call.args[1].number) == kinds.get(first.args[1].number):
                 calls.append(call)
                 order.stages.remove(index)
         heapq.heapify(order.stages)

@@ -201,7 +201,7 @@ def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-_PACKINGS = {torch.uint8: 1, torch.int8: 2, torch.int16: 3, torch.int32: 4}
+_PACKINGS = {torch.uint8: 1, torch.int8: 2, torch.int16: 3, torch.int32: 4, torch.int64: 5, torch.uint16: 6}
 
 
 def encode(program: Program, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor]:

@@ -29,6 +29,7 @@ _ALIGNMENT = 4096  # bytes, of the packed weights of a product
 _MIN_POSITIONS = 1024  # that the tables know
 _AT_ONCE = 1 << 14  # positions: of a cache with room for more, tables grow as its text does
 _ALL_POSITIONS = 1 << 62
+_ROWS_OF_A_KIND = 8
 _SPARE = 2 << 30  # bytes of memory that packing leaves free
 
 # What runs programs, by the type of the device.
@@ -57,6 +58,7 @@ class FusedStep:
         self._recorded: dict[int, tuple[Tensor, Tensor]] = {}  # results of steps that may be captured, by their nodes
         self._weights: list[Tensor] | None = None
         self._packs = pack is not False and not self.recordable and (pack or _has_room(target.model))
+        self._kinds = {number: _kind(weight) for number, weight in self._trace.weights.items() if self._packs}
         self._most_positions = _ALL_POSITIONS
         self._last_position = target.max_positions
         self._make([target.cache], self._positions(target.cache, 1))
@@ -70,7 +72,7 @@ class FusedStep:
         """The program, for so many positions; its weights stay where they are."""
         assert caches[0].tensor is not None
         _, _, heads, _, size = caches[0].tensor.shape
-        sizes = (self._trace, self._dtype, heads, size, self._packs or self.recordable)
+        sizes = (self._trace, self._dtype, heads, size, self._kinds if self._packs or self.recordable else None)
         try:
             self.program: Program = lower(*sizes, positions)
         except IndexError:  # the model looks its positions up, and has no more; nor is there a step beyond them
@@ -112,7 +114,8 @@ class FusedStep:
     def packed(self) -> dict[str, int]:
         """Of how many products the weights are copies, and of which kind."""
         assert self._weights is not None
-        kinds = {torch.uint8: "packed", torch.int8: "packed in four bits", torch.int32: "packed in eight bits"}
+        kinds = {torch.uint8: "packed", torch.int8: "packed in four bits", torch.uint16: "packed in five bits"}
+        kinds |= dict.fromkeys((torch.int32, torch.int64), "packed in eight bits")
         return dict(Counter(kinds[weight.dtype] for weight in self._weights if weight.dtype in kinds))
 
     def times(self, on: bool) -> list[float]:
@@ -182,6 +185,19 @@ def _block_bytes(product: Product | Grouped) -> dict[torch.dtype, int]:
     return {dtype: block_bytes(product.weights[0], product.output.width, bits) for bits, dtype in BLOCKS.items()}
 
 
+def _kind(weight: Tensor) -> torch.dtype | None:
+    """In which blocks it can be given, as its first rows say; linears of one input are one product where it is the
+    same."""
+    if weight.dim() != 2 or weight.dtype != torch.bfloat16:
+        return None
+    rows = weight[:_ROWS_OF_A_KIND].contiguous()
+    for bits, dtype in BLOCKS.items():
+        size = block_bytes(rows, len(rows), bits)
+        if size and pack_blocks([rows], torch.empty(size, dtype=torch.uint8).view(dtype)):
+            return dtype
+    return None
+
+
 def _packed_bytes(product: Product | Grouped) -> int:
     """0: it is multiplied as the model has it."""
     if isinstance(product, Product):
@@ -232,7 +248,7 @@ def _bias_of(product: Product | Grouped, dtype: torch.dtype) -> Tensor | None:
 
 def _has_room(model: PreTrainedModel) -> bool:
     """Whether this machine has memory for a second copy of the weights, and one in bytes."""
-    return 3 * sum(parameter.nbytes for parameter in model.parameters()) // 2 + _SPARE <= _free_memory()
+    return 5 * sum(parameter.nbytes for parameter in model.parameters()) // 3 + _SPARE <= _free_memory()
 
 
 def _free_memory() -> int:

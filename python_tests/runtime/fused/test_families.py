@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from block_weights import q4_1, q8_0
+from block_weights import q4_0, q4_1, q5_0, q5_1, q6_k, q8_0
 from fused_steps import both_ways, every_call_seen
 from tiny_families import make_family, tiny_family
 from tiny_models import prompt
@@ -29,6 +30,8 @@ TREES = {
     "bush": tree_of_ranks([-1, 0, 0, 1, 1, 2, 3, 6, 0, 8, 5], [0] * 11),
     "many": StaticPolicy.from_widths([9, 8]).tree,
 }
+
+Maker = Callable[[int, int], Tensor]
 
 
 @pytest.mark.pairwise
@@ -95,18 +98,31 @@ def test_nothing_is_copied_where_nothing_is_packed(name: str) -> None:
 
 
 @pytest.mark.parametrize("tree", ["root", "bush"])
-def test_weights_of_a_file_of_fewer_bits(tree: str) -> None:
-    """In four bits, the LM head in eight, with the bits of the step op by op."""
+@pytest.mark.parametrize(
+    ("layers", "values", "head", "packed"),
+    [
+        (q4_1, q4_1, q8_0, {"four": 8, "eight": 1}),
+        (q4_0, q6_k, q6_k, {"four": 8, "eight": 3}),
+        (q5_0, q8_0, q8_0, {"five": 8, "eight": 3}),
+        (q5_1, q5_1, q5_1, {"five": 9}),
+        (q6_k, q6_k, q5_0, {"five": 1, "eight": 8}),
+    ],
+)
+def test_weights_of_a_file_of_fewer_bits(
+    layers: Maker, values: Maker, head: Maker, packed: dict[str, int], tree: str
+) -> None:
+    """Of formats that files mix, with the bits of the step op by op. Values of a form of their own are a product of
+    their own. packed: how many products are, in so many bits."""
     model = tiny_family("llama", torch.bfloat16)
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not model.lm_head:
-            module.weight.data.copy_(q4_1(*module.weight.shape))
-    model.lm_head.weight.data.copy_(q8_0(*model.lm_head.weight.shape))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            make = head if module is model.lm_head else values if name.endswith("v_proj") else layers
+            module.weight.data.copy_(make(*module.weight.shape))
     with torch.inference_mode(), every_call_seen(model) as target:
         target.prefill(prompt())
         kinds = FusedStep(target, pack=True).packed
     if block_bytes(model.lm_head.weight, 1, 8):
-        assert kinds == {"packed in four bits": 4 * model.config.num_hidden_layers, "packed in eight bits": 1}
+        assert kinds == {f"packed in {bits} bits": count for bits, count in packed.items()}
     for ours, theirs in zip(*both_ways(model, TREES[tree], pack=True), strict=True):
         assert ours.equal(theirs)
 
