@@ -168,14 +168,26 @@ def launches_of(tape: Tape) -> int:
     return launches() - before + sum(ours.get(op, 1) for op in ops)
 
 
+def steps_launches(heads: CerberusHeads, tree: Any, recorders: list[TapeRecorder]) -> list[int]:
+    """Of the recorded steps of one node and of 4, in a cache that attention takes in one piece."""
+    runtime._runtimes.clear()
+    with Decoder(tiny_model("llama"), heads, tree=tree, proposers=[]) as decoder:
+        decoder.warm_up()
+        return [launches_of(tape) for tape in recorders[-1].tapes]
+
+
 @pytest.mark.parametrize(("tree", "more"), [(StaticPolicy.chain(3), [3, 14]), (DynamicPolicy(4, 4), [11, 14])])
 def test_launches(tree: Any, more: list[int], recorders: list[TapeRecorder]) -> None:
-    """Of recorded steps of one node and of 4, more than with heads without a context layer: 3, and for several nodes 3
-    of torch's, for the pairs that are kept; 8 for what is read, 9 where attention takes a long cache in pieces."""
-    model, counts = tiny_model("llama"), []
-    for heads in (CerberusHeads(CerberusConfig("tiny", 32, VOCAB, num_heads=3)), heads_for(model)):
-        runtime._runtimes.clear()
-        with Decoder(model, heads, tree=tree, proposers=[]) as decoder:
-            decoder.warm_up()
-            counts.append([launches_of(tape) for tape in recorders[-1].tapes])
-    assert [with_layer - without for without, with_layer in zip(*counts, strict=True)] == more
+    """More than with heads without a context layer: 3, and for several nodes 3 of torch's, for the pairs that are kept;
+    8 for what is read, 9 where attention takes its keys in pieces."""
+    without = CerberusHeads(CerberusConfig("tiny", 32, VOCAB, num_heads=3))
+    counts = [steps_launches(heads, tree, recorders) for heads in (without, heads_for(tiny_model("llama")))]
+    assert [with_layer - other for other, with_layer in zip(*counts, strict=True)] == more
+
+
+def test_launches_of_a_whole_step(recorders: list[TapeRecorder]) -> None:
+    """With heads as the packaged ones are: 9 a layer and 39, one more each where attention takes its keys in pieces."""
+    model = tiny_model("llama")
+    heads = heads_for(model, conditional_rank=8, draft_vocab=60)
+    counts = steps_launches(heads, DynamicPolicy(4, 4), recorders)
+    assert counts[-1] == 9 * model.config.num_hidden_layers + 39
