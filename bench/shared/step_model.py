@@ -34,7 +34,8 @@ class Launches(NamedTuple):
         return shapes.layers * self.of_layer + self.others
 
 
-PROGRAMS = {"op by op": Launches(40, 50), "fused": Launches(10, 20)}
+# Counted with heads with a context layer and conditional drafts, under emulation.
+PROGRAMS = {"op by op": Launches(40, 80), "fused": Launches(10, 40)}
 
 
 class StepTime(NamedTuple):

@@ -9,7 +9,7 @@ Every token of the text makes a pair with the hidden state that produced it (zer
 
 x takes the place of h in the formula of the heads (docs/design.md, "Heads"). Keys and values lie in a layer of their
 own in the decode's cache, slot for slot beside the target model's: the pairs of a tree's nodes are written with the
-nodes, and kept or forgotten with them. A ContextForward writes only the accepted nodes', later.
+nodes, and kept or forgotten with them. On a CPU, a ContextForward writes only the accepted nodes', later.
 
 Letters: B rows, N nodes, D hidden size, Hq / Hkv attention heads, E head size.
 """
@@ -17,7 +17,7 @@ Letters: B rows, N nodes, D hidden size, Hq / Hkv attention heads, E head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -58,26 +58,30 @@ class ContextLayer(nn.Module):
             self.qkv.normal_(0, 1 / (hidden_rms * self.qkv.shape[1] ** 0.5), generator=generator)
 
 
-class ContextForward(Protocol):
-    """Does in a BoundContext's place what one text's steps ask for. On a CPU, of one row.
+class ContextForward:
+    """Does in a BoundContext's place what one text's steps ask for. To write one, override `keep_nodes` and `read`."""
 
-    States are (A, D), tokens (A,): each state is what led to the token.
-    known: of so many tokens, from the text's beginning on, the pairs are in the cache.
-    """
+    def keep_prompt(self, cache: TreeCache) -> None:
+        """The pairs of all tokens in the cache have been put there."""
 
-    known: int
-
-    def keep_pending(self, before: Tensor, pending: Tensor) -> None:
-        """The pending token is about to be verified: it stays. before (1, D), pending (1,)."""
+    def keep_nodes(self, cache: TreeCache, before: Tensor, hidden: Tensor, tokens: Tensor, tree: Topology) -> None:
+        """As BoundContext.keep_nodes, of one row. Pairs may also wait until `read`."""
+        raise NotImplementedError
 
     def keep_path(self, hidden: Tensor, tokens: Tensor, path: Tensor) -> None:
-        """hidden (N, D) of a step's nodes, tokens (N,), path (N,): those that were accepted, then -1."""
+        """After keep_nodes. hidden (N, D) of the nodes, tokens (N,), path (N,): those that were accepted, then -1."""
+
+    def kept(self, cache: TreeCache) -> int:
+        """Of so many tokens, from the text's beginning on, the pairs are in the cache."""
+        return cache.committed
 
     def read(self, cache: TreeCache, before: Tensor, pending: Tensor) -> Tensor:
         """What the heads read, (1, D). before (1, D): what pending (1,) was chosen from."""
+        raise NotImplementedError
 
     def read_together(self, texts: Sequence[tuple[Any, TreeCache, Tensor, Tensor]]) -> Tensor:
         """(B, D): the same of several texts, each with the one that does its steps, of the same layer."""
+        return torch.cat([forward.read(*text) for forward, *text in texts])
 
 
 class BoundContext:
@@ -85,21 +89,23 @@ class BoundContext:
 
     tensors: of a ContextLayer, by name, with anchor_scale (), see CerberusHeads, and embeddings (V, D).
     packed: what it multiplies with in their place, by name, with key_value, rows of qkv; None: they themselves.
-    fused: does the steps of a decode, where there is one: a tree is then the pending token alone.
+    fused: does the steps of a decode, where there is one: what is read is then the pending token alone.
     """
 
     def __init__(
         self, sizes: tuple[int, int, int], tensors: dict[str, Tensor], packed: dict[str, Tensor] | None = None
     ) -> None:
         self.sizes, self.tensors, self.packed = sizes, tensors, packed
-        self.embeddings, self.anchor_scale, self.bias = (tensors[n] for n in ("embeddings", "anchor_scale", "bias"))
+        self.embeddings, self.bias = tensors["embeddings"], tensors["bias"]
+        self.anchor_scale = tensors["anchor_scale"].view(1)  # of () a program would keep the number, not the tensor
         self._weights = weights_of(sizes, tensors)
         self.fused: ContextForward | None = None
 
     @property
     def read_tensors(self) -> list[Tensor]:
-        """All that it reads."""
-        return [*(self.packed or self._weights).values(), self.bias, self.embeddings, self.anchor_scale]
+        """All that it reads, or a program that is made of it."""
+        weights = [*self._weights.values(), *(self.packed or {}).values()]
+        return [*weights, self.bias, self.embeddings, self.anchor_scale]
 
     def keep_prompt(self, cache: TreeCache, hidden: Tensor, tokens: Tensor) -> None:
         """Puts the pairs of the cache's last tokens (B, T) into it. hidden (B, T, D): what each of them led to.
@@ -111,9 +117,9 @@ class BoundContext:
         tokens = tokens[:, first:]
         begin = cache.length - tokens.shape[1]
         positions = begin[:, None] + torch.arange(tokens.shape[1], device=begin.device)
-        self._keep("key_value", cache.context_planes(), begin, positions, before, tokens)
+        self.keep_pairs("key_value", cache.context_planes(), begin, positions, before, tokens)
         if self.fused is not None:
-            self.fused.known = cache.committed
+            self.fused.keep_prompt(cache)
 
     def keep_nodes(self, cache: TreeCache, before: Tensor, hidden: Tensor, tokens: Tensor, tree: Topology) -> None:
         """Puts the pairs of a tree's nodes into the cache, behind what is committed.
@@ -121,12 +127,12 @@ class BoundContext:
         before (B, D): what the pending token was chosen from; hidden (B, N, D): what the nodes' tokens (B, N) led to.
         """
         if self.fused is not None:
-            return self.fused.keep_pending(before, tokens[0, :1])
+            return self.fused.keep_nodes(cache, before, hidden, tokens, tree)
         # Not hidden[:, parents]: torch wakes threads for a few rows, which then spin on a core that others need.
         parents = hidden.index_select(1, tree.parents[1:])
         led = torch.cat([before[:, None], parents], 1)
         positions = cache.length[:, None] + tree.depths
-        self._keep("key_value", cache.context_planes(), cache.length, positions, led, tokens)
+        self.keep_pairs("key_value", cache.context_planes(), cache.length, positions, led, tokens)
 
     def read(
         self, cache: TreeCache, before: Tensor, tokens: Tensor, tree: Topology, begin: Tensor | None = None
@@ -147,13 +153,13 @@ class BoundContext:
     ) -> Tensor:  # fmt: skip
         """planes (B, Hkv, S, E): keys and values; begin (B,), positions (B, N), before (B, N, D), tokens (B, N),
         ancestors (N, W) -> x (B, N, D)."""
-        q, anchor = self._keep("qkv", planes, begin, positions, before, tokens)
+        q, anchor = self.keep_pairs("qkv", planes, begin, positions, before, tokens)
         q, scale = q.to(planes[0].dtype), self.sizes[2] ** -0.5
         rows = ops.tree_attention(q, *planes, begin, ancestors, scale, 0).flatten(2)
         state = before.to(anchor.dtype) + self._product(rows.to(anchor.dtype), "output")
         return state + silu(self._product(torch.cat([state, anchor], -1), "mixer") + self.bias)
 
-    def _keep(
+    def keep_pairs(
         self, weight: str, planes: tuple[Tensor, Tensor], begin: Tensor, positions: Tensor, before: Tensor,
         tokens: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip

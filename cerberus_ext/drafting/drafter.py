@@ -30,6 +30,11 @@ class Drafter:
     conditional: BoundConditional | None = None
     has_context: bool = False
 
+    @property
+    def bound(self) -> Drafter | None:
+        """What the heads were bound as, where this is the same for one text; None: it is gone."""
+        return self
+
     def draft(self, hidden: Tensor, pending: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
         """hidden (B, D), pending (B,) -> token ids (B, K, P) int64 and log-probabilities (B, K, P) float32, best first.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,8 @@ class HeadsDrafter(Drafter):
         self._shared = {
             tensor.data_ptr() for tensor in (*heads.parameters(), *heads.buffers(), lm_head, embeddings)
         }  # the memory of others: never written
+        self._of_text: tuple[ContextForward | None, HeadsDrafter] | None = None  # the latest
+        self._bound: weakref.ref[HeadsDrafter] | None = None  # what this is a copy of
 
     def _kept(self, weight: Tensor) -> Tensor:
         """What is read at every step."""
@@ -110,13 +113,23 @@ class HeadsDrafter(Drafter):
         ids, logprobs = ops.draft_topk(states, self.projection, drafts)
         return (ids if self.draft_vocab is None else self.draft_vocab.take(ids)), logprobs
 
+    @property
+    def bound(self) -> Drafter | None:
+        return self if self._bound is None else self._bound()
+
     def of_text(self, fused: ContextForward | None) -> HeadsDrafter:
-        """The same heads for one text, whose context layer `fused` runs; None: it runs op by op."""
-        drafter = copy(self)
-        if self.context is not None:
-            drafter.context = copy(self.context)
-            drafter.context.fused = fused
-        return drafter
+        """The same heads for one text, whose context layer `fused` runs; None: it runs op by op.
+
+        Of the same `fused` as before the same object: recordings know their steps by it.
+        """
+        if self._of_text is None or self._of_text[0] is not fused:
+            drafter = copy(self)
+            drafter._of_text, drafter._bound = None, weakref.ref(self)
+            if self.context is not None:
+                drafter.context = copy(self.context)
+                drafter.context.fused = fused
+            self._of_text = (fused, drafter)
+        return self._of_text[1]
 
     def propose_together(self, rows: Sequence[DraftRow], drafts: int) -> tuple[Tensor, Tensor]:
         if not self._in_eight_bits:
@@ -146,7 +159,7 @@ class HeadsDrafter(Drafter):
 
     def kept(self, cache: TreeCache) -> int:
         fused = None if self.context is None else self.context.fused
-        return cache.committed if fused is None else min(fused.known, cache.committed)
+        return cache.committed if fused is None else fused.kept(cache)
 
     def keep_nodes(self, cache: TreeCache, before: Tensor, hidden: Tensor, tokens: Tensor, tree: Topology) -> None:
         if self.context is not None:

@@ -61,7 +61,7 @@ class Recordings:
         serving = [(kept, drafter) for kept, drafter in self._heads if kept() is not None and kept() is not heads]
         self._heads = [*serving[-(_MAX_HEADS - 1) :], (weakref.ref(heads), new)]
         drafters = [NO_DRAFTER, *(drafter for _, drafter in self._heads)]
-        self._steps = {kind: step for kind, step in self._steps.items() if kind.drafter in drafters}
+        self._steps = {kind: step for kind, step in self._steps.items() if kind.drafter.bound in drafters}
         return new
 
     def use(self, fused: StepForward | None) -> None:

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..drafting.context_layer import BoundContext
+from ..drafting.context_layer import BoundContext, ContextForward
 from ..drafting.drafter import NO_DRAFTER, Drafter
 from ..drafting.heads_drafter import HeadsDrafter
 from ..target.model import TargetModel
 from .capability import Capability, examine
 from .fused.context import ContextProgram, FusedContext
+from .fused.device_context import DeviceContext
 from .fused.proof import check_fused
-from .fused.step import FusedStep, versions
+from .fused.step import FusedStep, records_fused, versions
 from .fused.trace import NotFused
 from .past import Past
 from .recorder import RECORDERS, Unrecordable
@@ -52,7 +53,8 @@ class Runtime:
         self.weights: Any = None  # versions of its tensors when the latest text began
         self._fused: tuple[Any, FusedStep] | None = None
         self._not_fused: tuple[Any, str] | None = None  # why there is none; it is not tried again
-        self._fused_context: tuple[BoundContext, ContextProgram | None] | None = None  # of the latest heads
+        # The program of a context layer, as long as heads with it are bound: recordings replay it. None: there is none.
+        self._contexts: weakref.WeakKeyDictionary[BoundContext, Any] = weakref.WeakKeyDictionary()
         self.trials = 0  # which have written over a cache
         self.pasts: list[Past] = []  # of the latest texts
         self._recordings: Recordings | None = None
@@ -128,9 +130,8 @@ class Runtime:
         recordings: those that are going to record them, or None.
         """
         fused = self._fused_for(target, prompt, pack, stats, recordings)
-        if isinstance(drafter, HeadsDrafter) and drafter.context is not None and not fused.recordable:
-            program = self._context_for(drafter.context, target, prompt)
-            drafter = drafter.of_text(None if program is None else FusedContext(program))
+        if isinstance(drafter, HeadsDrafter) and drafter.context is not None:
+            drafter = drafter.of_text(self._context_for(drafter.context, target, prompt))
         target.fused = fused
         return drafter
 
@@ -163,15 +164,17 @@ class Runtime:
         self._fused[1].prepare(target.cache)
         return self._fused[1]
 
-    def _context_for(self, context: BoundContext, target: TargetModel, prompt: Tensor) -> ContextProgram | None:
-        """The same for a context layer; None: it runs op by op. Raises as `TargetModel.prefill_all`."""
-        if self._fused_context is None or self._fused_context[0] is not context:
+    def _context_for(self, context: BoundContext, target: TargetModel, prompt: Tensor) -> ContextForward | None:
+        """The same for a context layer of one text; None: it runs op by op. Raises as `TargetModel.prefill_all`."""
+        if context not in self._contexts:
             with self._trial(target):
                 target.prefill_all(prompt[:, :1])
-            self._fused_context = (context, None)
+            self._contexts[context] = None
             with suppress(NotFused):
-                self._fused_context = (context, ContextProgram(context, target.cache))
-        return self._fused_context[1]
+                make: Any = DeviceContext if records_fused(target.model.device) else ContextProgram
+                self._contexts[context] = make(context, target.cache)
+        found: ContextProgram | DeviceContext | None = self._contexts[context]
+        return FusedContext(found) if isinstance(found, ContextProgram) else found
 
     @contextmanager
     def _trial(self, target: TargetModel) -> Iterator[None]:
@@ -213,7 +216,8 @@ class Runtime:
 
         After this, a model of which a step could not be recorded or fused is tried again.
         """
-        self._recordings = self._failure = self._fused = self._not_fused = self._bound = self._fused_context = None
+        self._recordings = self._failure = self._fused = self._not_fused = self._bound = None
+        self._contexts.clear()
         self.pasts.clear()
 
 

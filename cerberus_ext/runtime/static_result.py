@@ -1,4 +1,4 @@
-"""What the host gets of a step over static tensors.
+"""What the heads draft in a step over static tensors, and what the host gets of it.
 
 Letters: B rows (1 so far), N nodes, K heads, P drafts per head.
 """
@@ -24,6 +24,25 @@ class Read(NamedTuple):
     drafts: tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32] | None] | None
 
 
+class StaticDrafts:
+    """The heads' drafts for one step: ids, logprobs (B, K, P) int64, float32.
+
+    bits (B, 3 K P) int32: both, one behind the other.
+    """
+
+    def __init__(self, batch: int, heads: int, drafts: int, device: torch.device) -> None:
+        count, shape = heads * drafts, (heads, drafts)
+        memory = torch.zeros((batch, count + -(-count // 2)), dtype=torch.int64, device=device)
+        self.ids = memory[:, :count].unflatten(1, shape)
+        self.logprobs = memory[:, count:].view(torch.float32)[:, :count].unflatten(1, shape)
+        self.bits = memory.view(torch.int32)[:, : 3 * count]
+
+    def put(self, ids: Tensor, logprobs: Tensor) -> None:
+        """ids, logprobs (B, K, P): one copy of both."""
+        parts = [part.flatten(1).view(torch.int32) for part in (ids.long(), logprobs.float())]
+        torch.cat(parts, 1, out=self.bits)
+
+
 class StaticResult:
     """What the host gets of a step: one buffer, and its twin on the host.
 
@@ -41,7 +60,7 @@ class StaticResult:
         pairs = (heads - 1) * drafts * drafts if conditional else 0
         self._shapes = (heads, drafts), (heads - 1, drafts, drafts)
         self._drafted = heads * drafts
-        floats = 1 + self._drafted + pairs  # two in the place of an int64
+        floats = self._drafted + pairs + 1  # two in the place of an int64
         columns = 2 * nodes + self._drafted + -(-floats // 2)
         self._conditional = conditional and shape is not None
         self.buffer = torch.zeros((batch, columns), dtype=torch.int64, device=device)
@@ -49,6 +68,15 @@ class StaticResult:
         self.target, self.path, self.entropy, self.ids, self.logprobs, self.after = self._parts(self.buffer)
         self._on_host = self._parts(self.host)
         self.path[:, 1:] = -1
+        self._bits = self.buffer[:, 2 * nodes :].view(torch.int32)[:, : 2 * self._drafted + floats]
+
+    def put(self, entropy: Tensor, drafts: StaticDrafts | None = None, after: Tensor | None = None) -> None:
+        """entropy (B,), drafts and after as they are in this result: one copy of all."""
+        if drafts is None:
+            self.entropy.copy_(entropy)
+            return
+        parts = [drafts.bits, *([] if after is None else [after.flatten(1).view(torch.int32)])]
+        torch.cat([*parts, entropy[:, None].view(torch.int32)], 1, out=self._bits)
 
     def read(self) -> Read:
         """After the buffer was copied to `host`."""
@@ -67,6 +95,7 @@ class StaticResult:
         if not count:
             return target, path, floats[:, 0], None, None, None
         each, pairs = self._shapes
-        logprobs, last = floats[:, 1 : 1 + count].unflatten(1, each), floats[:, 1 + count :]
-        after = last[:, : math.prod(pairs)].unflatten(1, pairs) if self._conditional else None
-        return target, path, floats[:, 0], ids.unflatten(1, each), logprobs, after
+        weighed = math.prod(pairs) if self._conditional else 0
+        logprobs, last, entropy = floats[:, : count + weighed + 1].split([count, weighed, 1], 1)
+        after = last.unflatten(1, pairs) if self._conditional else None
+        return target, path, entropy[:, 0], ids.unflatten(1, each), logprobs.unflatten(1, each), after

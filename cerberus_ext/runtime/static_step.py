@@ -27,7 +27,7 @@ from ..ops.step import settle
 from ..target.cache import TreeCache
 from ..target.model import TargetModel
 from .sampling import Chooser, RecordedChoosers
-from .static_result import StaticResult
+from .static_result import StaticDrafts, StaticResult
 
 
 class StaticState(NamedTuple):
@@ -35,19 +35,6 @@ class StaticState(NamedTuple):
 
     hidden: Tensor  # (B, D): what the pending token was chosen from
     pending: Tensor  # (B,) int64: chosen, not yet in the cache
-
-
-class StaticDrafts:
-    """The heads' drafts for one step."""
-
-    def __init__(self, batch: int, heads: int, drafts: int, device: torch.device) -> None:
-        self.ids = torch.zeros((batch, heads, drafts), dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros((batch, heads, drafts), dtype=torch.float32, device=device)
-
-    def put(self, ids: Tensor, logprobs: Tensor) -> None:
-        """ids, logprobs (B, K, P)"""
-        self.ids.copy_(ids)
-        self.logprobs.copy_(logprobs)
 
 
 class StaticNodes:
@@ -213,16 +200,16 @@ def end_step(
     kind.drafter.keep_nodes(cache, state.hidden, hidden, inputs.known, nodes)
     _settle(kind, cache, nodes, inputs.tokens, hidden, target, state, result)
     kind.drafter.keep_path(hidden, inputs.known, result.path)
-    result.entropy.copy_(ops.hidden_entropy(state.hidden))
-    if kind.shape is not None and kind.drafting is Drafting.AFTER:
-        assert result.ids is not None and result.logprobs is not None
-        drafts = memory.drafts(kind.shape)
-        drafts.put(*kind.drafter.propose(cache, state.hidden, state.pending, drafts.ids.shape[2]))
-        result.ids.copy_(drafts.ids)
-        result.logprobs.copy_(drafts.logprobs)
-        if result.after is not None:
-            assert kind.drafter.conditional is not None
-            result.after.copy_(kind.drafter.conditional.rerank(drafts.ids, drafts.logprobs))
+    entropy = ops.hidden_entropy(state.hidden)
+    if kind.shape is None or kind.drafting is not Drafting.AFTER:
+        return result.put(entropy)
+    drafts = memory.drafts(kind.shape)
+    drafts.put(*kind.drafter.propose(cache, state.hidden, state.pending, drafts.ids.shape[2]))
+    after = None
+    if kind.conditional:
+        assert kind.drafter.conditional is not None
+        after = kind.drafter.conditional.rerank(drafts.ids, drafts.logprobs)
+    result.put(entropy, drafts, after)
 
 
 def _settle(

@@ -1,8 +1,9 @@
 // write_cache: node i's keys and values go to slot length + i of their row.
 //
-// A thread moves one unit, 16 bytes where alignment allows. Threads run over the new keys, then over the new
-// values, in the order in which they lie in memory: reads are contiguous, writes are contiguous for each node
-// and head.
+// A thread moves one unit, 16 bytes where alignment allows; a block has units of one row's keys, or of its
+// values, in the order in which the new ones lie in memory: reads are contiguous, writes are contiguous for
+// each node and head. Within a row places fit into 32 bits, in which a division takes a fifth of what it
+// takes in 64.
 #include "args.h"
 #include "copy.cuh"
 #include "kernels.h"
@@ -13,25 +14,27 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// Blocks come by row, first those of the keys: `blocks_of_row` for each.
 template <typename Unit>
-__global__ void __launch_bounds__(kThreads) write_cache_kernel(const WriteCacheArgs a) {
+__global__ void __launch_bounds__(kThreads)
+    write_cache_kernel(const WriteCacheArgs a, unsigned units, unsigned blocks_of_row) {
   wait_for_previous_launch();
   allow_next_launch();
-  const int64_t units =
-      a.head_size * a.element_bytes / static_cast<int64_t>(sizeof(Unit));  // of one node and head
-  const int64_t count = a.rows * a.nodes * a.kv_heads * units;             // of keys or of values
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= 2 * count) return;
-  const bool is_key = i < count;
-  const int64_t from = is_key ? i : i - count;
+  const unsigned owner = blockIdx.x / blocks_of_row, rows = static_cast<unsigned>(a.rows);
+  const unsigned heads = static_cast<unsigned>(a.kv_heads);
+  const unsigned count = static_cast<unsigned>(a.nodes) * heads * units;  // of one row
+  const unsigned i = (blockIdx.x - owner * blocks_of_row) * kThreads + threadIdx.x;
+  if (i >= count) return;
+  const bool is_key = owner < rows;
+  const int64_t row = is_key ? owner : owner - rows;
 
-  const int64_t unit = from % units, head = from / units % a.kv_heads;
-  const int64_t node = from / units / a.kv_heads % a.nodes, row = from / units / a.kv_heads / a.nodes;
+  const unsigned node_and_head = i / units, node = node_and_head / heads;
+  const unsigned unit = i - node_and_head * units, head = node_and_head - node * heads;
   const int64_t slot = a.length[row] + node;
   if (slot < 0 || slot >= a.capacity) return;
-  const int64_t to = ((row * a.kv_heads + head) * a.capacity + slot) * units + unit;
+  const int64_t to = ((row * heads + head) * a.capacity + slot) * units + unit;
   static_cast<Unit*>(is_key ? a.keys : a.values)[to] =
-      static_cast<const Unit*>(is_key ? a.new_keys : a.new_values)[from];
+      static_cast<const Unit*>(is_key ? a.new_keys : a.new_values)[row * count + i];
 }
 
 }  // namespace
@@ -41,10 +44,12 @@ cudaError_t write_cache_cuda(const WriteCacheArgs& a, cudaStream_t stream) {
       a.element_bytes, a.head_size,
       [&](auto unit) {
         using Unit = decltype(unit);
-        if (a.nodes == 0 || a.kv_heads == 0 || a.head_size == 0) return cudaSuccess;
-        const int64_t count =
-            2 * a.rows * a.nodes * a.kv_heads * a.head_size * a.element_bytes / sizeof(Unit);
-        return launch(write_cache_kernel<Unit>, overlapping(divide_up(count, kThreads), kThreads), stream, a);
+        if (a.rows == 0 || a.nodes == 0 || a.kv_heads == 0 || a.head_size == 0) return cudaSuccess;
+        const int64_t units = a.head_size * a.element_bytes / static_cast<int64_t>(sizeof(Unit));
+        if (a.nodes * a.kv_heads * units > INT32_MAX) return cudaErrorInvalidConfiguration;
+        const int64_t blocks = divide_up(a.nodes * a.kv_heads * units, kThreads);
+        return launch(write_cache_kernel<Unit>, overlapping(2 * a.rows * blocks, kThreads), stream, a,
+                      static_cast<unsigned>(units), static_cast<unsigned>(blocks));
       },
       a.keys, a.values, a.new_keys, a.new_values);
 }

@@ -25,6 +25,7 @@ from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate
 from cerberus_ext.drafting.heads_drafter import HeadsDrafter
 from cerberus_ext.drafting.static_policy import StaticPolicy
+from cerberus_ext.drafting.tree import ALONE
 from cerberus_ext.engine.decode import decode
 from cerberus_ext.runtime.fused.context import ContextProgram, FusedContext
 from cerberus_ext.runtime.runtime import runtime_of
@@ -175,7 +176,8 @@ def test_pairs_that_waited_are_those_of_one_pass(dtype: torch.dtype, waiting: in
             plane.zero_()
         fused = FusedContext(ContextProgram(context, base.cache))
         if waiting:
-            fused.keep_pending(states[0, :1], tokens[0, :1])
+            root = ALONE.on(tokens.device)
+            fused.keep_nodes(base.cache, states[0, :1], states[:, 1:2], tokens[:, :1], root)
             fused.keep_path(states[0, 1:], tokens[0], torch.tensor([*range(waiting), -1, -1]))
         base.cache.length += waiting
         read = [fused.read(base.cache, states[0, -1:], tokens[0, -1:]) for _ in range(2)]

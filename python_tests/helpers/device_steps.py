@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
 from cerberus_ext.ops.device_step import DeviceStep
 from cerberus_ext.ops.step import NativeStep
+from cerberus_ext.runtime.fused.step import NATIVE
 
 
 class EmulatedStep(DeviceStep):
@@ -16,6 +18,12 @@ class EmulatedStep(DeviceStep):
 
     def __init__(self, tensors: Sequence[Tensor], code: Tensor) -> None:
         super().__init__(tensors, code, torch.ops.cerberus_simt)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, fused steps on a CPU are launches of emulated kernels."""
+    monkeypatch.setitem(NATIVE, "cpu", EmulatedStep)
 
 
 def launches() -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tape import CaptureError, check_capturable
+from tape import CaptureError, Tape, check_capturable
 from tiny_models import VOCAB, generated, prompt, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,6 +20,7 @@ from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.runtime.sampling import Sampling
 from cerberus_ext.runtime.static_step import (
     Drafting,
+    StaticDrafts,
     StaticNodes,
     StaticResult,
     StepKind,
@@ -124,6 +125,25 @@ def test_result_on_the_host() -> None:
     assert StaticResult(1, 1, None, True, CPU).read().drafts is None, "where nothing is drafted, nothing is weighed"
     _, _, nothing = StaticResult(1, 4, (2, 3), False, CPU).read().drafts or (None, None, 1)
     assert nothing is None
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_what_was_drafted_is_put_into_the_result_at_once(conditional: bool) -> None:
+    """To the bit, in three copies: of drafts into theirs, of all into the result, to the host."""
+    result, drafts = StaticResult(1, 4, (3, 3), conditional, CPU), StaticDrafts(1, 3, 3, CPU)
+    ids, logprobs = 2**40 + torch.arange(9).view(1, 3, 3), torch.randn(1, 3, 3)
+    logprobs[0, 2, 1:] = torch.tensor([-torch.inf, torch.nan])
+    after, given = torch.randn(1, 2, 3, 3) if conditional else None, torch.tensor([1.5])
+    with Tape() as tape:
+        drafts.put(ids, logprobs)
+        result.put(given, drafts, after)
+        result.host.copy_(result.buffer)
+    assert [call[0].name() for call in tape.operations] == ["aten::cat.out", "aten::cat.out", "aten::copy_"]
+    _, _, entropy, found = result.read()
+    assert entropy == 1.5 and found is not None and found[0].tolist() == ids[0].tolist() == drafts.ids[0].tolist()
+    for got in (torch.from_numpy(found[1])[None], drafts.logprobs):
+        assert got.view(torch.int32).equal(logprobs.view(torch.int32))
+    assert (found[2] is None) if after is None else np.array_equal(found[2], after[0].numpy())
 
 
 def test_tokens_from_another_source() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_paths import path_to
 from batches import NEW, equal, prompts, texts_of
-from device_steps import EmulatedStep, launches
+from device_steps import EmulatedStep, device, launches
 from fused_steps import every_call_seen
 from op_cases import assert_same_bits
 from stand_ins import OracleHeads
@@ -30,14 +30,8 @@ from cerberus_ext.runtime.fused.trace import NotFused
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "gemma3_text", "gpt_neox", "gpt2", "phi3", "mixtral", "qwen3_moe"]
 BUSH = tree_of_ranks([-1, 0, 0, 1, 1, 2, 3, 6, 0, 8, 5], [0] * 11)
 TREES = {"root": StaticPolicy.chain(0).tree, "bush": BUSH}
-__all__ = ["recorders"]
+__all__ = ["device", "recorders"]
 pytestmark = pytest.mark.usefixtures("simt")
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on, fused steps on a CPU are launches of emulated kernels."""
-    monkeypatch.setitem(NATIVE, "cpu", EmulatedStep)
 
 
 def step(model: Any, tree: Tree, tokens: Tensor) -> tuple[list[Tensor], int]:

@@ -1,4 +1,4 @@
-"""A context layer as a program: a ContextForward, see drafting/context_layer.py, which has the formulas."""
+"""A context layer as a program: on a CPU a ContextForward, see drafting/context_layer.py, which has the formulas."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ...drafting.context_layer import ContextForward
 from ...ops.step import NativeStep
+from ...target.row_invariant import ELEMENTWISE, PRODUCTS, RowInvariant
 from ...target.step_row import chain_ancestors
 from .lower import lower
 from .program import Product, encode
@@ -16,9 +19,11 @@ from .step import joined, table_positions
 from .trace import NotFused, Trace, Tracing, uninterrupted
 
 _MOST_ROWS = 64  # of a run: so many have ancestors of one word
+_STAND_INS = PRODUCTS | {F.silu: ELEMENTWISE[F.silu]}  # for torch's ops that the layer calls where it is not on a CPU
 
 if TYPE_CHECKING:
     from ...drafting.context_layer import BoundContext
+    from ...target.attention import Topology
     from ...target.cache import TreeCache
 
 
@@ -27,10 +32,7 @@ class ContextProgram:
 
     def __init__(self, context: BoundContext, cache: TreeCache) -> None:
         """cache: after the prompt. Raises NotFused."""
-        assert cache.tensor is not None
-        if len(cache.length) != 1 or any(tensor.dtype != cache.tensor.dtype for tensor in context.tensors.values()):
-            raise NotFused("there is one for texts of their own, in the cache's dtype")
-        self._trace = _trace(context, cache)
+        self._trace = trace_context(context, cache)
         assert context.packed is not None  # on a CPU
         self._packed = {context.tensors[name].data_ptr(): context.packed[name] for name in ("qkv", "output", "mixer")}
         self._make(cache, table_positions(cache, 1))
@@ -92,7 +94,7 @@ class Pairs(NamedTuple):
         return Pairs(self.cache, self.states[here], self.tokens[here], self.left - begin)
 
 
-class FusedContext:
+class FusedContext(ContextForward):
     """The context layer of one text.
 
     Pairs of tokens that are kept wait until the heads ask again: all of them then take one run, and none is made for a
@@ -100,9 +102,12 @@ class FusedContext:
     """
 
     def __init__(self, program: ContextProgram) -> None:
-        self.known = 0
+        self._known = 0  # of so many tokens the pairs are in the cache
         self._program = program
         self._begin()
+
+    def keep_prompt(self, cache: TreeCache) -> None:
+        self._known = cache.committed
 
     def _begin(self) -> None:
         """All pairs that are kept are in the cache."""
@@ -110,10 +115,11 @@ class FusedContext:
         self._tokens: list[Tensor] = []  # (A,) each, behind which the pending token comes
         self._knows_pending = False  # whether its pair is in the cache already
 
-    def keep_pending(self, before: Tensor, pending: Tensor) -> None:
+    def keep_nodes(self, cache: TreeCache, before: Tensor, hidden: Tensor, tokens: Tensor, tree: Topology) -> None:
+        """The pending token is about to be verified: it stays. Of the others `keep_path` tells."""
         if not self._knows_pending:
             self._states.append(before.clone())
-            self._tokens.append(pending.clone())
+            self._tokens.append(tokens[0, :1].clone())
 
     def keep_path(self, hidden: Tensor, tokens: Tensor, path: Tensor) -> None:
         self._knows_pending = False
@@ -121,6 +127,9 @@ class FusedContext:
         if accepted > 1:
             self._states.append(hidden.index_select(0, path[: accepted - 1]))
             self._tokens.append(tokens.index_select(0, path[1:accepted]))
+
+    def kept(self, cache: TreeCache) -> int:
+        return min(self._known, cache.committed)
 
     def read(self, cache: TreeCache, before: Tensor, pending: Tensor) -> Tensor:
         return self.read_together([(self, cache, before, pending)])
@@ -133,17 +142,24 @@ class FusedContext:
         tokens = joined([*self._tokens, pending])
         pairs = Pairs(cache, joined([*self._states, before]), tokens, len(tokens))
         self._begin()
-        self._knows_pending, self.known = True, cache.committed + 1
+        self._knows_pending, self._known = True, cache.committed + 1
         return pairs
 
 
 @uninterrupted()
-def _trace(context: BoundContext, cache: TreeCache) -> Trace:
+def trace_context(context: BoundContext, cache: TreeCache, keeps: bool = False) -> Trace:
+    """Of the layer; keeps: of its beginning alone, which puts pairs into the cache, and makes their anchors.
+
+    cache: in use. Raises NotFused.
+    """
+    assert cache.tensor is not None
+    if len(cache.length) != 1 or any(tensor.dtype != cache.tensor.dtype for tensor in context.tensors.values()):
+        raise NotFused("there is one for texts of their own, in the cache's dtype")
     tracing = Tracing(context.tensors.items(), cache, 1)
     before = tracing.input(*tracing.tokens.shape, len(context.bias), dtype=context.bias.dtype)
     keys, values = tracing.planes
-    with tracing.recording():
-        rows = context.like(tracing.fakes).compute(
-            (keys, values), tracing.length, tracing.positions, before, tracing.tokens, tracing.ancestors
-        )
+    pairs = (keys, values), tracing.length, tracing.positions, before, tracing.tokens
+    with tracing.recording(), RowInvariant(_STAND_INS):
+        layer = context.like(tracing.fakes)
+        rows = layer.keep_pairs("key_value", *pairs)[1] if keeps else layer.compute(*pairs, tracing.ancestors)
     return tracing.trace(before, rows, given=True)

@@ -230,11 +230,16 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def evaluate(call: Call, values: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
-    """The outputs of the call on real tensors, by number in `values`."""
+    """The outputs of the call on real tensors, by number in `values`.
+
+    Ops of ours are the CPU's in a trace of every device: such a call is made there.
+    """
+    ours = call.op.namespace == "cerberus_ext"
+    device = values[refs(call)[0]].device if ours else None
 
     def real(value: Any) -> Any:
         if isinstance(value, Ref):
-            return values[value.number]
+            return values[value.number].cpu() if ours else values[value.number]
         if isinstance(value, tuple):
             return list(map(real, value))
         return value
@@ -242,7 +247,8 @@ def evaluate(call: Call, values: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
     op: Callable[..., Any] = call.op
     out = op(*map(real, call.args), **{name: real(value) for name, value in call.kwargs.items()})
     outputs = out if isinstance(out, (tuple, list)) else (out,)
-    return tuple(value for value in outputs if isinstance(value, Tensor))
+    made = (value for value in outputs if isinstance(value, Tensor))
+    return tuple(value.to(device) for value in made) if ours else tuple(made)
 
 
 def refs(call: Call) -> list[int]:

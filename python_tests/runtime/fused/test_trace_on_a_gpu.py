@@ -8,14 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from context_stand_ins import heads_for
 from fused_steps import every_call_seen
 from tiny_families import tiny_family
-from tiny_models import prompt
+from tiny_models import prompt, tiny_model
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cerberus_ext.runtime.fused import trace
-from cerberus_ext.runtime.fused.trace import Trace, trace_step
+from cerberus_ext.runtime.fused import context, trace
+from cerberus_ext.runtime.fused.context import trace_context
+from cerberus_ext.runtime.fused.lower import lower
+from cerberus_ext.runtime.fused.program import Rows
+from cerberus_ext.runtime.fused.trace import Call, Ref, Trace, evaluate, trace_step
+from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.target.experts import experts_switch
 
 ELSEWHERE = torch.device("meta")
@@ -61,3 +66,40 @@ def test_is_the_trace_of_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     ours = {str(call.op) for call in there.calls if call.op.namespace == "cerberus_ext"}
     assert {"cerberus_ext.linear.default", "cerberus_ext.tree_attention.default"} <= ours
     assert ("cerberus_ext.grouped_linear.default" in ours) == (name in ("mixtral", "qwen3_moe"))
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_context_layer_is_the_program_of_the_cpu(keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    drafter: Any = heads_for(model).bind(model)
+    found = []
+    with torch.inference_mode(), runtime_of(model).target(64, context=True) as target:
+        target.prefill(prompt())
+        for tracing in (trace.Tracing, _Elsewhere):
+            monkeypatch.setattr(context, "Tracing", tracing)
+            traced = trace_context(drafter.context, target.cache, keeps)
+            program = lower(traced, torch.float32, 2, 8, False, 300)
+            stages = [
+                [one.op for one in stage.instructions] if isinstance(stage, Rows) else type(stage)
+                for stage in program.stages
+            ]
+            found.append((traced.device, stages))
+    (here, ours), (there, theirs) = found
+    assert (here, there) == (torch.device("cpu"), ELSEWHERE)
+    assert ours == theirs and len(ours) == (3 if keeps else 8)
+
+
+def test_ops_that_only_a_cpu_has_are_called_there() -> None:
+    """A table of positions, or a constant, is made of them on the way to a GPU."""
+    given = []
+
+    class Op:
+        namespace = "cerberus_ext"
+
+        def __call__(self, input: Tensor, kind: str) -> Tensor:
+            given.append(input.device.type)
+            return input * 2
+
+    with FakeTensorMode():
+        (made,) = evaluate(Call(Op(), (Ref(0), "cos"), {}, (1,)), {0: torch.empty(3, device="cuda:0")})
+    assert given == ["cpu"] and made.device.type == "cuda"
