@@ -19,9 +19,10 @@ from ..drafting.heads_drafter import HeadsDrafter
 from ..target.model import TargetModel
 from .capability import Capability, examine
 from .fused.context import ContextProgram, FusedContext
-from .fused.proof import check_fused
-from .fused.step import FusedStep, versions
+from .fused.proof import StepProof
+from .fused.step import FusedStep, records_fused, versions
 from .fused.trace import NotFused
+from .mapped import give_back, one_by_one
 from .past import Past
 from .recorder import RECORDERS, Unrecordable
 from .recordings import Recordings
@@ -76,7 +77,9 @@ class Runtime:
         self._memory = memory_of(model)
         key = (self._memory, hooks_of(model), torch.get_num_threads(), model.dtype)
         if self._capability is None or self._capability[0] != key:
+            give_back(model)  # of what loading and looking at it has brought there
             self._capability = (key, examine(model))
+            give_back(model)
         return self._capability[1]
 
     def target(self, capacity: int, **options: Any) -> TargetModel:
@@ -114,6 +117,7 @@ class Runtime:
             drafter = self._bound[2]
         else:
             drafter = heads.bind(model)  # also where they are not asked: they have to fit
+            give_back(model)
             self._bound = None if key is None else (weakref.ref(heads), key, drafter)
         if not isinstance(drafter, Drafter):
             raise TypeError(f"decode: heads.bind must return a Drafter, got {type(drafter).__name__}")
@@ -127,11 +131,12 @@ class Runtime:
 
         recordings: those that are going to record them, or None.
         """
-        fused = self._fused_for(target, prompt, pack, stats, recordings)
-        if isinstance(drafter, HeadsDrafter) and drafter.context is not None and not fused.recordable:
+        records = records_fused(self.model.device)
+        if isinstance(drafter, HeadsDrafter) and drafter.context is not None and not records:
+            # First: it runs the model op by op, whose weights need not be in memory beside those of the fused step.
             program = self._context_for(drafter.context, target, prompt)
             drafter = drafter.of_text(None if program is None else FusedContext(program))
-        target.fused = fused
+        target.fused = self._fused_for(target, prompt, pack, stats, recordings)
         return drafter
 
     def _fused_for(
@@ -149,9 +154,11 @@ class Runtime:
             try:
                 with self._trial(target):
                     # A step behind them has to have a position, or a prompt that takes all would leave none fused.
-                    target.prefill(prompt[:, : max(1, min(_TRIED, target.max_positions - 1))])
+                    with one_by_one(model):
+                        target.prefill(prompt[:, : max(1, min(_TRIED, target.max_positions - 1))])
+                        proof = StepProof(target)
                     fused = FusedStep(target, pack)
-                    check_fused(target, fused)
+                    proof.check(fused)
             except NotFused as error:
                 self._not_fused = (key, str(error))
                 raise
@@ -166,7 +173,7 @@ class Runtime:
     def _context_for(self, context: BoundContext, target: TargetModel, prompt: Tensor) -> ContextProgram | None:
         """The same for a context layer; None: it runs op by op. Raises as `TargetModel.prefill_all`."""
         if self._fused_context is None or self._fused_context[0] is not context:
-            with self._trial(target):
+            with self._trial(target), one_by_one(self.model):
                 target.prefill_all(prompt[:, :1])
             self._fused_context = (context, None)
             with suppress(NotFused):
