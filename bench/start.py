@@ -38,7 +38,7 @@ def start(arguments: list[str]) -> tuple[float, float]:
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+        raise RuntimeError(f"{' '.join([*command, *arguments])} ended with {process.returncode}")
     return seconds, used.ru_maxrss / 1024
 
 
@@ -71,20 +71,21 @@ def parts(arguments: list[str]) -> dict[str, dict[str, float]]:
     import torch  # noqa: F401
 
     done.end("import torch")
-    from cerberus_ext.cli.shared import load_heads, load_target
+    from cerberus_ext.cli.shared import load_heads, load_target, uncollected
 
     done.end("import cerberus_ext")
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    with uncollected():
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
-    from cerberus_ext import Decoder
-    from cerberus_ext.engine import checks  # noqa: F401
-    from cerberus_ext.io.prompts import encode_chat
+        from cerberus_ext import Decoder
+        from cerberus_ext.engine import checks  # noqa: F401
+        from cerberus_ext.io.prompts import encode_chat
 
-    done.end("import transformers")
-    model, tokenizer = load_target(given.model, None, None, None)
-    done.end("load the model")
-    heads = None if given.heads == "none" else load_heads(given.heads, model)
-    done.end("load the heads")
+        done.end("import transformers")
+        model, tokenizer = load_target(given.model, None, None, None)
+        done.end("load the model")
+        heads = None if given.heads == "none" else load_heads(given.heads, model)
+        done.end("load the heads")
     from cerberus_ext.runtime.runtime import runtime_of
 
     decoder = Decoder(model, heads)

@@ -76,8 +76,7 @@ def generate(
     with uncollected():
         from transformers import TextStreamer
 
-        from ..engine.decode import decode
-        from ..engine.decoder import Decoder
+        from .. import Decoder, decode
         from ..io.prompts import encode_chat
 
         target, tokenizer, trained = load_any(*loading, quantize)

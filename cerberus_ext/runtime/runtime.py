@@ -117,8 +117,9 @@ class Runtime:
             drafter = self._bound[2]
         else:
             drafter = heads.bind(model)  # also where they are not asked: they have to fit
-            give_back(model)
             self._bound = None if key is None else (weakref.ref(heads), key, drafter)
+            if key is not None:
+                give_back(model)  # a drafter has copies of what it reads at every step
         if not isinstance(drafter, Drafter):
             raise TypeError(f"decode: heads.bind must return a Drafter, got {type(drafter).__name__}")
         return drafter if drafts.drafts else NO_DRAFTER
