@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "cpu/cpu.h"
+#include "cpu/mapped.h"
 #include "cpu/team.h"
 #include "step/step.h"
 
@@ -277,6 +278,15 @@ void prefer_large_pages(Tensor memory) {
   prefer_large_pages_cpu(memory.mutable_data_ptr(), memory.numel() * memory.element_size());
 }
 
+int64_t release_mapped(Tensor memory) {
+  Check check("release_mapped");
+  plain_on_cpu(check, memory, "memory");
+  const int64_t bytes = memory.numel() * static_cast<int64_t>(memory.element_size());
+  return release_mapped_cpu(const_cast<void*>(memory.const_data_ptr()), bytes);
+}
+
+void trim_heap() { trim_heap_cpu(); }
+
 }  // namespace
 }  // namespace cerberus
 
@@ -293,6 +303,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cerberus_ext, m) {
   m.def("block_bytes(Tensor weight, int rows, int bits) -> int");
   m.def("pack_blocks(Tensor[] weights, Tensor(a!) packed) -> bool");
   m.def("prefer_large_pages(Tensor(a!) memory) -> ()");
+  m.def("release_mapped(Tensor memory) -> int");
+  m.def("trim_heap() -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CompositeExplicitAutograd, m) {
@@ -305,4 +317,6 @@ STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CompositeExplicitAutograd, m) {
   m.impl("block_bytes", TORCH_BOX(&cerberus::block_bytes));
   m.impl("pack_blocks", TORCH_BOX(&cerberus::pack_blocks));
   m.impl("prefer_large_pages", TORCH_BOX(&cerberus::prefer_large_pages));
+  m.impl("release_mapped", TORCH_BOX(&cerberus::release_mapped));
+  m.impl("trim_heap", TORCH_BOX(&cerberus::trim_heap));
 }

@@ -15,7 +15,7 @@ from .drafts import show_drafts
 from .failures import fail
 from .many import File, Output, Raw, Slots, answer_file
 from .on_ray import Ray, Replicas
-from .shared import Device, DTypeName, HeadsOrNone, Model, Quantize, Threads, load_any
+from .shared import Device, DTypeName, HeadsOrNone, Model, Quantize, Threads, load_any, uncollected
 
 if TYPE_CHECKING:
     import torch
@@ -73,13 +73,13 @@ def generate(
         options |= {"max_new_tokens": max_new_tokens, "raw": raw}
         return answer_file(file, output, ray, replicas, slots, loading, **options)
     text = _read_prompt(prompt)
-    from transformers import TextStreamer
+    with uncollected():
+        from transformers import TextStreamer
 
-    from ..engine.decode import decode
-    from ..engine.decoder import Decoder
-    from ..io.prompts import encode_chat
+        from .. import Decoder, decode
+        from ..io.prompts import encode_chat
 
-    target, tokenizer, trained = load_any(*loading, quantize)
+        target, tokenizer, trained = load_any(*loading, quantize)
     ids = (tokenizer(text, return_tensors="pt").input_ids if raw else encode_chat(tokenizer, [text])).to(target.device)
     if show:
         stats = show_drafts(Decoder(target, trained, **options), tokenizer, ids, max_new_tokens)

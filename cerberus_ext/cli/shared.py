@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Annotated, get_type_hints
 
@@ -64,6 +66,20 @@ def options_of(kind: type) -> Callable[[Callable[..., None]], Callable[..., None
         return command
 
     return with_options
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """For imports and loading, whose results stay: Python does not look through them for what nobody needs any more,
+    neither then nor later. That is half a second of a start."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if before:
+            gc.enable()
 
 
 def begin(threads: int | None) -> None:
@@ -142,7 +158,7 @@ def load_target(
 
     begin(threads)
     torch_dtype, device = dtype_of(dtype), device_of(device)
-    with option("--model"):
+    with option("--model"), uncollected():
         return load_default_model(torch_dtype, device) if model is None else load_model(model, torch_dtype, device)
 
 
@@ -168,5 +184,5 @@ def load_heads(name: str | None, target: PreTrainedModel, option_name: str = "--
             # Trained on the Q4_1 weights of the same model. They fit the original nearly as well, and what is generated
             # never depends on them.
             heads.config.lm_head_fingerprint = None
-        heads.bind(target)
+        heads.check_fit(target)
         return heads

@@ -86,10 +86,14 @@ class CerberusHeads(
 
         Neither the heads nor the model change. The drafter works in the heads' dtype on the model's device;
         the LM head is copied only as far as draft_vocab, dtype or device make it necessary.
-        Raises ValueError, naming the number that differs, when hidden size, vocabulary or LM head are other
-        ones than the heads were trained for; `check_fingerprint=False` lets another LM head of the same shape
-        pass.
+        Raises ValueError as `check_fit`; `check_fingerprint=False` lets another LM head of the same shape pass.
         """
+        self.check_fit(model, check_fingerprint=check_fingerprint)
+        return HeadsDrafter(self, output_matrix(model), input_matrix(model))
+
+    def check_fit(self, model: nn.Module, *, check_fingerprint: bool = True) -> None:
+        """Raises ValueError, naming the number that differs, when the model's hidden size, vocabulary or LM head are
+        other ones than the heads were trained for."""
         lm_head, embeddings = output_matrix(model), input_matrix(model)
         config = self.config
         for name, got in (("hidden_size", lm_head.shape[1]), ("vocab_size", lm_head.shape[0])):
@@ -118,7 +122,6 @@ class CerberusHeads(
                     f" ({config.base_model}), the model's is {got_print};"
                     " check_fingerprint=False binds them all the same"
                 )
-        return HeadsDrafter(self, lm_head, embeddings)
 
     def save_pretrained(
         self,

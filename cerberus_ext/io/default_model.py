@@ -62,11 +62,15 @@ def default_dtype(device: torch.device | str | None = None) -> torch.dtype:
 
 
 def load_model(
-    name: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    name: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    keep_dense: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal LM and its tokenizer from a local folder, a Hub id or a GGUF file, in evaluation mode.
 
-    dtype: None takes `default_dtype(device)`. device: None takes CUDA where there is one, else the CPU.
+    dtype: None takes `default_dtype(device)`. device: None takes CUDA where there is one, else the CPU. keep_dense: of
+    a GGUF file, as in `load_gguf`.
     Raises OSError, of one sentence, where nothing of that name is found and where it cannot be loaded; it names the
     file that is damaged.
     """
@@ -77,7 +81,7 @@ def load_model(
     dtype = dtype or default_dtype(device)
     loaded: Any
     if is_gguf(name):
-        loaded, tokenizer = _load_gguf(Path(name), dtype)
+        loaded, tokenizer = _load_gguf(Path(name), dtype, keep_dense)
         return loaded.to(device).eval(), tokenizer
     check_model_name(name)
     try:
@@ -90,14 +94,16 @@ def load_model(
     return loaded.to(device).eval(), tokenizer
 
 
-def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_gguf(path: Path, dtype: torch.dtype, keep_dense: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """As `read_gguf`, which reads each file once: it takes half a minute."""
     index = GgufIndex.of(path, dtype, cache_dir() / "gguf")
-    if index is not None and (known := index.load()) is not None:
+    if index is not None and (known := index.load(keep_dense)) is not None:
         return known
     loaded = read_gguf(path, dtype)
     if index is not None:
         index.keep(*loaded)
+        if not keep_dense and (known := index.load(keep_dense)) is not None:
+            return known
     return loaded
 
 

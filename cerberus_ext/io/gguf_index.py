@@ -3,7 +3,8 @@
 transformers takes half a minute for the names of a small model's tensors, reads the header's Python object by object,
 and dequantizes block by block. So what it has made once is compared with the file's own tensors, and kept in the cache
 folder: configuration, tokenizer, which tensor each parameter is, in which order of its rows, and the few parameters
-that are none of them (norms that a file has other by 1).
+that are none of them (norms that a file has other by 1). Where the weights are not to stay in memory, they are kept
+there, too, as numbers in a file that is mapped.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from torch import Tensor
 from ..ops.blocks import BLOCK_SIZES, dequantize_blocks
 from .files import read_object, write_json, write_tensors
 from .gguf_header import BFLOAT16, FLOAT16, FLOAT32, FileHeader, FileTensor, read_header
-from .manifest import find_damage, has_manifest, write_manifest
+from .manifest import find_damage, has_manifest, is_listed, write_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _PARTS, _OTHERS, _ROWS = "tensors.json", "others.safetensors", "rows.safetensors"
+_DENSE = "dense.safetensors"
 _VERSION = 1  # of such a folder
 _FLOATS = {FLOAT32: torch.float32, FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -57,8 +59,9 @@ class GgufIndex(NamedTuple):
         digest = hashlib.sha256(repr(made_by).encode() + header.content).hexdigest()[:16]
         return GgufIndex(path, dtype, header, cache / digest) if header.tensors else None
 
-    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
-        """The model, dequantized, and the tokenizer; None where they are not kept, or damaged."""
+    def load(self, keep_dense: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
+        """The model, dequantized, and the tokenizer; None where they are not kept, or damaged. keep_dense: as in
+        `load_gguf`."""
         if not has_manifest(self.folder) or find_damage(self.folder) is not None:
             return None
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
@@ -66,9 +69,10 @@ class GgufIndex(NamedTuple):
         config = AutoConfig.from_pretrained(self.folder)
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         made: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        weights = self._weights() if keep_dense else self._mapped()
         with redirect_stderr(io.StringIO()):  # its progress bar has no switch
             model, info = made.from_pretrained(
-                None, config=config, state_dict=self._weights(), dtype=self.dtype, output_loading_info=True
+                None, config=config, state_dict=weights, dtype=self.dtype, output_loading_info=True
             )
         if info["missing_keys"] or info["unexpected_keys"]:
             return None
@@ -85,6 +89,17 @@ class GgufIndex(NamedTuple):
             blocks = rows_of_file(self.path, tensor)
             found[name] = numbers(blocks[rows[name]] if name in rows else blocks, tensor.kind, self.dtype).view(shape)
         return found
+
+    def _mapped(self) -> dict[str, Tensor]:
+        """The same out of a file, which is made where there is none; in memory where it cannot be written."""
+        if not is_listed(self.folder, _DENSE):
+            weights = self._weights()
+            try:
+                write_tensors(self.folder / _DENSE, weights)
+                write_manifest(self.folder)
+            except OSError:
+                return weights
+        return load_file(self.folder / _DENSE)
 
     def keep(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """What transformers has made of the file; nothing where that is little else than other numbers, or cannot be

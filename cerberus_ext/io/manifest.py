@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .files import read_object, sha256, write_json
+from .files import PARTIAL, read_object, sha256, write_json
 
 MANIFEST = "manifest.json"
 
@@ -17,6 +17,8 @@ MANIFEST = "manifest.json"
 def write_manifest(folder: Path) -> None:
     files: dict[str, Any] = {}
     for file in sorted(folder.iterdir()):
+        if file.name == MANIFEST or PARTIAL.fullmatch(file.name):  # of another process, which writes the same
+            continue
         status = file.stat()
         files[file.name] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256([file])}
     write_json(folder / MANIFEST, {"files": files})
@@ -24,6 +26,11 @@ def write_manifest(folder: Path) -> None:
 
 def has_manifest(folder: Path) -> bool:
     return (folder / MANIFEST).exists()
+
+
+def is_listed(folder: Path, name: str) -> bool:
+    """Whether the folder's manifest has a file of that name."""
+    return name in (read_object(folder / MANIFEST) or {}).get("files", {})
 
 
 def find_damage(folder: Path, contents: bool = False) -> str | None:

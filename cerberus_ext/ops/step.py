@@ -120,6 +120,21 @@ def prefer_large_pages(memory: Tensor) -> None:
     native.prefer_large_pages(memory)
 
 
+def release_mapped(memory: Tensor) -> int:
+    """Gives the system back the pages of a tensor that lie in a file, unchanged: they are read from there again, to the
+    bit, when somebody asks. What was written to, and what is mapped from no file, stays.
+
+    memory: on the CPU, contiguous; nobody may write to it meanwhile. Returns the bytes that were given back, on Linux;
+    elsewhere 0. Raises RuntimeError on a non-contiguous tensor, or one on another device.
+    """
+    return int(native.release_mapped(memory))
+
+
+def trim_heap() -> None:
+    """Gives the system back what the process has freed and glibc keeps for later; it takes milliseconds."""
+    native.trim_heap()
+
+
 def large_memory(size: int) -> Tensor:
     """size bytes, uint8, on pages of 2 MiB where the system has them: a step reads all of its weights through them."""
     memory = torch.empty(size + _PAGE, dtype=torch.uint8)

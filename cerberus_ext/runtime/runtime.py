@@ -20,9 +20,10 @@ from ..target.model import TargetModel
 from .capability import Capability, examine
 from .fused.context import ContextProgram, FusedContext
 from .fused.device_context import DeviceContext
-from .fused.proof import check_fused
+from .fused.proof import StepProof
 from .fused.step import FusedStep, records_fused, versions
 from .fused.trace import NotFused
+from .mapped import give_back, one_by_one
 from .past import Past
 from .recorder import RECORDERS, Unrecordable
 from .recordings import Recordings
@@ -78,7 +79,9 @@ class Runtime:
         self._memory = memory_of(model)
         key = (self._memory, hooks_of(model), torch.get_num_threads(), model.dtype)
         if self._capability is None or self._capability[0] != key:
+            give_back(model)  # of what loading and looking at it has brought there
             self._capability = (key, examine(model))
+            give_back(model)
         return self._capability[1]
 
     def target(self, capacity: int, **options: Any) -> TargetModel:
@@ -117,6 +120,8 @@ class Runtime:
         else:
             drafter = heads.bind(model)  # also where they are not asked: they have to fit
             self._bound = None if key is None else (weakref.ref(heads), key, drafter)
+            if key is not None:
+                give_back(model)  # a drafter has copies of what it reads at every step
         if not isinstance(drafter, Drafter):
             raise TypeError(f"decode: heads.bind must return a Drafter, got {type(drafter).__name__}")
         return drafter if drafts.drafts else NO_DRAFTER
@@ -129,10 +134,10 @@ class Runtime:
 
         recordings: those that are going to record them, or None.
         """
-        fused = self._fused_for(target, prompt, pack, stats, recordings)
         if isinstance(drafter, HeadsDrafter) and drafter.context is not None:
+            # First: it runs the model op by op, whose weights need not be in memory beside those of the fused step.
             drafter = drafter.of_text(self._context_for(drafter.context, target, prompt))
-        target.fused = fused
+        target.fused = self._fused_for(target, prompt, pack, stats, recordings)
         return drafter
 
     def _fused_for(
@@ -150,9 +155,11 @@ class Runtime:
             try:
                 with self._trial(target):
                     # A step behind them has to have a position, or a prompt that takes all would leave none fused.
-                    target.prefill(prompt[:, : max(1, min(_TRIED, target.max_positions - 1))])
+                    with one_by_one(model):
+                        target.prefill(prompt[:, : max(1, min(_TRIED, target.max_positions - 1))])
+                        proof = StepProof(target)
                     fused = FusedStep(target, pack)
-                    check_fused(target, fused)
+                    proof.check(fused)
             except NotFused as error:
                 self._not_fused = (key, str(error))
                 raise
@@ -167,7 +174,7 @@ class Runtime:
     def _context_for(self, context: BoundContext, target: TargetModel, prompt: Tensor) -> ContextForward | None:
         """The same for a context layer of one text; None: it runs op by op. Raises as `TargetModel.prefill_all`."""
         if context not in self._contexts:
-            with self._trial(target):
+            with self._trial(target), one_by_one(self.model):
                 target.prefill_all(prompt[:, :1])
             self._contexts[context] = None
             with suppress(NotFused):

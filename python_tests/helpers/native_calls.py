@@ -124,6 +124,14 @@ def _prefer_large_pages(dtype: torch.dtype) -> dict[str, Any]:
     return {"memory": torch.zeros(3, 1 << 18, dtype=dtype)}
 
 
+def _release_mapped(dtype: torch.dtype) -> dict[str, Any]:
+    return {"memory": torch.zeros(3, 1 << 12, dtype=dtype)}
+
+
+def _trim_heap(dtype: torch.dtype) -> dict[str, Any]:
+    return {}
+
+
 NATIVE_EXAMPLES: dict[str, Callable[[torch.dtype], dict[str, Any]]] = {
     "settle": _settle,
     "draft": _draft,
@@ -140,6 +148,8 @@ NATIVE_EXAMPLES: dict[str, Callable[[torch.dtype], dict[str, Any]]] = {
     "step_times": _step_times,
     "free_step": _free_step,
     "prefer_large_pages": _prefer_large_pages,
+    "release_mapped": _release_mapped,
+    "trim_heap": _trim_heap,
 }
 
 

@@ -14,7 +14,7 @@ from tiny_gguf import MIXED, copy_gguf, tiny_gguf
 from torch import Tensor
 
 import cerberus_ext
-from cerberus_ext.io import default_model
+from cerberus_ext.io import default_model, gguf_index
 from cerberus_ext.io.gguf_header import read_header
 
 
@@ -97,6 +97,47 @@ def test_a_cache_that_cannot_be_written_to(
     for _ in range(2):
         cerberus_ext.load_gguf(file, dtype=torch.bfloat16, device="cpu")
     assert len(reads) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_a_file_of_their_own(file: Path, own_cache: Path, reads: list[Path], dtype: torch.dtype) -> None:
+    """The first load makes it; the second one finds it. It is read as what it is by whoever reads weights."""
+    dense, words = cerberus_ext.load_gguf(file, dtype=dtype, device="cpu")
+    ids = words("hello world", return_tensors="pt").input_ids
+    for _ in range(2):
+        mapped, _ = cerberus_ext.load_gguf(file, dtype=dtype, device="cpu", keep_dense=False)
+        assert all(tensor.equal(state(dense)[name]) for name, tensor in state(mapped).items())
+        assert mapped.get_input_embeddings().weight is mapped.get_output_embeddings().weight
+        for fuse in (True, False):
+            ours, theirs = (
+                cerberus_ext.decode(model, None, ids, max_new_tokens=9, fuse=fuse) for model in (mapped, dense)
+            )
+            assert ours.sequences.equal(theirs.sequences)
+        assert mapped.generate(ids, max_new_tokens=9).equal(dense.generate(ids, max_new_tokens=9))
+    assert len(reads) == 1 and len(list(own_cache.glob("gguf/*/dense.safetensors"))) == 1
+
+
+def test_such_a_file_that_is_damaged_is_made_again(file: Path, own_cache: Path) -> None:
+    first, _ = cerberus_ext.load_gguf(file, dtype=torch.bfloat16, device="cpu", keep_dense=False)
+    expected = {name: tensor.clone() for name, tensor in state(first).items()}
+    (dense,) = own_cache.glob("gguf/*/dense.safetensors")
+    damaged = dense.with_suffix(".new")
+    damaged.write_bytes(dense.read_bytes()[:-1] + b"x")
+    damaged.replace(dense)
+    again, _ = cerberus_ext.load_gguf(file, dtype=torch.bfloat16, device="cpu", keep_dense=False)
+    assert all(tensor.equal(expected[name]) for name, tensor in state(again).items())
+
+
+def test_weights_stay_in_memory_where_no_file_can_be_written(
+    file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, tensors: dict[str, Tensor]) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    dense, _ = cerberus_ext.load_gguf(file, dtype=torch.bfloat16, device="cpu")
+    monkeypatch.setattr(gguf_index, "write_tensors", full)
+    kept, _ = cerberus_ext.load_gguf(file, dtype=torch.bfloat16, device="cpu", keep_dense=False)
+    assert all(tensor.equal(state(dense)[name]) for name, tensor in state(kept).items())
 
 
 def test_other_types_are_dequantized_by_gguf(own_cache: Path, tmp_path: Path, reads: list[Path]) -> None:

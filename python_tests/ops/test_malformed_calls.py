@@ -127,6 +127,7 @@ def test_layouts_around_a_step(layout):
         "pack_weights: packed": lambda: native.pack_weights([torch.ones(4, 64)], other),
         "pack_blocks: packed": lambda: native.pack_blocks([torch.ones(4, 64).bfloat16()], other),
         "prefer_large_pages: memory": lambda: native.prefer_large_pages(other),
+        "release_mapped: memory": lambda: native.release_mapped(other),
     }
     for named, call in calls.items():
         with pytest.raises(RuntimeError, match=rf"^{named} must be a tensor of layout torch.strided, got torch\."):

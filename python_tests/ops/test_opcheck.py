@@ -48,7 +48,8 @@ def test_fake_gives_shape_dtype_and_device(op, dtype, device):
 def test_every_op_has_a_function_a_specification_and_an_example():
     every = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("cerberus_ext::")}
     # What is around the fused step takes lists of tensors, or no tensor: ops/step.py, test_step.py.
-    around = {"make_step", "run_step", "free_step", "step_times", "packed_bytes", "pack_weights", "prefer_large_pages"}
+    around = {"make_step", "run_step", "free_step", "step_times", "packed_bytes", "pack_weights"}
+    around |= {"prefer_large_pages", "release_mapped", "trim_heap"}
     around |= {"block_bytes", "pack_blocks", "eight_bit_bytes", "pack_eight_bits", "eight_bit_linear"}
     around |= {"dequantize_blocks"}  # ops/blocks.py, test_dequantize.py
     around |= {"draft", "settle"}  # writes what it is given: ops/draft.py, test_eight_bits.py, test_settle.py

@@ -21,20 +21,27 @@ _STRIDE = 7919  # between token ids; any, as long as they differ
 _LARGEST_DIFFERENCE = {torch.float32: 0.001, torch.float16: 0.1, torch.bfloat16: 0.1}
 
 
-def check_fused(target: TargetModel, fused: FusedStep) -> None:
-    """Raises NotFused where a step over a few tokens gets other logits from `fused` than from the model op by op.
+class StepProof:
+    """Made before there is a fused step: the model's weights need not be in memory beside those of that one."""
 
-    target: after its prompt. Slots behind the committed ones are written to, nothing is committed.
-    """
-    cache = target.cache
-    fits = cache.capacity - cache.committed >= _TREE.size and target.max_depth() > 1
-    tree = (_TREE if fits else ALONE).on(target.model.device)
-    tokens = (torch.arange(len(tree.parents), device=target.model.device) * _STRIDE % target.vocabulary)[None]
-    try:
-        own = target.step(tokens, tree)[1][0].float()
-    except IndexError as error:
-        raise NotFused("the model has no position for another token") from error
-    got = fused.step([target.row(tokens, tree)])[1].float()
-    apart = difference(got, own)
-    if not apart <= _LARGEST_DIFFERENCE[target.model.dtype]:
-        raise NotFused(f"its program computes other logits than the model ({apart:.1%} apart)")
+    def __init__(self, target: TargetModel) -> None:
+        """target: after its prompt. Slots behind the committed ones are written to, nothing is committed.
+
+        Raises NotFused where the model has no position for a step.
+        """
+        cache = target.cache
+        fits = cache.capacity - cache.committed >= _TREE.size and target.max_depth() > 1
+        self._target, self._tree = target, (_TREE if fits else ALONE).on(target.model.device)
+        numbers = torch.arange(len(self._tree.parents), device=target.model.device)
+        self._tokens = (numbers * _STRIDE % target.vocabulary)[None]
+        try:
+            self._logits = target.step(self._tokens, self._tree)[1][0].float()
+        except IndexError as error:
+            raise NotFused("the model has no position for another token") from error
+
+    def check(self, fused: FusedStep) -> None:
+        """Raises NotFused where a step over a few tokens gets other logits from `fused` than op by op."""
+        got = fused.step([self._target.row(self._tokens, self._tree)])[1].float()
+        apart = difference(got, self._logits)
+        if not apart <= _LARGEST_DIFFERENCE[self._target.model.dtype]:
+            raise NotFused(f"its program computes other logits than the model ({apart:.1%} apart)")

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from ...ops.device_step import DeviceStep
-from ...ops.step import BLOCKS, NativeStep, block_bytes, large_memory, pack_blocks, pack_weights, packed_bytes
+from ...ops.step import (
+    BLOCKS,
+    NativeStep,
+    block_bytes,
+    large_memory,
+    pack_blocks,
+    pack_weights,
+    packed_bytes,
+    release_mapped,
+)
 from .lower import lower
 from .parts import parts
 from .program import Grouped, Product, Program, encode
@@ -170,7 +179,11 @@ def _weights_of(products: list[Product | Grouped], packs: bool) -> list[Tensor]:
     for product, size in zip(products, most, strict=True):
         found = _pack(product, memory[begin : begin + size])
         weights.append(_own(product) if found is None else found)
-        begin += 0 if found is None else _rounded(found.nbytes)
+        if found is not None:
+            begin += _rounded(found.nbytes)
+            for weight in product.weights if isinstance(product, Product) else [product.weight]:
+                if weight.is_contiguous():
+                    release_mapped(weight)  # of which there is a copy now
     return weights
 
 
