@@ -63,7 +63,7 @@ class _Part:
         assert cache.tensor is not None
         _, _, heads, _, size = cache.tensor.shape
         self._positions = positions
-        program = lower(self._trace, cache.tensor.dtype, heads, size, False, positions)
+        program = lower(self._trace, cache.tensor.dtype, heads, size, None, positions)
         weights = [stage.weights[0] for stage in program.stages if isinstance(stage, Product)]
         self._native = NATIVE[cache.tensor.device.type](*encode(program, weights, [None] * len(weights)))
 
