@@ -35,6 +35,7 @@ _DENSE = "dense.safetensors"
 _VERSION = 1  # of such a folder
 _FLOATS = {FLOAT32: torch.float32, FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+_SAMPLES, _SAMPLED = 4, 32  # of a tensor: places, and bytes at each
 _LARGEST_SHARE = 8  # of the file's bytes, that other parameters may take
 
 
@@ -51,12 +52,13 @@ class GgufIndex(NamedTuple):
         """None: the file cannot be read, or is one of those that gguf alone reads."""
         try:
             header, status = read_header(path), path.stat()
+            sample = _sample(path, header)
         except (OSError, ValueError):
             return None
         import transformers
 
         made_by = (_VERSION, transformers.__version__, str(dtype), status.st_size, status.st_mtime_ns)
-        digest = hashlib.sha256(repr(made_by).encode() + header.content).hexdigest()[:16]
+        digest = hashlib.sha256(repr(made_by).encode() + header.content + sample).hexdigest()[:16]
         return GgufIndex(path, dtype, header, cache / digest) if header.tensors else None
 
     def load(self, keep_dense: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
@@ -119,8 +121,7 @@ class GgufIndex(NamedTuple):
                 write_tensors(made / _ROWS, rows)
                 write_tensors(made / _OTHERS, others)
                 write_manifest(made)
-                shutil.rmtree(self.folder, ignore_errors=True)  # a damaged one
-                made.rename(self.folder)
+                _put(made, self.folder)
 
     def _match(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
         """Parameters that are a tensor of the file: its name and their shape; the order of its rows, where that is
@@ -164,6 +165,30 @@ class GgufIndex(NamedTuple):
         order = torch.empty_like(found)
         order[wanted] = found
         return order if dense[order].view(bits).equal(flat.view(bits)) else None
+
+
+def _sample(path: Path, header: FileHeader) -> bytes:
+    """Some bytes of every tensor. Two models of one family may have the same header, size and, out of an archive that
+    sets it, time of change."""
+    found = []
+    with path.open("rb") as file:
+        for tensor in header.tensors.values():
+            for place in range(0, tensor.size, max(1, tensor.size // _SAMPLES)):
+                file.seek(tensor.begin + place)
+                found.append(file.read(_SAMPLED))
+    return b"".join(found)
+
+
+def _put(made: Path, folder: Path) -> None:
+    """Moves the new folder to its place, where it may find a damaged one, or a whole one of another process, which may
+    be reading it."""
+    try:
+        made.rename(folder)
+    except OSError:
+        if has_manifest(folder) and find_damage(folder) is None:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        made.rename(folder)
 
 
 def rows_of_file(path: Path, tensor: FileTensor) -> Tensor:

@@ -40,7 +40,7 @@ def one_by_one(model: nn.Module) -> Iterator[None]:
 
 
 def _can_be(weight: Tensor) -> bool:
-    return is_ours(weight) and weight.device.type == "cpu" and weight.is_contiguous()
+    return is_ours(weight) and weight.device.type == "cpu" and weight.is_contiguous() and weight.numel() > 0
 
 
 def _are_mapped(weights: Sequence[Tensor]) -> bool:

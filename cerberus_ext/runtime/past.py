@@ -55,11 +55,12 @@ def take_past(pasts: list[Past], key: tuple[Any, ...], prompt: Tensor, empty: Tr
     place = common.index(kept)
     best, is_full = pasts[place], len(pasts) >= most
     if kept == len(best.tokens) or (is_full and place == 0):
-        del pasts[place]
-        best.cut(kept, empty.capacity)
-        return best
-    # Memory that is there already: a heap that takes and gives such pieces at every text grows and grows.
-    other = pasts.pop(0) if is_full else Past(key, empty)
-    other.cut(0, empty.capacity)
-    other.begin_as(best, kept)
-    return other
+        found = pasts.pop(place)
+        found.cut(kept, empty.capacity)
+    else:
+        # Memory that is there already: a heap that takes and gives such pieces at every text grows and grows.
+        found = pasts.pop(0) if is_full else Past(key, empty)
+        found.cut(0, empty.capacity)
+        found.begin_as(best, kept)
+    del pasts[: max(0, len(pasts) + 1 - most)]  # of a decode with more slots
+    return found

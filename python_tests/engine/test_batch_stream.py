@@ -153,6 +153,21 @@ def test_conversations_that_take_turns_all_go_on() -> None:
     equal(found, alone(model, asked))
 
 
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_fewer_slots_than_before_free_the_rest_at_once(goes_on: bool) -> None:
+    model, rows = tiny_family("llama"), prompts([5, 2, 11])
+    with Decoder(model) as decoder:
+        texts = texts_of(decoder.decode(rows, max_new_tokens=NEW).sequences, rows)
+        row = torch.cat([texts[1] if goes_on else texts[1][:, :9], rows[0]], 1)
+        batch = decoder.batch(1)
+        request = batch.add(row, max_new_tokens=NEW)
+        chunks = batch.chunks()
+        next(chunks)
+        assert not runtime_of(model).pasts and request.stats.reused_tokens == (texts[1].shape[1] - 1 if goes_on else 9)
+        list(chunks)
+    assert request.text.tokens == alone(model, [row])[0][0, row.shape[1] :].tolist()
+
+
 def test_generate_takes_several_rows() -> None:
     model, rows = tiny_family("llama"), prompts([4, 13, 9])
     ids = torch.cat([torch.cat([row.new_zeros(1, 13 - row.shape[1]), row], 1) for row in rows])

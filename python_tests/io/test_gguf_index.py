@@ -80,6 +80,32 @@ def test_a_file_that_was_changed_is_read_again(file: Path, reads: list[Path]) ->
     assert all(tensor.equal(state(changed)[name]) for name, tensor in state(again).items())
 
 
+@pytest.mark.parametrize("keep_dense", [True, False])
+def test_another_file_of_the_same_header_size_and_time(file: Path, tmp_path: Path, keep_dense: bool) -> None:
+    """As two models of one family have them out of an archive: each has its own weights."""
+    other = tmp_path / "other.gguf"
+    copy_gguf(file, file.with_suffix(".new"), lambda tensor, weights: weights)
+    copy_gguf(file, other, lambda tensor, weights: (weights[0][::-1].copy(), weights[1]))
+    file.with_suffix(".new").replace(file)
+    found = []
+    for path in (file, other):
+        os.utime(path, ns=(0, 7))
+        model, _ = cerberus_ext.load_gguf(path, dtype=torch.bfloat16, device="cpu", keep_dense=keep_dense)
+        found.append(model.get_submodule("model.layers.0.mlp.down_proj").weight)
+    assert file.stat().st_size == other.stat().st_size and read_header(file).content == read_header(other).content
+    assert found[1].equal(found[0].flip(0)) and not found[1].equal(found[0])
+
+
+def test_what_another_process_has_kept_stays(file: Path, own_cache: Path) -> None:
+    """Two read the file at the same time: the later one does not take away what the other one has begun to read."""
+    model, words = cerberus_ext.load_gguf(file, dtype=torch.bfloat16, device="cpu", keep_dense=False)
+    (dense,) = own_cache.glob("gguf/*/dense.safetensors")
+    index = gguf_index.GgufIndex.of(file, torch.bfloat16, own_cache / "gguf")
+    assert index is not None
+    index.keep(model, words)
+    assert dense.is_file() and [folder.name for folder in (own_cache / "gguf").iterdir()] == [dense.parent.name]
+
+
 def test_what_was_kept_and_is_damaged_is_made_again(file: Path, own_cache: Path, reads: list[Path]) -> None:
     cerberus_ext.load_gguf(file, dtype=torch.bfloat16, device="cpu")
     (folder,) = (own_cache / "gguf").iterdir()

@@ -73,5 +73,12 @@ def test_while_a_model_runs_op_by_op(models: tuple[PreTrainedModel, PreTrainedMo
     assert not hooked(mapped)
 
 
+def test_a_module_may_have_a_weight_without_numbers(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    model, mapped = models
+    for one in models:
+        one.model.layers[0].mlp.register_parameter("extra", torch.nn.Parameter(torch.empty(0, 4)))
+    assert text(mapped, fuse=True, pack=True).equal(text(model, fuse=True, pack=True))
+
+
 def hooked(model: PreTrainedModel) -> list[str]:
     return [name for name, module in model.named_modules() if module._forward_hooks]
