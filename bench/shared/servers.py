@@ -29,7 +29,8 @@ def ours(*arguments: str) -> Iterator[Server]:
     """`cerberus serve` with these arguments, on a free port, with as many threads as torch has here."""
     command = [sys.executable, "-m", "cerberus_ext.cli", "serve", "--port", "0", "--waiting", "1024", *arguments]
     command += ["--threads", str(torch.get_num_threads())]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}  # the installed package, also where a checkout is
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stderr is not None
             lines = iter(process.stderr.readline, "")

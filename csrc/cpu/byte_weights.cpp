@@ -47,9 +47,11 @@ class Block {
     char* to = tile_ + (step_ * kPackedWeights + n_) * kBlock;
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), first);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kLoad), second);
-    const __m512i words = Made(typename Made::Tile(tile_, size_), step_, n_).words();
-    const __mmask32 others = _mm512_cmpneq_epi16_mask(words, _mm512_loadu_si512(weight_));
-    return (others & (kScales == 1 ? ~0u : 0xffffu << 16 * part)) == 0;
+    const Made made(typename Made::Tile(tile_, size_), step_, n_);
+    const __mmask32 others = _mm512_cmpneq_epi16_mask(made.words(), _mm512_loadu_si512(weight_));
+    const uint32_t inexact = static_cast<__mmask16>(~made.are_bfloat16());
+    return (others & (kScales == 1 ? ~0u : 0xffffu << 16 * part)) == 0 &&
+           (inexact & (kScales == 1 ? 0xffffu : 0xffu << 8 * part)) == 0;
   }
 
   // q of each of 16 weights: the nearest; where d is 0, what gives a zero its sign.

@@ -63,8 +63,9 @@ struct Block {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8(bit_cast<__m512i>(both)));
       for (int i = 0; i < 16; ++i) to[4 * i] = bytes[i];
     }
-    const __m512i words = Made(typename Made::Tile(tile, size), step, n).words();
-    return _mm512_cmpneq_epi16_mask(words, _mm512_loadu_si512(weight)) == 0;
+    const Made made(typename Made::Tile(tile, size), step, n);
+    return made.are_bfloat16() == 0xffff &&
+           _mm512_cmpneq_epi16_mask(made.words(), _mm512_loadu_si512(weight)) == 0;
   }
 
   using Made = FewBitWeights<Row<BFloat16>, kBits>;

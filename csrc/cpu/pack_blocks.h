@@ -47,6 +47,11 @@ class BlockWeights<PairedFloat> {
   __m512i words() const {
     return bit_cast<__m512i>(bit_cast<UIntVec>(parts_[0]) >> 16 | bit_cast<UIntVec>(parts_[1]));
   }
+  // Of every pair, whether both are what words() takes them for: subnormal numbers are rounded less far.
+  __mmask16 are_bfloat16() const {
+    const UIntVec both = bit_cast<UIntVec>(parts_[0]) | bit_cast<UIntVec>(parts_[1]);
+    return _mm512_testn_epi32_mask(bit_cast<__m512i>(both), _mm512_set1_epi32(0xffff));
+  }
 
  protected:
   Vec parts_[2];
@@ -61,6 +66,7 @@ class BlockWeights<BFloat16> {
     return bit_cast<__m512bh>(words_);
   }
   __m512i words() const { return words_; }
+  __mmask16 are_bfloat16() const { return 0xffff; }
 
  protected:
   __m512i words_;

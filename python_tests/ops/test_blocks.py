@@ -221,6 +221,17 @@ def test_other_weights_are_left_as_they_are(make: Callable[..., Tensor]) -> None
         assert packed(weight) is None
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_subnormal_weights_are_multiplied_as_they_are_or_left(bits: int) -> None:
+    """Rounding to bfloat16 is to so many bits of a number, of which a subnormal one has fewer. Their products are
+    normal numbers all the same."""
+    steps = [568, 568, 326, 976, 732, 163, 326, 326, 812, 1056, 812, 976, 81, 488, 488, 812, 1136, 652, 406, 326, 1056]
+    steps += [976, 163, 1136, 81, 163, 1056, 1216, 1216, 732, 163, 812]
+    weight, x = (torch.tensor([steps]).double() * 2.0**-133).bfloat16(), torch.ones(1, 32).bfloat16()
+    memory = packed_in(bits, weight)
+    assert memory is None or multiply(memory, weight.shape, x).equal(ops.linear(x, weight, None))
+
+
 def test_what_cannot_be_packed_so_is_said() -> None:
     for bits in BITS:
         assert block_bytes(torch.empty(3, 33, dtype=torch.bfloat16), 3, bits) == 0
