@@ -6,6 +6,9 @@ from numpy.typing import ArrayLike, NDArray
 def best_tree(accuracy: ArrayLike, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
 def ancestors(parents: ArrayLike) -> NDArray[np.int64]: ...
 def depths(parents: ArrayLike) -> NDArray[np.int64]: ...
+def pack_tree(
+    parents: ArrayLike, tokens: ArrayLike, ranks: ArrayLike | None, size: int, batch: int, drafts: int
+) -> NDArray[np.int64]: ...
 
 class ConditionalTables:
     def __init__(
@@ -36,6 +39,13 @@ def best_drafts(
     max_depth: int,
     heads: HeadDrafts | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]: ...
+def read_drafts(
+    ids: NDArray[np.int64],
+    logprobs: NDArray[np.float32],
+    platt: NDArray[np.float64] | None,
+    vocabulary: int,
+    max_depth: int,
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...
 
 class SuffixIndex:
     def __init__(self, max_match: int = 24, max_tokens: int = 1 << 20) -> None: ...

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _host
 from ..io.checks import call
 from .conditional import ConditionalLogprobs
-from .platt import PlattScaling, reading
+from .platt import PlattScaling
 
 
 class Proposer(Protocol):
@@ -71,7 +71,7 @@ class HeadsProposer:
     def __init__(self, step: HeadsSignals, vocabulary: int, platt: PlattScaling | None = None) -> None:
         self._step = step
         self._vocabulary = vocabulary
-        self._platt = platt
+        self._platt = None if platt is None else np.asarray(platt, np.float64).reshape(-1, 2)
         self._drafted: HeadsDrafts | None = None
 
     def extend(self, tokens: list[int]) -> None:
@@ -81,22 +81,14 @@ class HeadsProposer:
         ids, logprobs, _ = self._drafted = self._step.drafts()
         if not ids.size:  # no tree has any of theirs
             return _NONE
-        probabilities = reading(self._platt)(np.minimum(logprobs, 0.0, dtype=np.float64))
-        known = (ids.view(np.uint64) < self._vocabulary) & (probabilities > 0)  # less than 0 is more than any token
-        if not known.all():
-            last = np.argsort(~known, axis=1, kind="stable")
-            ids = np.take_along_axis(np.where(known, ids, 0), last, 1)
-            probabilities = np.take_along_axis(np.where(known, probabilities, 0.0), last, 1)
-        # A correction that turns the order round would say that a head knows nothing: then all its drafts are alike.
-        return Drafts(ids[:max_depth], np.minimum.accumulate(probabilities, axis=1)[:max_depth])
+        return Drafts(*_host.read_drafts(ids, logprobs, self._platt, self._vocabulary, max_depth))
 
     def conditional(self, number: int) -> _host.HeadDrafts | None:
         """After `propose`: what `_host.best_drafts` weighs these drafts by, where their proposer has this number."""
         if self._drafted is None or self._drafted.conditional is None:
             return None
         tables, logprobs = self._drafted.conditional
-        platt = None if self._platt is None else np.reshape(np.array(self._platt, np.float64), (-1, 2))
-        return tables, self._drafted.ids, self._drafted.logprobs, logprobs, platt, number
+        return tables, self._drafted.ids, self._drafted.logprobs, logprobs, self._platt, number
 
 
 class DraftTable(NamedTuple):

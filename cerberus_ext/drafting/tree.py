@@ -33,7 +33,7 @@ class Tree:
     """Node 0 is the pending token; parents[i] < i, and the first n nodes are the best tree of n nodes. All (N,).
 
     A Tree is one row's. Of several rows each has its own; what a step needs of it on the device is one array,
-    `static_step.pack_tree`, which rows can be stacked of.
+    `_host.pack_tree`, which rows can be stacked of.
     """
 
     parents: NDArray[np.int64]

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,7 +65,8 @@ class StaticNodes:
         if tree is not self.tree or drafts != self._drafts:
             self.tree = None  # whatever happens in between
             batch, nodes = self.given.shape
-            self._host.copy_(torch.from_numpy(pack_tree(tree, nodes, batch, drafts)))
+            packed = _host.pack_tree(tree.parents, tree.tokens, tree.ranks, nodes, batch, drafts)
+            self._host.copy_(torch.from_numpy(packed))
             self._packed.copy_(self._host, non_blocking=True)
             self.tree, self._drafts = tree, drafts
 
@@ -74,20 +74,6 @@ class StaticNodes:
         """pending (B,), ids (B, K, P), None: no head has drafted -> (B, N)"""
         drafted = [] if ids is None else [ids.flatten(1)]
         return torch.cat([pending[:, None], self.given, *drafted], 1).index_select(1, self.sources)
-
-
-def pack_tree(tree: Tree, nodes: int, batch: int, drafts: int) -> np.ndarray:
-    """parents, depths, sources (N,), ancestors (N, W) and given (B, N) of `tree`, padded to `nodes` nodes, as int64."""
-    sources = np.arange(1, nodes + 1)
-    sources[tree.size :] = 2  # node 1 stands there
-    parents, given = np.zeros((2, nodes), np.int64)
-    parents[: tree.size], given[: tree.size] = tree.parents, tree.tokens
-    depths, ancestors = np.asarray(_host.depths(parents)), np.asarray(_host.ancestors(parents))
-    if tree.ranks is not None:
-        ranks = tree.ranks[sources - 1]
-        sources = np.where(ranks >= 0, 1 + nodes + (depths - 1) * drafts + ranks, sources)
-    sources[0] = 0
-    return np.concatenate([parents, depths, sources, ancestors.reshape(-1), *[given] * batch])
 
 
 class Drafting(Enum):

@@ -410,8 +410,8 @@ void execute(const RowInstruction& in, const RowsArgs& args, int64_t node, float
 }
 
 // Elements below which the nodes are not worth a second thread: it takes about a microsecond to hand them
-// out.
-constexpr int64_t kSharedElements = 1 << 14;
+// out. One of an activation takes the time of several.
+constexpr int64_t kSharedElements = 1 << 13, kActivation = 4;
 
 }  // namespace
 
@@ -419,7 +419,8 @@ void rows(const RowsArgs& a, const Parallel& parallel) {
   int64_t elements = 0, longest = 0;
   for (int64_t i = 0; i < a.count; ++i) {
     const int64_t* size = a.instructions[i].size;
-    elements += size[0] * size[1] * size[2];
+    const int64_t each = a.instructions[i].op >= RowOp::kActivation ? kActivation : 1;
+    elements += each * size[0] * size[1] * size[2];
     constexpr int64_t kRanked = sizeof(Ranked) / sizeof(float);
     longest = larger(longest, a.instructions[i].op == RowOp::kTop ? kRanked * size[2] : size[2]);
   }

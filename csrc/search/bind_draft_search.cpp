@@ -1,5 +1,6 @@
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -8,6 +9,7 @@
 
 #include "arrays.h"
 #include "draft_search.h"
+#include "head_drafts.h"
 
 namespace cerberus::search {
 namespace {
@@ -160,6 +162,24 @@ py::tuple best_drafts_numpy(const py::object& tokens, const py::object& probabil
                         to_numpy(std::move(drafts.proposers), {nodes}), std::move(accepted));
 }
 
+py::tuple read_drafts_numpy(const py::object& ids, const py::object& logprobs, const py::object& platt,
+                            int64_t vocabulary, int64_t max_depth) {
+  constexpr const char* kName = "read_drafts";
+  const auto head_ids = exact_array<int64_t>(kName, "ids", ids, {-1, -1});
+  const py::ssize_t heads = head_ids.shape(0), drafts = head_ids.shape(1);
+  const auto head_logprobs = exact_array<float>(kName, "logprobs", logprobs, {heads, drafts});
+  std::optional<py::array_t<double, py::array::c_style>> lines;
+  if (!platt.is_none()) lines = exact_array<double>(kName, "platt", platt, {heads, 2});
+  if (max_depth < 0) throw std::invalid_argument("read_drafts: max_depth must be >= 0");
+  const py::ssize_t rows = std::min<py::ssize_t>(heads, max_depth);
+  py::array_t<int64_t> tokens({rows, drafts});
+  py::array_t<double> probabilities({rows, drafts});
+  read_drafts(head_ids.data(), head_logprobs.data(), lines ? lines->data() : nullptr,
+              static_cast<size_t>(rows), static_cast<size_t>(drafts), vocabulary, tokens.mutable_data(),
+              probabilities.mutable_data());
+  return py::make_tuple(std::move(tokens), std::move(probabilities));
+}
+
 }  // namespace
 
 void bind_draft_search(py::module_& m) {
@@ -194,6 +214,15 @@ Returns (parents, tokens, proposers, probabilities), (N,) each, best first, int6
 root. The first n nodes are the best tree of n nodes.
 A token that both kinds draft after a node is one node, with the larger probability and its proposer; the other drafts
 after that node share what this probability leaves them. Raises ValueError on anything else.)");
+  m.def("read_drafts", &read_drafts_numpy, py::arg("ids"), py::arg("logprobs"), py::arg("platt"),
+        py::arg("vocabulary"), py::arg("max_depth"),
+        R"(What heads draft, as the probabilities that their drafts are right.
+
+ids (K, P) int64, logprobs (K, P) float32, best first; platt (K, 2) float64: (slope, shift) of each head, see
+drafting/platt.py, or None: probabilities are taken as they are. Contiguous. vocabulary: tokens are in 0 .. vocabulary - 1.
+max_depth: of so many heads, the first ones, >= 0.
+Returns (tokens int64, probabilities float64), (min(K, max_depth), P) each, best first; what is no draft, for its id or
+its probability, comes last, as token 0 with probability 0. Raises ValueError on anything else.)");
 }
 
 }  // namespace cerberus::search

@@ -6,6 +6,8 @@
 #include <limits>
 #include <numeric>
 
+#include "head_drafts.h"
+
 namespace cerberus::search {
 namespace {
 
@@ -34,20 +36,6 @@ float dot(const float* a, const float* b, size_t count) {
 void prefetch(const uint16_t* row, size_t count) {
   constexpr size_t kLine = 32;
   for (size_t i = 0; i < count; i += kLine) __builtin_prefetch(row + i);
-}
-
-// `reading` of drafting/platt.py.
-double probability_of(float logprob, const double* line) {
-  double probability = 0;
-  const double log = std::min(static_cast<double>(logprob), 0.0);
-  if (!line) {
-    probability = std::exp(log);
-  } else {
-    const double finite = std::min(std::max(log, -60.0), -1e-9);
-    const double logit = finite - std::log(-std::expm1(finite));
-    probability = 1 / (1 + std::exp(-(line[0] * logit + line[1])));
-  }
-  return std::isfinite(logprob) && std::isfinite(probability) ? probability : 0.0;
 }
 
 int64_t place_of(const ConditionalTables& tables, int64_t token) {

@@ -37,6 +37,22 @@ py::array_t<int64_t> ancestors_numpy(const py::object& parents) {
   return to_numpy(ancestors(array.data(), array.size()), {array.size(), words});
 }
 
+py::array_t<int64_t> pack_tree_numpy(const py::object& parents, const py::object& tokens,
+                                     const py::object& ranks, int64_t size, int64_t batch, int64_t drafts) {
+  if (size < 1 || batch < 1) throw std::invalid_argument("pack_tree: size and batch must be >= 1");
+  const Int64s tree = parents_array("pack_tree", parents);
+  const Int64s given(checked_array("pack_tree", "tokens", tokens, 1, "iu"));
+  const bool is_ranked = !ranks.is_none();
+  const Int64s named = is_ranked ? Int64s(checked_array("pack_tree", "ranks", ranks, 1, "i")) : given;
+  if (given.size() != tree.size() || named.size() != tree.size())
+    throw std::invalid_argument("pack_tree: tokens and ranks must be of as many nodes as parents");
+  std::vector<int64_t> packed = pack_tree(tree.data(), given.data(), is_ranked ? named.data() : nullptr,
+                                          static_cast<size_t>(tree.size()), static_cast<size_t>(size),
+                                          static_cast<size_t>(batch), drafts);
+  const auto count = static_cast<py::ssize_t>(packed.size());
+  return to_numpy(std::move(packed), {count});
+}
+
 }  // namespace
 
 void bind_draft_search(py::module_& m);
@@ -62,6 +78,17 @@ PYBIND11_MODULE(_host, m) {
         "Depth of every node of a tree: 0 for the root.\n\n"
         "parents: (N,) integers, parents[0] = -1 and 0 <= parents[i] < i.\n"
         "Returns (N,) int64. Raises ValueError on anything else.");
+  m.def("pack_tree", &pack_tree_numpy, py::arg("parents"), py::arg("tokens"), py::arg("ranks"),
+        py::arg("size"), py::arg("batch"), py::arg("drafts"),
+        "What a step of `size` nodes reads of a tree, see runtime/static_step.py.\n\n"
+        "parents, tokens: (N,) integers, N <= size, parents as for `depths`. A smaller tree is padded with "
+        "repetitions of node 1.\n"
+        "ranks: (N,) integers, node i is draft ranks[i] of the head of its depth, less than 0: it is "
+        "tokens[i]; "
+        "or None: all are.\n"
+        "batch: copies of the tokens, >= 1. drafts: of each head.\n"
+        "Returns parents, depths, sources (size,), ancestors (size, W), tokens (batch, size), one behind the "
+        "other, int64. Raises ValueError on anything else.");
 }
 
 }  // namespace cerberus::search

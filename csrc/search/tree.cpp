@@ -1,6 +1,7 @@
 #include "tree.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <numeric>
 #include <queue>
 #include <stdexcept>
@@ -105,6 +106,32 @@ std::vector<int64_t> ancestors(const int64_t* parents, size_t nodes) {
     row[i / 64] = static_cast<int64_t>(static_cast<uint64_t>(row[i / 64]) | uint64_t{1} << (i % 64));
   }
   return masks;
+}
+
+std::vector<int64_t> pack_tree(const int64_t* parents, const int64_t* tokens, const int64_t* ranks,
+                               size_t nodes, size_t size, size_t batch, int64_t drafts) {
+  if (nodes > size || (nodes < 2 && size > 1))
+    throw std::invalid_argument(
+        "pack_tree: size must be that of the tree, or more where it has a draft, got " +
+        std::to_string(size));
+  std::vector<int64_t> padded(size, 0), given(size, 0), sources(size, 0);
+  std::copy_n(parents, nodes, padded.begin());
+  std::copy_n(tokens, nodes, given.begin());
+  const std::vector<int64_t> depth = depths(padded.data(), size, "pack_tree");
+  for (size_t i = 1; i < size; ++i) {
+    const size_t node = i < nodes ? i : 1;  // node 1 stands there, too
+    const bool is_ranked = ranks && ranks[node] >= 0;
+    sources[i] = is_ranked ? 1 + static_cast<int64_t>(size) + (depth[i] - 1) * drafts + ranks[node]
+                           : 1 + static_cast<int64_t>(node);
+  }
+  const std::vector<int64_t> masks = ancestors(padded.data(), size);
+  std::vector<int64_t> packed;
+  packed.reserve(3 * size + masks.size() + batch * size);
+  for (const auto* part :
+       std::initializer_list<const std::vector<int64_t>*>{&padded, &depth, &sources, &masks})
+    packed.insert(packed.end(), part->begin(), part->end());
+  for (size_t row = 0; row < batch; ++row) packed.insert(packed.end(), given.begin(), given.end());
+  return packed;
 }
 
 }  // namespace cerberus::search

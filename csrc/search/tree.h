@@ -27,6 +27,13 @@ std::vector<int64_t> depths(const int64_t* parents, size_t nodes, const char* ca
 // included.
 std::vector<int64_t> ancestors(const int64_t* parents, size_t nodes);
 
+// What a step reads of a tree, padded to `size` nodes with repetitions of node 1: parents, depths, sources
+// (size,), ancestors (size, W), and tokens, `batch` times (size,). sources: where a node's token is: 0: it is
+// the pending one; 1 + i: token i; 1 + size + d * drafts + r: draft r of head d + 1. ranks: r of each node,
+// less than 0 where it is none of theirs; or null. Throws std::invalid_argument.
+std::vector<int64_t> pack_tree(const int64_t* parents, const int64_t* tokens, const int64_t* ranks,
+                               size_t nodes, size_t size, size_t batch, int64_t drafts);
+
 inline size_t ancestor_words(size_t nodes) { return (nodes + 63) / 64; }
 
 }  // namespace cerberus::search

@@ -12,7 +12,7 @@ from tiny_models import VOCAB, generated, prompt, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cerberus_ext import CerberusConfig, CerberusHeads, ops
+from cerberus_ext import CerberusConfig, CerberusHeads, _host, ops
 from cerberus_ext.drafting.drafter import NO_DRAFTER
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.drafting.tree import ALONE, Tree
@@ -25,13 +25,16 @@ from cerberus_ext.runtime.static_step import (
     StaticResult,
     StepKind,
     StepMemory,
-    pack_tree,
     run_step,
 )
 from cerberus_ext.target.model import StepWay, TargetModel
 
 CPU = torch.device("cpu")
 SMALL = StaticPolicy.from_paths([(0,), (2,), (0, 1)]).tree  # nodes 1 and 2 after the root, 3 after 1
+
+
+def pack_tree(tree: Tree, nodes: int, batch: int, drafts: int) -> np.ndarray:
+    return _host.pack_tree(tree.parents, tree.tokens, tree.ranks, nodes, batch, drafts)
 
 
 def test_packed_tree() -> None:
@@ -65,6 +68,18 @@ def test_packed_tree_of_several_words() -> None:
 
 def test_root_alone() -> None:
     assert pack_tree(ALONE, 1, 1, 0).tolist() == [-1, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("nodes, batch", [(3, 1), (0, 1), (-1, 1), (4, 0)])
+def test_a_tree_that_does_not_fit(nodes: int, batch: int) -> None:
+    with pytest.raises(ValueError, match="pack_tree: size"):
+        pack_tree(SMALL, nodes, batch, 4)
+    with pytest.raises(ValueError, match="pack_tree: size"):
+        pack_tree(ALONE, 2, 1, 4)
+    with pytest.raises(ValueError, match="pack_tree: tokens and ranks"):
+        _host.pack_tree(SMALL.parents, SMALL.tokens[1:], None, 6, 1, 4)
+    with pytest.raises(ValueError, match="pack_tree: parents"):
+        _host.pack_tree([0, 0], [0, 0], None, 2, 1, 4)
 
 
 @pytest.mark.parametrize("seed", range(40))
