@@ -225,4 +225,6 @@ def attention_sizes(model: Any) -> tuple[int, int, int]:
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        kv_heads = 1  # of Falcon and GPT BigCode, whatever they say beside it
     return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -14,19 +14,22 @@ import torch
 from context_stand_ins import accepting, heads_for
 from proposer_stand_ins import KnowingMaker, right, wrong
 from stand_ins import RandomGate
+from tiny_families import EXACT, tiny_family
 from tiny_models import VOCAB, generated, prompt, tiny_model
 from torch import Tensor
+from transformers import DynamicCache
 
 from cerberus_ext import CerberusConfig, CerberusHeads
 from cerberus_ext.calibration.trace import Answer, trace
 from cerberus_ext.drafting import dynamic_policy
-from cerberus_ext.drafting.context_layer import BoundContext, rotate
+from cerberus_ext.drafting.context_layer import BoundContext, attention_sizes, rotate
 from cerberus_ext.drafting.dynamic_policy import DynamicPolicy
 from cerberus_ext.drafting.gate import AlwaysClosed, AlwaysOpen, ConfidenceGate, EntropyGate
 from cerberus_ext.drafting.heads_drafter import HeadsDrafter
 from cerberus_ext.drafting.static_policy import StaticPolicy
 from cerberus_ext.drafting.tree import ALONE
 from cerberus_ext.engine.decode import decode
+from cerberus_ext.io.transformers_names import cache_argument
 from cerberus_ext.runtime.fused.context import ContextProgram, FusedContext
 from cerberus_ext.runtime.runtime import runtime_of
 from cerberus_ext.runtime.stats import DecodeOutput
@@ -41,6 +44,16 @@ GATES = {
     "confidence": lambda: ConfidenceGate({1: 1.0, 8: 1.1, 64: 1.3}),
 }
 TREES = {"static": StaticPolicy.from_widths([3, 2, 1]), "dynamic": DynamicPolicy(12, 4)}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_sizes_are_those_of_the_models_cache(name: str) -> None:
+    model = tiny_family(name)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(input_ids=prompt(), use_cache=True, **{cache_argument(model): cache})
+    keys = cache.layers[0].keys
+    assert attention_sizes(model)[1:] == (keys.shape[1], keys.shape[3])
 
 
 class Spy:
