@@ -25,13 +25,16 @@ _USUAL = np.array(
 _WEIGHT = 10  # tries of a text that count as much as what is usual
 _MOST = 0.995  # no draft is certain
 _LONGEST_MATCH, _MOST_TOKENS = 1024, 1 << 30  # csrc/search/suffix_index.h
-_USUAL_HITS = _WEIGHT * np.pad(_USUAL, (0, _LONGEST_MATCH + 1 - len(_USUAL)), "edge")
+_USUAL_BY_MATCH = np.pad(_USUAL, (0, _LONGEST_MATCH + 1 - len(_USUAL)), "edge")
 
 
-def probabilities_by_match(record: NDArray[np.int64]) -> NDArray[np.float64]:
-    """record (M + 1, 2): tries and hits by length of the match, of one text -> (M + 1,) probabilities."""
+def probabilities_by_match(
+    record: NDArray[np.int64], usual: NDArray[np.float64] = _USUAL_BY_MATCH
+) -> NDArray[np.float64]:
+    """record (M + 1, 2): tries and hits by length of the match, of one text; usual (M + 1 or more,): of others ->
+    (M + 1,) probabilities."""
     tries, hits = record[:, 0], record[:, 1]
-    return np.minimum((hits + _USUAL_HITS[: len(record)]) / (tries + _WEIGHT), _MOST)
+    return np.minimum((hits + _WEIGHT * usual[: len(record)]) / (tries + _WEIGHT), _MOST)
 
 
 @dataclass(frozen=True)
@@ -89,16 +92,18 @@ class DocumentProposer:
             except ValueError as error:
                 raise ValueError(f"DocumentProposer: documents[{number}] must be token ids: {error}") from error
             self._index.end_document()
+        self._usual = probabilities_by_match(self._index.record())  # of these documents, each after those before it
 
     def __call__(self, prompt: list[int]) -> DocumentDrafts:
-        return DocumentDrafts(self._index, prompt)
+        return DocumentDrafts(self._index, self._usual, prompt)
 
 
 class DocumentDrafts:
     """A `Proposer`: the continuation of a text's end by an index of other texts, which stays as it is."""
 
-    def __init__(self, index: _host.SuffixIndex, prompt: list[int]) -> None:
+    def __init__(self, index: _host.SuffixIndex, usual: NDArray[np.float64], prompt: list[int]) -> None:
         self._index = index
+        self._usual = usual
         self._tail = list(prompt[-index.max_match :])
         self._record = np.zeros((index.max_match + 1, 2), dtype=np.int64)
 
@@ -110,4 +115,4 @@ class DocumentDrafts:
 
     def propose(self, max_depth: int) -> tuple[ArrayLike, ArrayLike]:
         tokens, matches = self._index.propose_after(self._tail, max_depth)
-        return tokens, probabilities_by_match(self._record)[matches]
+        return tokens, probabilities_by_match(self._record, self._usual)[matches]

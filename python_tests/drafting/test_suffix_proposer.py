@@ -133,6 +133,16 @@ def test_document_proposer_drafts_from_documents_only() -> None:
     assert pairs(DocumentProposer([])([1, 2]).propose(4)) == []
 
 
+def test_documents_say_what_a_match_is_worth() -> None:
+    """Where they go on as they did before, the first draft is more likely than where they do not."""
+    random = np.random.default_rng(0)
+    alike = DocumentProposer([list(range(9))] * 30)
+    unlike = DocumentProposer([[1, 2, 3, *random.integers(9, 99, 3).tolist()] for _ in range(30)])
+    (_, likely), *_ = pairs(alike([1, 2, 3]).propose(1))
+    (_, unlikely), *_ = pairs(unlike([1, 2, 3]).propose(1))
+    assert likely > 0.9 and unlikely < 0.3
+
+
 def test_documents_stay_as_they_are() -> None:
     """Whatever the texts say; and each text keeps its own record."""
     proposer = DocumentProposer([[1, 2, 3, 1, 2, 3, 1, 2, 3]])
