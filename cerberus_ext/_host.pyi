@@ -40,11 +40,7 @@ def best_drafts(
     heads: HeadDrafts | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]: ...
 def read_drafts(
-    ids: NDArray[np.int64],
-    logprobs: NDArray[np.float32],
-    platt: NDArray[np.float64] | None,
-    vocabulary: int,
-    max_depth: int,
+    ids: ArrayLike, logprobs: ArrayLike, platt: NDArray[np.float64] | None, vocabulary: int, max_depth: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...
 
 class SuffixIndex:

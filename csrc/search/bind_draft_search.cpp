@@ -15,6 +15,7 @@ namespace cerberus::search {
 namespace {
 
 using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
+using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
 
 // The tokens and the probabilities of one proposer, kept alive while the search reads them.
 struct Drafted {
@@ -165,9 +166,11 @@ py::tuple best_drafts_numpy(const py::object& tokens, const py::object& probabil
 py::tuple read_drafts_numpy(const py::object& ids, const py::object& logprobs, const py::object& platt,
                             int64_t vocabulary, int64_t max_depth) {
   constexpr const char* kName = "read_drafts";
-  const auto head_ids = exact_array<int64_t>(kName, "ids", ids, {-1, -1});
+  const Int64s head_ids(checked_array(kName, "ids", ids, 2, "iu"));
+  const Floats head_logprobs(checked_array(kName, "logprobs", logprobs, 2, "f"));
   const py::ssize_t heads = head_ids.shape(0), drafts = head_ids.shape(1);
-  const auto head_logprobs = exact_array<float>(kName, "logprobs", logprobs, {heads, drafts});
+  if (head_logprobs.shape(0) != heads || head_logprobs.shape(1) != drafts)
+    throw std::invalid_argument("read_drafts: ids and logprobs must have one shape");
   std::optional<py::array_t<double, py::array::c_style>> lines;
   if (!platt.is_none()) lines = exact_array<double>(kName, "platt", platt, {heads, 2});
   if (max_depth < 0) throw std::invalid_argument("read_drafts: max_depth must be >= 0");
@@ -218,8 +221,8 @@ after that node share what this probability leaves them. Raises ValueError on an
         py::arg("vocabulary"), py::arg("max_depth"),
         R"(What heads draft, as the probabilities that their drafts are right.
 
-ids (K, P) int64, logprobs (K, P) float32, best first; platt (K, 2) float64: (slope, shift) of each head, see
-drafting/platt.py, or None: probabilities are taken as they are. Contiguous. vocabulary: tokens are in 0 .. vocabulary - 1.
+ids (K, P) integers, logprobs (K, P), best first; platt (K, 2) float64, contiguous: (slope, shift) of each head, see
+drafting/platt.py, or None: probabilities are taken as they are. vocabulary: tokens are in 0 .. vocabulary - 1.
 max_depth: of so many heads, the first ones, >= 0.
 Returns (tokens int64, probabilities float64), (min(K, max_depth), P) each, best first; what is no draft, for its id or
 its probability, comes last, as token 0 with probability 0. Raises ValueError on anything else.)");
