@@ -6,6 +6,7 @@
 No machine and no time matters. The answers are greedy, of the default model; they are written once, in bfloat16, to
 --answers, {"question": number, "p": [prompt ids], "r": [answer ids]}, and read from there the next time. What the heads
 draft at every place of them is computed in --dtype. Heads with conditional drafts are walked with and without them.
+With --documents, {"r": [ids]} each, say answers that the model has written before, these draft, too.
 A line of the results is one set of heads, one tree size, and the heads alone or with the text's past; `gain` is over
 the first heads. Intervals: 95 %, by bootstrap over the questions.
 """
@@ -25,7 +26,7 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import cerberus_ext
-from cerberus_ext import AlwaysOpen, DynamicPolicy
+from cerberus_ext import AlwaysOpen, DocumentProposer, DynamicPolicy, SuffixProposer
 from cerberus_ext.calibration.cost import StepCosts
 from cerberus_ext.calibration.trace import Answer, TracedText, trace, write_answers
 from cerberus_ext.calibration.walk import walk
@@ -66,12 +67,12 @@ def counted(texts: list[TracedText], questions: int, size: int, proposers: Any) 
 
 
 def rows_of(
-    texts: dict[str, list[TracedText]], questions: list[Question], sizes: list[int]
+    texts: dict[str, list[TracedText]], questions: list[Question], sizes: list[int], ways: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """A line for every way, size and set of heads."""
     categories = np.array([question.category for question in questions])
     asked = sorted({text.question for of_heads in texts.values() for text in of_heads})
-    for way, proposers in WAYS.items():
+    for way, proposers in ways.items():
         for size in sizes:
             first: np.ndarray | None = None
             for name, of_heads in texts.items():
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, required=True, help="JSON lines with turns")
     parser.add_argument("--answers", type=Path, required=True, help="written where it is not there")
     parser.add_argument("--heads", nargs="+", default=["smollm2-135m-instruct"], help="packaged names or folders")
+    parser.add_argument("--documents", type=Path, help="JSON lines")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--limit", type=int, help="the first questions alone")
     parser.add_argument("--category", help="the questions of this category alone")
@@ -132,9 +134,13 @@ def main() -> None:
         replace(text, ids=text.ids[..., :0], logprobs=text.logprobs[..., :0], conditional=None)
         for text in next(iter(texts.values()))
     ]
+    ways = dict(WAYS)
+    if arguments.documents is not None:
+        documents = [json.loads(line)["r"] for line in arguments.documents.read_text().splitlines()]
+        ways["heads, suffix index and documents"] = (SuffixProposer(), DocumentProposer(documents))
     facts = {"source": arguments.questions.name, "dtype": arguments.dtype, "date": date.today().isoformat()}
     with arguments.out.open("w") as file:
-        for row in rows_of(texts, questions, arguments.sizes):
+        for row in rows_of(texts, questions, arguments.sizes, ways):
             file.write(json.dumps(facts | row) + "\n")
             file.flush()
             print(f"{row['heads']}, {row['way']}, {row['nodes']} nodes: {row['tokens_per_step']}", flush=True)

@@ -39,7 +39,7 @@ def test_tokens_a_step_and_gains() -> None:
     texts[bench.NO_HEADS] = [
         replace(text, ids=text.ids[..., :0], logprobs=text.logprobs[..., :0]) for text in texts["no"]
     ]
-    rows = list(bench.rows_of(texts, asked, [3]))
+    rows = list(bench.rows_of(texts, asked, [3], bench.WAYS))
     assert [(row["heads"], row["way"]) for row in rows[:2]] == [("no", "heads"), ("yes", "heads")]
     assert [row["tokens_per_step"] for row in rows[:2]] == [1.0, 3.0]
     assert [row["zero_accept"] for row in rows[:2]] == [0.8889, 0.0]  # the last step drafts nothing
