@@ -15,10 +15,10 @@
 //   four, five: (g, 2): d and m of row g, of row g + 8
 //   bytes:      (half of the columns where there are two, g): d of row g, of row g + 8
 //
-// Of few bits, q is added to the bits of a float32 number, 16 (in five bits 32), and what comes out
-// multiplied by d: the m that is packed is less by 16 d, and one multiply-add makes the weight. Packing
-// checks each of them, since that m may have no float32 number, but for the sign of a zero: a sum that begins
-// with +0 does not depend on it.
+// Of few bits, q is added to the bits of the float32 number 32, and what comes out multiplied by d: the m
+// that is packed is less by 32 d, and one multiply-add makes the weight. Packing checks each of them, since
+// that m may have no float32 number, but for the sign of a zero: a sum that begins with +0 does not depend on
+// it.
 #pragma once
 
 #include <cstdint>
@@ -28,22 +28,22 @@
 namespace cerberus {
 
 constexpr int kBlockTileRows = 16, kBlockColumns = 32;
+constexpr int kFewBitsFrom = 32;  // that is added to q
 
 // Where in a chunk what lies, in bytes.
 struct DeviceChunk {
   int high, scales, bytes;  // bytes: of the chunk, a multiple of 16; 0: there are none such
-  int from;                 // of few bits: what is added to q
 };
 constexpr DeviceChunk device_chunk(Packing packing) {
   switch (packing) {
     case Packing::kFourBits:
-      return {256, 256, 384, 16};
+      return {256, 256, 384};
     case Packing::kFiveBits:
-      return {256, 320, 448, 32};
+      return {256, 320, 448};
     case Packing::kBytes:
-      return {512, 512, 576, 0};
+      return {512, 512, 576};
     case Packing::kBytesOf16:
-      return {512, 512, 640, 0};
+      return {512, 512, 640};
     default:
       return {};
   }

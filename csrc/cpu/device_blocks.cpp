@@ -52,22 +52,13 @@ class PackedRow {
     }
     return codes;
   }
-  // Of few bits d and m as they are packed; of bytes d, or both of them.
+  // d, or both of them, of bytes; d and m of few bits.
   void scales(int64_t step, float (&to)[2]) const {
-    if constexpr (kBits == 0) {
-      constexpr int kScales = byte_scales(kPacking);
-      const char* from =
-          tile_.data + byte_code_bytes(size_) + step * kPackedWeights * kScales * sizeof(float);
-      to[1] = 0;
-      __builtin_memcpy(to, from, kScales * sizeof(float));
-    } else {
-      // Without its last two bits, 24 d or 48 d is a float32 number, too: so is then m of what counts from 0.
-      constexpr int kFrom = device_chunk(kPacking).from + (1 << (kBits - 1));
-      __builtin_memcpy(to, tile_.data + few_bit_code_bytes(kBits, size_) + step * kFewBitScaleBytes,
-                       sizeof(to));
-      to[0] = bit_cast<float>((bit_cast<uint32_t>(to[0]) + 2) & ~3u);
-      to[1] = static_cast<float>(to[1] - static_cast<double>(to[0]) * kFrom);
-    }
+    constexpr int kScales = kBits == 0 ? byte_scales(kPacking) : 2;
+    const int64_t codes = kBits == 0 ? byte_code_bytes(size_) : few_bit_code_bytes(kBits, size_);
+    to[1] = 0;
+    __builtin_memcpy(to, tile_.data + codes + step * kPackedWeights * kScales * sizeof(float),
+                     kScales * sizeof(float));
   }
 
  private:
@@ -81,8 +72,7 @@ bool are_made(const BFloat16* weight, const Codes& codes, const float (&scales)[
   for (int i = 0; i < kBlock; ++i) {
     float made;
     if constexpr (few_bits(kPacking) != 0) {
-      made =
-          __builtin_fmaf(scales[0], static_cast<float>(device_chunk(kPacking).from + codes.of[i]), scales[1]);
+      made = __builtin_fmaf(scales[0], static_cast<float>(kFewBitsFrom + codes.of[i]), scales[1]);
     } else {
       made = scales[byte_scales(kPacking) == 2 ? i / 16 : 0] * static_cast<float>(codes.of[i] - 128);
     }
@@ -92,6 +82,27 @@ bool are_made(const BFloat16* weight, const Codes& codes, const float (&scales)[
     if (rounded.bits != weight[i].bits && !are_zeros) return false;
   }
   return true;
+}
+
+// Finds d and m as they are packed, of few bits, and whether the kernels make the weights of them. Those that
+// this processor found count q from the middle; of the packed m, which is larger, float32 has fewer numbers:
+// too few for a weight that is nearly nothing. So some d beside that one are tried, each of them with the m
+// nearest to what leaves this weight as it is.
+template <Packing kPacking>
+bool find_scales(const BFloat16* weight, const Codes& codes, float (&scales)[2]) {
+  if constexpr (few_bits(kPacking) == 0) return are_made<kPacking>(weight, codes, scales);
+  constexpr int kTries = 64, kMiddle = kPacking == Packing::kFiveBits ? 16 : 8;
+  int least = 0;
+  for (int i = 1; i < kBlock; ++i)
+    if ((weight[i].bits & 0x7fff) < (weight[least].bits & 0x7fff)) least = i;
+  const double q = codes.of[least], value = scales[1] + scales[0] * (q - kMiddle);
+  const uint32_t first = (bit_cast<uint32_t>(scales[0]) + 4) & ~7u;  // of which float32 has every multiple
+  for (int i = 0; i < kTries; ++i) {
+    scales[0] = bit_cast<float>(first + (i % 2 ? i / 2 + 1 : -i / 2));
+    scales[1] = static_cast<float>(value - scales[0] * (q + kFewBitsFrom));
+    if (are_made<kPacking>(weight, codes, scales)) return true;
+  }
+  return false;
 }
 
 // Row `row` of a chunk.
@@ -140,7 +151,7 @@ bool pack_tile(const PackBlocksArgs& a, int64_t tile) {
       const Codes codes = own.codes(step);
       float scales[2];
       own.scales(step, scales);
-      if (!are_made<kPacking>(weight + step * kBlock, codes, scales)) return false;
+      if (!find_scales<kPacking>(weight + step * kBlock, codes, scales)) return false;
       put<kPacking>(codes, scales, static_cast<int>(row), chunks + step * kChunkBytes);
     }
   }

@@ -59,19 +59,16 @@ struct BlockFormat {
   }
 
  private:
-  // A byte becomes bits 16 to 23 of 16 + q, of which 16 has the highest, or of 32 + q.
+  // A byte becomes bits 16 to 23 of 32 + q.
   __device__ static Pack<bf16, 8> few_bits(uint32_t low, uint32_t high, float d, float m) {
-    uint32_t even, odd;
+    uint32_t even = low << 2 & 0x3c3c3c3c, odd = low >> 2 & 0x3c3c3c3c;
     if constexpr (kPacking == Packing::kFiveBits) {
-      even = (low << 2 & 0x3c3c3c3c) | sixth(high & 15);
-      odd = (low >> 2 & 0x3c3c3c3c) | sixth(high >> 4 & 15);
-    } else {
-      even = (low << 3 & 0x78787878) | 0x80808080;
-      odd = (low >> 1 & 0x78787878) | 0x80808080;
+      even |= sixth(high & 15);
+      odd |= sixth(high >> 4 & 15);
     }
-    constexpr uint32_t kUpper = kPacking == Packing::kFiveBits ? 0x42000000 : 0x41000000;
+    const uint32_t upper = in_register(float_bits(float{kFewBitsFrom}));
     return pack_weights(even, odd, [=](uint32_t word, unsigned i) {
-      return fmaf(d, float_of_bits(__byte_perm(word, kUpper, 0x7044 | i << 8)), m);
+      return fmaf(d, float_of_bits(__byte_perm(word, upper, 0x7044 | i << 8)), m);
     });
   }
   // Four bits, each bit 6 of a byte: the product has each of them at every seventh bit.
@@ -79,8 +76,9 @@ struct BlockFormat {
 
   // A byte becomes the lowest bits of 2^23, to which it adds itself, q + 128.
   __device__ static Pack<bf16, 8> bytes(uint32_t even, uint32_t odd, float d) {
+    const uint32_t upper = in_register(float_bits(0x1p23f));
     return pack_weights(even, odd, [=](uint32_t word, unsigned i) {
-      const float x = float_of_bits(__byte_perm(word, float_bits(0x1p23f), 0x7440 | i));
+      const float x = float_of_bits(__byte_perm(word, upper, 0x7440 | i));
       return d * (x - (0x1p23f + 128));
     });
   }
@@ -109,9 +107,9 @@ class BlockRing {
     for (int column = 0; column < slice_.size; column += Product::kChunk) {
       wait_for_copies<Product::kStages - 2>();
       warp_barrier();
-      start(slots_ + (stage_ == 0 ? Product::kStages - 1 : stage_ - 1) * kBytes);
-      f(Product::Format::weights(slots_ + stage_ * kBytes), column);
-      stage_ = stage_ + 1 == Product::kStages ? 0 : stage_ + 1;
+      start(slots_ + (next_ == 0 ? kLast : next_ - kBytes));
+      f(Product::Format::weights(slots_ + next_), column);
+      next_ = next_ == kLast ? 0 : next_ + kBytes;
     }
   }
 
@@ -119,6 +117,7 @@ class BlockRing {
 
  private:
   static constexpr int kBytes = Product::Format::kChunk.bytes;
+  static constexpr int kLast = (Product::kStages - 1) * kBytes;
   static constexpr int kCopy = 16 * kLanes;
 
   // A group of copies for each chunk, also where nothing is read: the groups are counted.
@@ -145,7 +144,7 @@ class BlockRing {
   const WarpSlice& slice_;
   const Work& work_;
   char* const slots_;  // of this warp
-  int stage_ = 0;      // that is multiplied next
+  int next_ = 0;       // where the stage is that is multiplied next
   // What is asked for next.
   decltype(static_cast<const Work*>(nullptr)->first()) place_;
   WeightBlocks blocks_;
