@@ -120,6 +120,14 @@ def test_weights_that_change_are_packed_again(tmp_path: Path, device: None, reco
     assert changed.sequences.equal(dense.sequences)
 
 
+def test_weights_at_no_multiple_of_16_bytes_stay_as_they_are(tmp_path: Path, device: None) -> None:
+    """Their products have other bits."""
+    model = model_of(tmp_path, MIXED)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data = torch.empty(weight.numel() + 4, dtype=weight.dtype)[4:].view(weight.shape).copy_(weight.data)
+    check_bits(model, {}, 0)
+
+
 def test_what_is_none_of_a_file_stays_as_it_is(device: None) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert not step(tiny_family("llama", dtype), pack=True)[1]

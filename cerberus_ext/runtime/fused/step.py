@@ -194,13 +194,18 @@ def _weights_of(products: list[Product | Grouped], packs: bool) -> list[Tensor]:
 
 
 def _in_blocks(products: list[Product | Grouped], packs: bool) -> list[Tensor]:
-    """The same on a GPU: in blocks, or as the model has them."""
-    weights = []
-    for product in products:
-        own = _own(product)
-        blocks = in_blocks(own) if packs and isinstance(product, Product) else None
-        weights.append(own if blocks is None else blocks)
-    return weights
+    """The same on a GPU: in blocks, or as the model has them.
+
+    Where one lies at no multiple of 16 bytes, which no allocator of a GPU does, its product sums in another order than
+    blocks do, as do those that are joined with it: then none is in blocks.
+    """
+    weights = [_own(product) for product in products]
+    if not packs or any(weight.data_ptr() % 16 for weight in weights):
+        return weights
+    blocks = (
+        in_blocks(own) if isinstance(product, Product) else None for product, own in zip(products, weights, strict=True)
+    )
+    return [own if found is None else found for own, found in zip(weights, blocks, strict=True)]
 
 
 def _rounded(size: int) -> int:
