@@ -269,8 +269,8 @@ BROKEN_BLOCKS = [
         "a place of blocks is filled again before it is read",
         "step_product",
         "skinny_blocks.cuh",
-        "(stage_ == 0 ? Product::kStages - 1 : stage_ - 1)",
-        "stage_",
+        "(next_ == 0 ? kLast : next_ - kBytes)",
+        "next_",
     ),
     Broken(
         "the columns of a kind of weights are split by its own tiles",
