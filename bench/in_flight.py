@@ -3,9 +3,9 @@
     python bench/in_flight.py LIBRARY [LIBRARY ...] [--least 6]
 
 LIBRARY: _cuda.so, or object files or cubins of csrc/cuda. Prints, for each kernel that streams weights through a ring
-(csrc/cuda/skinny.cuh), how many stages stay in flight while it waits for the oldest. The status is 1 where a kernel has
-fewer than `--least`, or where one is missing. cuobjdump and nvdisasm are looked for on PATH and among PyPI's packages;
-without them nothing is checked, which is said, and the status is 0.
+(csrc/cuda/skinny.cuh, skinny_blocks.cuh), how many stages stay in flight while it waits for the oldest. The status is 1
+where a kernel has fewer than `--least`, or where one is missing. cuobjdump and nvdisasm are looked for on PATH and
+among PyPI's packages; without them nothing is checked, which is said, and the status is 0.
 
 A copy to shared memory is LDGSTS; LDGDEPBAR closes a group of copies, and DEPBAR.LE SBk, n waits until n groups of
 scoreboard k are left. Any other instruction that waits for this scoreboard waits for all: then none is in flight.
@@ -26,6 +26,9 @@ from typing import NamedTuple
 KERNELS = ("head_stack_kernel", "draft_topk_parts_kernel", "step_product_kernel", "step_grouped_kernel")
 RING = re.compile(r"7ProductI(\w+?)Li([48])ELi(\d)E")  # loads of 8 or 4 elements, that is of 16 bytes
 DTYPES = {"13__nv_bfloat16": "bfloat16", "6__half": "float16", "f": "float32"}
+OF_BLOCKS = "step_product_kernel"  # that multiplies weights in blocks, too
+BLOCKS = re.compile(r"12BlockProductILNS_7PackingE([2456])ELi(\d)E")  # skinny_blocks.cuh
+PACKINGS = {"2": "four bits", "6": "five bits", "4": "bytes", "5": "bytes of 16"}
 CODE = re.compile(r"\s*/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*/\* (0x[0-9a-f]{16}) \*/")
 CONTROL = re.compile(r"\s*/\* (0x[0-9a-f]{16}) \*/")
 
@@ -99,17 +102,18 @@ def report(listing: str, least: int) -> bool:
     seen, enough = set(), True
     for architecture, name, code in decode(listing):
         kernel = next((kernel for kernel in KERNELS if kernel in name), None)
-        ring = RING.search(name)
-        if kernel is None or ring is None:
+        ring, blocks = RING.search(name), BLOCKS.search(name)
+        if kernel is None or (ring is None and blocks is None):
             continue
-        stages, dtype = in_flight(code), DTYPES[ring[1]]
-        rows = 8 if dtype == "float32" else 16 * int(ring[3])
-        print(f"{architecture} {kernel} {dtype}, {rows} rows: {stages} stages in flight")
-        seen.add((kernel, dtype))
+        weights, tiles = (DTYPES[ring[1]], ring[3]) if ring else (PACKINGS[blocks[1]], blocks[2])  # type: ignore[index]
+        stages, rows = in_flight(code), 8 if weights == "float32" else 16 * int(tiles)
+        print(f"{architecture} {kernel} {weights}, {rows} rows: {stages} stages in flight")
+        seen.add((kernel, weights))
         enough = enough and stages >= least
-    missing = {(kernel, dtype) for kernel in KERNELS for dtype in DTYPES.values()} - seen
-    for kernel, dtype in sorted(missing):
-        print(f"{kernel} {dtype}: not there")
+    wanted = {(kernel, weights) for kernel in KERNELS for weights in DTYPES.values()}
+    missing = (wanted | {(OF_BLOCKS, weights) for weights in PACKINGS.values()}) - seen
+    for kernel, weights in sorted(missing):
+        print(f"{kernel} {weights}: not there")
     return enough and not missing
 
 

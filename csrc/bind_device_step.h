@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "check.h"
+#include "packing.h"
 #include "prepare.h"
 #include "step/device_step.h"
 
@@ -41,11 +42,15 @@ class DeviceSteps {
       if (tensor.get_device_index() != tensors[0].get_device_index())
         check.fail("tensors", "on one device", device_text(tensor));
       if (!tensor.is_contiguous()) check.fail("tensors", "contiguous", "shape " + shape_text(tensor));
-      if (dtype_of(tensor) != type && dtype_of(tensor) != ScalarType::Float)
-        check.fail("tensors", "torch.float32 or " + dtype_text(type), dtype_text(dtype_of(tensor)));
-      constants.push_back({const_cast<void*>(tensor.const_data_ptr()), tensor.numel(),
+      const Packing packing = tensor.dim() == 1 ? packing_of(dtype_of(tensor)) : Packing::kNone;
+      if (packing == Packing::kNone && dtype_of(tensor) != type && dtype_of(tensor) != ScalarType::Float)
+        check.fail("tensors", "torch.float32, " + dtype_text(type) + " or packed",
+                   dtype_text(dtype_of(tensor)));
+      const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
+      constants.push_back({const_cast<void*>(tensor.const_data_ptr()),
+                           packing == Packing::kNone ? tensor.numel() : bytes / 2,
                            tensor.dim() > 0 ? tensor.size(tensor.dim() - 1) : 1,
-                           dtype_of(tensor) == ScalarType::Float, Packing::kNone});
+                           dtype_of(tensor) == ScalarType::Float, packing});
     }
     DeviceStep step(std::move(constants), numbers, code.size(0));
     const std::lock_guard<std::mutex> lock(mutex());

@@ -7,10 +7,12 @@
 #include <unordered_map>
 #include <vector>
 
+#include "blocks/device_blocks.h"
 #include "check.h"
 #include "cpu/cpu.h"
 #include "cpu/mapped.h"
 #include "cpu/team.h"
+#include "packing.h"
 #include "step/step.h"
 
 namespace cerberus {
@@ -61,26 +63,6 @@ ScalarType type_of_dtype(DType dtype) {
   return dtype == DType::kBFloat16  ? ScalarType::BFloat16
          : dtype == DType::kFloat16 ? ScalarType::Half
                                     : ScalarType::Float;
-}
-
-// A packed tensor's dtype says how.
-Packing packing_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Byte:
-      return Packing::kPacked;
-    case ScalarType::Char:
-      return Packing::kFourBits;
-    case ScalarType::Short:
-      return Packing::kEightBits;
-    case ScalarType::Int:
-      return Packing::kBytes;
-    case ScalarType::Long:
-      return Packing::kBytesOf16;
-    case ScalarType::UInt16:
-      return Packing::kFiveBits;
-    default:
-      return Packing::kNone;
-  }
 }
 
 void plain_on_cpu(const Check& check, const Tensor& tensor, const char* argument) {
@@ -202,13 +184,24 @@ int64_t packed_bytes(Tensor weight, int64_t rows) {
 }
 
 // Blocks of so many bits a weight.
+Packing packing_of_bits(const char* op, int64_t bits) {
+  Check(op).that(bits >= 4 && bits <= 8 && bits != 7, "bits", "4, 5, 6 or 8", bits);
+  return bits == 4   ? Packing::kFourBits
+         : bits == 5 ? Packing::kFiveBits
+         : bits == 6 ? Packing::kBytesOf16
+                     : Packing::kBytes;
+}
+
 int64_t block_bytes(Tensor weight, int64_t rows, int64_t bits) {
-  Check("block_bytes").that(bits >= 4 && bits <= 8 && bits != 7, "bits", "4, 5, 6 or 8", bits);
-  const Packing packing = bits == 4   ? Packing::kFourBits
-                          : bits == 5 ? Packing::kFiveBits
-                          : bits == 6 ? Packing::kBytesOf16
-                                      : Packing::kBytes;
-  return bytes_like("block_bytes", packing, weight, rows);
+  return bytes_like("block_bytes", packing_of_bits("block_bytes", bits), weight, rows);
+}
+
+int64_t device_block_bytes_of(Tensor weight, int64_t bits) {
+  Check check("device_block_bytes");
+  const Packing packing = packing_of_bits("device_block_bytes", bits);
+  check.floating(weight, "weight", 2, "(O, I)");
+  if (!packs_device_blocks() || check.dtype() != DType::kBFloat16) return 0;
+  return device_block_bytes(packing, weight.size(0), weight.size(1));
 }
 
 // What is to be packed: its dtype, how many rows in all, and of which size.
@@ -272,6 +265,24 @@ bool pack_blocks(std::vector<Tensor> weights, Tensor packed) {
   return fits != 0;
 }
 
+// The same for the CUDA kernels, of one weight, into zeros.
+bool pack_device_blocks(Tensor weight, Tensor packed) {
+  Check check("pack_device_blocks");
+  check.floating(weight, "weight", 2, "(O, I)");
+  plain_on_cpu(check, weight, "weight");
+  plain_on_cpu(check, packed, "packed");
+  const Packing packing = packing_of(dtype_of(packed));
+  const int64_t rows = weight.size(0), size = weight.size(1), bytes = device_block_bytes(packing, rows, size);
+  const int64_t have = packed.numel() * static_cast<int64_t>(packed.element_size());
+  if (!packs_device_blocks() || check.dtype() != DType::kBFloat16 || bytes == 0)
+    check.fail("weight", "of a kind that this processor packs so", shape_text(weight));
+  if (have < bytes) check.fail("packed", "of " + std::to_string(bytes) + " bytes", std::to_string(have));
+  int32_t fits = 1;
+  pack_device_blocks_cpu(
+      {packing, rows, size, 0, rows, weight.const_data_ptr(), packed.mutable_data_ptr(), &fits}, threads());
+  return fits != 0;
+}
+
 void prefer_large_pages(Tensor memory) {
   Check check("prefer_large_pages");
   plain_on_cpu(check, memory, "memory");
@@ -302,6 +313,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cerberus_ext, m) {
   m.def("pack_weights(Tensor[] weights, Tensor(a!) packed) -> ()");
   m.def("block_bytes(Tensor weight, int rows, int bits) -> int");
   m.def("pack_blocks(Tensor[] weights, Tensor(a!) packed) -> bool");
+  m.def("device_block_bytes(Tensor weight, int bits) -> int");
+  m.def("pack_device_blocks(Tensor weight, Tensor(a!) packed) -> bool");
   m.def("prefer_large_pages(Tensor(a!) memory) -> ()");
   m.def("release_mapped(Tensor memory) -> int");
   m.def("trim_heap() -> ()");
@@ -316,6 +329,8 @@ STABLE_TORCH_LIBRARY_IMPL(cerberus_ext, CompositeExplicitAutograd, m) {
   m.impl("pack_weights", TORCH_BOX(&cerberus::pack_weights));
   m.impl("block_bytes", TORCH_BOX(&cerberus::block_bytes));
   m.impl("pack_blocks", TORCH_BOX(&cerberus::pack_blocks));
+  m.impl("device_block_bytes", TORCH_BOX(&cerberus::device_block_bytes_of));
+  m.impl("pack_device_blocks", TORCH_BOX(&cerberus::pack_device_blocks));
   m.impl("prefer_large_pages", TORCH_BOX(&cerberus::prefer_large_pages));
   m.impl("release_mapped", TORCH_BOX(&cerberus::release_mapped));
   m.impl("trim_heap", TORCH_BOX(&cerberus::trim_heap));

@@ -86,8 +86,8 @@ def decode(
     fuse: the target model's step as one native program, see runtime/fused; on a GPU as launches of a few kernels, which
         graphs record. The first decode with a model traces it, in less than a second. None: where possible; True: or an
         error; False: op by op.
-    pack: whether a fused step on a CPU copies the weights for the processor, which reads them faster then; None: where
-        there is memory for it; False: it reads the model's own.
+    pack: whether a fused step copies the weights for the processor, which reads them faster then, on a GPU those that
+        came out of a file of fewer bits; None: where there is memory for it; False: it reads the model's own.
 
     Returns sequences (B, S + new) int64, shorter texts filled up with the pad token as by `generate`, and stats, of
     several prompts their sum, with `stats.rows`; `stats.exact` tells whether drafts can never change a token, see

@@ -25,9 +25,9 @@ def load_gguf(
     """Loads a causal LM and its tokenizer from a GGUF file, in evaluation mode.
 
     name: the file; or a folder or a Hub id (user/name), in which it is `file`.
-    dtype: of the weights, None: `default_dtype(device)`. In bfloat16 on a CPU, `decode` packs those that came out of
-        Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K or Q8_0 in as many bits again, of Q6_K in eight, and computes what the
-        dequantized model does, to the bit.
+    dtype: of the weights, None: `default_dtype(device)`. In bfloat16 `decode` packs those that came out of Q4_0,
+        Q4_1, Q4_K, Q5_0, Q5_1, Q5_K or Q8_0 in as many bits again, of Q6_K in eight, and computes what the dequantized
+        model does, to the bit: on a CPU, and in fused steps on a GPU.
     device: None takes CUDA where there is one, else the CPU.
     keep_dense: whether the dequantized weights lie in memory, 2 bytes each in bfloat16, as long as the model. False:
         they lie in a file in the cache folder, as large, which is mapped into memory. Whatever reads them finds the

@@ -14,7 +14,8 @@ from .native import native
 class DeviceStep:
     """As NativeStep, for tensors on one CUDA device; what a run reads and writes is planned once and stays there.
 
-    tensors: contiguous, float32 or of the step's dtype. They are kept alive, and read where they lie.
+    tensors: contiguous, float32 or of the step's dtype, or weights that pack_device_blocks has packed. They are kept
+        alive, and read where they lie.
     code: (n,) int64, on the CPU.
     Raises RuntimeError where the code names what is not there, would read or write outside of it, or asks for what
     the kernels do not do.
@@ -61,3 +62,23 @@ class DeviceStep:
     def times(self, on: bool) -> list[int]:
         """None are taken on a device."""
         return []
+
+
+def device_block_bytes(weight: Tensor, bits: int) -> int:
+    """Of weight (O, I), on any device, in blocks of so many bits as a GPU reads them; 0: there are none of that dtype
+    or I, or this processor cannot pack them: it has no AVX-512.
+
+    Raises RuntimeError on another rank or dtype than float32 | bfloat16 | float16, on a non-contiguous tensor, on other
+    bits than those of `ops.step.BLOCKS`.
+    """
+    return int(native.device_block_bytes(weight, bits))
+
+
+def pack_device_blocks(weight: Tensor, packed: Tensor) -> bool:
+    """As `ops.step.pack_blocks`, of one weight, for the kernels of a DeviceStep; both tensors are on the CPU.
+
+    packed: zeros, of the dtype in BLOCKS that names the bits, at least device_block_bytes(weight, bits) bytes.
+    Returns whether all weights can be given so to the bit, but for the sign of a zero; if not, `packed` is of no use.
+    Raises RuntimeError on other shapes or dtypes, or where device_block_bytes is 0.
+    """
+    return bool(native.pack_device_blocks(weight, packed))

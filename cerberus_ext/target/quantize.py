@@ -30,8 +30,9 @@ class Quantized:
 def quantize(model: PreTrainedModel, bits: str) -> Quantized:
     """Rounds the weights of a model's products, in place: it is another model then, the same with and without drafts.
 
-    model: of any device, in float32, bfloat16 or float16. In bfloat16 steps on a CPU with AVX-512 read the blocks, to
-        the bits of the model as it is now; in other dtypes, and elsewhere, it costs quality and gains nothing.
+    model: of any device, in float32, bfloat16 or float16. In bfloat16 steps on a CPU with AVX-512, and fused ones
+        on a GPU beside one, read the blocks, to the bits of the model as it is now; in other dtypes, and elsewhere, it
+        costs quality and gains nothing.
     bits: of the weights of linear layers. "q4": 16 values of a block of 32 inputs, at equal distances from the least
         weight to the largest (as ggml's Q4_1; from -8 to 7 times a number, as Q4_0, where all have one sign and little
         lies between them), the LM head in "q8": 255 values around 0 (Q8_0), which costs next to nothing, and its

@@ -30,6 +30,11 @@ void block_linear_cpu(const LinearArgs& args, Packing packing, const Parallel& p
 void pack_blocks_cpu(const PackBlocksArgs& args, const Parallel& parallel);
 int64_t block_bytes_cpu(Packing packing, int64_t rows, int64_t size);
 
+// The same for the CUDA kernels, into zeros, of all rows at once: blocks/device_blocks.h. Whether this
+// processor can, whatever the level is.
+bool packs_device_blocks();
+void pack_device_blocks_cpu(const PackBlocksArgs& args, const Parallel& parallel);
+
 // What drafts depend on, in eight bits, which every level has: a product with them, packing, how many bytes
 // that takes; and the heads' drafts by such weights.
 void eight_bit_linear_cpu(const LinearArgs& args, const Parallel& parallel);

@@ -273,6 +273,19 @@ void pack_blocks_cpu(const PackBlocksArgs& a, const Parallel& p) { level().pack_
 int64_t block_bytes_cpu(Packing packing, int64_t rows, int64_t size) {
   return level().block_bytes && rows > 0 ? level().block_bytes(packing, rows, size) : 0;
 }
+bool packs_device_blocks() {
+#if defined(__x86_64__)
+  static const bool here = has_avx512();
+  return here;
+#else
+  return false;
+#endif
+}
+void pack_device_blocks_cpu([[maybe_unused]] const PackBlocksArgs& a, [[maybe_unused]] const Parallel& p) {
+#if defined(__x86_64__)
+  avx512::pack_device_blocks(a, p);
+#endif
+}
 void eight_bit_linear_cpu(const LinearArgs& a, const Parallel& p) { level().eight_bit_linear(a, p); }
 void pack_eight_bits_cpu(const PackEightBitsArgs& a, const Parallel& p) { level().pack_eight_bits(a, p); }
 int64_t eight_bit_bytes_cpu(int64_t rows, int64_t size) {

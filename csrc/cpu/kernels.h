@@ -26,6 +26,7 @@
   void block_linear(const LinearArgs&, Packing, const Parallel&);   \
   void pack_blocks(const PackBlocksArgs&, const Parallel&);         \
   int64_t block_bytes(Packing, int64_t rows, int64_t size);         \
+  void pack_device_blocks(const PackBlocksArgs&, const Parallel&);  \
   void eight_bit_linear(const LinearArgs&, const Parallel&);        \
   void pack_eight_bits(const PackEightBitsArgs&, const Parallel&);  \
   void draft(const DraftArgs&, const Parallel&);                    \

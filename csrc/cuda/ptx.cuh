@@ -73,6 +73,11 @@ __device__ inline void prefetch_l2(const void* pointer) {
 // ones and not generic ones.
 __device__ inline void assume_global(const void* pointer) { __builtin_assume(__isGlobal(pointer)); }
 
+// The same bits, but the compiler does not know them: grids have one dimension here. Of an instruction with
+// two constants one has to be in a register, and it would take the one that is another in each of them, and
+// move it there every time.
+__device__ inline uint32_t in_register(uint32_t bits) { return bits * gridDim.y; }
+
 // Until the launch before this one on the stream is complete and its writes are visible; at once where this
 // launch did not ask to overlap it (Launch::overlaps). The first thing a kernel does that reads what the one
 // before wrote.

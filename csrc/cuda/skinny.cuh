@@ -33,7 +33,7 @@
 namespace cerberus {
 
 // One kind of product: element type, elements of a load, 16 rows of X so many times (8 rows without tensor
-// cores).
+// cores). skinny_blocks.cuh has others.
 template <typename T, int kVectorSize, int kRowTiles>
 struct Product {
   using Element = T;
@@ -47,6 +47,7 @@ struct Product {
   // On a multiprocessor, hence 128 registers a thread.
   static constexpr int kResidentBlocks = 2;
 
+  static constexpr bool kInBlocks = false;  // its weights, see skinny_blocks.cuh
   static constexpr bool kRing = kVector > 1;
   static constexpr int kStages = 8;  // of the ring
   static constexpr int kBatch = 8;   // chunks that are loaded at once without a ring
@@ -55,6 +56,9 @@ struct Product {
   static constexpr int kSharedBytes =
       kRingBytes + kRows * ProductSplit::kSumsOfRow * static_cast<int>(sizeof(float));
   static_assert(kSharedBytes <= 99 << 10, "what a block may have on the smallest of our devices, 8.6");
+  // How the weights of a Work come.
+  template <typename Work>
+  using Stream = std::conditional_t<kRing, WeightRing<Product, Work>, WeightLoads<Product, Work>>;
 };
 
 // f(Product{}) for the element type and the number of rows of X; more rows than a product has are taken in
@@ -102,6 +106,7 @@ struct RoundSums {
 //   round WeightRows<T> weights(place, tile, part)   called rounds ahead, and more than once at the end of
 //   the walk XRows<T> x(place, tile, part)              what they are multiplied with void finish(place,
 //   RoundSums)              by all threads, the sums of the round being complete
+// Of weights in blocks, weights() gives WeightBlocks.
 // A warp may be left without a tile at the end of a walk: it has no weights and no rows of X.
 template <typename Product, typename Work>
 __device__ inline void multiply(const ProductSplit& split, int part_columns, Work& work) {
@@ -109,8 +114,7 @@ __device__ inline void multiply(const ProductSplit& split, int part_columns, Wor
   using Sums = typename Product::Sums;
   using States = typename Sums::States;
   const WarpSlice slice(split, part_columns, Product::kChunk, Product::kVector);
-  std::conditional_t<Product::kRing, WeightRing<Product, Work>, WeightLoads<Product, Work>> stream(slice,
-                                                                                                   work);
+  typename Product::template Stream<Work> stream(slice, work);
   work.begin();
   const RoundSums<Product> round{dynamic_shared<float>() + Product::kRingBytes / sizeof(float), split};
 

@@ -19,21 +19,25 @@ constexpr int64_t kMaxSharedScratch = 96
 
 // output[m, first + o] = input[m] @ weight[o] + bias[o], rounded once.
 struct ProductPart {
-  const void* weight;  // (O, I)
+  const void* weight;  // (O, I), or packed
   const void* bias;    // (O,) or null
   int64_t out_size, first;
 };
 
-// Products that read one input: one launch. What an output is depends on its row of the input and on the
-// sizes of the parts alone, to the last bit, not on the other rows nor on how many there are.
+// Products that read one input: one launch. What an output is depends on its row of the input and on `tiles`
+// alone, to the last bit, not on the other rows nor on how many there are.
 struct StepProductArgs {
   DType dtype;
+  Packing packing;                   // of all weights: kNone, or in blocks, of bfloat16 (device_blocks.h)
+  int64_t tiles;                     // product_tiles of all products that have the bits of one launch
   int64_t rows, in_size, out_width;  // M, I, elements of a row of the output
   const void* input;                 // (M, I)
   void* output;                      // (M, out_width)
   int64_t count;                     // of parts
   ProductPart parts[kMaxProductParts];
 };
+// Of a part.
+constexpr int64_t product_tiles(int64_t out_size) { return (out_size + 15) / 16; }
 cudaError_t step_product_cuda(const StepProductArgs& a, cudaStream_t stream);
 
 // output[m, j] = input[m, j] @ weight[chosen[m, j]]^T + bias[chosen[m, j]]; 0 where chosen is none of 0 .. G

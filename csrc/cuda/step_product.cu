@@ -1,11 +1,13 @@
 // step_product: products of one input with several weights in one launch; skinny.cuh has the product.
 //
 // The tiles of the parts are counted one after the other. How the columns are split depends on how many tiles
-// there are and on the device, not on the rows.
+// the call names and on the device, not on the rows: where the parts of a product are of several kinds, each
+// kind is a launch, and all have the bits of one.
 #include "copy.cuh"
 #include "launch.cuh"
 #include "reduce.cuh"
 #include "skinny.cuh"
+#include "skinny_blocks.cuh"
 #include "step_kernels.h"
 
 namespace cerberus {
@@ -62,13 +64,20 @@ class StepProduct {
     return {place.tile + split_.round_tiles(), 0};
   }
 
-  __device__ WeightRows<T> weights(const Place& place, int tile, int) const {
-    if (is_over(place) || tile >= end_) return {static_cast<const T*>(a_.parts[0].weight), 0, false};
-    const Found part = part_of(a_, tile);
-    // Past the last row the last one is read again, and its sum dropped.
-    const int last = part.out_size - 1, row = min(part.row + lane_index() / 4, last);
-    return {static_cast<const T*>(part.weight) + static_cast<int64_t>(row) * size_,
-            min(8, last - row) * size_, true};
+  __device__ auto weights(const Place& place, int tile, int) const {
+    const bool exist = !is_over(place) && tile < end_;
+    const Found part = part_of(a_, exist ? tile : 0);
+    if constexpr (Product::kInBlocks) {
+      const int64_t chunks = static_cast<int64_t>(part.row / kTileRows) * (size_ / Product::kChunk);
+      return WeightBlocks{
+          static_cast<const char*>(part.weight) + (exist ? chunks * Product::Format::kChunk.bytes : 0),
+          exist};
+    } else {
+      // Past the last row the last one is read again, and its sum dropped.
+      const int last = part.out_size - 1, row = exist ? min(part.row + lane_index() / 4, last) : 0;
+      return WeightRows<T>{static_cast<const T*>(part.weight) + static_cast<int64_t>(row) * size_,
+                           exist ? min(8, last - row) * size_ : 0, exist};
+    }
   }
   __device__ XRows<T> x(const Place& place, int tile, int) const {
     return {static_cast<const T*>(a_.input) + first_row(place) * size_, size_,
@@ -121,20 +130,23 @@ cudaError_t step_product_cuda(const StepProductArgs& a, cudaStream_t stream) {
   int64_t tiles = 0;
   for (int64_t i = 0; i < a.count; ++i) {
     weights |= reinterpret_cast<uintptr_t>(a.parts[i].weight);
-    tiles += divide_up(a.parts[i].out_size, kTileRows);
+    tiles += product_tiles(a.parts[i].out_size);
   }
   if (a.rows == 0 || tiles == 0) return cudaSuccess;
-  return dispatch_product(
-      a.dtype, a.in_size, a.rows,
-      [&](auto product) {
-        using Product = decltype(product);
-        DeviceLimits limits = {};
-        if (const cudaError_t error = device_limits(limits); error != cudaSuccess) return error;
-        const ProductSplit split(tiles, 2 * limits.multiprocessors, divide_up(a.in_size, Product::kChunk), 1);
-        return launch(step_product_kernel<Product>,
-                      overlapping(split.blocks, kProductThreads, Product::kSharedBytes), stream, a, split);
-      },
-      a.input, reinterpret_cast<const void*>(weights));
+  const auto run = [&](auto product) {
+    using Product = decltype(product);
+    DeviceLimits limits = {};
+    if (const cudaError_t error = device_limits(limits); error != cudaSuccess) return error;
+    ProductSplit split(a.tiles, 2 * limits.multiprocessors, divide_up(a.in_size, Product::kChunk), 1);
+    split.share(tiles, 2 * limits.multiprocessors);
+    return launch(step_product_kernel<Product>,
+                  overlapping(split.blocks, kProductThreads, Product::kSharedBytes), stream, a, split);
+  };
+  const void* const all = reinterpret_cast<const void*>(weights);
+  if (a.packing == Packing::kNone) return dispatch_product(a.dtype, a.in_size, a.rows, run, a.input, all);
+  const bool fits = a.dtype == DType::kBFloat16 && a.in_size % kBlockColumns == 0;
+  if (!fits || !is_aligned16(a.input) || !is_aligned16(all)) return cudaErrorInvalidValue;
+  return dispatch_blocks(a.packing, a.rows, run);
 }
 
 }  // namespace cerberus

@@ -4,13 +4,15 @@
 #include <stdexcept>
 #include <string>
 
+#include "blocks/device_blocks.h"
 #include "cuda/kernels.h"
 #include "step/code.h"
 
 namespace cerberus {
 
-// No weights are packed for a GPU.
-int64_t packed_elements(DType, Packing, int64_t, int64_t) { return 0; }
+int64_t packed_elements(DType dtype, Packing packing, int64_t out_size, int64_t in_size) {
+  return dtype == DType::kBFloat16 ? device_block_bytes(packing, out_size, in_size) / 2 : 0;
+}
 
 // Hands out pieces of a plan's memory.
 class DeviceStep::Memory {
@@ -64,27 +66,44 @@ void DeviceStep::check_limits() const {
   }
 }
 
-// Of `stage`, and of the parts behind it that read and write the same buffers: it is the last of them then.
-DeviceLaunch DeviceStep::product(size_t& stage, int64_t nodes) const {
+// Of `stage`, and of the parts behind it that read and write the same buffers: it is the last of them then. A
+// launch for each kind of weights; which kinds there are changes no bit.
+void DeviceStep::products(size_t& stage, int64_t nodes, std::vector<DeviceLaunch>& to) const {
   const Product& p = stages_[stage].product;
-  DeviceLaunch launch{};
-  launch.kind = kProductStage;
-  StepProductArgs& args = launch.product;
-  args = {dtype_, nodes, p.in_size, buffers_[p.output].width, buffers_[p.input].data, buffers_[p.output].data,
-          0,      {}};
-  const auto add = [&](const Product& part) {
+  size_t end = stage + 1;
+  const auto is_next = [&](const Stage& next) {
+    return next.kind == kPartStage && next.product.input == p.input && next.product.output == p.output;
+  };
+  if (stages_[stage].kind == kPartStage)
+    while (end < stages_.size() && end - stage < kMaxProductParts && is_next(stages_[end])) ++end;
+  int64_t tiles = 0;
+  for (size_t i = stage; i < end; ++i) tiles += product_tiles(stages_[i].product.out_size);
+  const size_t first = to.size();
+  for (; stage < end; ++stage) {
+    const Product& part = stages_[stage].product;
+    size_t place = first;
+    while (place < to.size() && to[place].product.packing != part.packing) ++place;
+    if (place == to.size()) {
+      DeviceLaunch launch{};
+      launch.kind = kProductStage;
+      launch.product = {dtype_,
+                        part.packing,
+                        tiles,
+                        nodes,
+                        p.in_size,
+                        buffers_[p.output].width,
+                        buffers_[p.input].data,
+                        buffers_[p.output].data,
+                        0,
+                        {}};
+      to.push_back(launch);
+    }
+    StepProductArgs& args = to[place].product;
     args.parts[args.count++] = {constants_[part.weight].data,
                                 part.bias < 0 ? nullptr : constants_[part.bias].data, part.out_size,
                                 part.first};
-  };
-  add(p);
-  while (stages_[stage].kind == kPartStage && stage + 1 < stages_.size() && args.count < kMaxProductParts) {
-    const Stage& next = stages_[stage + 1];
-    if (next.kind != kPartStage || next.product.input != p.input || next.product.output != p.output) break;
-    add(next.product);
-    ++stage;
   }
-  return launch;
+  --stage;
 }
 
 DeviceLaunch DeviceStep::grouped(const Grouped& g, int64_t nodes) const {
@@ -124,7 +143,7 @@ DevicePlan DeviceStep::plan(const StepCall& call, void* memory, const RowInstruc
   for (size_t i = 0; i < stages_.size(); ++i) {
     const Stage& stage = stages_[i];
     if (stage.kind == kProductStage || stage.kind == kPartStage) {
-      plan.launches.push_back(product(i, call.nodes));
+      products(i, call.nodes, plan.launches);
     } else if (stage.kind == kGroupedStage) {
       plan.launches.push_back(grouped(stage.grouped, call.nodes));
     } else if (stage.kind == kAttentionStage) {

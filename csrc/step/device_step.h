@@ -1,8 +1,8 @@
 // A step as launches of CUDA kernels: the same code as on a CPU (step.h), with these differences:
-//   - parts of products: consecutive ones of one input and one output are one launch, so that products are
-//   joined
-//     and still read the model's own weights
-//   - weights lie as the model has them, and groups are not transposed.
+//   - parts of products: consecutive ones of one input and one output are one launch for each kind of weights
+//     among them, so that products are joined and still read the model's own weights
+//   - weights lie as the model has them, or in blocks (blocks/device_blocks.h), and groups are not
+//   transposed.
 // Between the launches of a step there is no Python, no copy and no wait: it may be captured.
 #pragma once
 
@@ -47,7 +47,7 @@ class DeviceStep : public Step {
   class Memory;
 
   void check_limits() const;
-  DeviceLaunch product(size_t& stage, int64_t nodes) const;
+  void products(size_t& stage, int64_t nodes, std::vector<DeviceLaunch>& to) const;
   DeviceLaunch grouped(const Grouped& grouped, int64_t nodes) const;
 };
 

@@ -26,7 +26,15 @@ def test_smoke_on_the_cpu(tmp_path: Path) -> None:
     assert not found["problems"] and found["unfinished"] is None
     rows = found["result"]["rows"]
     assert [line.split(": ")[0] for line in done.stdout.splitlines()] == list(rows)
-    assert {"libraries", "copy", "op tree_attention", "graph of all ops", "decode", "step tiny 32"} <= set(rows)
+    assert {
+        "libraries",
+        "copy",
+        "op tree_attention",
+        "graph of all ops",
+        "decode",
+        "step tiny 32",
+        "step tiny 1 in four bits",
+    } <= set(rows)
 
 
 def test_smoke_says_what_differs(tmp_path: Path) -> None:

@@ -62,12 +62,18 @@ def test_every_kernel_has_to_be_there(capsys: pytest.CaptureFixture[str]) -> Non
         for kernel in in_flight.KERNELS
         for product in ("13__nv_bfloat16Li8", "6__halfLi8", "fLi4")
     ]
+    blocks = NAME.replace("head_stack_kernel", in_flight.OF_BLOCKS)
+    dense = "7ProductI13__nv_bfloat16Li8ELi2E"
+    names += [blocks.replace(dense, f"12BlockProductILNS_7PackingE{kind}ELi4E") for kind in in_flight.PACKINGS]
     everything = "\n".join(listing(*LOOP, name=name) for name in names)
     assert in_flight.report(everything, 7)
     assert not in_flight.report(everything, 8)
-    assert "sm_90 head_stack_kernel bfloat16, 32 rows: 7 stages in flight" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "sm_90 head_stack_kernel bfloat16, 32 rows: 7 stages in flight" in out
+    assert "sm_90 step_product_kernel four bits, 64 rows: 7 stages in flight" in out
     assert not in_flight.report(everything.replace("draft_topk_parts", "another"), 6)
     assert "draft_topk_parts_kernel float32: not there" in capsys.readouterr().out
+    assert not in_flight.report(everything.replace("PackingE6", "PackingE9"), 6)
 
 
 def test_without_the_tools_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,16 @@ def q8_0(out_size: int, size: int, scale: float = 0.05, seed: int = 0) -> Tensor
     return (q * d.half().float()).view(out_size, size).bfloat16()
 
 
+def cancelling(*weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """States (11, I), and the weights, whose products begin and end with large terms of opposite signs: what is added
+    between them depends on the order. I is a multiple of 32 above it."""
+    size = weights[0].shape[1]
+    states = torch.randn(11, size, generator=torch.Generator().manual_seed(1)).bfloat16()
+    states[:, :32] *= 1 << 14
+    states[:, -32:] = -states[:, :32]
+    return states, [torch.cat([weight[:, :-32], weight[:, :32]], 1) for weight in weights]
+
+
 def packed_in(bits: int, *weights: Tensor) -> Tensor | None:
     """The weights in so many bits, one behind the other; None where they cannot be given so."""
     size = block_bytes(weights[0], sum(map(len, weights)), bits)

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from attention_paths import alone, cancelling_inputs
-from device_steps import EmulatedStep, run
+from block_weights import cancelling, q4_1, q8_0
+from device_steps import EmulatedStep, product, run
 from op_cases import (
     DTYPES,
     TOLERANCE,
@@ -37,6 +38,7 @@ from step_codes import OUT, linear_step
 
 from cerberus_ext.ops import reference
 from cerberus_ext.ops.step import NativeStep
+from cerberus_ext.runtime.fused.device_weights import in_blocks
 
 SEEDS = 6
 SECONDS = 60  # of one library
@@ -100,8 +102,12 @@ def dtype_of(arguments: list[Any]) -> torch.dtype:
 
 
 def check_products(simt: Emulation) -> None:
-    """A step that embeds its tokens and multiplies what comes out."""
+    """A step that embeds its tokens and multiplies what comes out; with weights in blocks it has the bits of the dense
+    ones, of all parts in one launch."""
     tokens = torch.arange(20) % 7
+    sizes = [20, 33, 400]
+    states, dense = cancelling(q4_1(20, 640), q8_0(33, 640), normal(400, 640, dtype=torch.bfloat16))
+    blocks = [weight if (found := in_blocks(weight)) is None else found for weight in dense]
     for seed in range(SEEDS):
         simt.seed(seed)
         simt.device(ptx_version=90 if seed % 2 else 80)
@@ -112,6 +118,8 @@ def check_products(simt: Emulation) -> None:
                 for step in (NativeStep, EmulatedStep)
             )
             torch.testing.assert_close(got, want, atol=0.5 if dtype == torch.bfloat16 else 0.05, rtol=0.02)
+        want, got = (product(weights, sizes, states, tokens) for weights in (dense, blocks))
+        assert_same_bits(got, want)
 
 
 def check_paths(simt: Emulation) -> None:

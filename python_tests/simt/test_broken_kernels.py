@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from simt_library import ROOT, build, run, tool
+
+from cerberus_ext.ops.device_step import device_block_bytes
 
 
 class Broken(NamedTuple):
@@ -246,6 +249,39 @@ BROKEN = [
         "a.length[row] = length_of_row + kept;\n  }",
     ),
 ]
+# Of weights in blocks, which a processor with AVX-512 packs.
+BROKEN_BLOCKS = [
+    Broken(
+        "blocks are not waited for",
+        "step_product",
+        "skinny_blocks.cuh",
+        "wait_for_copies<Product::kStages - 2>();\n      warp_barrier();",
+        "warp_barrier();",
+    ),
+    Broken(
+        "blocks are read before the other lanes have waited for their parts",
+        "step_product",
+        "skinny_blocks.cuh",
+        "      warp_barrier();\n",
+        "",
+    ),
+    Broken(
+        "a place of blocks is filled again before it is read",
+        "step_product",
+        "skinny_blocks.cuh",
+        "(next_ == 0 ? kLast : next_ - kBytes)",
+        "next_",
+    ),
+    Broken(
+        "the columns of a kind of weights are split by its own tiles",
+        "step_product",
+        "step_product.cu",
+        "split(a.tiles,",
+        "split(tiles,",
+    ),
+]
+if device_block_bytes(torch.empty(1, 32, dtype=torch.bfloat16), 4):
+    BROKEN += BROKEN_BLOCKS
 UNBROKEN = "unbroken"
 
 

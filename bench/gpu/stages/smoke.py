@@ -105,9 +105,27 @@ def kernel_row(run: stage.Stage, case: kernels.Case) -> Row:
     return row
 
 
-def step_row(run: stage.Stage, name: str, nodes: int) -> Row:
+def blocks_row(run: stage.Stage) -> Row:
+    """The text of a small model from a file of fewer bits, with the weights in blocks and as they are."""
+    shapes = SHAPES["tiny"]
+    model = steps.random_model(shapes, run.device, 256).bfloat16()
+    steps.put_few_bits(model)
+    ids = torch.arange(9, device=run.device)[None] % shapes.vocab
+    texts, packed = [], {}
+    for pack in (False, True):
+        for tree in (2, 16):
+            out = decode(model, None, ids, max_new_tokens=40, tree=tree, fuse=True, pack=pack)
+            texts.append(out.sequences.tolist())
+        fused = runtime_of(model)._fused
+        packed = {} if fused is None else fused[1].packed
+    Decoder(model).close()
+    assert texts.count(texts[0]) == len(texts), texts
+    return {"texts": len(texts), "packed": packed}
+
+
+def step_row(run: stage.Stage, name: str, nodes: int, few_bits: bool = False) -> Row:
     context = 64 if run.on_cpu else 512
-    measured = steps.Steps(SHAPES[name], run.device, (context,))
+    measured = steps.Steps(SHAPES[name], run.device, (context,), few_bits)
     row, problem = steps.measure(measured, context, nodes, machine.copy_bandwidth(run.device), run)
     assert problem is None, problem
     ids = torch.zeros(1, context, dtype=torch.int64, device=run.device)
@@ -126,11 +144,13 @@ def checks(run: stage.Stage) -> Iterator[tuple[str, Callable[[], Row]]]:
         yield f"op {op}", lambda op=op: op_row(run, op)  # type: ignore[misc]
     yield "graph of all ops", lambda: graph_row(run)
     yield "decode", lambda: decode_row(run)
+    yield "decode with weights in blocks", lambda: blocks_row(run)
     for case in kernels.plan(run.device)[:KERNELS]:
         yield f"kernel {case.key}", lambda case=case: kernel_row(run, case)  # type: ignore[misc]
     for nodes in (1, 32):
         name = "tiny" if run.on_cpu else "135M"
         yield f"step {name} {nodes}", lambda name=name, nodes=nodes: step_row(run, name, nodes)  # type: ignore[misc]
+    yield f"step {name} 1 in four bits", lambda: step_row(run, name, 1, few_bits=True)
 
 
 def body(run: stage.Stage) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import machine
 import stage
 import torch
+from block_weights import q4_1, q8_0
 from shapes import SHAPES, Shapes
-from step_model import PROGRAMS, step_time
+from step_model import PROGRAMS, WAYS, WEIGHT_BYTES, layer_weights, step_time
 from subject import our_way, random_heads
 from timing import tried
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -60,17 +61,33 @@ def streamed_bytes(model: LlamaForCausalLM) -> int:
     return sum(weight.numel() * weight.element_size() for weight in model.parameters()) - skipped
 
 
-class Steps:
-    """One model and its heads, of which single cells of the table are measured."""
+def put_few_bits(model: LlamaForCausalLM) -> None:
+    """Gives the layers weights of a Q4_1 file, the LM head those of a Q8_0 file."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data.copy_((q8_0 if module is head else q4_1)(*module.weight.shape))
 
-    def __init__(self, shapes: Shapes, device: str, contexts: tuple[int, ...]) -> None:
+
+class Steps:
+    """One model and its heads, of which single cells of the table are measured.
+
+    few_bits: with the weights of put_few_bits, which a step reads in blocks.
+    """
+
+    def __init__(self, shapes: Shapes, device: str, contexts: tuple[int, ...], few_bits: bool = False) -> None:
         torch.manual_seed(0)
         self.shapes, self.device = shapes, device
         self.model = random_model(shapes, device, max(contexts) + 128)
         self.dtype = self.model.dtype
         with torch.device(device):
             self.heads: CerberusHeads = random_heads(shapes.vocab, shapes.hidden, shapes.draft_vocabs[0]).to(self.dtype)
-        self.bytes = streamed_bytes(self.model)
+        self.bytes, self.weights_in = streamed_bytes(self.model), WAYS["fused"]
+        if few_bits:
+            put_few_bits(self.model)
+            self.weights_in = layers_in, head_in = WAYS["fused, four bits"]
+            in_layers = shapes.layers * layer_weights(shapes) * WEIGHT_BYTES[layers_in]
+            self.bytes = int(in_layers + shapes.vocab * shapes.hidden * WEIGHT_BYTES[head_in])
 
     def seconds(self, context: int, nodes: int, graphs: bool) -> dict[str, Any]:
         """Of a step, and how it came about."""
@@ -145,7 +162,8 @@ def measure(
         return row | {"error": failure}, f"{_key(steps.shapes.name, context, nodes)}: {failure}"
     row |= found | {"milliseconds": found.pop("seconds") * 1e3, "graphed": graphs and problem is None}
     program = PROGRAMS["fused" if row["fused"] else "op by op"]
-    row["expected_milliseconds"] = step_time(steps.shapes, context, nodes, program).seconds * 1e3
+    weights_in = steps.weights_in if row["fused"] else WAYS["op by op"]
+    row["expected_milliseconds"] = step_time(steps.shapes, context, nodes, program, *weights_in).seconds * 1e3
     row["share_of_floor"] = row["floor_milliseconds"] / row["milliseconds"]
     alone = run.rows.get(_key(steps.shapes.name, context, 1), {}).get("milliseconds")
     row["over_autoregressive"] = row["milliseconds"] / (alone or row["milliseconds"]) if nodes == 1 or alone else None

@@ -22,6 +22,7 @@ from ...ops.step import (
     packed_bytes,
     release_mapped,
 )
+from .device_weights import in_blocks
 from .lower import lower
 from .parts import parts
 from .program import Grouped, Product, Program, encode
@@ -48,8 +49,8 @@ NATIVE: dict[str, type[NativeStep] | type[DeviceStep]] = {"cpu": NativeStep, "cu
 class FusedStep:
     """A step of one model: a StepForward, see target/step_row.py. seconds: what making it took, in all.
 
-    pack: whether the weights are copied for the processor; None: where there is memory for it. On a GPU they are not:
-        a product with several weights is one launch for each part of it.
+    pack: whether the weights are copied for the processor; None: where there is memory for it. On a GPU those that came
+        out of a file of fewer bits are, in as many; the model keeps its own, which prompts are read with.
     recordable: whether steps may be captured, once one with as many nodes has run. Each of them is of one text.
     """
 
@@ -66,8 +67,12 @@ class FusedStep:
         self._results = [torch.empty(0, 0), torch.empty(0, 0)]
         self._recorded: dict[int, tuple[Tensor, Tensor]] = {}  # results of steps that may be captured, by their nodes
         self._weights: list[Tensor] | None = None
-        self._packs = pack is not False and not self.recordable and (pack or _has_room(target.model))
-        self._kinds = {number: _kind(weight) for number, weight in self._trace.weights.items() if self._packs}
+        self._packs = pack is not False and (pack or _has_room(target.model))
+        self._kinds: dict[int, torch.dtype | None] | None = None
+        if self.recordable:
+            self._kinds = {}  # whatever weights are in, all that read one input are joined
+        elif self._packs:
+            self._kinds = {number: _kind(weight) for number, weight in self._trace.weights.items()}
         self._most_positions = _ALL_POSITIONS
         self._last_position = target.max_positions
         self._make([target.cache], self._positions(target.cache, 1))
@@ -81,7 +86,7 @@ class FusedStep:
         """The program, for so many positions; its weights stay where they are."""
         assert caches[0].tensor is not None
         _, _, heads, _, size = caches[0].tensor.shape
-        sizes = (self._trace, self._dtype, heads, size, self._kinds if self._packs or self.recordable else None)
+        sizes = (self._trace, self._dtype, heads, size, self._kinds)
         try:
             self.program: Program = lower(*sizes, positions)
         except IndexError:  # the model looks its positions up, and has no more; nor is there a step beyond them
@@ -91,7 +96,8 @@ class FusedStep:
             self.program.stages = [part for stage in self.program.stages for part in parts(stage)]
         products = [stage for stage in self.program.stages if isinstance(stage, (Product, Grouped))]
         if self._weights is None:
-            self._weights = _weights_of(products, self._packs)
+            make = _in_blocks if self.recordable else _weights_of
+            self._weights = make(products, self._packs)
         biases = [_bias_of(product, self._dtype) for product in products]
         try:
             self._native = self._native_type(*encode(self.program, self._weights, biases))
@@ -187,6 +193,21 @@ def _weights_of(products: list[Product | Grouped], packs: bool) -> list[Tensor]:
     return weights
 
 
+def _in_blocks(products: list[Product | Grouped], packs: bool) -> list[Tensor]:
+    """The same on a GPU: in blocks, or as the model has them.
+
+    Where one lies at no multiple of 16 bytes, which no allocator of a GPU does, its product sums in another order than
+    blocks do, as do those that are joined with it: then none is in blocks.
+    """
+    weights = [_own(product) for product in products]
+    if not packs or any(weight.data_ptr() % 16 for weight in weights):
+        return weights
+    blocks = (
+        in_blocks(own) if isinstance(product, Product) else None for product, own in zip(products, weights, strict=True)
+    )
+    return [own if found is None else found for own, found in zip(weights, blocks, strict=True)]
+
+
 def _rounded(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
@@ -260,8 +281,11 @@ def _bias_of(product: Product | Grouped, dtype: torch.dtype) -> Tensor | None:
 
 
 def _has_room(model: PreTrainedModel) -> bool:
-    """Whether this machine has memory for a second copy of the weights, and one in bytes."""
-    return 5 * sum(parameter.nbytes for parameter in model.parameters()) // 3 + _SPARE <= _free_memory()
+    """Whether there is memory for copies of the weights: on a CPU one as they are and one in bytes, on a GPU blocks."""
+    own = sum(parameter.nbytes for parameter in model.parameters())
+    if model.device.type == "cuda":
+        return 5 * own // 8 + _SPARE <= torch.cuda.mem_get_info(model.device)[0]
+    return 5 * own // 3 + _SPARE <= _free_memory()
 
 
 def _free_memory() -> int:

@@ -36,6 +36,9 @@ struct alignas(8) float2 {
   float x, y;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
 // ---------------------------------------------------------------- barriers, shuffles, votes: of whole warps
 
@@ -117,6 +120,14 @@ using std::min;
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int __popcll(uint64_t bits) { return __builtin_popcountll(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+// Of the bytes of `low`, then of `high`, those that the lowest four digits of `select` name.
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t select) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t chosen = 0;
+  for (int i = 0; i < 4; ++i)
+    chosen |= static_cast<uint32_t>(bytes >> 8 * (select >> 4 * i & 7) & 0xff) << 8 * i;
+  return chosen;
+}
 inline float __uint_as_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof(x));

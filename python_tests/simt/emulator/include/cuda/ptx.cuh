@@ -34,6 +34,8 @@ inline uint4 load16(const void* global, bool valid) {
 inline void prefetch_l2(const void*) {}
 inline void assume_global(const void*) {}
 
+inline uint32_t in_register(uint32_t bits) { return bits; }
+
 inline void wait_for_previous_launch() { simt::wait_for_previous_launch(); }
 inline void allow_next_launch() { simt::allow_next_launch(); }
 
