@@ -81,6 +81,15 @@ def _pack_blocks(dtype: torch.dtype) -> dict[str, Any]:
     return {"weights": weights, "packed": torch.zeros(native.block_bytes(weights[0], 12, 4), dtype=torch.int8)}
 
 
+def _device_block_bytes(dtype: torch.dtype) -> dict[str, Any]:
+    return {"weight": normal(7, 64, dtype=dtype), "bits": 4}
+
+
+def _pack_device_blocks(dtype: torch.dtype) -> dict[str, Any]:
+    weight = integers(0, 16, 7, 64).to(dtype)
+    return {"weight": weight, "packed": torch.zeros(native.device_block_bytes(weight, 4), dtype=torch.int8)}
+
+
 def _dequantize_blocks(dtype: torch.dtype) -> dict[str, Any]:
     return {"blocks": torch.zeros(3, 40, dtype=torch.uint8), "kind": 3, "weights": torch.zeros(3, 64)}
 
@@ -142,6 +151,8 @@ NATIVE_EXAMPLES: dict[str, Callable[[torch.dtype], dict[str, Any]]] = {
     "pack_weights": _pack_weights,
     "block_bytes": _block_bytes,
     "pack_blocks": _pack_blocks,
+    "device_block_bytes": _device_block_bytes,
+    "pack_device_blocks": _pack_device_blocks,
     "dequantize_blocks": _dequantize_blocks,
     "make_step": _make_step,
     "run_step": _run_step,

@@ -51,6 +51,7 @@ def test_every_op_has_a_function_a_specification_and_an_example():
     around = {"make_step", "run_step", "free_step", "step_times", "packed_bytes", "pack_weights"}
     around |= {"prefer_large_pages", "release_mapped", "trim_heap"}
     around |= {"block_bytes", "pack_blocks", "eight_bit_bytes", "pack_eight_bits", "eight_bit_linear"}
+    around |= {"device_block_bytes", "pack_device_blocks"}  # ops/device_step.py, simt/test_device_blocks.py
     around |= {"dequantize_blocks"}  # ops/blocks.py, test_dequantize.py
     around |= {"draft", "settle"}  # writes what it is given: ops/draft.py, test_eight_bits.py, test_settle.py
     every -= {"cpu_isa", *around}
