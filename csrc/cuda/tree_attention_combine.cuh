@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const TreeAtte
     for (int j = 0; j < kVector; ++j) of_warp[warp_index()][c * kLanes + lane * kVector + j] = output[c + j];
   __syncthreads();
 
-  const float share = share_of<T>(a, blockIdx.x, max, total);
+  const float share = share_of<T>(a, blockIdx.x % static_cast<unsigned>(a.query_heads), max, total);
   T* to = static_cast<T*>(a.output) + static_cast<int64_t>(blockIdx.x) * head_size;
   for (int column = threadIdx.x; column < head_size; column += kCombineThreads) {
     float x = 0.0f;
