@@ -11,9 +11,11 @@ namespace cerberus {
 
 constexpr int kCombineThreads = 128;
 constexpr int kAtOnce = 4;  // pieces whose outputs a warp has under way
+// On a multiprocessor at once. ptxas, left alone, keeps to 64 registers and spills.
+constexpr int kCombineBlocks = 6;
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kCombineThreads) combine_kernel(const TreeAttentionArgs a) {
+__global__ void __launch_bounds__(kCombineThreads, kCombineBlocks) combine_kernel(const TreeAttentionArgs a) {
   constexpr int kWarps = kCombineThreads / kLanes, kColumns = kMaxHeadSize / kLanes;
   __shared__ float of_warp[kWarps][kMaxHeadSize];
   wait_for_previous_launch();
