@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(kThreads, 1) rerank_kernel(const RerankArgs a)
   wait_for_previous_launch();
   allow_next_launch();
   const float none = -INFINITY;
-  const int64_t head = blockIdx.x % (a.heads - 1), row = blockIdx.x / (a.heads - 1);
+  const unsigned heads = static_cast<unsigned>(a.heads - 1);
+  const int64_t head = blockIdx.x % heads, row = blockIdx.x / heads;
   const int64_t first = (row * a.heads + head + 1) * a.drafts;
   const int child = lane_index();
   const bool offered = child < a.drafts;

@@ -58,9 +58,9 @@ struct Piece {
 
   // Which of the (B, N, Hq) query rows row m of the tile is.
   __device__ int64_t query_row(const TreeAttentionArgs& a, int m) const {
-    const int row = first_row + m;
-    return (batch * a.nodes + row / group) * a.query_heads + head * group + row % group;
+    return (batch * a.nodes + node(m)) * a.query_heads + query_head(m);
   }
+  __device__ int query_head(int m) const { return head * group + (first_row + m) % group; }
   __device__ int node(int m) const { return (first_row + m) / group; }
   __device__ bool is_of(int node, int m) const {
     return static_cast<unsigned>(first_row + m - node * group) < static_cast<unsigned>(group);
@@ -178,9 +178,9 @@ __device__ inline void write_part(const TreeAttentionArgs& a, int64_t query_row,
 // which is added here, once, however the slots are split. `sum` is of what the row sees, relative to `max`. A
 // row that sees nothing, because its own slot lies outside of the cache, gives 0.
 template <typename T>
-__device__ inline float share_of(const TreeAttentionArgs& a, int64_t query_row, float max, float sum) {
+__device__ inline float share_of(const TreeAttentionArgs& a, int query_head, float max, float sum) {
   if (a.sinks != nullptr) {
-    const float sink = kLog2e * to_float(static_cast<const T*>(a.sinks)[query_row % a.query_heads]);
+    const float sink = kLog2e * to_float(static_cast<const T*>(a.sinks)[query_head]);
     const float top = fmaxf(max, sink);
     if (top != -INFINITY) {
       const float factor = exp2f(max - top);

@@ -11,9 +11,11 @@ namespace cerberus {
 
 constexpr int kCombineThreads = 128;
 constexpr int kAtOnce = 4;  // pieces whose outputs a warp has under way
+// On a multiprocessor at once. ptxas, left alone, keeps to 64 registers and spills.
+constexpr int kCombineBlocks = 6;
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kCombineThreads) combine_kernel(const TreeAttentionArgs a) {
+__global__ void __launch_bounds__(kCombineThreads, kCombineBlocks) combine_kernel(const TreeAttentionArgs a) {
   constexpr int kWarps = kCombineThreads / kLanes, kColumns = kMaxHeadSize / kLanes;
   __shared__ float of_warp[kWarps][kMaxHeadSize];
   wait_for_previous_launch();
@@ -81,7 +83,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const TreeAtte
     for (int j = 0; j < kVector; ++j) of_warp[warp_index()][c * kLanes + lane * kVector + j] = output[c + j];
   __syncthreads();
 
-  const float share = share_of<T>(a, blockIdx.x, max, total);
+  const float share = share_of<T>(a, blockIdx.x % static_cast<unsigned>(a.query_heads), max, total);
   T* to = static_cast<T*>(a.output) + static_cast<int64_t>(blockIdx.x) * head_size;
   for (int column = threadIdx.x; column < head_size; column += kCombineThreads) {
     float x = 0.0f;

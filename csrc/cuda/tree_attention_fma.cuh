@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kFmaThreads, kFmaBlocks)
     const int m = first_of_warp + r;
     if (m >= piece.rows) continue;
     const int64_t row = piece.query_row(a, m);
-    const float share = share_of<T>(a, row, max[r], total);
+    const float share = share_of<T>(a, piece.query_head(m), max[r], total);
     if (a.splits > 1 && lane == 0) write_part(a, row, piece.split, max[r], total);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {

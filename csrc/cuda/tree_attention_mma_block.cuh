@@ -366,7 +366,7 @@ struct MmaBlock {
         if (row >= piece.rows) continue;
         const int64_t query_row = piece.query_row(a, row);
         const float total = sum[m][2 * half];
-        const float share = share_of<T>(a, query_row, max[m][half], total);
+        const float share = share_of<T>(a, piece.query_head(row), max[m][half], total);
         if (a.splits > 1 && lane_index() % 4 == 0) write_part(a, query_row, piece.split, max[m][half], total);
 #pragma unroll
         for (int n = 0; n < 2 * kSizeGroups; ++n) {
