@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -113,7 +114,7 @@ def test_weights_of_a_file_of_fewer_bits(
 ) -> None:
     """Of formats that files mix, with the bits of the step op by op. Values of a form of their own are a product of
     their own. packed: how many products are, in so many bits."""
-    model = tiny_family("llama", torch.bfloat16)
+    model = deepcopy(tiny_family("llama", torch.bfloat16))
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             make = head if module is model.lm_head else values if name.endswith("v_proj") else layers
