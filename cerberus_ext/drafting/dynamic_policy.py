@@ -96,6 +96,7 @@ class DynamicTrees:
 
     def __init__(self, policy: DynamicPolicy, proposers: Sequence[Proposer], vocabulary: int) -> None:
         self._policy = policy
+        self._platt = None if policy.platt is None else np.array(policy.platt)  # once, and not at every step
         self._proposers = tuple(proposers)
         self._vocabulary = vocabulary
 
@@ -109,7 +110,7 @@ class DynamicTrees:
         drafts = list(enumerate(others, start=HEADS + 1))
         conditional = None
         if heads is not None and not any(_fills(part.probabilities, self._policy.size - 1) for part in others):
-            own = HeadsProposer(heads, self._vocabulary, self._policy.platt)
+            own = HeadsProposer(heads, self._vocabulary, self._platt)
             drafts.insert(0, (HEADS, own.propose(depth)))
             conditional = own.conditional(HEADS)
         # The likeliest of depth 1 comes first, and nothing deeper is likelier than what it stands below.

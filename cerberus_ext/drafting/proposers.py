@@ -68,7 +68,9 @@ class HeadsProposer:
     probability that is 0 or no number, gets probability 0, with which nothing becomes a draft.
     """
 
-    def __init__(self, step: HeadsSignals, vocabulary: int, platt: PlattScaling | None = None) -> None:
+    def __init__(
+        self, step: HeadsSignals, vocabulary: int, platt: PlattScaling | NDArray[np.float64] | None = None
+    ) -> None:
         self._step = step
         self._vocabulary = vocabulary
         self._platt = None if platt is None else np.asarray(platt, np.float64).reshape(-1, 2)
